@@ -1,0 +1,57 @@
+// The only type that crosses into native code: pointers, sizes and strides, and no framework.
+//
+// B batch, T queries, S source positions, E width of the memory, K width of the scored vectors
+// (E for the dot score, A for concat). All strides are in elements. The last dimension of every
+// tensor has unit stride unless a stride is given for it. Nothing is checked here: the caller has.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_attn {
+
+enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+enum class Score : int32_t { dot = 0, concat = 1 };
+
+// Rows of a (B, rows, width) tensor.
+struct Rows {
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+};
+
+struct AttentionParams {
+  Score score = Score::dot;
+  DType dtype = DType::f32;      // of every tensor without a type of its own below
+  DType exp_dtype = DType::f32;  // of memory_exp
+  int64_t B = 0, T = 0, S = 0, E = 0, K = 0;
+  double scale = 1.0;  // of the dot score
+  int threads = 1;
+
+  Rows query;               // (B, T, K): the query, or its projection for concat
+  Rows memory;              // (B, S, E)
+  Rows memory_proj;         // (B, S, K), concat
+  Rows memory_exp;          // (B, S, K), concat, or null: exp(2 memory_proj), -1 where too large
+  const void* v = nullptr;  // (K), concat
+
+  const int64_t* lengths = nullptr;  // (B), or null: all S
+  const uint8_t* mask = nullptr;     // (B, 1 or T, S), non-zero = attend, or null
+  int64_t mask_b = 0, mask_t = 0, mask_s = 0;
+  const uint8_t* keep = nullptr;  // (B, T, S) contiguous, zero = dropped, or null
+  double keep_scale = 1.0;
+
+  // Written by the forward pass, read by the backward one. Contiguous.
+  void* context = nullptr;    // (B, T, E)
+  void* weights = nullptr;    // (B, T, S), or null
+  void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double
+
+  // Backward only.
+  Rows grad_context;                 // (B, T, E)
+  Rows grad_weights;                 // (B, T, S), or null; then weights is not read
+  void* grad_query = nullptr;        // (B, T, K), contiguous like all gradients written here
+  void* grad_memory = nullptr;       // (B, S, E)
+  void* grad_memory_proj = nullptr;  // (B, S, K), concat
+  void* grad_v = nullptr;            // (K), concat
+};
+
+}  // namespace fused_attn

@@ -1,0 +1,287 @@
+// One backward task: a segment of one row's memory against all its queries. The segment owns its
+// rows, so their gradient is written once and without atomics; gradients of the queries are summed
+// over segments afterwards, in a fixed order. Scores are computed again from the log-sum-exp.
+//
+//   dP = dO . m (+ dW)      dS = P (dP - delta)      delta = sum_s P dP = dO . O + sum_s W dW
+//   dMemory = P^T dO + dS^T query        dQuery = dS memory          (dot; see concat.h for concat)
+#pragma once
+
+#include "operands.h"
+
+namespace fused_attn {
+namespace {
+
+template <class X>
+struct BackwardTask {
+  using A = Arithmetic<X>;
+  const AttentionParams& p;
+  const Plan& plan;
+  const Shared& shared;
+  int64_t memory_width, score_width, ld;  // padded
+  A *query, *memory, *grad_context, *scores, *grads, *kept, *grad_memory, *delta, *base;
+  int64_t* index;
+  uint8_t* spoiled;
+  // concat only
+  ConcatOperands<X> concat;
+  A *query_factors, *grad_proj, *grad_row;
+  Extent<A>* extents;
+
+  BackwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
+      : p(params), plan(plan_), shared(shared_) {
+    memory_width = padded_memory_width<A>(p);
+    score_width = padded_score_width<A>(p);
+    ld = padded_chunk<A>(plan);
+    query = c.take<A>(p.score == Score::dot ? plan.t_block * score_width : 0);
+    memory = c.take<A>(plan.chunk * memory_width);
+    grad_context = c.take<A>(plan.t_block * memory_width);
+    scores = c.take<A>(plan.t_block * ld);
+    grads = c.take<A>(plan.t_block * ld);
+    kept = p.keep ? c.take<A>(plan.t_block * ld) : scores;
+    grad_memory = c.take<A>(plan.chunk * memory_width);
+    delta = c.take<A>(p.T);
+    base = c.take<A>(p.T);
+    index = c.take<int64_t>(plan.chunk);
+    spoiled = c.take<uint8_t>(plan.chunk);
+    if (p.score == Score::dot) return;
+    query_factors = c.take<A>(plan.t_blocks * Layout<A>::size(plan.t_block, score_width));
+    grad_proj = c.take<A>(plan.chunk * score_width);
+    grad_row = c.take<A>(score_width);
+    extents = c.take<Extent<A>>(plan.t_blocks);
+    concat.query_layout = Layout<A>::blocked(plan.t_block);
+    concat.memory_layout = Layout<A>::blocked(plan.chunk);
+    concat.carve(c, p, plan);
+  }
+
+  int64_t rows_at(int64_t t0) const { return p.T - t0 < plan.t_block ? p.T - t0 : plan.t_block; }
+
+  // dQuery of this task: by rows (T, score_width) for dot, blocked (score_width / lanes, T, lanes)
+  // for concat.
+  A* query_sum(int64_t task) const {
+    return static_cast<A*>(shared.grad_query) + task * p.T * score_width;
+  }
+  A* v_sum(int64_t task) const { return static_cast<A*>(shared.grad_v) + task * score_width; }
+
+  void run(int64_t task) {
+    const int64_t segment = task % plan.segments, b = task / plan.segments;
+    const int64_t begin = segment * plan.segment_rows;
+    const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
+    const int64_t length = length_of(p, b);
+    const int64_t stop = end < length ? end : length;
+    clear_gradients(b, p.mask ? begin : (stop > begin ? stop : begin), end);
+    memset(query_sum(task), 0, size_t(p.T * score_width) * sizeof(A));
+    if (p.score == Score::concat) memset(v_sum(task), 0, size_t(score_width) * sizeof(A));
+    if (begin >= stop || p.T == 0) return;
+    prepare(b);
+    Picked picked{index, 0, 0, true};
+    for (int64_t s = begin; s < stop; s += plan.chunk) {
+      pick(p, b, 0, p.T, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
+      if (picked.count) chunk(b, task, picked);
+    }
+  }
+
+  // Rows that nobody reads have gradient 0. With a mask they lie anywhere: clear all, then write.
+  void clear_gradients(int64_t b, int64_t from, int64_t to) const {
+    if (from >= to) return;
+    X* memory_rows = static_cast<X*>(p.grad_memory) + (b * p.S + from) * p.E;
+    memset(memory_rows, 0, size_t((to - from) * p.E) * sizeof(X));
+    if (p.score == Score::dot) return;
+    X* proj_rows = static_cast<X*>(p.grad_memory_proj) + (b * p.S + from) * p.K;
+    memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
+  }
+
+  // delta and the log-sum-exp of every query, and the E-factors of all queries for concat.
+  void prepare(int64_t b) {
+    for (int64_t t = 0; t < p.T; ++t) {
+      const int64_t row = b * p.T + t;
+      const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
+      base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
+      const X* output = static_cast<const X*>(p.context) + row * p.E;
+      const X* grad = static_cast<const X*>(p.grad_context.data) +
+                      b * p.grad_context.batch_stride + t * p.grad_context.row_stride;
+      delta[t] = inner(output, grad, p.E);
+      if (p.grad_weights.data)
+        delta[t] += inner(static_cast<const X*>(p.weights) + row * p.S, weight_grads(b, t), p.S);
+    }
+    if (p.score == Score::dot) return;
+    concat.read_v(p);
+    for (int64_t block = 0; block < plan.t_blocks; ++block) {
+      const int64_t t0 = block * plan.t_block;
+      extents[block] = Extent<A>{};
+      concat.query_factors(p, b, t0, rows_at(t0), factors_of(block), extents[block]);
+    }
+  }
+
+  A* factors_of(int64_t block) const {
+    return query_factors + block * Layout<A>::size(plan.t_block, score_width);
+  }
+  const X* weight_grads(int64_t b, int64_t t) const {
+    return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
+           t * p.grad_weights.row_stride;
+  }
+
+  static A inner(const X* x, const X* y, int64_t n) {
+    A lanes[16] = {};  // a fixed number of partial sums: the same order whatever the vector length
+    for (int64_t i = 0; i < n; ++i) lanes[i % 16] += widen(x[i]) * widen(y[i]);
+    A sum = 0;
+    for (A lane : lanes) sum += lane;
+    return sum;
+  }
+
+  void chunk(int64_t b, int64_t task, const Picked& picked) {
+    const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
+    uint8_t* marks = nullptr;
+    if (mask_varies(p)) {
+      marks = spoiled;
+      memset(marks, 0, size_t(picked.count));
+      mark_spoiled(memory, memory_width, picked.count, p.E, marks);
+      if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, marks);
+    }
+    Extent<A> m_extent;
+    Factors<A> m_factors{};
+    if (p.score == Score::concat) {
+      m_factors = concat.chunk_factors(p, b, picked, m_extent);
+      memset(grad_proj, 0, size_t(plan.chunk * score_width) * sizeof(A));
+    }
+    for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
+      const int64_t rows = rows_at(t0);
+      const bool first = t0 == 0;
+      const Block<A> grad =
+          read_range<X, A>(p.grad_context, b, t0, rows, p.E, memory_width, grad_context);
+      if (p.score == Score::dot) {
+        const Block<A> q = read_range<X, A>(p.query, b, t0, rows, p.K, score_width, query);
+        rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
+                      ld);
+        score_gradients(b, t0, rows, picked, marks, grad, m);
+        add_to_memory(rows, picked, grad, first);
+        add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
+                           grad_memory, memory_width, {true, nullptr});
+        add_scaled_rows<A>({grads, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
+                           query_sum(task) + t0 * score_width, score_width, {true, nullptr});
+      } else {
+        concat_block(b, task, t0, rows, picked, marks, grad, m, m_factors, m_extent, first);
+      }
+    }
+    write_chunk(b, picked);
+  }
+
+  void concat_block(int64_t b, int64_t task, int64_t t0, int64_t rows, const Picked& picked,
+                    const uint8_t* marks, const Block<A>& grad, const Block<A>& m,
+                    Factors<A> m_factors, const Extent<A>& m_extent, bool first) {
+    const int64_t block = t0 / plan.t_block;
+    Factors<A> q{factors_of(block), concat.query_layout.row, concat.query_layout.step};
+    const Range range = range_of(extents[block], m_extent);
+    if (range == Range::exact) {
+      q = concat.exact_queries(p, b, t0, rows);
+      m_factors = concat.exact_chunk(p, b, picked);
+    }
+    concat_scores_in(range, q, rows, m_factors, picked.count, concat.v, score_width, concat.v_sum,
+                     scores, ld);
+    score_gradients(b, t0, rows, picked, marks, grad, m);
+    add_to_memory(rows, picked, grad, first);
+    concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,
+                       query_sum(task) + t0 * kLanes<A>, p.T * kLanes<A>, grad_proj,
+                       plan.chunk * kLanes<A>, v_sum(task));
+    add_v_constant(task, rows, picked);
+  }
+
+  // `scores` become P and `grads` the gradients of the scores; `kept` are the weights after dropout.
+  void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
+                       const uint8_t* marks, const Block<A>& grad, const Block<A>& m) const {
+    finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+    rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width, grads,
+                  ld);
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    const A scale = p.score == Score::dot ? A(p.scale) : A(1);
+    for (int64_t i = 0; i < rows; ++i) {
+      A *weight = scores + i * ld, *g = grads + i * ld;
+      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
+      for (int64_t j = 0; j < width; j += kLanes<A>)
+        store(weight + j, exponential(load(weight + j) - base[t0 + i]));
+      if (p.keep) {
+        const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
+        for (int64_t j = 0; j < picked.count; ++j) {
+          const A factor = keep[picked[j]] ? A(p.keep_scale) : A(0);
+          kept[i * ld + j] = weight[j] * factor;
+          g[j] *= factor;
+        }
+      }
+      if (p.grad_weights.data) {
+        const X* extra = weight_grads(b, t0 + i);
+        for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
+      }
+      for (int64_t j = 0; j < width; j += kLanes<A>)
+        store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
+    }
+  }
+
+  void add_to_memory(int64_t rows, const Picked& picked, const Block<A>& grad, bool first) const {
+    add_scaled_rows<A>({kept, 1, ld}, picked.count, grad.data, grad.stride, rows, memory_width,
+                       grad_memory, memory_width, {!first, nullptr});
+  }
+
+  // dv = sum g (1 - 2r): concat_backward summed g r; here the sum of g joins, as -1/2 of itself.
+  void add_v_constant(int64_t task, int64_t rows, const Picked& picked) const {
+    Vec<A> sum{};
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < width; j += kLanes<A>) sum += load(grads + i * ld + j);
+    const A half = A(0.5) * sum_lanes<A>(sum);
+    A* out = v_sum(task);
+    for (int64_t d = 0; d < score_width; d += kLanes<A>) store(out + d, load(out + d) - half);
+  }
+
+  void write_chunk(int64_t b, const Picked& picked) const {
+    for (int64_t j = 0; j < picked.count; ++j) {
+      const int64_t row = b * p.S + picked[j];
+      narrow_row(grad_memory + j * memory_width, A(1), p.E,
+                 static_cast<X*>(p.grad_memory) + row * p.E);
+      if (p.score == Score::dot) continue;
+      gather(grad_proj + j * kLanes<A>, plan.chunk * kLanes<A>, score_width, grad_row);
+      scale_by_v(concat.v, score_width, grad_row);
+      narrow_row(grad_row, A(1), p.K, static_cast<X*>(p.grad_memory_proj) + row * p.K);
+    }
+  }
+
+  // Back from the blocked layout to a row.
+  static void gather(const A* blocked, int64_t step, int64_t padded, A* row) {
+    for (int64_t d = 0; d < padded; d += kLanes<A>, blocked += step) store(row + d, load(blocked));
+  }
+  static void scale_by_v(const A* v, int64_t padded, A* row) {
+    for (int64_t d = 0; d < padded; d += kLanes<A>)
+      store(row + d, load(row + d) * (A(4) * load(v + d)));
+  }
+
+  // dQuery of one query: its segments' sums, in their order. `row` is b T + t.
+  static void merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
+    const int64_t width = padded_score_width<A>(p), b = row / p.T, t = row % p.T;
+    const bool blocked = p.score == Score::concat;
+    const int64_t step = blocked ? p.T * kLanes<A> : kLanes<A>;
+    A* base = static_cast<A*>(shared.grad_query) + b * plan.segments * p.T * width;
+    A* first = base + t * (blocked ? kLanes<A> : width);
+    X* out = static_cast<X*>(p.grad_query) + row * p.K;
+    for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
+      Vec<A> sum = load(first + k * step);
+      for (int64_t s = 1; s < plan.segments; ++s) sum += load(first + k * step + s * p.T * width);
+      A lanes[kLanes<A>];
+      store(lanes, sum);
+      const int64_t n = p.K - d < kLanes<A> ? p.K - d : kLanes<A>;
+      if (blocked)
+        for (int64_t i = 0; i < n; ++i)
+          lanes[i] *= A(4) * widen(static_cast<const X*>(p.v)[d + i]);
+      narrow_row(lanes, A(1), n, out + d);
+    }
+  }
+
+  static void merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
+    const int64_t width = padded_score_width<A>(p);
+    const A* parts = static_cast<const A*>(shared.grad_v);
+    for (int64_t d = 0; d < p.K; ++d) {
+      A sum = 0;
+      for (int64_t task = 0; task < p.B * plan.segments; ++task) sum += parts[task * width + d];
+      narrow(A(-2) * sum, static_cast<X*>(p.grad_v)[d]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fused_attn

@@ -1,0 +1,140 @@
+// Which memory rows a task looks at, and those rows in the arithmetic type.
+#pragma once
+
+#include "../attention_params.h"
+#include "convert.h"
+#include "plan.h"
+
+namespace fused_attn {
+namespace {
+
+// Hands out aligned pieces of a thread's scratch. With a null base it only counts the bytes.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class X>
+  X* take(int64_t n) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += round_up(n * int64_t(sizeof(X)), 64);
+    return reinterpret_cast<X*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Widths rounded up so that the inner loops have no tails; concat works on pairs of vectors.
+template <class A>
+FA_INLINE int64_t padded_memory_width(const AttentionParams& p) {
+  return round_up(p.E, kLanes<A>);
+}
+template <class A>
+FA_INLINE int64_t padded_score_width(const AttentionParams& p) {
+  return round_up(p.K, p.score == Score::concat ? 2 * kLanes<A> : kLanes<A>);
+}
+template <class A>
+FA_INLINE int64_t padded_chunk(const Plan& plan) {
+  return round_up(plan.chunk, kLanes<A>);
+}
+
+template <class A>
+struct Block {
+  const A* data;
+  int64_t stride;
+};
+
+// Positions of one chunk that at least one query of [t0, t1) may read. Everything after works on
+// this dense list: what does not count is neither computed nor read.
+struct Picked {
+  int64_t* index;  // room for a chunk
+  int64_t first, count;
+  bool dense;  // index is first, first + 1, ...
+
+  int64_t operator[](int64_t i) const { return dense ? first + i : index[i]; }
+};
+
+FA_INLINE bool allowed(const AttentionParams& p, int64_t b, int64_t t, int64_t s) {
+  return p.mask[b * p.mask_b + t * p.mask_t + s * p.mask_s] != 0;
+}
+FA_INLINE bool mask_varies(const AttentionParams& p) { return p.mask && p.mask_t != 0 && p.T > 1; }
+
+FA_INLINE void pick(const AttentionParams& p, int64_t b, int64_t t0, int64_t t1, int64_t s0,
+                    int64_t s1, Picked& picked) {
+  picked.first = s0;
+  picked.count = s1 - s0;
+  picked.dense = p.mask == nullptr;
+  if (picked.dense) return;
+  picked.count = 0;
+  const int64_t last = mask_varies(p) ? t1 : t0 + 1;
+  for (int64_t s = s0; s < s1; ++s) {
+    bool any = false;
+    for (int64_t t = t0; t < last && !any; ++t) any = allowed(p, b, t, s);
+    if (any) picked.index[picked.count++] = s;
+  }
+}
+
+FA_INLINE int64_t length_of(const AttentionParams& p, int64_t b) {
+  return p.lengths ? p.lengths[b] : p.S;
+}
+
+// The rows first .. first + n - 1 of batch b: in place when they can be used as they lie.
+template <class X, class A>
+FA_INLINE Block<A> read_range(const Rows& rows, int64_t b, int64_t first, int64_t n, int64_t width,
+                              int64_t padded, A* scratch) {
+  const X* base = static_cast<const X*>(rows.data) + b * rows.batch_stride;
+  if constexpr (__is_same(X, A))
+    if (width == padded) return {base + first * rows.row_stride, rows.row_stride};
+  for (int64_t i = 0; i < n; ++i)
+    widen_row(base + (first + i) * rows.row_stride, width, scratch + i * padded, padded);
+  return {scratch, padded};
+}
+
+template <class X, class A>
+FA_INLINE Block<A> read_picked(const Rows& rows, int64_t b, const Picked& picked, int64_t width,
+                               int64_t padded, A* scratch) {
+  if (picked.dense)
+    return read_range<X, A>(rows, b, picked.first, picked.count, width, padded, scratch);
+  const X* base = static_cast<const X*>(rows.data) + b * rows.batch_stride;
+  for (int64_t i = 0; i < picked.count; ++i)
+    widen_row(base + picked.index[i] * rows.row_stride, width, scratch + i * padded, padded);
+  return {scratch, padded};
+}
+
+// With a mask that differs between queries, a row that is not finite may spoil only the queries
+// that look at it: it is marked, and zeroed so that 0 x NaN does not reach the others.
+template <class A>
+FA_INLINE void mark_spoiled(A* rows, int64_t stride, int64_t n, int64_t width, uint8_t* spoiled) {
+  for (int64_t i = 0; i < n; ++i) {
+    A* row = rows + i * stride;
+    A probe = 0;
+    for (int64_t d = 0; d < width; ++d) probe += row[d] * A(0);  // NaN if any is not finite
+    if (probe == A(0)) continue;
+    spoiled[i] = 1;
+    for (int64_t d = 0; d < width; ++d) row[d] = A(0);
+  }
+}
+
+// Scale, -inf where a query may not look, NaN where it looks at a spoiled row, -inf in the tail.
+template <class A>
+FA_INLINE void finish_scores(const AttentionParams& p, int64_t b, int64_t t0, int64_t rows,
+                             const Picked& picked, const uint8_t* spoiled, A* scores, int64_t ld) {
+  const bool scaled = p.score == Score::dot && p.scale != 1.0;
+  const A scale = A(p.scale);
+  const int64_t width = round_up(picked.count, kLanes<A>);
+  for (int64_t i = 0; i < rows; ++i) {
+    A* row = scores + i * ld;
+    for (int64_t j = picked.count; j < width; ++j) row[j] = -kInfinity<A>;
+    if (scaled)
+      for (int64_t j = 0; j < picked.count; ++j) row[j] *= scale;
+    if (!spoiled) continue;
+    for (int64_t j = 0; j < picked.count; ++j) {
+      if (!allowed(p, b, t0 + i, picked[j])) row[j] = -kInfinity<A>;
+      else if (spoiled[j]) row[j] = A(__builtin_nan(""));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn

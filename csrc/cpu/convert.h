@@ -1,0 +1,93 @@
+// Between the types that tensors are stored in and the type the arithmetic is done in.
+#pragma once
+
+#include "vec.h"
+
+namespace fused_attn {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The arithmetic type of a storage type.
+template <class X>
+struct ArithmeticOf {
+  typedef float type;
+};
+template <>
+struct ArithmeticOf<double> {
+  typedef double type;
+};
+template <class X>
+using Arithmetic = typename ArithmeticOf<X>::type;
+
+FA_INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+FA_INLINE uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FA_INLINE float widen(float x) { return x; }
+FA_INLINE double widen(double x) { return x; }
+FA_INLINE float widen(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+FA_INLINE float widen(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Shifted into place the exponent is 112 too small; the product also rights subnormals.
+  const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  return as_float((magnitude >= 0x7c00u ? special : finite) | uint32_t(x.bits & 0x8000u) << 16);
+}
+
+FA_INLINE void narrow(float x, float& out) { out = x; }
+FA_INLINE void narrow(double x, double& out) { out = x; }
+FA_INLINE void narrow(float x, BFloat16& out) {
+  const uint32_t bits = as_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties even
+  out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+FA_INLINE void narrow(float x, Float16& out) {
+  const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t round = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  const uint32_t normal = (round >> 13) - (112u << 10);
+  // Below 2^-14 adding 0.5 leaves the subnormal half in the low bits, rounded by the addition.
+  const uint32_t tiny = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+  uint32_t half = magnitude < 0x38800000u ? tiny : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;               // rounds past 65504
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;                // NaN
+  out.bits = uint16_t(half | (bits >> 16 & 0x8000u));
+}
+
+// dst[0..n) = src[0..n), then zeros up to dst[padded).
+template <class X, class A>
+FA_INLINE void widen_row(const X* src, int64_t n, A* dst, int64_t padded) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(X, Float16))
+    for (; i + 16 <= n; i += 16)
+      _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(src + i))));
+#elif defined(__AVX2__)
+  if constexpr (__is_same(X, Float16))
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i))));
+#endif
+  for (; i < n; ++i) dst[i] = widen(src[i]);
+  for (i = n; i < padded; ++i) dst[i] = A(0);
+}
+
+// dst[i] = src[i] * factor, rounded to the storage type.
+template <class X, class A>
+FA_INLINE void narrow_row(const A* src, A factor, int64_t n, X* dst) {
+  for (int64_t i = 0; i < n; ++i) narrow(src[i] * factor, dst[i]);
+}
+
+}  // namespace
+}  // namespace fused_attn

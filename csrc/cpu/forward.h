@@ -1,0 +1,211 @@
+// One forward task: a block of queries against a segment of one row's memory, chunk by chunk, with
+// an online softmax. A chunk is read from memory once: the scores and the weighted sum share it.
+#pragma once
+
+#include "operands.h"
+
+namespace fused_attn {
+namespace {
+
+template <class X>
+struct ForwardTask {
+  using A = Arithmetic<X>;
+  const AttentionParams& p;
+  const Plan& plan;
+  const Shared& shared;
+  int64_t memory_width, score_width, ld;  // padded
+  A *query, *memory, *scores, *context, *row_max, *row_sum, *rescale, *factors;
+  int64_t* index;
+  uint8_t* spoiled;
+  ConcatOperands<X> concat;
+
+  ForwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
+      : p(params), plan(plan_), shared(shared_) {
+    memory_width = padded_memory_width<A>(p);
+    score_width = padded_score_width<A>(p);
+    ld = padded_chunk<A>(plan);
+    query = c.take<A>(p.score == Score::dot ? plan.t_block * score_width : 0);
+    memory = c.take<A>(plan.chunk * memory_width);
+    scores = c.take<A>(plan.t_block * ld);
+    context = c.take<A>(plan.t_block * memory_width);
+    row_max = c.take<A>(plan.t_block);
+    row_sum = c.take<A>(plan.t_block);
+    rescale = c.take<A>(plan.t_block);
+    index = c.take<int64_t>(plan.chunk);
+    spoiled = c.take<uint8_t>(plan.chunk);
+    if (p.score == Score::dot) return;
+    factors = c.take<A>(Layout<A>::size(plan.t_block, score_width));
+    concat.query_layout = concat.memory_layout = Layout<A>::by_rows(score_width);
+    concat.carve(c, p, plan);
+  }
+
+  // Scores are kept for the weights in the weights themselves when these have the type for it.
+  A* kept_scores() const {
+    if (!p.weights) return nullptr;
+    return static_cast<A*>(__is_same(X, A) ? p.weights : shared.scores);
+  }
+
+  void run(int64_t task) {
+    const int64_t segment = task % plan.segments;
+    const int64_t t0 = task / plan.segments % plan.t_blocks * plan.t_block;
+    const int64_t b = task / plan.segments / plan.t_blocks;
+    const int64_t rows = p.T - t0 < plan.t_block ? p.T - t0 : plan.t_block;
+    const int64_t begin = segment * plan.segment_rows;
+    const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
+    const int64_t length = length_of(p, b);
+    const int64_t stop = end < length ? end : length;
+    if (A* kept = kept_scores())
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t s = begin; s < end; ++s) kept[(b * p.T + t0 + i) * p.S + s] = -kInfinity<A>;
+    for (int64_t i = 0; i < rows; ++i) {
+      row_max[i] = -kInfinity<A>;
+      row_sum[i] = A(0);
+    }
+    bool fresh = true;
+    if (begin < stop) attend(b, t0, rows, begin, stop, fresh);
+    if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
+    if (plan.segments > 1) leave_partial(task, rows);
+    else
+      for (int64_t i = 0; i < rows; ++i)
+        finish_row(p, b * p.T + t0 + i, context + i * memory_width, row_max[i], row_sum[i],
+                   kept_scores());
+  }
+
+  void attend(int64_t b, int64_t t0, int64_t rows, int64_t begin, int64_t stop, bool& fresh) {
+    Block<A> q{};
+    Extent<A> q_extent;
+    Factors<A> q_factors{};
+    if (p.score == Score::dot) {
+      q = read_range<X, A>(p.query, b, t0, rows, p.K, score_width, query);
+    } else {
+      concat.read_v(p);
+      q_factors = concat.query_factors(p, b, t0, rows, factors, q_extent);
+    }
+    Picked picked{index, 0, 0, true};
+    for (int64_t s = begin; s < stop; s += plan.chunk) {
+      pick(p, b, t0, t0 + rows, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
+      if (picked.count == 0) continue;
+      const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
+      uint8_t* marks = nullptr;
+      if (mask_varies(p)) {  // the chunk lies in scratch then
+        marks = spoiled;
+        memset(marks, 0, size_t(picked.count));
+        mark_spoiled(memory, memory_width, picked.count, p.E, marks);
+        if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, marks);
+      }
+      if (p.score == Score::dot) {
+        rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
+                      ld);
+      } else {
+        Extent<A> m_extent;
+        Factors<A> m_factors = concat.chunk_factors(p, b, picked, m_extent);
+        Factors<A> qf = q_factors;
+        const Range range = range_of(q_extent, m_extent);
+        if (range == Range::exact) {
+          qf = concat.exact_queries(p, b, t0, rows);
+          m_factors = concat.exact_chunk(p, b, picked);
+        }
+        concat_scores_in(range, qf, rows, m_factors, picked.count, concat.v, score_width,
+                         concat.v_sum, scores, ld);
+      }
+      finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+      keep_scores(b, t0, rows, picked);
+      soften(b, t0, rows, picked);
+      add_scaled_rows<A>({scores, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
+                         context, memory_width, {!fresh, rescale});
+      fresh = false;
+    }
+  }
+
+  void keep_scores(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
+    A* kept = kept_scores();
+    if (!kept) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = kept + (b * p.T + t0 + i) * p.S;
+      for (int64_t j = 0; j < picked.count; ++j) row[picked[j]] = scores[i * ld + j];
+    }
+  }
+
+  // One step of the online softmax: scores become exp(score - max), the running maximum and sum
+  // move on, and `rescale` is what the context so far has to be multiplied with.
+  void soften(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = scores + i * ld;
+      Vec<A> high = splat(row_max[i]);
+      for (int64_t j = 0; j < width; j += kLanes<A>) high = at_least<A>(high, load(row + j));
+      const A top = max_lanes<A>(high);
+      const A base = top == -kInfinity<A> ? A(0) : top;  // so far nothing counts
+      rescale[i] = row_max[i] == top ? A(1) : exp_of(row_max[i] - base);
+      Vec<A> sum{};
+      for (int64_t j = 0; j < width; j += kLanes<A>) {
+        const Vec<A> weight = exponential(load(row + j) - base);
+        store(row + j, weight);
+        sum += weight;
+      }
+      row_sum[i] = row_sum[i] * rescale[i] + sum_lanes<A>(sum);
+      row_max[i] = top;
+      if (p.keep) {
+        const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
+        for (int64_t j = 0; j < picked.count; ++j)
+          row[j] = keep[picked[j]] ? row[j] * A(p.keep_scale) : A(0);
+      }
+    }
+  }
+
+  void leave_partial(int64_t task, int64_t rows) const {
+    A* out = static_cast<A*>(shared.partial) + task * plan.t_block * (memory_width + 2);
+    memcpy(out, context, size_t(rows * memory_width) * sizeof(A));
+    memcpy(out + plan.t_block * memory_width, row_max, size_t(rows) * sizeof(A));
+    memcpy(out + plan.t_block * (memory_width + 1), row_sum, size_t(rows) * sizeof(A));
+  }
+
+  // Divides by the sum, and turns kept scores into weights. `row` is b T + t.
+  static void finish_row(const AttentionParams& p, int64_t row, const A* context, A max, A sum,
+                         const A* kept) {
+    const bool empty = sum == A(0);
+    const A logsumexp = empty ? -kInfinity<A> : max + log_of(sum);
+    static_cast<A*>(p.logsumexp)[row] = logsumexp;
+    narrow_row(context, empty ? A(0) : A(1) / sum, p.E, static_cast<X*>(p.context) + row * p.E);
+    if (!kept) return;
+    const A* from = kept + row * p.S;
+    X* to = static_cast<X*>(p.weights) + row * p.S;
+    const A base = empty ? A(0) : logsumexp;
+    int64_t s = 0;
+    A lanes[kLanes<A>];
+    for (; s + kLanes<A> <= p.S; s += kLanes<A>) {
+      store(lanes, exponential(load(from + s) - base));
+      narrow_row(lanes, A(1), kLanes<A>, to + s);
+    }
+    for (; s < p.S; ++s) narrow(exp_of(from[s] - base), to[s]);
+  }
+
+  // Merges the segments of one query, in their order. `row` is b T + t.
+  static void merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
+    const int64_t width = padded_memory_width<A>(p), size = plan.t_block * (width + 2);
+    const int64_t b = row / p.T, t = row % p.T;
+    const int64_t first = (b * plan.t_blocks + t / plan.t_block) * plan.segments;
+    const int64_t i = t % plan.t_block;
+    A* base = static_cast<A*>(shared.partial) + first * size;
+    const auto max_at = [&](int64_t s) { return base[s * size + plan.t_block * width + i]; };
+    const auto sum_at = [&](int64_t s) { return base[s * size + plan.t_block * (width + 1) + i]; };
+    A top = -kInfinity<A>;
+    for (int64_t s = 0; s < plan.segments; ++s) top = max_at(s) > top ? max_at(s) : top;
+    const A safe = top == -kInfinity<A> ? A(0) : top;
+    A* total = base + i * width;  // the first segment's place takes the sum
+    A sum = A(0);
+    for (int64_t s = 0; s < plan.segments; ++s) {
+      const A factor = exp_of(max_at(s) - safe);
+      const A* part = base + s * size + i * width;
+      for (int64_t d = 0; d < width; d += kLanes<A>)
+        store(total + d, s ? load(total + d) + factor * load(part + d) : factor * load(part + d));
+      sum += factor * sum_at(s);
+    }
+    const A* kept = !p.weights ? nullptr
+                               : static_cast<const A*>(__is_same(X, A) ? p.weights : shared.scores);
+    finish_row(p, row, total, top, sum, kept);
+  }
+};
+
+}  // namespace
+}  // namespace fused_attn

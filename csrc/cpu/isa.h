@@ -1,0 +1,25 @@
+// Which instruction set runs, decided once. Compiled without instruction-set flags, so that asking
+// never executes an instruction the processor lacks.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace fused_attn {
+
+// Instruction sets that this build holds and this processor can run, widest first.
+std::vector<std::string> cpu_isas_supported();
+
+// The one in use: FUSED_ATTN_CPU_ISA if set, else the widest. Throws std::invalid_argument, which
+// names the possible values, when the variable asks for one that cannot run.
+const std::string& cpu_isa();
+
+// Switches to another; for tests. Throws like cpu_isa.
+void set_cpu_isa(const std::string& name);
+
+// Entry points of the one in use.
+const KernelTable& kernels();
+
+}  // namespace fused_attn

@@ -1,0 +1,86 @@
+// Compiled once per instruction set. The only symbol it exports is its table of entry points.
+#include "backward.h"
+#include "forward.h"
+
+#ifndef FUSED_ATTN_ISA
+#error "FUSED_ATTN_ISA must name the instruction set"
+#endif
+
+namespace fused_attn {
+namespace {
+
+// Calls f with a null pointer of the storage type, for its type.
+template <class F>
+FA_INLINE auto with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(static_cast<double*>(nullptr));
+    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16: return f(static_cast<Float16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
+}
+template <class P>
+struct Pointee;
+template <class X>
+struct Pointee<X*> {
+  typedef X type;
+};
+#define FA_TYPE typename Pointee<decltype(tag)>::type
+
+int64_t forward_scratch(const AttentionParams& p, const Plan& plan) {
+  return with_type(p.dtype, [&](auto tag) {
+    Carver carver(nullptr);
+    ForwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
+    return carver.used();
+  });
+}
+
+void forward_task(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t index,
+                  void* scratch) {
+  with_type(p.dtype, [&](auto tag) {
+    Carver carver(scratch);
+    ForwardTask<FA_TYPE>(p, plan, shared, carver).run(index);
+  });
+}
+
+void forward_merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
+  with_type(p.dtype, [&](auto tag) { ForwardTask<FA_TYPE>::merge(p, plan, shared, row); });
+}
+
+int64_t backward_scratch(const AttentionParams& p, const Plan& plan) {
+  return with_type(p.dtype, [&](auto tag) {
+    Carver carver(nullptr);
+    BackwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
+    return carver.used();
+  });
+}
+
+void backward_task(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t index,
+                   void* scratch) {
+  with_type(p.dtype, [&](auto tag) {
+    Carver carver(scratch);
+    BackwardTask<FA_TYPE>(p, plan, shared, carver).run(index);
+  });
+}
+
+void backward_merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
+  with_type(p.dtype, [&](auto tag) { BackwardTask<FA_TYPE>::merge(p, plan, shared, row); });
+}
+
+void backward_merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
+  with_type(p.dtype, [&](auto tag) { BackwardTask<FA_TYPE>::merge_v(p, plan, shared); });
+}
+
+}  // namespace
+
+#define FA_JOIN(a, b) a##b
+#define FA_ENTRY(isa) FA_JOIN(fused_attn_kernels_, isa)
+
+extern "C" __attribute__((visibility("hidden"))) const KernelTable* FA_ENTRY(FUSED_ATTN_ISA)() {
+  static const KernelTable table = {
+      kVectorBytes,  forward_scratch, forward_task,    forward_merge, backward_scratch,
+      backward_task, backward_merge,  backward_merge_v};
+  return &table;
+}
+
+}  // namespace fused_attn

@@ -1,0 +1,161 @@
+// The two matrix products of attention, as register tiles over rows that need no packing.
+//
+//   rows_dot_rows     out[i][j] = sum_d a[i][d] b[j][d]        scores, dP: both operands by rows
+//   add_scaled_rows   c[i][:] (+)= sum_j p[i][j] x[j][:]       context, dMemory, dQuery
+//
+// Row widths are multiples of the vector length (shorter rows come copied and padded with zeros).
+#pragma once
+
+#include "vec.h"
+
+namespace fused_attn {
+namespace {
+
+// A tile of kTileRows x 4 accumulators fills the register file, with room for one row of operands.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileRows = 3;
+constexpr int kTileVectors = 2;
+#endif
+#if defined(__AVX512F__)
+constexpr int kDotRows = 6;
+#else
+constexpr int kDotRows = 2;
+#endif
+
+template <class A, int M, int N>
+FA_INLINE void dot_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t width, A* out,
+                        int64_t ldo) {
+  Vec<A> acc[M][N] = {};
+  for (int64_t d = 0; d < width; d += kLanes<A>) {
+    Vec<A> y[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) y[j] = load(b + j * ldb + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<A> x = load(a + i * lda + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] += x * y[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+    if constexpr (N == 4) {
+      sum_lanes_of_four<A>(acc[i], out + i * ldo);
+    } else {
+      for (int j = 0; j < N; ++j) out[i * ldo + j] = sum_lanes<A>(acc[i][j]);
+    }
+  }
+}
+
+template <class A, int M>
+FA_INLINE void dot_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n, int64_t width,
+                        A* out, int64_t ldo) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) dot_tile<A, M, 4>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+  for (; j < n; ++j) dot_tile<A, M, 1>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+}
+
+// out (m, n; stride ldo) = a (m, width) times the transpose of b (n, width).
+template <class A>
+static void rows_dot_rows(const A* a, int64_t lda, int64_t m, const A* b, int64_t ldb, int64_t n,
+                          int64_t width, A* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + kDotRows <= m; i += kDotRows)
+    dot_rows<A, kDotRows>(a + i * lda, lda, b, ldb, n, width, out + i * ldo, ldo);
+  a += i * lda;
+  out += i * ldo;
+  switch (m - i) {
+    case 1: dot_rows<A, 1>(a, lda, b, ldb, n, width, out, ldo); break;
+#if defined(__AVX512F__)
+    case 2: dot_rows<A, 2>(a, lda, b, ldb, n, width, out, ldo); break;
+    case 3: dot_rows<A, 3>(a, lda, b, ldb, n, width, out, ldo); break;
+    case 4: dot_rows<A, 4>(a, lda, b, ldb, n, width, out, ldo); break;
+    case 5: dot_rows<A, 5>(a, lda, b, ldb, n, width, out, ldo); break;
+#endif
+    default: break;
+  }
+}
+
+// Coefficients p[i][j] at p + i * p_row + j * p_col, so that a transpose costs nothing.
+template <class A>
+struct Coefficients {
+  const A* p;
+  int64_t row, col;
+};
+
+// What becomes of the old c: dropped, kept, or multiplied row by row (an online softmax's rescale).
+template <class A>
+struct Previous {
+  bool keep;
+  const A* factor;  // (m), or null for 1
+};
+
+template <class A, int M, int N>
+FA_INLINE void scaled_tile(Coefficients<A> p, const A* x, int64_t ldx, int64_t n, A* c, int64_t ldc,
+                           Previous<A> previous) {
+  Vec<A> acc[M][N] = {};
+  if (previous.keep)
+    for (int i = 0; i < M; ++i)
+      for (int k = 0; k < N; ++k) {
+        acc[i][k] = load(c + i * ldc + k * kLanes<A>);
+        if (previous.factor) acc[i][k] *= previous.factor[i];
+      }
+  for (int64_t j = 0; j < n; ++j) {
+    Vec<A> y[N];
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) y[k] = load(x + j * ldx + k * kLanes<A>);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const A coefficient = p.p[i * p.row + j * p.col];
+#pragma GCC unroll 8
+      for (int k = 0; k < N; ++k) acc[i][k] += coefficient * y[k];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) store(c + i * ldc + k * kLanes<A>, acc[i][k]);
+}
+
+template <class A, int M>
+FA_INLINE void scaled_rows(Coefficients<A> p, const A* x, int64_t ldx, int64_t n, int64_t width,
+                           A* c, int64_t ldc, Previous<A> previous) {
+  constexpr int N = M == 1 ? 2 * kTileVectors : kTileVectors;
+  int64_t d = 0;
+  for (; d + N * kLanes<A> <= width; d += N * kLanes<A>)
+    scaled_tile<A, M, N>(p, x + d, ldx, n, c + d, ldc, previous);
+  for (; d < width; d += kLanes<A>)
+    scaled_tile<A, M, 1>(p, x + d, ldx, n, c + d, ldc, previous);
+}
+
+template <class A>
+static void add_scaled_rows(Coefficients<A> p, int64_t m, const A* x, int64_t ldx, int64_t n,
+                            int64_t width, A* c, int64_t ldc, Previous<A> previous) {
+  int64_t i = 0;
+  const auto advance = [&](int rows) {
+    p.p += rows * p.row;
+    c += rows * ldc;
+    if (previous.factor) previous.factor += rows;
+    i += rows;
+  };
+  while (i + kTileRows <= m) {
+    scaled_rows<A, kTileRows>(p, x, ldx, n, width, c, ldc, previous);
+    advance(kTileRows);
+  }
+  switch (m - i) {
+    case 1: scaled_rows<A, 1>(p, x, ldx, n, width, c, ldc, previous); break;
+    case 2: scaled_rows<A, 2>(p, x, ldx, n, width, c, ldc, previous); break;
+#if defined(__AVX512F__)
+    case 3: scaled_rows<A, 3>(p, x, ldx, n, width, c, ldc, previous); break;
+    case 4: scaled_rows<A, 4>(p, x, ldx, n, width, c, ldc, previous); break;
+    case 5: scaled_rows<A, 5>(p, x, ldx, n, width, c, ldc, previous); break;
+#endif
+    default: break;
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn

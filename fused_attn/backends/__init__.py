@@ -1,0 +1,110 @@
+"""Which code computes a call. Backends never import one another; each says what it cannot do."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fused_attn.problem import AttentionProblem
+from fused_attn.reference import Masking
+
+BACKENDS = ("cpu", "eager")  # in the order "auto" tries them
+REQUESTS = ("auto", *BACKENDS)
+
+
+class Backend(Protocol):
+    """A backend module. Outputs of all backends have the same shapes, dtypes and strides.
+
+    Forward returns (context, weights or an empty tensor, log-sum-exp), which backward receives as
+    ``saved``; backward returns a gradient for each differentiable input, in the inputs' order.
+    """
+
+    def unavailable_reasons(self) -> list[str]:
+        """Why nothing can run here, in sentences; empty when the backend is usable."""
+
+    def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why this problem cannot run, in sentences, availability included."""
+
+    def dot_forward(
+        self, query: Tensor, memory: Tensor, scale: float, masking: Masking, return_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def dot_backward(
+        self,
+        grad_context: Tensor | None,
+        grad_weights: Tensor | None,
+        query: Tensor,
+        memory: Tensor,
+        scale: float,
+        masking: Masking,
+        saved: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, ...]: ...
+
+    def concat_forward(
+        self,
+        query_proj: Tensor,
+        memory_proj: Tensor,
+        memory_exp: Tensor | None,
+        v: Tensor,
+        memory: Tensor,
+        masking: Masking,
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def concat_backward(
+        self,
+        grad_context: Tensor | None,
+        grad_weights: Tensor | None,
+        query_proj: Tensor,
+        memory_proj: Tensor,
+        memory_exp: Tensor | None,
+        v: Tensor,
+        memory: Tensor,
+        masking: Masking,
+        saved: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, ...]: ...
+
+
+def load(name: str) -> Backend:
+    """Return the backend module of that name."""
+    return cast(Backend, import_module(f"fused_attn.backends.{name}"))
+
+
+def unavailable_reasons(name: str) -> list[str]:
+    """Why the backend ``name`` cannot run on this machine at all; empty when it can."""
+    return load(name).unavailable_reasons()
+
+
+def check_request(backend: object, source: str = "backend") -> str:
+    """Return ``backend`` if it is a known name; ``source`` says in the error who asked."""
+    if backend not in REQUESTS:
+        names = ", ".join(repr(name) for name in REQUESTS)
+        raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+    return cast(str, backend)
+
+
+@cache
+def select(device_type: str, dtype: torch.dtype, score: str, requested: str = "auto") -> Backend:
+    """Return the backend for such a call. A request by name never falls back to another one.
+
+    ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend without a reason
+    against the problem. The variable is read once per kind of call, not on every call.
+    """
+    if requested == "auto":
+        asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
+        requested = check_request(asked, "the environment variable FUSED_ATTN_BACKEND")
+    problem = AttentionProblem(score, 1, 1, 1, 1, 1, dtype, device_type)
+    objections = {}
+    for name in BACKENDS if requested == "auto" else (requested,):
+        backend = load(name)
+        objections[name] = backend.not_supported_reasons(problem)
+        if not objections[name]:
+            return backend
+    lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in objections.items()]
+    call = f"{score} attention on {device_type} in {str(dtype).removeprefix('torch.')}"
+    raise ValueError(f"no backend can do {call} (backend={requested!r}):\n" + "\n".join(lines))

@@ -1,0 +1,337 @@
+"""Luong attention as functions: what the arguments mean, and every check of them.
+
+Score, mask, softmax and weighted sum happen in one pass over the memory, forward and backward, in
+whichever backend is chosen. Luong, Pham & Manning 2015, "Effective Approaches to Attention-based
+Neural Machine Translation", section 3.1.
+
+Arguments that all functions share
+    memory_lengths: int (B,), 0..S. Positions at and after a row's length do not count.
+    memory_mask: bool (B, S), (B, 1, S) or (B, T, S). **True = attend**, as in
+        `scaled_dot_product_attention`; `nn.MultiheadAttention` means the opposite. With lengths
+        given too, a position counts when both allow it.
+    window: reserved for local attention; only None so far.
+    dropout_p: probability of dropping a weight from the weighted sum, 0..1.
+    return_weights: also return the alignment weights (before dropout).
+    backend: "auto", or the name of a backend, which then must be able to do the call.
+
+Rules that all backends keep
+    Positions that do not count are never read into a result or a gradient, whatever they hold; the
+    gradient of their memory is 0. A query with nothing to attend to gives context 0, weights 0 and
+    zero gradients. Softmax and sums are float32 for float32, bfloat16 and float16 inputs and
+    float64 for float64. The same input gives the same bits, forward and backward.
+
+Raises
+    TypeError: an argument has the wrong type or dtype. ValueError: a wrong rank, shape, device or
+    value. The message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fused_attn import backends, ops
+from fused_attn.reference import Masking, zero_uncounted_rows
+
+_KNOWN_BACKENDS = frozenset(backends.REQUESTS)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def dot_attention(
+    query: Tensor,
+    memory: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    window: None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the score ``scale * h_t . h_s`` (Luong et al. 2015, eq. 8, dot).
+
+    query: (B, T, E), or (B, E) for one step.
+    memory: (B, S, E), the encoder states; keys and values in one.
+    scale: a number, or a tensor of one element if it is learned.
+
+    Returns the context (B, T, E) and the weights (B, T, S) or None; (B, E) and (B, S) for a 2-D
+    query. See the module's text for the other arguments, the rules and the errors.
+    """
+    check_backend(backend)
+    query, memory = autocast(query, memory)
+    check_memory(memory)
+    check_query(query, memory, "memory", memory.shape[2])
+    masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
+    return attend_dot(query, memory, scale, masking, return_weights, backend)
+
+
+def general_attention(
+    query: Tensor,
+    memory: Tensor,
+    weight: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    window: None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the score ``scale * h_t^T W_a h_s`` (Luong et al. 2015, eq. 8, general).
+
+    query: (B, T, D), or (B, D) for one step.
+    memory: (B, S, E), the encoder states; keys and values in one.
+    weight: (D, E), the paper's W_a. It is applied to the T queries, not to the S memory rows.
+
+    Returns as `dot_attention`; the module's text has the other arguments, the rules and the errors.
+    """
+    check_backend(backend)
+    query, memory, weight = autocast(query, memory, weight)
+    check_memory(memory)
+    check_parameter("weight", weight, memory, (None, memory.shape[2]), "(D, E)")
+    check_query(query, memory, "weight", weight.shape[0])
+    masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
+    return attend_dot(query @ weight, memory, scale, masking, return_weights, backend)
+
+
+def concat_attention(
+    query: Tensor,
+    memory: Tensor,
+    query_weight: Tensor,
+    memory_weight: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    window: None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with ``v^T tanh(W_q h_t + W_m h_s + b)`` (Luong et al. 2015, eq. 8, concat).
+
+    query: (B, T, D), or (B, D) for one step.
+    memory: (B, S, E), the encoder states.
+    query_weight, memory_weight: (A, D) and (A, E); side by side they are the paper's W_a.
+    v: (A,), the paper's v_a.
+    bias: (A,), as in Bahdanau's additive attention; None for the paper's form.
+
+    Nothing of size (B, T, S, A) is built, unless the eager backend runs the call. Returns as
+    `dot_attention`; the module's text has the other arguments, the rules and the errors.
+    """
+    check_backend(backend)
+    query, memory, query_weight, memory_weight, v, bias = autocast(
+        query, memory, query_weight, memory_weight, v, bias
+    )
+    check_memory(memory)
+    check_parameter("v", v, memory, (None,), "(A,)")
+    width = v.shape[0]
+    check_parameter("query_weight", query_weight, memory, (width, None), "(A, D)")
+    check_parameter("memory_weight", memory_weight, memory, (width, memory.shape[2]), "(A, E)")
+    if bias is not None:
+        check_parameter("bias", bias, memory, (width,), "(A,)")
+    check_query(query, memory, "query_weight", query_weight.shape[1])
+    masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
+    query_proj = linear(query, query_weight, bias)
+    memory_proj = linear(zero_uncounted_rows(memory, masking), memory_weight)
+    return attend_concat(query_proj, memory_proj, None, v, memory, masking, return_weights, backend)
+
+
+def attend_dot(
+    query: Tensor,
+    memory: Tensor,
+    scale: float | Tensor,
+    masking: Masking,
+    return_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the dot operator on checked arguments; query (B, T, E) or (B, E)."""
+    if isinstance(scale, Tensor):  # a learned scale gets its gradient through the small query
+        query, scale = query * scale.to(query.dtype), 1.0
+    step = query.dim() == 2
+    if step:
+        query = query.unsqueeze(1)
+    context, weights, _ = ops.dot_attention(
+        query, memory, float(scale), *masking, return_weights, backend
+    )
+    return _results(context, weights, return_weights, step)
+
+
+def attend_concat(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: Masking,
+    return_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the concat operator on checked arguments; query_proj (B, T, A) or (B, A)."""
+    step = query_proj.dim() == 2
+    if step:
+        query_proj = query_proj.unsqueeze(1)
+    inputs = (query_proj, memory_proj, memory_exp, v, memory)
+    context, weights, _ = ops.concat_attention(*inputs, *masking, return_weights, backend)
+    return _results(context, weights, return_weights, step)
+
+
+def _results(
+    context: Tensor, weights: Tensor, return_weights: bool, step: bool
+) -> tuple[Tensor, Tensor | None]:
+    if not return_weights:
+        return (context.squeeze(1) if step else context), None
+    return (context.squeeze(1), weights.squeeze(1)) if step else (context, weights)
+
+
+def autocast(*tensors: Any) -> Any:
+    """Cast floating tensors to the autocast dtype, if autocast is on; float64 stays as it is."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def check_backend(backend: object) -> None:
+    """Refuse an unknown backend name."""
+    if backend not in _KNOWN_BACKENDS:
+        backends.check_request(backend)
+
+
+def _check_float(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        expected = ", ".join(_short(dtype) for dtype in _FLOATS)
+        raise TypeError(
+            f"{name} must have one of the dtypes {expected}, got {_short(tensor.dtype)}"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, memory: Tensor) -> None:
+    if tensor.dtype != memory.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of memory, {_short(memory.dtype)}, "
+            f"got {_short(tensor.dtype)}"
+        )
+    _check_device(name, tensor, memory)
+
+
+def _check_device(name: str, tensor: Tensor, memory: Tensor) -> None:
+    if tensor.device != memory.device:
+        raise ValueError(
+            f"{name} must be on the device of memory, {memory.device}, got {tensor.device}"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_memory(memory: Tensor) -> None:
+    """Refuse a memory that is not a floating (B, S, E) with E of at least 1."""
+    _check_float("memory", memory)
+    if memory.dim() != 3 or memory.shape[2] == 0:
+        raise ValueError(f"memory must have shape (B, S, E) with E >= 1, got {_shape(memory)}")
+
+
+def check_parameter(
+    name: str, tensor: Tensor, memory: Tensor, shape: tuple[int | None, ...], letters: str
+) -> None:
+    """Refuse a weight whose shape differs from ``shape``, in which None stands for any size."""
+    _check_float(name, tensor)
+    fits = tensor.dim() == len(shape) and all(
+        size >= 1 and wanted in (None, size)
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted_shape = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        raise ValueError(f"{name} must have shape {letters} = {wanted_shape}, got {_shape(tensor)}")
+    _check_like(name, tensor, memory)
+
+
+def check_query(query: Tensor, memory: Tensor, partner: str, width: int) -> None:
+    """Refuse a query that is not (B, T, width) or (B, width), with memory's B, dtype and device."""
+    _check_float("query", query)
+    if query.dim() not in (2, 3) or query.shape[-1] != width or query.shape[0] != memory.shape[0]:
+        batch = memory.shape[0]
+        raise ValueError(
+            f"query must have shape ({batch}, T, {width}) or ({batch}, {width}) "
+            f"to go with memory {_shape(memory)} and the width of {partner}, got {_shape(query)}"
+        )
+    _check_like("query", query, memory)
+
+
+def check_masking(
+    query: Tensor,
+    memory: Tensor,
+    memory_lengths: Tensor | None,
+    memory_mask: Tensor | None,
+    window: None,
+    dropout_p: float,
+) -> Masking:
+    """Check what decides which positions count, and draw the dropout of the weights."""
+    if window is not None:
+        raise NotImplementedError("window (local attention) is not implemented yet; use None")
+    lengths = check_lengths(memory_lengths, memory)
+    queries = query.shape[1] if query.dim() == 3 else 1
+    mask = check_mask(memory_mask, memory, queries)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability in 0..1, got {dropout_p}")
+    if dropout_p == 0.0:
+        return Masking(lengths, mask)
+    batch, source, _ = memory.shape
+    keep = torch.rand(batch, queries, source, device=memory.device) >= dropout_p
+    return Masking(lengths, mask, keep, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+
+
+def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | None:
+    """Return the lengths as int64 (B,). Values outside 0..S are refused when the call runs."""
+    if memory_lengths is None:
+        return None
+    if not isinstance(memory_lengths, Tensor) or memory_lengths.dtype not in _INTEGERS:
+        got = memory_lengths.dtype if isinstance(memory_lengths, Tensor) else type(memory_lengths)
+        raise TypeError(f"memory_lengths must be an integer Tensor, got {got}")
+    if memory_lengths.shape != memory.shape[:1]:
+        raise ValueError(
+            f"memory_lengths must have shape (B,) = ({memory.shape[0]},), "
+            f"got {_shape(memory_lengths)}"
+        )
+    _check_device("memory_lengths", memory_lengths, memory)
+    return memory_lengths.to(torch.int64)
+
+
+def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tensor | None:
+    """Return the mask as bool (B, 1 or T, S)."""
+    if memory_mask is None:
+        return None
+    if not isinstance(memory_mask, Tensor) or memory_mask.dtype != torch.bool:
+        got = memory_mask.dtype if isinstance(memory_mask, Tensor) else type(memory_mask)
+        raise TypeError(f"memory_mask must be a bool Tensor (True = attend), got {got}")
+    batch, source, _ = memory.shape
+    mask = memory_mask.unsqueeze(1) if memory_mask.dim() == 2 else memory_mask
+    fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[2] == source
+    if not fits or mask.shape[1] not in (1, queries):
+        raise ValueError(
+            f"memory_mask must have shape (B, S) = ({batch}, {source}), (B, 1, S) or (B, T, S) = "
+            f"({batch}, {queries}, {source}), got {_shape(memory_mask)}"
+        )
+    _check_device("memory_mask", memory_mask, memory)
+    return mask

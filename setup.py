@@ -1,0 +1,105 @@
+"""Build fused_attn: CMake compiles the native module, setuptools packages it.
+
+Metadata is in pyproject.toml. Nothing here imports torch or triton, so that an isolated build
+needs neither. Without a working C++ toolchain the package still installs, on its eager backend,
+and the reason is left inside the package for ``fused-attn info``; set FUSED_ATTN_REQUIRE_NATIVE=1
+at build time to make that an error instead.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+REASON_FILE = "_native_build_error.txt"  # fused_attn/backends/cpu.py reads it
+
+
+class CMakeExtension(Extension):
+    """A module that CMakeLists.txt knows how to build and install."""
+
+    def __init__(self, name: str) -> None:
+        optional = os.environ.get("FUSED_ATTN_REQUIRE_NATIVE", "0") in ("", "0")
+        super().__init__(name, sources=[], optional=optional)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: CMakeExtension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        package.mkdir(parents=True, exist_ok=True)
+        reason_file = package / REASON_FILE
+        reason_file.unlink(missing_ok=True)
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # never ship a stale one
+        try:
+            run_cmake(install_prefix=package.parent)
+        except CompileError as error:
+            reason_file.write_text(f"{error}\n")
+            raise
+
+    def copy_extensions_to_source(self) -> None:
+        """Bring the outcome of an in-place build, module or reason, into the source tree."""
+        for ext in self.extensions:
+            target, built = map(
+                Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            )
+            for stale in (target, target.with_name(REASON_FILE)):
+                stale.unlink(missing_ok=True)
+            if (reason_file := built.with_name(REASON_FILE)).exists():
+                shutil.copy(reason_file, target.with_name(REASON_FILE))
+        super().copy_extensions_to_source()
+
+
+def run_cmake(install_prefix: Path) -> None:
+    # Imported late: `setup.py --version` and building an sdist must not need them.
+    import cmake
+    import ninja
+    import pybind11
+
+    program = Path(cmake.CMAKE_BIN_DIR, "cmake")
+    # One directory per interpreter, kept between builds: an isolated build has new paths to its
+    # tools each time, but only module.cpp sees one of them, so the kernels are not recompiled.
+    build_dir = ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    configure = [
+        *(program, "-S", ROOT, "-B", build_dir, "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+    ]
+    try:
+        run_step("configuring", configure)
+    except CompileError:
+        if not build_dir.exists():
+            raise
+        shutil.rmtree(build_dir)  # its cache may name a compiler or a checkout that has moved
+        run_step("configuring", configure)
+    run_step("compiling", [program, "--build", build_dir])
+    run_step("installing", [program, "--install", build_dir, "--prefix", install_prefix])
+
+
+def run_step(step: str, command: list[str | Path]) -> None:
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(process.stdout, flush=True)
+    if process.returncode == 0:
+        return
+    reason = f"{step} the native module failed with exit code {process.returncode}"
+    if "CMAKE_CXX_COMPILER" in process.stdout:
+        reason = f"no usable C++ compiler was found ({reason})"
+    last_lines = "\n".join(process.stdout.strip().splitlines()[-20:])
+    raise CompileError(f"{reason}; the last lines of its output:\n{last_lines}")
+
+
+setup(
+    packages=[*find_packages(include=["fused_attn", "fused_attn.*"]), "fused_attn.kernels"],
+    package_dir={"fused_attn": "fused_attn", "fused_attn.kernels": "kernels"},
+    package_data={"fused_attn": ["py.typed", "_C.pyi"]},
+    ext_modules=[CMakeExtension("fused_attn._C")],
+    cmdclass={"build_ext": CMakeBuild},
+)
