@@ -41,6 +41,8 @@ class CMakeBuild(build_ext):
             run_cmake(install_prefix=package.parent)
         except CompileError as error:
             reason_file.write_text(f"{error}\n")
+            if ext.optional:
+                self.warn("fused_attn is built without its native module, for its eager backend")
             raise
 
     def copy_extensions_to_source(self) -> None:
@@ -64,7 +66,7 @@ def run_cmake(install_prefix: Path) -> None:
 
     program = Path(cmake.CMAKE_BIN_DIR, "cmake")
     # One directory per interpreter, kept between builds: an isolated build has new paths to its
-    # tools each time, but only module.cpp sees one of them, so the kernels are not recompiled.
+    # tools each time, but no kernel sees them, so those are not compiled again.
     build_dir = ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     configure = [
         *(program, "-S", ROOT, "-B", build_dir, "-G", "Ninja"),

@@ -76,39 +76,39 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
   m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, widest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
-  m.def("dot_forward", [](int dtype, const Sizes& sizes, int threads, const RowsArg& query,
-                          const RowsArg& memory, const MaskingArg& masking, const SavedArg& saved,
-                          double scale) {
-    AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-    p.scale = scale;
-    py::gil_scoped_release unlocked;
-    cpu_forward(p);
-  });
-  m.def("dot_backward", [](int dtype, const Sizes& sizes, int threads, const RowsArg& query,
-                           const RowsArg& memory, const MaskingArg& masking, const SavedArg& saved,
-                           double scale, const GradsArg& grads) {
-    AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-    p.scale = scale;
-    add_grads(p, grads);
-    py::gil_scoped_release unlocked;
-    cpu_backward(p);
-  });
-  m.def("concat_forward", [](int dtype, const Sizes& sizes, int threads, const RowsArg& query,
-                             const RowsArg& memory, const MaskingArg& masking,
-                             const SavedArg& saved, const ConcatArg& concat) {
-    AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-    add_concat(p, concat);
-    py::gil_scoped_release unlocked;
-    cpu_forward(p);
-  });
-  m.def("concat_backward", [](int dtype, const Sizes& sizes, int threads, const RowsArg& query,
-                              const RowsArg& memory, const MaskingArg& masking,
-                              const SavedArg& saved, const ConcatArg& concat,
-                              const GradsArg& grads) {
-    AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-    add_concat(p, concat);
-    add_grads(p, grads);
-    py::gil_scoped_release unlocked;
-    cpu_backward(p);
-  });
+  m.def("dot_forward",
+        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
+           const MaskingArg& masking, const SavedArg& saved, double scale) {
+          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
+          p.scale = scale;
+          py::gil_scoped_release unlocked;
+          cpu_forward(p);
+        });
+  m.def("dot_backward",
+        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
+           const MaskingArg& masking, const SavedArg& saved, double scale, const GradsArg& grads) {
+          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
+          p.scale = scale;
+          add_grads(p, grads);
+          py::gil_scoped_release unlocked;
+          cpu_backward(p);
+        });
+  m.def("concat_forward",
+        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
+           const MaskingArg& masking, const SavedArg& saved, const ConcatArg& concat) {
+          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
+          add_concat(p, concat);
+          py::gil_scoped_release unlocked;
+          cpu_forward(p);
+        });
+  m.def("concat_backward",
+        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
+           const MaskingArg& masking, const SavedArg& saved, const ConcatArg& concat,
+           const GradsArg& grads) {
+          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
+          add_concat(p, concat);
+          add_grads(p, grads);
+          py::gil_scoped_release unlocked;
+          cpu_backward(p);
+        });
 }

@@ -151,7 +151,8 @@ class LuongAttention(nn.Module):
         (memory,) = functional.autocast(memory)
         self._check_memory(memory)
         lengths = functional.check_lengths(memory_lengths, memory)
-        queries = memory_mask.shape[1] if _is_cube(memory_mask) else 1
+        cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
+        queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
         mask = functional.check_mask(memory_mask, memory, queries)
         if self.score != "concat":
             return PreparedMemory(self.score, memory, None, None, lengths, mask)
@@ -179,39 +180,34 @@ class LuongAttention(nn.Module):
         (B, T, S) or None; without the T for a 2-D query. Raises TypeError or ValueError that names
         the argument, what was expected and what came.
         """
-        memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
-            if memory_lengths is not None or memory_mask is not None:
-                raise ValueError(
-                    "memory_lengths and memory_mask belong to prepare_memory when memory is a "
-                    "PreparedMemory, got them in forward"
-                )
-            if memory.score != self.score:
-                raise ValueError(
-                    f"memory was prepared for the score {memory.score!r}, expected {self.score!r}"
-                )
-            memory_lengths, memory_mask = memory.memory_lengths, memory.memory_mask
-            memory_proj, memory_exp = memory.memory_proj, memory.memory_exp
-            memory = memory.memory
-        query, memory, memory_proj = functional.autocast(query, memory, memory_proj)
-        self._check_memory(memory)
-        functional.check_query(query, memory, "query_dim", self.query_dim)
+            self._check_prepared(memory, memory_lengths, memory_mask)
+            prepared = memory
+        else:
+            prepared = PreparedMemory(
+                self.score, memory, memory_lengths=memory_lengths, memory_mask=memory_mask
+            )
+        query, states, memory_proj = functional.autocast(
+            query, prepared.memory, prepared.memory_proj
+        )
+        self._check_memory(states)
+        functional.check_query(query, states, "query_dim", self.query_dim)
         dropout_p = self.dropout if self.training else 0.0
         masking = functional.check_masking(
-            query, memory, memory_lengths, memory_mask, None, dropout_p
+            query, states, prepared.memory_lengths, prepared.memory_mask, None, dropout_p
         )
         if self.score == "concat":
             if memory_proj is None:
-                memory_proj = self.memory_proj(zero_uncounted_rows(memory, masking))
+                memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
             (v,) = functional.autocast(self.v)
+            inputs = (self.query_proj(query), memory_proj, prepared.memory_exp, v, states)
             context, weights = functional.attend_concat(
-                self.query_proj(query), memory_proj, memory_exp, v, memory, masking,
-                return_weights, self.backend,
-            )  # fmt: skip
+                *inputs, masking, return_weights, self.backend
+            )
         else:
             scored = query if self.score == "dot" else self.query_proj(query)
             context, weights = functional.attend_dot(
-                scored, memory, self.scale, masking, return_weights, self.backend
+                scored, states, self.scale, masking, return_weights, self.backend
             )
         if self.output_dim is not None:
             context = torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
@@ -224,6 +220,24 @@ class LuongAttention(nn.Module):
                 f"memory must have shape (B, S, {self.memory_dim}), got {tuple(memory.shape)}"
             )
 
+    def _check_prepared(
+        self, memory: PreparedMemory, memory_lengths: object, memory_mask: object
+    ) -> None:
+        if memory_lengths is not None or memory_mask is not None:
+            raise ValueError(
+                "memory_lengths and memory_mask belong to prepare_memory when memory is a "
+                "PreparedMemory, got them in forward"
+            )
+        if memory.score != self.score:
+            raise ValueError(
+                f"memory was prepared for the score {memory.score!r}, expected {self.score!r}"
+            )
+        if memory.memory_proj is not None and memory.memory_proj.shape[2] != self.attn_dim:
+            raise ValueError(
+                f"memory was prepared for attn_dim {memory.memory_proj.shape[2]}, "
+                f"expected {self.attn_dim}"
+            )
+
     def extra_repr(self) -> str:
         parts = [f"{self.query_dim}, {self.memory_dim}, score={self.score!r}"]
         if self.scale != 1.0:
@@ -233,10 +247,6 @@ class LuongAttention(nn.Module):
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
-
-
-def _is_cube(mask: object) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 3
 
 
 def _check_options(

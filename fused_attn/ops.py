@@ -236,7 +236,8 @@ class _ConcatAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_context: Any, grad_weights: Any, _: Any) -> Any:
         query_proj, memory_proj, memory_exp, v, memory, *rest = ctx.saved_tensors
         keep_scale, backend = ctx.scalars
-        masking, saved = Masking(*rest[:3], keep_scale), rest[3:]
+        lengths, mask, keep, *saved = rest
+        masking = Masking(lengths, mask, keep, keep_scale)
         if torch.is_grad_enabled():
             inputs = (query_proj, memory_proj, v, memory)
             result = reference.concat_attention(*inputs, masking)

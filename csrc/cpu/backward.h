@@ -96,8 +96,8 @@ struct BackwardTask {
       const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
       base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
       const X* output = static_cast<const X*>(p.context) + row * p.E;
-      const X* grad = static_cast<const X*>(p.grad_context.data) +
-                      b * p.grad_context.batch_stride + t * p.grad_context.row_stride;
+      const X* grad = static_cast<const X*>(p.grad_context.data) + b * p.grad_context.batch_stride +
+                      t * p.grad_context.row_stride;
       delta[t] = inner(output, grad, p.E);
       if (p.grad_weights.data)
         delta[t] += inner(static_cast<const X*>(p.weights) + row * p.S, weight_grads(b, t), p.S);
@@ -184,7 +184,8 @@ struct BackwardTask {
     add_v_constant(task, rows, picked);
   }
 
-  // `scores` become P and `grads` the gradients of the scores; `kept` are the weights after dropout.
+  // `scores` become P and `grads` the gradients of the scores; `kept` are the weights after
+  // dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
                        const uint8_t* marks, const Block<A>& grad, const Block<A>& m) const {
     finish_scores(p, b, t0, rows, picked, marks, scores, ld);
@@ -266,8 +267,7 @@ struct BackwardTask {
       store(lanes, sum);
       const int64_t n = p.K - d < kLanes<A> ? p.K - d : kLanes<A>;
       if (blocked)
-        for (int64_t i = 0; i < n; ++i)
-          lanes[i] *= A(4) * widen(static_cast<const X*>(p.v)[d + i]);
+        for (int64_t i = 0; i < n; ++i) lanes[i] *= A(4) * widen(static_cast<const X*>(p.v)[d + i]);
       narrow_row(lanes, A(1), n, out + d);
     }
   }

@@ -130,8 +130,10 @@ FA_INLINE void finish_scores(const AttentionParams& p, int64_t b, int64_t t0, in
       for (int64_t j = 0; j < picked.count; ++j) row[j] *= scale;
     if (!spoiled) continue;
     for (int64_t j = 0; j < picked.count; ++j) {
-      if (!allowed(p, b, t0 + i, picked[j])) row[j] = -kInfinity<A>;
-      else if (spoiled[j]) row[j] = A(__builtin_nan(""));
+      if (!allowed(p, b, t0 + i, picked[j]))
+        row[j] = -kInfinity<A>;
+      else if (spoiled[j])
+        row[j] = A(__builtin_nan(""));
     }
   }
 }

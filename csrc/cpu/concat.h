@@ -100,13 +100,23 @@ FA_INLINE Vec<A> denominator(Vec<A> q, Vec<A> m) {
   }
 }
 
+// 1 / (1 + E). Saturated terms must come out as 0 or 1 to the bit in the exact range, or u = r -
+// r^2 would be an error where it ought to be 0: the division is exact there, the estimate is not.
+template <class A, Range R>
+FA_INLINE Vec<A> inverse(Vec<A> x) {
+  if constexpr (R == Range::exact)
+    return A(1) / x;
+  else
+    return reciprocal<A>(x);
+}
+
 // v0 / x0 + v1 / x1 with one reciprocal: (v0 x1 + v1 x0) / (x0 x1).
 template <class A, Range R>
 FA_INLINE Vec<A> weighted_pair(Vec<A> x0, Vec<A> x1, Vec<A> v0, Vec<A> v1) {
   if constexpr (R == Range::paired) {
     return (v0 * x1 + v1 * x0) * reciprocal<A>(x0 * x1);
   } else {
-    return v0 * reciprocal<A>(x0) + v1 * reciprocal<A>(x1);
+    return v0 * inverse<A, R>(x0) + v1 * inverse<A, R>(x1);
   }
 }
 
@@ -153,13 +163,17 @@ static void concat_scores(Factors<A> q, int64_t rows, Factors<A> m, int64_t n, c
     int64_t i = 0;
     for (; i + M <= rows; i += M) {
       const Factors<A> qi = advance(q, i);
-      if (four) concat_tile<A, R, M, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-      else concat_tile<A, R, M, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
+      if (four)
+        concat_tile<A, R, M, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
+      else
+        concat_tile<A, R, M, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
     }
     for (; i < rows; ++i) {
       const Factors<A> qi = advance(q, i);
-      if (four) concat_tile<A, R, 1, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-      else concat_tile<A, R, 1, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
+      if (four)
+        concat_tile<A, R, 1, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
+      else
+        concat_tile<A, R, 1, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
     }
     j += four ? 4 : 1;
   }
@@ -197,7 +211,7 @@ FA_INLINE void concat_backward_rows(const A* q, const A* m, const A* g, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       // A single product may reach Limits::pair here, far below where the reciprocal fails.
-      const Vec<A> r = reciprocal<A>(denominator<A, R>(qi[i], mj));
+      const Vec<A> r = inverse<A, R>(denominator<A, R>(qi[i], mj));
       const A gij = g[i * ldg + j];
       const Vec<A> gu = gij * (r - r * r);
       dqi[i] += gu;

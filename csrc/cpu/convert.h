@@ -61,8 +61,8 @@ FA_INLINE void narrow(float x, Float16& out) {
   // Below 2^-14 adding 0.5 leaves the subnormal half in the low bits, rounded by the addition.
   const uint32_t tiny = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
   uint32_t half = magnitude < 0x38800000u ? tiny : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;               // rounds past 65504
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;                // NaN
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds past 65504
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
   out.bits = uint16_t(half | (bits >> 16 & 0x8000u));
 }
 

@@ -64,7 +64,8 @@ struct ForwardTask {
     bool fresh = true;
     if (begin < stop) attend(b, t0, rows, begin, stop, fresh);
     if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
-    if (plan.segments > 1) leave_partial(task, rows);
+    if (plan.segments > 1)
+      leave_partial(task, rows);
     else
       for (int64_t i = 0; i < rows; ++i)
         finish_row(p, b * p.T + t0 + i, context + i * memory_width, row_max[i], row_sum[i],
@@ -201,8 +202,8 @@ struct ForwardTask {
         store(total + d, s ? load(total + d) + factor * load(part + d) : factor * load(part + d));
       sum += factor * sum_at(s);
     }
-    const A* kept = !p.weights ? nullptr
-                               : static_cast<const A*>(__is_same(X, A) ? p.weights : shared.scores);
+    const A* kept =
+        !p.weights ? nullptr : static_cast<const A*>(__is_same(X, A) ? p.weights : shared.scores);
     finish_row(p, row, total, top, sum, kept);
   }
 };

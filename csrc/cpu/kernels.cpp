@@ -13,10 +13,14 @@ namespace {
 template <class F>
 FA_INLINE auto with_type(DType dtype, F f) {
   switch (dtype) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::f16: return f(static_cast<Float16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<Float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
   }
 }
 template <class P>
@@ -77,9 +81,9 @@ void backward_merge_v(const AttentionParams& p, const Plan& plan, const Shared& 
 #define FA_ENTRY(isa) FA_JOIN(fused_attn_kernels_, isa)
 
 extern "C" __attribute__((visibility("hidden"))) const KernelTable* FA_ENTRY(FUSED_ATTN_ISA)() {
-  static const KernelTable table = {
-      kVectorBytes,  forward_scratch, forward_task,    forward_merge, backward_scratch,
-      backward_task, backward_merge,  backward_merge_v};
+  static const KernelTable table = {kVectorBytes,   forward_scratch,  forward_task,
+                                    forward_merge,  backward_scratch, backward_task,
+                                    backward_merge, backward_merge_v};
   return &table;
 }
 

@@ -29,12 +29,12 @@ template <class X>
 struct ConcatOperands {
   using A = Arithmetic<X>;
   int64_t padded;
-  A* v;              // (padded)
+  A* v;  // (padded)
   A v_sum;
-  A* staged;         // one row, on its way to another layout
-  A* memory_factors; // one chunk
-  A* exact_query;    // one block of queries
-  A* exact_memory;   // one chunk
+  A* staged;          // one row, on its way to another layout
+  A* memory_factors;  // one chunk
+  A* exact_query;     // one block of queries
+  A* exact_memory;    // one chunk
   Layout<A> query_layout, memory_layout;
 
   void carve(Carver& carver, const AttentionParams& p, const Plan& plan) {
@@ -101,9 +101,12 @@ struct ConcatOperands {
   Factors<A> chunk_factors(const AttentionParams& p, int64_t b, const Picked& picked,
                            Extent<A>& extent) const {
     if (p.memory_exp.data) {
-      if constexpr (__is_same(A, double)) return prepared_factors<double>(p, b, picked, extent);
-      else if (p.exp_dtype == DType::bf16) return prepared_factors<BFloat16>(p, b, picked, extent);
-      else return prepared_factors<float>(p, b, picked, extent);
+      if constexpr (__is_same(A, double))
+        return prepared_factors<double>(p, b, picked, extent);
+      else if (p.exp_dtype == DType::bf16)
+        return prepared_factors<BFloat16>(p, b, picked, extent);
+      else
+        return prepared_factors<float>(p, b, picked, extent);
     }
     for (int64_t i = 0; i < picked.count; ++i) {
       A* out = memory_factors + i * memory_layout.row;

@@ -42,7 +42,7 @@ class Backend(Protocol):
         memory: Tensor,
         scale: float,
         masking: Masking,
-        saved: tuple[Tensor, Tensor, Tensor],
+        saved: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]: ...
 
     def concat_forward(
@@ -66,7 +66,7 @@ class Backend(Protocol):
         v: Tensor,
         memory: Tensor,
         masking: Masking,
-        saved: tuple[Tensor, Tensor, Tensor],
+        saved: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]: ...
 
 
@@ -82,10 +82,10 @@ def unavailable_reasons(name: str) -> list[str]:
 
 def check_request(backend: object, source: str = "backend") -> str:
     """Return ``backend`` if it is a known name; ``source`` says in the error who asked."""
-    if backend not in REQUESTS:
+    if not isinstance(backend, str) or backend not in REQUESTS:
         names = ", ".join(repr(name) for name in REQUESTS)
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
-    return cast(str, backend)
+    return backend
 
 
 @cache

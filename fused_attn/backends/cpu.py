@@ -59,17 +59,13 @@ def _masking(masking: Masking) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return (0, 0, 0, 0, 0, 0, 1.0), ()
     lengths = None if lengths is None else lengths.contiguous()
     keep = None if keep is None else keep.contiguous()
-    where, strides = 0, (0, 0, 0)
+    mask_at = (0, 0, 0, 0)
     if mask is not None:
-        strides = mask.stride()
-        where, strides = mask.data_ptr(), (strides[0], _row_step(mask), strides[2])
+        step = 0 if mask.shape[1] == 1 else mask.stride(1)
+        mask_at = (mask.data_ptr(), mask.stride(0), step, mask.stride(2))
     lengths_at = 0 if lengths is None else lengths.data_ptr()
     keep_at = 0 if keep is None else keep.data_ptr()
-    return (lengths_at, where, *strides, keep_at, keep_scale), (lengths, mask, keep)
-
-
-def _row_step(mask: Tensor) -> int:
-    return 0 if mask.shape[1] == 1 else mask.stride(1)
+    return (lengths_at, *mask_at, keep_at, keep_scale), (lengths, mask, keep)
 
 
 def _outputs(
@@ -133,7 +129,7 @@ def dot_backward(
     memory: Tensor,
     scale: float,
     masking: Masking,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     query, memory = _unit_rows(query), _unit_rows(memory)
     masks, _alive = _masking(masking)
@@ -203,7 +199,7 @@ def concat_backward(
     v: Tensor,
     memory: Tensor,
     masking: Masking,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     operands = _concat_operands(query_proj, memory_proj, memory_exp, v, memory)
     query_proj, memory_proj, memory_exp, v, memory = operands

@@ -44,11 +44,11 @@ def dot_backward(
     memory: Tensor,
     scale: float,
     masking: Masking,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    inputs = [tensor.detach().requires_grad_() for tensor in (query, memory)]
+    query, memory = inputs = [x.detach().requires_grad_() for x in (query, memory)]
     with torch.enable_grad():
-        result = reference.dot_attention(*inputs, scale, masking)
+        result = reference.dot_attention(query, memory, scale, masking)
     grads = reference.gradients(result, inputs, grad_context, grad_weights)
     return tuple(grad.contiguous() for grad in grads)
 
@@ -75,10 +75,11 @@ def concat_backward(
     v: Tensor,
     memory: Tensor,
     masking: Masking,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    inputs = [tensor.detach().requires_grad_() for tensor in (query_proj, memory_proj, v, memory)]
+    inputs = [x.detach().requires_grad_() for x in (query_proj, memory_proj, v, memory)]
+    query_proj, memory_proj, v, memory = inputs
     with torch.enable_grad():
-        result = reference.concat_attention(*inputs, masking)
+        result = reference.concat_attention(query_proj, memory_proj, v, memory, masking)
     grads = reference.gradients(result, inputs, grad_context, grad_weights)
     return tuple(grad.contiguous() for grad in grads)

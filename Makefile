@@ -1,0 +1,102 @@
+# Runs the tools of .venv, which `make setup` creates; PYTHON is the interpreter it is made from.
+PYTHON ?= python3
+# The version that the figures in DESIGN.md were measured with; pyproject.toml has the range.
+TORCH = torch==2.13.0
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+SETUP_STAMP = .venv/.setup-stamp
+BUILD_STAMP = build/.native-stamp
+NATIVE_SOURCES = CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# A compiler that is there must succeed; where there is none, the eager backend does the work.
+NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
+# Without the root of the checkout on sys.path, `import kernels` is not ours, as in an install.
+TEST_ENV = PYTHONSAFEPATH=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-asan lint lint-python lint-native lint-bans format wheel \
+        bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(SETUP_STAMP) ## make .venv and install the package into it, editable, with all extras
+
+$(SETUP_STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo 'make setup: needs Python 3.11 or later with venv and pip (python3-venv)'; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing $(TORCH) into .venv'
+	@$(PIP) install '$(TORCH)'
+	@echo 'building fused_attn and installing it into .venv, editable, with its extras'
+	@$(NATIVE_ENV) $(PIP) install --editable '.[seq2seq,bench,test,dev]'
+	@mkdir -p build && touch $(BUILD_STAMP) $@
+
+build: $(BUILD_STAMP) ## rebuild the native module if csrc/ changed
+
+$(BUILD_STAMP): $(NATIVE_SOURCES) | $(SETUP_STAMP)
+	@echo 'building the native module'
+	@$(NATIVE_ENV) $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: setup build ## train the pronunciation model and show what it learned
+	$(BIN)/fused-attn train g2p --output runs/demo
+
+test: setup build ## run the tests
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
+
+ASAN_SITE = build/asan/site
+ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+
+# The package is copied beside the instrumented module, so that the normal build stays in place.
+# libstdc++ is preloaded too, or AddressSanitizer cannot intercept the exceptions of a module that
+# is loaded late. Python leaks on purpose at exit. --capture=sys lets a report through to the
+# terminal.
+test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
+	  -DFUSED_ATTN_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) >build/asan.log \
+	  || { cat build/asan.log; exit 1; }
+	@$(BIN)/cmake --build build/asan
+	@rm -rf $(ASAN_SITE) && mkdir -p $(ASAN_SITE)
+	@cp -r fused_attn $(ASAN_SITE)/ && cp -r kernels $(ASAN_SITE)/fused_attn/
+	@rm -f $(ASAN_SITE)/fused_attn/_C.*.so
+	@$(BIN)/cmake --install build/asan --prefix $(ASAN_SITE) >>build/asan.log
+	$(TEST_ENV) PYTHONPATH=$(ASAN_SITE) LD_PRELOAD='$(ASAN_PRELOAD)' \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest --capture=sys tests/test_backends.py
+
+lint: lint-python lint-native lint-bans ## check style, types, C++ layout and the banned words
+
+lint-python: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lint-native: setup
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# $(call ban,extended regular expression,where,why)
+ban = @! grep -rnE --exclude-dir=__pycache__ -e '$(1)' $(2) || { echo 'banned: $(3)'; exit 1; }
+
+lint-bans:
+	$(call ban,tl\.make_block_ptr,kernels,deprecated in Triton; use pointers or tensor descriptors)
+	$(call ban,^ *(import|from) +torch,kernels,kernels/ imports triton and nothing else)
+	$(call ban,# *include *[<"](torch|ATen|c10)/,csrc,csrc/ knows no framework)
+	$(call ban,-march=native,CMakeLists.txt setup.py csrc,wheels run on other machines)
+
+format: setup ## lay out the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: setup ## build the sdist, and from it the wheel, into dist/
+	FUSED_ATTN_REQUIRE_NATIVE=1 $(BIN)/python -m build --outdir dist
+
+bench: setup build ## measure the named problems against the baselines
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist fused_attn.egg-info fused_attn/_C.*.so fused_attn/_native_build_error.txt

@@ -1,0 +1,412 @@
+"""How attention is judged: input factories, an fp64 oracle, a yardstick, and one error budget.
+
+A result is right when its largest error against the oracle is at most
+
+    2 x (largest error of the plain chain in the same dtype) + floor x (largest oracle value).
+
+The oracle is `reference` in float64 on the quantised inputs, so that only the arithmetic is judged
+and not the rounding of the inputs. The plain chain is what people write by hand, in the dtype of
+the inputs. The floor covers what it rounds better by luck, and has one table, `FLOORS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fused_attn import functional, reference
+from fused_attn.reference import Masking
+
+FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = tuple(FLOORS)
+# "projected" is the concat score over finished projections, as the operator takes it.
+SCORES = ("dot", "general", "concat", "projected")
+MASKS = ("none", "shared", "row", "cube")  # none, (B, S), (B, 1, S), (B, T, S)
+LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")
+
+# Arguments without a batch dimension; their gradients are sums over the batch.
+_PARAMETERS = ("weight", "query_weight", "memory_weight", "v", "bias")
+_ORACLE_ELEMENTS = 1 << 24  # of (B, T, S, A) at a time, so that the oracle fits in memory
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one call looks like; `make_inputs` fills it with numbers. Its str is a test id."""
+
+    score: str  # one of SCORES
+    dtype: torch.dtype = torch.float32
+    batch: int = 3
+    queries: int = 5
+    source: int = 9
+    query_dim: int = 16  # D; the dot score takes memory_dim instead
+    memory_dim: int = 16  # E
+    attn_dim: int = 16  # A
+    lengths: bool = False  # rows of S, 0, and lengths between
+    mask: str = "none"  # one of MASKS
+    keep: bool = False  # dropout on the weights
+    bias: bool = False  # of the concat score
+    layout: str = "contiguous"  # one of LAYOUTS, of every tensor
+    weights: bool = True  # whether the weights are asked for, and have a gradient
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch}T{self.queries}S{self.source}E{self.memory_dim}"
+        if self.score in ("general", "concat"):
+            sizes += f"D{self.query_dim}"
+        if self.score in ("concat", "projected"):
+            sizes += f"A{self.attn_dim}"
+        flags = [name for name in ("lengths", "keep", "bias") if getattr(self, name)]
+        flags += [] if self.weights else ["no_weights"]
+        flags += [f"{self.mask}_mask"] if self.mask != "none" else []
+        flags += [self.layout] if self.layout != "contiguous" else []
+        return "-".join([self.score, str(self.dtype).removeprefix("torch."), sizes, *flags])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call by name, and the gradients that come back to its results."""
+
+    score: str
+    tensors: Tensors  # the differentiable arguments
+    masking: Masking
+    scale: float
+    grad_context: Tensor | None  # None: nothing depends on the context
+    grad_weights: Tensor | None  # None: the weights are not asked for
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """Return the same values (the first row for all, if "expanded") under other strides."""
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "expanded" and tensor.dim() > 2:
+        return tensor[:1].clone().expand(tensor.shape)
+    if layout == "sliced":  # what lies between the values is NaN, or True in a mask
+        gaps = torch.full((*tensor.shape, 2), torch.nan, device=tensor.device).to(tensor.dtype)
+        gaps[..., 0] = tensor
+        return gaps.flatten(-2)[..., ::2]
+    if layout == "offset":  # aligned to the element and to nothing wider
+        flat = torch.cat((tensor.new_zeros(1), tensor.flatten()))
+        return flat[1:].view(tensor.shape)
+    return tensor.contiguous()
+
+
+def _each(masking: Masking, change: Callable[[Tensor], Tensor]) -> Masking:
+    """Apply ``change`` to the tensors of a masking."""
+    lengths, mask, keep = (None if tensor is None else change(tensor) for tensor in masking[:3])
+    return Masking(lengths, mask, keep, masking.keep_scale)
+
+
+def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
+    batch, queries, source = case.batch, case.queries, case.source
+    lengths = mask = keep = None
+    if case.lengths:
+        between = torch.arange(batch) * source // max(batch, 1)
+        lengths = torch.cat((torch.tensor([source, 0]), between))[:batch]
+    if case.mask != "none":
+        # Three rows in four count; the last row of the batch has nothing left.
+        rows = {"shared": 1, "row": 1, "cube": queries}[case.mask]
+        mask = draw(batch, rows, source) > -0.67
+        mask[-1:, -1:] = False
+        mask = mask[:, 0] if case.mask == "shared" else mask
+    if case.keep:
+        keep = draw(batch, queries, source) > -0.5
+    return Masking(lengths, mask, keep, 1.5 if case.keep else 1.0)
+
+
+def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Draw the inputs of ``case``: scores of a spread of about 2, whatever the widths are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return size * torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    batch, queries, source = case.batch, case.queries, case.source
+    query_dim, memory_dim, attn_dim = case.query_dim, case.memory_dim, case.attn_dim
+    tensors = {"memory": draw(batch, source, memory_dim)}
+    if case.score == "dot":
+        tensors["query"] = draw(batch, queries, memory_dim, size=2 * memory_dim**-0.5)
+    elif case.score == "general":
+        tensors["query"] = draw(batch, queries, query_dim)
+        tensors["weight"] = draw(query_dim, memory_dim, size=2 * (query_dim * memory_dim) ** -0.5)
+    elif case.score == "concat":
+        tensors["query"] = draw(batch, queries, query_dim)
+        tensors["query_weight"] = draw(attn_dim, query_dim, size=query_dim**-0.5)
+        tensors["memory_weight"] = draw(attn_dim, memory_dim, size=memory_dim**-0.5)
+    else:
+        tensors["query_proj"] = draw(batch, queries, attn_dim)
+        tensors["memory_proj"] = draw(batch, source, attn_dim)
+    if case.score in ("concat", "projected"):
+        tensors["v"] = draw(attn_dim, size=2 * attn_dim**-0.5)
+    if case.bias and case.score == "concat":
+        tensors["bias"] = draw(attn_dim)
+    masking = _masking(case, draw)
+    seeds = [draw(batch, queries, memory_dim), draw(batch, queries, source)]
+
+    def place(tensor: Tensor) -> Tensor:
+        return lay_out(tensor.to(device, case.dtype), case.layout)
+
+    return Inputs(
+        score=case.score,
+        tensors={name: place(tensor) for name, tensor in tensors.items()},
+        masking=_each(masking, lambda tensor: lay_out(tensor.to(device), case.layout)),
+        scale=0.75 if case.score in ("dot", "general") else 1.0,
+        grad_context=place(seeds[0]),
+        grad_weights=place(seeds[1]) if case.weights else None,
+    )
+
+
+def _cubed(masking: Masking) -> Masking:
+    """The masking as the reference and the operator take it: lengths int64, mask (B, 1 or T, S)."""
+    mask = masking.memory_mask
+    return masking._replace(
+        memory_mask=mask.unsqueeze(1) if mask is not None and mask.dim() == 2 else mask
+    )
+
+
+def counted(inputs: Inputs) -> Tensor:
+    """Bool (B, 1 or T, S): the positions that each query may look at."""
+    return reference.counted_positions(inputs.tensors["memory"], _cubed(inputs.masking))
+
+
+def spoil_padding(inputs: Inputs, value: float) -> Inputs:
+    """Return the inputs with ``value`` (NaN, say) in every memory row that no query may look at."""
+    padding = ~counted(inputs).any(dim=1)[..., None]
+    spoiled = {
+        name: tensor.masked_fill(padding, value)
+        for name, tensor in inputs.tensors.items()
+        if name in ("memory", "memory_proj")
+    }
+    return replace(inputs, tensors=inputs.tensors | spoiled)
+
+
+def _projections(score: str, tensors: Tensors, masking: Masking) -> tuple[Tensor, Tensor]:
+    """The query as it is scored, and what it is scored with."""
+    memory = tensors["memory"]
+    if score == "dot":
+        return tensors["query"], memory
+    if score == "general":
+        return tensors["query"] @ tensors["weight"], memory
+    if score == "projected":
+        return tensors["query_proj"], tensors["memory_proj"]
+    readable = reference.zero_uncounted_rows(memory, masking)
+    query_proj = linear(tensors["query"], tensors["query_weight"], tensors.get("bias"))
+    return query_proj, linear(readable, tensors["memory_weight"])
+
+
+def plain_attention(
+    score: str, tensors: Tensors, scale: float, counts: Tensor | None, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """Attention as people write it: bmm, masked_fill, softmax, bmm. (context, weights).
+
+    ``counts`` (B, 1 or T, S) comes from `counted`. A query with nothing to attend to gets uniform
+    weights here.
+    """
+    query, keys = _projections(score, tensors, Masking())
+    if score in ("dot", "general"):
+        scores = scale * torch.bmm(query, keys.transpose(1, 2))
+    else:
+        scores = torch.tanh(query[:, :, None] + keys[:, None]) @ tensors["v"]
+    if counts is not None:
+        scores = scores.masked_fill(~counts, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    summed = weights
+    if masking.keep_mask is not None:
+        summed = weights * masking.keep_mask * masking.keep_scale
+    return torch.bmm(summed, tensors["memory"]), weights
+
+
+Call = Callable[[Tensors], tuple[Tensor, Tensor | None]]
+
+
+def evaluate(call: Call, inputs: Inputs) -> Tensors:
+    """Run ``call`` on the inputs, forward and backward: its results and gradients, by name."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    context, weights = call(leaves)
+    results = {"context": context.detach()}
+    roots, seeds = [], []
+    if inputs.grad_context is not None:
+        roots.append(context)
+        seeds.append(inputs.grad_context.to(context.dtype))
+    if weights is not None and inputs.grad_weights is not None:
+        results["weights"] = weights.detach()
+        roots.append(weights)
+        seeds.append(inputs.grad_weights.to(weights.dtype))
+    grads = torch.autograd.grad(roots, list(leaves.values()), seeds, materialize_grads=True)
+    return results | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def fused(inputs: Inputs, backend: str = "auto") -> Tensors:
+    """The call under test, through the public functions where these take all of the inputs."""
+    masking, scale = inputs.masking, inputs.scale
+    wanted = inputs.grad_weights is not None
+
+    def call(tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+        if masking.keep_mask is None and inputs.score != "projected":
+            function = getattr(functional, f"{inputs.score}_attention")
+            scaled = {} if inputs.score == "concat" else {"scale": scale}
+            lengths, mask = masking[:2]
+            return function(
+                **tensors, **scaled, memory_lengths=lengths, memory_mask=mask,
+                return_weights=wanted, backend=backend,
+            )  # fmt: skip
+        whole, memory = _cubed(masking), tensors["memory"]
+        query, keys = _projections(inputs.score, tensors, whole)
+        if inputs.score in ("dot", "general"):
+            return functional.attend_dot(query, memory, scale, whole, wanted, backend)
+        v = tensors["v"]
+        return functional.attend_concat(query, keys, None, v, memory, whole, wanted, backend)
+
+    return evaluate(call, inputs)
+
+
+def plain(inputs: Inputs) -> Tensors:
+    """The yardstick: `plain_attention` in the dtype of the inputs, empty rows set to 0 after."""
+    counts = counted(inputs)
+    empty = ~counts.any(dim=-1, keepdim=True)
+    masking = _cubed(inputs.masking)
+
+    def call(tensors: Tensors) -> tuple[Tensor, Tensor]:
+        context, weights = plain_attention(inputs.score, tensors, inputs.scale, counts, masking)
+        return context.masked_fill(empty, 0), weights.masked_fill(~counts, 0)
+
+    return evaluate(call, inputs)
+
+
+def oracle(inputs: Inputs) -> Tensors:
+    """The right answer: the reference in float64 on the same inputs, some batch rows at a time."""
+    tensors = inputs.tensors
+    batch, source, _ = tensors["memory"].shape
+    queries = tensors["query" if "query" in tensors else "query_proj"].shape[1]
+    width = tensors["v"].shape[0] if "v" in tensors else 1
+    rows = max(1, _ORACLE_ELEMENTS // max(queries * source * width, 1))
+    parts = [_oracle_rows(inputs, slice(at, at + rows)) for at in range(0, max(batch, 1), rows)]
+    joined = {}
+    for name in parts[0]:
+        found = [part[name] for part in parts]
+        is_sum = name.removeprefix("grad_") in _PARAMETERS
+        joined[name] = torch.stack(found).sum(dim=0) if is_sum else torch.cat(found)
+    return joined
+
+
+def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
+    masking = _each(_cubed(inputs.masking), lambda tensor: tensor[rows])
+    score, scale = inputs.score, inputs.scale
+
+    def call(tensors: Tensors) -> tuple[Tensor, Tensor]:
+        query, keys = _projections(score, tensors, masking)
+        if score in ("dot", "general"):
+            result = reference.dot_attention(query, tensors["memory"], scale, masking)
+        else:
+            memory, v = tensors["memory"], tensors["v"]
+            result = reference.concat_attention(query, keys, v, memory, masking)
+        return result.context, result.weights
+
+    wide = {
+        name: tensor.double() if name in _PARAMETERS else tensor[rows].double()
+        for name, tensor in inputs.tensors.items()
+    }
+    seeds = (inputs.grad_context, inputs.grad_weights)
+    grad_context, grad_weights = (None if s is None else s[rows] for s in seeds)
+    part = Inputs(score, wide, masking, scale, grad_context, grad_weights)
+    return evaluate(call, part)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One result against the oracle. ``budget`` is the error that it may have."""
+
+    error: float
+    yardstick: float  # the plain chain's error
+    budget: float
+    largest: float  # value of the oracle
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for a NaN on either side
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def judge(got: Tensor, oracle: Tensor, plain: Tensor, scale: float | None = None) -> Verdict:
+    """Compare one result with the oracle. ``scale`` replaces the largest oracle value if given."""
+    largest = _largest(oracle)
+    yardstick = _largest(plain.double() - oracle)
+    floor = FLOORS[got.dtype] * (largest if scale is None else scale)
+    return Verdict(_largest(got.double() - oracle), yardstick, 2 * yardstick + floor, largest)
+
+
+def check_within_budget(
+    name: str, got: Tensor, oracle: Tensor, plain: Tensor, scale: float | None = None
+) -> None:
+    """Raise AssertionError, saying where and by how much, if ``got`` exceeds the error budget."""
+    if got.shape != oracle.shape or got.dtype != plain.dtype:
+        raise AssertionError(
+            f"{name}: expected {plain.dtype} {tuple(oracle.shape)}, "
+            f"got {got.dtype} {tuple(got.shape)}"
+        )
+    verdict = judge(got, oracle, plain, scale)
+    if verdict.passed:
+        return
+    errors = (got.double() - oracle).abs().nan_to_num(torch.inf, torch.inf)
+    where = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+    raise AssertionError(
+        f"{name}: error {verdict.error:.3g} exceeds the budget {verdict.budget:.3g} "
+        f"(2 x {verdict.yardstick:.3g} of the plain chain + {FLOORS[got.dtype]:g} x the largest "
+        f"value {verdict.largest if scale is None else scale:.3g}); worst at {where}: "
+        f"got {float(got[where]):.9g}, right {float(oracle[where]):.9g}; "
+        f"{int(got.isnan().sum())} of {got.numel()} are NaN"
+    )
+
+
+def check_results(
+    got: Mapping[str, Tensor],
+    oracle: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    cancelling: bool = False,
+) -> None:
+    """`check_within_budget` for every result, with all failures in one message.
+
+    ``cancelling``: gradients through the softmax are differences of equal numbers, as for a
+    memory of one row. The floor of every gradient then goes by the largest of all gradients.
+    """
+    if got.keys() != oracle.keys():
+        raise AssertionError(f"expected the results {[*oracle]}, got {[*got]}")
+    top = max((_largest(t) for name, t in oracle.items() if name.startswith("grad_")), default=0.0)
+    failures = []
+    for name, tensor in got.items():
+        scale = top if cancelling and name.startswith("grad_") else None
+        try:
+            check_within_budget(name, tensor, oracle[name], plain[name], scale)
+        except AssertionError as failure:
+            failures.append(str(failure))
+    if failures:
+        raise AssertionError("\n".join(failures))
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within it torch.empty and its kind return NaN, so that an output left unwritten shows."""
+    settings: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    filled = settings.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        # The filling is wanted here, not torch's opinion on which of its operators repeat.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            settings.fill_uninitialized_memory = True
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            settings.fill_uninitialized_memory = filled

@@ -1,0 +1,144 @@
+"""The one-way flow of the package, read from its imports: nothing points back up.
+
+seq2seq -> attention -> functional -> ops -> backends -> each backend -> reference, _C, kernels
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fused_attn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fused_attn"
+KERNELS = ROOT / "kernels"
+
+# Lowest first; a module imports from lower layers only, or from its own package.
+LAYERS = (
+    ("_C", "kernels"),
+    ("problem", "reference"),
+    ("backends.*",),
+    ("backends",),
+    ("ops",),
+    ("functional",),
+    ("attention",),
+    ("interop",),
+    ("seq2seq",),
+    ("info", "testing"),
+    ("cli",),
+    ("__main__",),
+)
+# May use what the extras install; everything else runs with torch alone.
+NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")
+IMPORTS_NATIVE = {"backends.cpu", "info"}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"  # only names its children; its cost is tested below
+}
+
+
+def layer(module: str) -> int:
+    top, _, rest = module.partition(".")
+    place = "backends.*" if top == "backends" and rest else top
+    for height, names in enumerate(LAYERS):
+        if place in names:
+            return height
+    raise AssertionError(f"fused_attn/{module} has no place in the flow: add it to LAYERS")
+
+
+def absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
+    """The module that a from-import names, its leading dots resolved."""
+    if not node.level:
+        return node.module or ""
+    parts = ["fused_attn", *module.split(".")]
+    keep = len(parts) - node.level + (path.name == "__init__.py")
+    return ".".join([*parts[:keep], *filter(None, [node.module])])
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Full names of all modules that a file imports, wherever in the file, public names too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = absolute(node, module, path)
+            for alias in node.names:
+                if source == "fused_attn" and alias.name in fused_attn._HOME:
+                    yield fused_attn._HOME[alias.name]
+                elif source == "fused_attn" and alias.name.startswith("__"):
+                    continue  # __version__ costs nothing and comes from no layer
+                else:
+                    child = f"{source}.{alias.name}".removeprefix("fused_attn.")
+                    is_module = child in MODULES or child in ("_C", "kernels")
+                    yield f"{source}.{alias.name}" if is_module else source
+
+
+def internal(module: str, path: Path) -> set[str]:
+    names = {name for name in imports(module, path) if name.split(".")[0] == "fused_attn"}
+    # A bare `import fused_attn` reaches every public name.
+    return {"attention" if name == "fused_attn" else name[len("fused_attn.") :] for name in names}
+
+
+def external(module: str, path: Path) -> set[str]:
+    roots = {name.split(".")[0] for name in imports(module, path)}
+    return roots - {"fused_attn"} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    upward = {
+        other
+        for other in internal(module, MODULES[module])
+        if layer(other) >= layer(module)
+        # Inside one package a flow of its own is allowed, but backends have none.
+        and (module.startswith("backends") or other.split(".")[0] != module.split(".")[0])
+    }
+    assert not upward, f"fused_attn.{module} imports upwards or sideways: {sorted(upward)}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] not in NEEDS_EXTRAS])
+def test_only_the_toolkit_needs_more_than_torch(module: str) -> None:
+    allowed = {"torch", "triton"} if module == "backends.triton" else {"torch"}
+    assert external(module, MODULES[module]) <= allowed
+
+
+def test_the_reference_imports_torch_only() -> None:
+    path = MODULES["reference"]
+    assert not internal("reference", path)
+    assert external("reference", path) == {"torch"}
+
+
+def test_only_the_cpu_backend_and_info_import_the_native_module() -> None:
+    users = {module for module, path in MODULES.items() if "_C" in internal(module, path)}
+    assert users <= IMPORTS_NATIVE
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_import_triton_and_one_another(path: Path) -> None:
+    name = f"kernels.{path.stem}"
+    assert external(name, path) <= {"triton"}
+    assert {module.split(".")[0] for module in internal(name, path)} <= {"kernels"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"ops"}))
+def test_only_ops_names_torch_library(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    named = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    named |= set(imports(module, MODULES[module]))
+    assert not {name for name in named if name.startswith("torch.library")}
+
+
+@pytest.mark.parametrize("suffix", ["", ".__version__"])
+def test_importing_the_package_loads_nothing_heavy(suffix: str) -> None:
+    code = f"import sys, fused_attn; fused_attn{suffix}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "triton", "matplotlib", "numpy", "fused_attn._C"} & set(loaded)

@@ -1,0 +1,69 @@
+"""The objects that are compiled once per instruction set, read with the binutils.
+
+They are read before linking: in the module, code that leaked from one instruction set into another
+can no longer be told apart.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+BUILD = (
+    Path(__file__).resolve().parent.parent
+    / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+)
+OBJECTS = {
+    path.parents[2].name.removeprefix("fused_attn_kernels_").removesuffix(".dir"): path
+    for path in sorted(BUILD.glob("CMakeFiles/fused_attn_kernels_*.dir/csrc/cpu/kernels.cpp.o"))
+}
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+WIDER_REGISTERS = {"generic": r"%[yz]mm\d", "avx2": r"%zmm\d"} if X86 else {}
+
+pytestmark = [
+    pytest.mark.skipif(not OBJECTS, reason="no native build of this checkout under build/"),
+    pytest.mark.skipif(not shutil.which("objdump"), reason="binutils are not installed"),
+]
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def defined_symbols(path: Path) -> dict[str, str]:
+    """Name and kind (the letter of nm) of the symbols that other objects can see."""
+    lines = run("nm", "--extern-only", "--defined-only", path).splitlines()
+    return {name: kind for _, kind, name in map(str.split, lines)}
+
+
+def test_every_instruction_set_of_this_machine_was_compiled() -> None:
+    native = pytest.importorskip("fused_attn._C", exc_type=ImportError)
+    assert set(native.cpu_isas_supported()) <= set(OBJECTS)
+
+
+@pytest.mark.parametrize("isa", OBJECTS)
+def test_an_object_defines_its_entry_point_and_no_weak_symbol(isa: str) -> None:
+    # A weak symbol, such as an inline function of the standard library, is merged by the linker
+    # with its namesakes: the generic path could then run an AVX-512 body.
+    assert defined_symbols(OBJECTS[isa]) == {f"fused_attn_kernels_{isa}": "T"}
+
+
+@pytest.mark.parametrize("isa", sorted(WIDER_REGISTERS.keys() & OBJECTS.keys()))
+def test_an_object_uses_no_wider_registers_than_its_own(isa: str) -> None:
+    code = run("objdump", "--disassemble", "--no-show-raw-insn", OBJECTS[isa])
+    assert not re.findall(f".*{WIDER_REGISTERS[isa]}.*", code)[:3]
+
+
+@pytest.mark.parametrize("source", ["module", "cpu/driver", "cpu/isa"])
+def test_code_that_runs_before_the_choice_needs_no_vector_extension(source: str) -> None:
+    if not X86:
+        pytest.skip("only x86-64 has several instruction sets")
+    path = BUILD / f"CMakeFiles/_C.dir/csrc/{source}.cpp.o"
+    code = run("objdump", "--disassemble", "--no-show-raw-insn", path)
+    assert not re.findall(r".*%[yz]mm\d.*", code)[:3]
