@@ -66,19 +66,35 @@ FA_INLINE void narrow(float x, Float16& out) {
   out.bits = uint16_t(half | (bits >> 16 & 0x8000u));
 }
 
+// One vector of the arithmetic type from as many stored elements.
+FA_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+FA_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+template <class X>
+FA_INLINE Vec<float> load_wide(const X* p) {
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (__is_same(X, Float16))
+    return (Vec<float>)_mm512_cvtph_ps(raw);
+  else
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if constexpr (__is_same(X, Float16))
+    return (Vec<float>)_mm256_cvtph_ps(raw);
+  else
+    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#else
+  float lanes[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) lanes[i] = widen(p[i]);
+  return load(lanes);
+#endif
+}
+
 // dst[0..n) = src[0..n), then zeros up to dst[padded).
 template <class X, class A>
 FA_INLINE void widen_row(const X* src, int64_t n, A* dst, int64_t padded) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (__is_same(X, Float16))
-    for (; i + 16 <= n; i += 16)
-      _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(src + i))));
-#elif defined(__AVX2__)
-  if constexpr (__is_same(X, Float16))
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(src + i))));
-#endif
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load_wide(src + i));
   for (; i < n; ++i) dst[i] = widen(src[i]);
   for (i = n; i < padded; ++i) dst[i] = A(0);
 }

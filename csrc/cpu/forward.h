@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operands.h"
+#include "step.h"
 
 namespace fused_attn {
 namespace {
@@ -62,7 +63,16 @@ struct ForwardTask {
       row_sum[i] = A(0);
     }
     bool fresh = true;
-    if (begin < stop) attend(b, t0, rows, begin, stop, fresh);
+    if (begin < stop && p.T == 1 && p.score == Score::dot && !p.mask && p.E == memory_width) {
+      const Block<A> q = read_range<X, A>(p.query, b, 0, 1, p.K, score_width, query);
+      memset(context, 0, size_t(memory_width) * sizeof(A));
+      const StepSoftmax<A> result =
+          attend_step<X>(p, b, begin, stop, q.data, context, kept_scores());
+      row_max[0] = result.max;
+      row_sum[0] = result.sum;
+      fresh = false;
+    } else if (begin < stop)
+      attend(b, t0, rows, begin, stop, fresh);
     if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
     if (plan.segments > 1)
       leave_partial(task, rows);
