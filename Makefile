@@ -47,7 +47,7 @@ test: setup build ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
 
 ASAN_SITE = build/asan/site
-ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
 
 # The package is copied beside the instrumented module, so that the normal build stays in place.
 # libstdc++ is preloaded too, or AddressSanitizer cannot intercept the exceptions of a module that

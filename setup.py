@@ -32,15 +32,15 @@ class CMakeExtension(Extension):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: CMakeExtension) -> None:
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        package.mkdir(parents=True, exist_ok=True)
-        reason_file = package / REASON_FILE
-        reason_file.unlink(missing_ok=True)
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # never ship a stale one
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        reason_file = module.with_name(REASON_FILE)
+        for stale in (module, reason_file):
+            stale.unlink(missing_ok=True)
         try:
-            run_cmake(install_prefix=package.parent)
+            run_cmake(install_prefix=module.parent.parent)
         except CompileError as error:
-            reason_file.write_text(f"{error}\n")
+            reason_file.write_text(f"{error}\n", encoding="utf-8")
             if ext.optional:
                 self.warn("fused_attn is built without its native module, for its eager backend")
             raise
@@ -48,9 +48,8 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Bring the outcome of an in-place build, module or reason, into the source tree."""
         for ext in self.extensions:
-            target, built = map(
-                Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
-            )
+            target = Path(self.get_ext_fullpath(ext.name))
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
             for stale in (target, target.with_name(REASON_FILE)):
                 stale.unlink(missing_ok=True)
             if (reason_file := built.with_name(REASON_FILE)).exists():
@@ -87,7 +86,13 @@ def run_cmake(install_prefix: Path) -> None:
 
 
 def run_step(step: str, command: list[str | Path]) -> None:
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
     print(process.stdout, flush=True)
     if process.returncode == 0:
         return

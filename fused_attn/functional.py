@@ -64,6 +64,7 @@ def dot_attention(
     """
     check_backend(backend)
     query, memory = autocast(query, memory)
+    check_scale(scale)
     check_memory(memory)
     check_query(query, memory, "memory", memory.shape[2])
     masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
@@ -93,6 +94,7 @@ def general_attention(
     """
     check_backend(backend)
     query, memory, weight = autocast(query, memory, weight)
+    check_scale(scale)
     check_memory(memory)
     check_parameter("weight", weight, memory, (None, memory.shape[2]), "(D, E)")
     check_query(query, memory, "weight", weight.shape[0])
@@ -154,7 +156,7 @@ def attend_dot(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the dot operator on checked arguments; query (B, T, E) or (B, E)."""
     if isinstance(scale, Tensor):  # a learned scale gets its gradient through the small query
-        query, scale = query * scale.to(query.dtype), 1.0
+        query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     step = query.dim() == 2
     if step:
         query = query.unsqueeze(1)
@@ -194,7 +196,7 @@ def _results(
 def autocast(*tensors: Any) -> Any:
     """Cast floating tensors to the autocast dtype, if autocast is on; float64 stays as it is."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -211,9 +213,20 @@ def check_backend(backend: object) -> None:
         backends.check_request(backend)
 
 
+def check_scale(scale: object) -> None:
+    """Refuse a scale that is neither a number nor a tensor of one element."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or one element, got shape {_shape(scale)}")
+    elif not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or a Tensor of one element, got {scale!r}")
+
+
 def _check_float(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) Tensor, got layout {tensor.layout}")
     if tensor.dtype not in _FLOATS:
         expected = ", ".join(_short(dtype) for dtype in _FLOATS)
         raise TypeError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils import deterministic
 
 from fused_attn import functional, reference
 from fused_attn.reference import Masking
@@ -34,7 +35,6 @@ LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")
 # Arguments without a batch dimension; their gradients are sums over the batch.
 _PARAMETERS = ("weight", "query_weight", "memory_weight", "v", "bias")
 _ORACLE_ELEMENTS = 1 << 24  # of (B, T, S, A) at a time, so that the oracle fits in memory
-
 Tensors = dict[str, Tensor]
 
 
@@ -72,13 +72,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call by name, and the gradients that come back to its results."""
+    """The arguments of one call, and the gradients that come back to its results."""
 
     score: str
     tensors: Tensors  # the differentiable arguments
     masking: Masking
     scale: float
-    grad_context: Tensor | None  # None: nothing depends on the context
+    grad_context: Tensor
     grad_weights: Tensor | None  # None: the weights are not asked for
 
 
@@ -106,18 +106,15 @@ def _each(masking: Masking, change: Callable[[Tensor], Tensor]) -> Masking:
 
 def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
     batch, queries, source = case.batch, case.queries, case.source
-    lengths = mask = keep = None
+    lengths = mask = None
     if case.lengths:
         between = torch.arange(batch) * source // max(batch, 1)
         lengths = torch.cat((torch.tensor([source, 0]), between))[:batch]
-    if case.mask != "none":
-        # Three rows in four count; the last row of the batch has nothing left.
-        rows = {"shared": 1, "row": 1, "cube": queries}[case.mask]
-        mask = draw(batch, rows, source) > -0.67
+    if case.mask != "none":  # three positions in four; nothing for the last query of all
+        mask = draw(batch, queries if case.mask == "cube" else 1, source) > -0.67
         mask[-1:, -1:] = False
         mask = mask[:, 0] if case.mask == "shared" else mask
-    if case.keep:
-        keep = draw(batch, queries, source) > -0.5
+    keep = draw(batch, queries, source) > -0.5 if case.keep else None
     return Masking(lengths, mask, keep, 1.5 if case.keep else 1.0)
 
 
@@ -133,16 +130,16 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     tensors = {"memory": draw(batch, source, memory_dim)}
     if case.score == "dot":
         tensors["query"] = draw(batch, queries, memory_dim, size=2 * memory_dim**-0.5)
-    elif case.score == "general":
-        tensors["query"] = draw(batch, queries, query_dim)
-        tensors["weight"] = draw(query_dim, memory_dim, size=2 * (query_dim * memory_dim) ** -0.5)
-    elif case.score == "concat":
-        tensors["query"] = draw(batch, queries, query_dim)
-        tensors["query_weight"] = draw(attn_dim, query_dim, size=query_dim**-0.5)
-        tensors["memory_weight"] = draw(attn_dim, memory_dim, size=memory_dim**-0.5)
-    else:
+    elif case.score == "projected":
         tensors["query_proj"] = draw(batch, queries, attn_dim)
         tensors["memory_proj"] = draw(batch, source, attn_dim)
+    else:
+        tensors["query"] = draw(batch, queries, query_dim)
+    if case.score == "general":
+        tensors["weight"] = draw(query_dim, memory_dim, size=2 * (query_dim * memory_dim) ** -0.5)
+    elif case.score == "concat":
+        tensors["query_weight"] = draw(attn_dim, query_dim, size=query_dim**-0.5)
+        tensors["memory_weight"] = draw(attn_dim, memory_dim, size=memory_dim**-0.5)
     if case.score in ("concat", "projected"):
         tensors["v"] = draw(attn_dim, size=2 * attn_dim**-0.5)
     if case.bias and case.score == "concat":
@@ -223,18 +220,12 @@ def plain_attention(
     return torch.bmm(summed, tensors["memory"]), weights
 
 
-Call = Callable[[Tensors], tuple[Tensor, Tensor | None]]
-
-
-def evaluate(call: Call, inputs: Inputs) -> Tensors:
+def evaluate(call: Callable[[Tensors], tuple[Tensor, Tensor | None]], inputs: Inputs) -> Tensors:
     """Run ``call`` on the inputs, forward and backward: its results and gradients, by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     context, weights = call(leaves)
     results = {"context": context.detach()}
-    roots, seeds = [], []
-    if inputs.grad_context is not None:
-        roots.append(context)
-        seeds.append(inputs.grad_context.to(context.dtype))
+    roots, seeds = [context], [inputs.grad_context.to(context.dtype)]
     if weights is not None and inputs.grad_weights is not None:
         results["weights"] = weights.detach()
         roots.append(weights)
@@ -250,13 +241,11 @@ def fused(inputs: Inputs, backend: str = "auto") -> Tensors:
 
     def call(tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         if masking.keep_mask is None and inputs.score != "projected":
-            function = getattr(functional, f"{inputs.score}_attention")
-            scaled = {} if inputs.score == "concat" else {"scale": scale}
             lengths, mask = masking[:2]
-            return function(
-                **tensors, **scaled, memory_lengths=lengths, memory_mask=mask,
-                return_weights=wanted, backend=backend,
-            )  # fmt: skip
+            scaled = {} if inputs.score == "concat" else {"scale": scale}
+            function = getattr(functional, f"{inputs.score}_attention")
+            rest = {"return_weights": wanted, "backend": backend}
+            return function(**tensors, **scaled, memory_lengths=lengths, memory_mask=mask, **rest)
         whole, memory = _cubed(masking), tensors["memory"]
         query, keys = _projections(inputs.score, tensors, whole)
         if inputs.score in ("dot", "general"):
@@ -288,12 +277,13 @@ def oracle(inputs: Inputs) -> Tensors:
     width = tensors["v"].shape[0] if "v" in tensors else 1
     rows = max(1, _ORACLE_ELEMENTS // max(queries * source * width, 1))
     parts = [_oracle_rows(inputs, slice(at, at + rows)) for at in range(0, max(batch, 1), rows)]
-    joined = {}
-    for name in parts[0]:
+
+    def join(name: str) -> Tensor:
         found = [part[name] for part in parts]
         is_sum = name.removeprefix("grad_") in _PARAMETERS
-        joined[name] = torch.stack(found).sum(dim=0) if is_sum else torch.cat(found)
-    return joined
+        return torch.stack(found).sum(dim=0) if is_sum else torch.cat(found)
+
+    return {name: join(name) for name in parts[0]}
 
 
 def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
@@ -313,9 +303,8 @@ def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
         name: tensor.double() if name in _PARAMETERS else tensor[rows].double()
         for name, tensor in inputs.tensors.items()
     }
-    seeds = (inputs.grad_context, inputs.grad_weights)
-    grad_context, grad_weights = (None if s is None else s[rows] for s in seeds)
-    part = Inputs(score, wide, masking, scale, grad_context, grad_weights)
+    grad_weights = None if inputs.grad_weights is None else inputs.grad_weights[rows]
+    part = Inputs(score, wide, masking, scale, inputs.grad_context[rows], grad_weights)
     return evaluate(call, part)
 
 
@@ -350,10 +339,8 @@ def check_within_budget(
 ) -> None:
     """Raise AssertionError, saying where and by how much, if ``got`` exceeds the error budget."""
     if got.shape != oracle.shape or got.dtype != plain.dtype:
-        raise AssertionError(
-            f"{name}: expected {plain.dtype} {tuple(oracle.shape)}, "
-            f"got {got.dtype} {tuple(got.shape)}"
-        )
+        expected, found = (plain.dtype, tuple(oracle.shape)), (got.dtype, tuple(got.shape))
+        raise AssertionError(f"{name}: expected {expected}, got {found}")
     verdict = judge(got, oracle, plain, scale)
     if verdict.passed:
         return
@@ -372,20 +359,18 @@ def check_results(
     got: Mapping[str, Tensor],
     oracle: Mapping[str, Tensor],
     plain: Mapping[str, Tensor],
-    cancelling: bool = False,
+    scales: Mapping[str, float] | None = None,
 ) -> None:
     """`check_within_budget` for every result, with all failures in one message.
 
-    ``cancelling``: gradients through the softmax are differences of equal numbers, as for a
-    memory of one row. The floor of every gradient then goes by the largest of all gradients.
+    ``scales`` holds, by name, what the floor goes by instead of the largest oracle value.
     """
     if got.keys() != oracle.keys():
         raise AssertionError(f"expected the results {[*oracle]}, got {[*got]}")
-    top = max((_largest(t) for name, t in oracle.items() if name.startswith("grad_")), default=0.0)
     failures = []
     for name, tensor in got.items():
-        scale = top if cancelling and name.startswith("grad_") else None
         try:
+            scale = scales.get(name) if scales else None
             check_within_budget(name, tensor, oracle[name], plain[name], scale)
         except AssertionError as failure:
             failures.append(str(failure))
@@ -396,7 +381,7 @@ def check_results(
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Within it torch.empty and its kind return NaN, so that an output left unwritten shows."""
-    settings: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    settings: Any = deterministic
     filled = settings.fill_uninitialized_memory
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -67,7 +67,7 @@ struct BackwardTask {
     const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
     const int64_t length = length_of(p, b);
     const int64_t stop = end < length ? end : length;
-    clear_gradients(b, p.mask ? begin : (stop > begin ? stop : begin), end);
+    clear_gradients(b, p.mask || p.T == 0 || stop < begin ? begin : stop, end);
     memset(query_sum(task), 0, size_t(p.T * score_width) * sizeof(A));
     if (p.score == Score::concat) memset(v_sum(task), 0, size_t(score_width) * sizeof(A));
     if (begin >= stop || p.T == 0) return;
@@ -172,7 +172,7 @@ struct BackwardTask {
     const Range range = range_of(extents[block], m_extent);
     if (range == Range::exact) {
       q = concat.exact_queries(p, b, t0, rows);
-      m_factors = concat.exact_chunk(p, b, picked);
+      m_factors = concat.exact_chunk(p, b, picked, marks);
     }
     concat_scores_in(range, q, rows, m_factors, picked.count, concat.v, score_width, concat.v_sum,
                      scores, ld);
@@ -212,6 +212,10 @@ struct BackwardTask {
       }
       for (int64_t j = 0; j < width; j += kLanes<A>)
         store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
+      if (!marks) continue;
+      // A query that a spoiled row has made NaN must still give nothing to rows it does not see.
+      for (int64_t j = 0; j < picked.count; ++j)
+        if (!allowed(p, b, t0 + i, picked[j])) kept[i * ld + j] = g[j] = A(0);
     }
   }
 

@@ -114,7 +114,7 @@ struct ForwardTask {
         const Range range = range_of(q_extent, m_extent);
         if (range == Range::exact) {
           qf = concat.exact_queries(p, b, t0, rows);
-          m_factors = concat.exact_chunk(p, b, picked);
+          m_factors = concat.exact_chunk(p, b, picked, marks);
         }
         concat_scores_in(range, qf, rows, m_factors, picked.count, concat.v, score_width,
                          concat.v_sum, scores, ld);
@@ -171,24 +171,26 @@ struct ForwardTask {
     memcpy(out + plan.t_block * (memory_width + 1), row_sum, size_t(rows) * sizeof(A));
   }
 
-  // Divides by the sum, and turns kept scores into weights. `row` is b T + t.
+  // Divides by the sum, and turns kept scores into weights. These are taken from the maximum and
+  // not from the log-sum-exp, which has lost the sum's digits when the scores are large. `row` is
+  // b T + t.
   static void finish_row(const AttentionParams& p, int64_t row, const A* context, A max, A sum,
                          const A* kept) {
     const bool empty = sum == A(0);
-    const A logsumexp = empty ? -kInfinity<A> : max + log_of(sum);
-    static_cast<A*>(p.logsumexp)[row] = logsumexp;
-    narrow_row(context, empty ? A(0) : A(1) / sum, p.E, static_cast<X*>(p.context) + row * p.E);
+    const A inverse = empty ? A(0) : A(1) / sum;
+    static_cast<A*>(p.logsumexp)[row] = empty ? -kInfinity<A> : max + log_of(sum);
+    narrow_row(context, inverse, p.E, static_cast<X*>(p.context) + row * p.E);
     if (!kept) return;
     const A* from = kept + row * p.S;
     X* to = static_cast<X*>(p.weights) + row * p.S;
-    const A base = empty ? A(0) : logsumexp;
+    const A base = empty ? A(0) : max;
     int64_t s = 0;
     A lanes[kLanes<A>];
     for (; s + kLanes<A> <= p.S; s += kLanes<A>) {
       store(lanes, exponential(load(from + s) - base));
-      narrow_row(lanes, A(1), kLanes<A>, to + s);
+      narrow_row(lanes, inverse, kLanes<A>, to + s);
     }
-    for (; s < p.S; ++s) narrow(exp_of(from[s] - base), to[s]);
+    for (; s < p.S; ++s) narrow(exp_of(from[s] - base) * inverse, to[s]);
   }
 
   // Merges the segments of one query, in their order. `row` is b T + t.

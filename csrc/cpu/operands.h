@@ -115,10 +115,17 @@ struct ConcatOperands {
     return {memory_factors, memory_layout.row, memory_layout.step};
   }
 
-  Factors<A> exact_chunk(const AttentionParams& p, int64_t b, const Picked& picked) const {
-    for (int64_t i = 0; i < picked.count; ++i)
-      spread(staged_row(p, b, picked[i]), padded, exact_memory + i * memory_layout.row,
-             memory_layout.step);
+  // Spoiled rows (null if there are none) become 0, as `mark_spoiled` makes them in the memory.
+  Factors<A> exact_chunk(const AttentionParams& p, int64_t b, const Picked& picked,
+                         const uint8_t* spoiled) const {
+    for (int64_t i = 0; i < picked.count; ++i) {
+      const A* row = staged_row(p, b, picked[i]);
+      if (spoiled && spoiled[i]) {
+        memset(staged, 0, size_t(padded) * sizeof(A));
+        row = staged;
+      }
+      spread(row, padded, exact_memory + i * memory_layout.row, memory_layout.step);
+    }
     return {exact_memory, memory_layout.row, memory_layout.step};
   }
 

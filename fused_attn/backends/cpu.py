@@ -73,9 +73,9 @@ def _outputs(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     batch, queries, _ = query.shape
     _, source, width = memory.shape
-    context = torch.empty((batch, queries, width), dtype=memory.dtype)
-    weights = torch.empty((batch, queries, source) if return_weights else 0, dtype=memory.dtype)
-    logsumexp = torch.empty((batch, queries), dtype=arithmetic_dtype(memory.dtype))
+    context = memory.new_empty((batch, queries, width))
+    weights = memory.new_empty((batch, queries, source) if return_weights else (0,))
+    logsumexp = memory.new_empty((batch, queries), dtype=arithmetic_dtype(memory.dtype))
     saved = (context, weights, logsumexp)
     return saved, _saved(saved, return_weights)
 
@@ -92,7 +92,7 @@ def _sizes(query: Tensor, memory: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return tensor.new_empty(tensor.shape)
 
 
 def _seeds(

@@ -1,0 +1,202 @@
+"""The ``fused-attn`` command: its options, and how it fails.
+
+Exit codes: 0 done; 2 the input cannot be used, with one line on standard error; 130 interrupted.
+Nothing heavy is imported before the options are read, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fused_attn import __version__
+from fused_attn.seq2seq.config import CELLS, SCORES, ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+# What a shell reports for a program that SIGPIPE ended.
+PIPE_CLOSED = 141
+
+_MODEL_HELP = "a checkpoint, or the DIR that train wrote (then its best checkpoint, or its last)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line; the usage is a matter of --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; a parsed namespace has the command's function in ``run``."""
+    parser = _Parser(
+        prog="fused-attn",
+        description="Fused Luong attention: train and use the sequence models that run on it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fused-attn {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Parser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    command("info", _info, "Show versions, instruction set, backends and why one is missing.")
+    _add_train_options(command("train", _train, "Train a model: g2p spells out words in phones."))
+    _add_predict_options(
+        command(
+            "predict",
+            _predict,
+            "Print the pronunciation of each word, one a line. A word that cannot be read ends it, "
+            "after the words before.",
+        )
+    )
+    _add_evaluate_options(
+        command("evaluate", _evaluate, "Measure a model's error rates on the test words.")
+    )
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", metavar="TASK", choices=["g2p"], help="what to learn: g2p")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where checkpoints and log go"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in DIR"
+    )
+    model = parser.add_argument_group("model")
+    _add(model, "cell", str, f"recurrent cell: {' or '.join(CELLS)}", ModelConfig)
+    _add(model, "hidden", int, "width of the decoder and of each encoder direction", ModelConfig)
+    _add(model, "embedding", int, "width of the embeddings", ModelConfig)
+    _add(model, "layers", int, "recurrent layers in encoder and decoder", ModelConfig)
+    model.add_argument(
+        "--bidirectional",
+        action=argparse.BooleanOptionalAction,
+        help="read the source from both ends (default: yes)",
+    )
+    _add(model, "score", str, f"attention score: {', '.join(SCORES)}", ModelConfig)
+    _add(model, "dropout", float, "probability of dropout", ModelConfig)
+    recipe = parser.add_argument_group("recipe")
+    _add(recipe, "epochs", int, "passes over the training pairs", TrainingConfig)
+    _add(recipe, "batch-size", int, "pairs in a batch", TrainingConfig)
+    _add(recipe, "lr", float, "highest learning rate", TrainingConfig)
+    _add(recipe, "warmup", float, "share of the steps in which the rate rises", TrainingConfig)
+    _add(recipe, "clip", float, "largest norm of the gradient", TrainingConfig)
+    _add(recipe, "seed", int, "seed of parameters, dropout and order", TrainingConfig)
+    recipe.add_argument(
+        "--max-steps", type=int, metavar="N", help="plan for at most N steps (default: all epochs)"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--test-words", type=Path, metavar="FILE",
+        help="keep the words of this file, one a line, for the test (default: 5%% by hash)",
+    )  # fmt: skip
+    data.add_argument(
+        "--limit-words", type=int, metavar="N", help="train on N words only (default: all)"
+    )
+    _add_machine_options(parser)
+
+
+def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, config: type) -> None:
+    """Add an option of a configuration. Absent means None: a resumed run keeps its own value."""
+    default = getattr(config, name.replace("-", "_"))
+    group.add_argument(
+        f"--{name}", type=kind, metavar=kind.__name__.upper(), help=f"{text} (default: {default})"
+    )
+
+
+def _add_predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(
+        "text", nargs="*", metavar="TEXT", help="words; without any, lines of standard input"
+    )
+    parser.add_argument(
+        "--alignments", type=Path, metavar="FILE.png", help="draw the alignment weights"
+    )
+    _add_machine_options(parser)
+
+
+def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument(
+        "--test-words", type=Path, metavar="FILE",
+        help="judge the words of this file (default: those the model was not to see)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="judge only N words, always the same"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N",
+        help="also print N words with the model's and the dictionary's pronunciation",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_machine_options(parser)
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--backend", default="auto", help="attention backend, see info (default: auto)"
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads of torch (default: one for each core)"
+    )
+
+
+def _info(_: argparse.Namespace) -> int:
+    from fused_attn import info
+
+    return info.main()
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.train(args)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.predict(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.evaluate(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+    except InputError as error:
+        print(f"fused-attn: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "fused_attn":
+            raise
+        print(
+            f"fused-attn: error: {error.name} is not installed: pip install 'fused-attn[seq2seq]'",
+            file=sys.stderr,
+        )
+        return USAGE_ERROR
+    except BrokenPipeError:
+        # Nobody reads on. The interpreter flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code

@@ -1,0 +1,142 @@
+"""Checkpoints: a directory of safetensors and JSON that is either whole or not there.
+
+A checkpoint is written under a temporary name beside its place, synchronised to the disk and only
+then renamed. A full disk or a kill at any moment leaves the checkpoints before it as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fused_attn.seq2seq.errors import InputError
+
+FORMAT_VERSION = 1
+
+METADATA = "checkpoint.json"
+MODEL = "model.safetensors"
+TRAINING = "training.safetensors"
+
+_TEMPORARY_PREFIX = ".writing-"
+
+
+def save(
+    directory: Path,
+    meta: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+) -> None:
+    """Write the checkpoint ``directory``, which must not exist, in one step.
+
+    meta: JSON values; the format version is added. model: the parameters. training: what else
+    goes on from here, the state of the optimizer and of the random generator.
+
+    Raises OSError if it cannot be written; nothing is left of it then.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=directory.parent))
+    try:
+        _write(temporary / MODEL, safetensors.torch.save(_contiguous(model)))
+        _write(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
+        document = {"format_version": FORMAT_VERSION, **meta}
+        _write(temporary / METADATA, json.dumps(document).encode())
+        temporary.chmod(0o755)  # mkdtemp keeps others out
+        _sync(temporary)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(directory.parent)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed processes left of checkpoints in ``parent``."""
+    for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_metadata(directory: Path) -> dict[str, Any]:
+    """Return the JSON of a checkpoint; raises `InputError` if it is none that we can read."""
+    with _readable(directory):
+        document = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+        version = document["format_version"]
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"the checkpoint {directory} has format version {version}; "
+            f"this version of fused-attn reads {FORMAT_VERSION}"
+        )
+    return dict(document)
+
+
+def load_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of the file `MODEL` or `TRAINING`; raises `InputError`."""
+    with _readable(directory):
+        tensors = safetensors.torch.load((directory / name).read_bytes())
+    # Views of one buffer, at any offset; cloned, each is aligned as any other tensor.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        what = f"{Path(error.filename).name} is missing" if directory.is_dir() else "no such place"
+        raise InputError(f"no checkpoint at {directory}: {what}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise damaged(directory, error) from None
+
+
+def damaged(directory: Path, error: Exception) -> InputError:
+    """Return the error to raise for a checkpoint whose parts do not fit together."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, KeyError):  # its text is the key alone
+        reason = f"it lacks {reason}"
+    return InputError(f"the checkpoint {directory} is damaged: {reason}")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or as it was before; raises OSError."""
+    descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        _write(temporary, data)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""Error rates against references with alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def edit_distance(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
+    """Return the least number of insertions, deletions and substitutions between the two."""
+    row = list(range(len(reference) + 1))
+    for i, symbol in enumerate(hypothesis, start=1):
+        diagonal, row[0] = row[0], i
+        for j, expected in enumerate(reference, start=1):
+            substituted = diagonal + (symbol != expected)
+            diagonal = row[j]
+            row[j] = min(substituted, row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Sums over the judged sequences."""
+
+    edits: int  # to the nearest alternative of each
+    reference_symbols: int  # in those alternatives
+    wrong: int  # sequences that equal none of their alternatives
+    count: int
+
+    @property
+    def symbol_error_rate(self) -> float:
+        """Edits per reference symbol: the phone error rate of pronunciations."""
+        return self.edits / self.reference_symbols
+
+    @property
+    def sequence_error_rate(self) -> float:
+        """Share of sequences with any error: the word error rate of pronunciations."""
+        return self.wrong / self.count
+
+
+def error_rates(
+    judged: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]],
+) -> ErrorRates:
+    """Judge pairs of a hypothesis and its alternative references, of which the nearest counts.
+
+    Of equally near alternatives the first counts. Raises ValueError if there is nothing to judge.
+    """
+    edits = symbols = wrong = count = 0
+    for hypothesis, alternatives in judged:
+        distances = [edit_distance(hypothesis, reference) for reference in alternatives]
+        nearest = min(distances)
+        edits += nearest
+        symbols += len(alternatives[distances.index(nearest)])
+        wrong += nearest > 0
+        count += 1
+    if not symbols:
+        raise ValueError("there is nothing to judge")
+    return ErrorRates(edits, symbols, wrong, count)

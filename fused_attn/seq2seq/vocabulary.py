@@ -1,0 +1,41 @@
+"""Symbols and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+PAD, BOS, EOS = 0, 1, 2
+_SPECIAL = 3
+
+
+class UnknownSymbolError(ValueError):
+    """A symbol that the vocabulary does not hold; ``symbol`` is which."""
+
+    def __init__(self, symbol: str) -> None:
+        super().__init__(f"unknown symbol {symbol!r}")
+        self.symbol = symbol
+
+
+class Vocabulary:
+    """An ordered set of symbols, numbered from 3; 0 is padding, 1 begins and 2 ends a sequence."""
+
+    def __init__(self, symbols: Iterable[str]) -> None:
+        self.symbols = tuple(symbols)
+        self._numbers = {symbol: i for i, symbol in enumerate(self.symbols, start=_SPECIAL)}
+        if len(self._numbers) != len(self.symbols):
+            raise ValueError("symbols must be distinct")
+
+    def __len__(self) -> int:
+        """Return how many numbers there are, the three special ones included."""
+        return len(self.symbols) + _SPECIAL
+
+    def encode(self, symbols: Iterable[str]) -> list[int]:
+        """Return the numbers of ``symbols``; raises `UnknownSymbolError`."""
+        try:
+            return [self._numbers[symbol] for symbol in symbols]
+        except KeyError as error:
+            raise UnknownSymbolError(error.args[0]) from None
+
+    def decode(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """Return the symbols of ``numbers``, without the special ones."""
+        return tuple(self.symbols[n - _SPECIAL] for n in numbers if n >= _SPECIAL)

@@ -1,0 +1,109 @@
+"""What the backend tests run on: each backend, on each device and instruction set it can use here.
+
+A backend that cannot run on this machine is one skipped target with its own reason. A call that a
+usable backend refuses is a test too: it must raise, with that reason in the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fused_attn import backends, testing
+from fused_attn.problem import AttentionProblem
+from fused_attn.testing import Case, Inputs, Tensors
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    device: str
+    isa: str | None = None  # of the cpu backend
+
+    def __str__(self) -> str:
+        words = [self.backend, self.isa, self.device if self.device != "cpu" else None]
+        return "_".join(filter(None, words))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it the backend uses this target's instruction set."""
+        if self.isa is None:
+            yield
+            return
+        native = backends.load("cpu").native
+        before = native.cpu_isa()
+        native.set_cpu_isa(self.isa)
+        try:
+            yield
+        finally:
+            native.set_cpu_isa(before)
+
+    def refusals(self, case: Case) -> list[str]:
+        """The backend's reasons against such a call."""
+        score = "concat" if case.score == "projected" else case.score
+        score_dim = case.attn_dim if score == "concat" else case.memory_dim
+        sizes = (case.batch, case.queries, case.source, case.memory_dim, score_dim)
+        problem = AttentionProblem(score, *sizes, case.dtype, self.device, case.weights)
+        return backends.load(self.backend).not_supported_reasons(problem)
+
+    def inputs(self, case: Case, seed: int = 0) -> Inputs:
+        return testing.make_inputs(case, seed, self.device)
+
+    def run(self, inputs: Inputs) -> Tensors:
+        """Results and gradients, where an output that was not written shows as NaN."""
+        with self.active(), testing.poisoned_empty():
+            return testing.fused(inputs, self.backend)
+
+    def check(self, case: Case, seed: int = 0) -> None:
+        """Hold the call against the oracle, or its refusal against the backend's reasons."""
+        inputs = self.inputs(case, seed)
+        if reasons := self.refusals(case):
+            with pytest.raises(ValueError, match="no backend can do") as error:
+                self.run(inputs)
+            assert all(reason in str(error.value) for reason in reasons)
+            return
+        got = self.run(inputs)
+        # The weights of a memory of one row are 1, whatever its scores.
+        scales = cancelled_sizes(inputs) if case.source == 1 else None
+        testing.check_results(got, testing.oracle(inputs), testing.plain(inputs), scales)
+
+
+def cancelled_sizes(inputs: Inputs) -> dict[str, float]:
+    """By name, the size of the terms whose sum is a gradient through the softmax.
+
+    Where all weights are equal whatever the scores, or one is 1, these gradients are differences
+    of equal numbers. What is left is rounding, small against the terms and not against the result.
+    """
+    memory, grad_weights = inputs.tensors["memory"].double(), inputs.grad_weights
+    weight_grads = inputs.grad_context.double() @ memory.mT
+    if grad_weights is not None:
+        weight_grads = weight_grads + grad_weights
+    largest = {name: float(t.abs().max()) for name, t in inputs.tensors.items()}
+    projections = ("query_proj", "memory_proj")  # their values multiply no gradient
+    factor = max([1.0, *(size for name, size in largest.items() if name not in projections)])
+    through = set(largest) - ({"memory"} if inputs.score == "projected" else set())
+    return {f"grad_{name}": factor * float(weight_grads.abs().max()) for name in through}
+
+
+def _targets(name: str) -> Iterator[object]:
+    backend, reasons = backends.load(name), []
+    for device in DEVICES:
+        problem = AttentionProblem("dot", 1, 1, 1, 1, 1, torch.float32, device)
+        if refused := backend.not_supported_reasons(problem):
+            reasons += refused
+            continue
+        isas = backend.native.cpu_isas_supported() if name == "cpu" else (None,)
+        yield from (Target(name, device, isa) for isa in isas)
+    if len(reasons) >= len(DEVICES):
+        skip = pytest.mark.skip(reason=f"{name}: {'; '.join(reasons)}")
+        yield pytest.param(None, marks=skip, id=name)
+
+
+TARGETS = tuple(target for name in backends.BACKENDS for target in _targets(name))
+every_target = pytest.mark.parametrize("target", TARGETS, ids=str)

@@ -1,0 +1,367 @@
+"""The command in this process: train, predict, evaluate, and what they refuse."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_attn.cli import main
+from fused_attn.seq2seq import checkpoint, g2p
+from fused_attn.seq2seq.training import Trainer
+
+TINY = ["--hidden", "16", "--embedding", "8", "--batch-size", "32", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def lexicon() -> g2p.Lexicon:
+    """A few words of the dictionary, so that a test takes no seconds."""
+    whole = g2p.load_dictionary()
+    return {word: whole[word] for word in ["hello", "world", *g2p.by_hash(whole)[:600]]}
+
+
+@pytest.fixture(autouse=True)
+def _small_dictionary(monkeypatch: pytest.MonkeyPatch, lexicon: g2p.Lexicon) -> None:
+    monkeypatch.setattr(g2p, "load_dictionary", lambda: lexicon)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, lexicon: g2p.Lexicon) -> Path:
+    """A finished run. Do not change it."""
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g2p, "load_dictionary", lambda: lexicon)
+        assert main(["train", "g2p", "--output", str(directory), *TINY]) == 0
+    return directory
+
+
+Fails = Callable[..., None]
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that must exit with code 2 and one line that has all the given parts."""
+
+    def check(argv: list[object], *parts: str) -> None:
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as exit:  # from the parser
+            code = exit.code
+        error = capfd.readouterr().err
+        assert code == 2, error
+        assert error.count("\n") == 1 and error.endswith("\n")
+        assert [part for part in ("error: ", *parts) if part not in error] == [], error
+
+    return check
+
+
+def log_of(directory: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory / "checkpoints"))
+
+
+def test_train_writes_log_and_checkpoints(run: Path) -> None:
+    log = log_of(run)
+    steps = [line["step"] for line in log if "lr" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    epochs = [line for line in log if "train_loss" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert all(0 <= line["WER"] <= 1 and line["PER"] > 0 for line in epochs)
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+    assert names(run) == [
+        f"step-{len(steps) // 2:07}-epoch-01", f"step-{len(steps):07}-epoch-02",
+    ]  # fmt: skip
+
+
+def test_train_keeps_the_best_and_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fused_attn.seq2seq import g2p_run
+
+    wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
+    monkeypatch.setattr(g2p_run, "rates", lambda _: {"WER": next(wer), "PER": 0.1})
+    options = [*TINY[:-1], "5", "--limit-words", "100"]
+    assert main(["train", "g2p", "--output", str(tmp_path), *options]) == 0
+    assert [name[-8:] for name in names(tmp_path)] == ["epoch-02", "epoch-04", "epoch-05"]
+    assert "epoch-02" in capsys.readouterr().out.splitlines()[-1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Have the process receive SIGINT after so many steps."""
+    step = Trainer._step
+
+    def counted(self: Trainer, batch: object) -> object:
+        report = step(self, batch)  # type: ignore[arg-type]
+        if report.step == steps:
+            os.kill(os.getpid(), 2)
+        return report
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 25])  # 20 is the end of the first epoch
+def test_resume_repeats_the_uninterrupted_run(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], steps: int,
+) -> None:  # fmt: skip
+    assert names(run)[0].startswith("step-0000020-")
+    train = ["train", "g2p", "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        assert main([*train, *TINY]) == 130
+    error = capsys.readouterr().err
+    assert error == (
+        f"stopped at step {steps} of 40; go on with: "
+        f"fused-attn train g2p --output {tmp_path} --resume\n"
+    )
+    assert main([*train, "--resume"]) == 0
+    assert log_of(tmp_path) == log_of(run)
+    assert names(tmp_path)[-1] == names(run)[-1]
+    for file in (checkpoint.MODEL, checkpoint.TRAINING, checkpoint.METADATA):
+        last = (directory / "checkpoints" / names(run)[-1] / file for directory in (tmp_path, run))
+        assert next(last).read_bytes() == next(last).read_bytes()
+
+
+def test_resume_after_a_kill_forgets_the_lost_steps(tmp_path: Path, run: Path) -> None:
+    """A kill leaves log lines after the last checkpoint, half a line, and a temporary."""
+    directory = tmp_path / "run"
+    shutil.copytree(run, directory)
+    shutil.rmtree(directory / "checkpoints" / names(run)[-1])
+    (directory / "checkpoints" / ".writing-abc").mkdir()
+    with (directory / "log.jsonl").open("a") as log:
+        log.write('{"step": 4')
+    assert main(["train", "g2p", "--output", str(directory), "--resume"]) == 0
+    assert log_of(directory) == log_of(run)
+    assert names(directory) == names(run)
+
+
+def test_resuming_a_finished_run_does_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(run), log_of(run)
+    assert main(["train", "g2p", "--output", str(run), "--resume", *TINY]) == 0
+    assert "is complete: all 40 steps are done" in capsys.readouterr().out
+    assert (names(run), log_of(run)) == before
+
+
+def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
+    train = ["train", "g2p", "--output"]
+    fails([*train, run], "is not an empty directory", "--resume")
+    fails([*train, run, "--resume", "--lr", "0.5"], "was not started with this --lr")
+    fails([*train, tmp_path / "none", "--resume"], "nothing to resume", "no such directory")
+    fails([*train, tmp_path, "--resume"], "holds no checkpoint")
+    new = [*train, tmp_path / "new"]
+    fails([*new, "--hidden", "0"], "--hidden must be a positive whole number, got 0")
+    fails([*new, "--hidden", "wide"], "--hidden", "invalid int value: 'wide'")
+    fails([*new, "--batch-size", "-1"], "--batch-size must be")
+    fails([*new, "--score", "cosine"], "--score must be one of dot, general, concat, got 'cosine'")
+    fails([*new, "--cell", "rnn"], "--cell must be one of lstm, gru, got 'rnn'")
+    fails([*new, "--dropout", "1"], "--dropout must be at least 0 and below 1")
+    fails([*new, "--lr", "nan"], "--lr must be a positive number")
+    fails([*new, "--max-steps", "0"], "--max-steps must be")
+    fails([*new, "--limit-words", "0"], "--limit-words must be")
+    fails([*new, "--limit-words", "3"], "too few")
+    fails([*new, "--threads", "0"], "--threads must be")
+    fails([*new, "--backend", "gpu"], "backend must be one of", "'gpu'")
+    fails(["train", "scan", "--output", tmp_path], "invalid choice: 'scan'")
+    fails(["train", "g2p"], "required: --output")
+    fails([*new, "--test-words", tmp_path / "none"], "cannot read the words", "No such file")
+    fails([*new, "--test-words", tmp_path], "cannot read the words", "Is a directory")
+    (tmp_path / "words").write_bytes(b"\xff\xfe")
+    fails([*new, "--test-words", tmp_path / "words"], "not UTF-8")
+    (tmp_path / "words").write_text("nosuchword\n")
+    fails([*new, "--test-words", tmp_path / "words"], "none of the test words")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_ends_the_training_and_keeps_the_checkpoints(
+    tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) >= 12:  # two checkpoints of five each, and a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        fails(["train", "g2p", "--output", tmp_path, *TINY], "No space left on device")
+    assert len(names(tmp_path)) == 2
+    assert main(["predict", str(tmp_path), "hello"]) == 0
+    assert main(["train", "g2p", "--output", str(tmp_path), "--resume"]) == 0
+
+
+def test_predict_words(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(run), "hello", "World's", " HELLO "]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0] == lines[2]
+    assert main(["predict", str(run / "checkpoints" / names(run)[-1]), "hello"]) == 0
+
+
+@pytest.fixture
+def lines_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Give bytes to standard input."""
+    opened = []
+
+    def give(data: bytes) -> None:
+        (tmp_path / "stdin").write_bytes(data)
+        opened.append((tmp_path / "stdin").open())
+        monkeypatch.setattr("sys.stdin", opened[-1])
+
+    yield give
+    for file in opened:
+        file.close()
+
+
+def test_predict_lines(
+    run: Path, lines_in: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["predict", str(run), "hello", "world"])
+    expected = capsys.readouterr().out
+    lines_in(b"hello\r\nWorld")  # the last line may lack its end
+    assert main(["predict", str(run)]) == 0
+    assert capsys.readouterr().out == expected
+    lines_in(b"")
+    assert main(["predict", str(run)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_predict_refuses_lines_after_printing_those_before(
+    run: Path, fails: Fails, lines_in: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    predict = ["predict", run]
+    lines_in(b"hello\n\nworld\n")
+    fails(predict, "line 2: there is no letter")
+    lines_in(b"hello\nna\xc3\xafve\n")
+    fails(predict, "line 2: unknown letter 'ï'; known are ' a b c")
+    lines_in(b"\xff\n")
+    fails(predict, "line 1 is not UTF-8 text")
+    fails([*predict, "hello", "two words"], "argument 2: unknown letter ' '")
+    fails([*predict, ""], "argument 1: there is no letter")
+    lines_in(b"hello\nhello\n3\n")
+    main(["predict", str(run)])
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
+def test_predict_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "map.png"
+    assert main(["predict", str(run), "hello", "world", "--alignments", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["map.png"]
+    assert capsys.readouterr().err == ""
+    assert main(["predict", str(run), *["hello"] * 13, "--alignments", str(picture)]) == 0
+    assert "shows the first 12 of 13 words" in capsys.readouterr().err
+
+
+def test_predict_refuses(run: Path, fails: Fails, tmp_path: Path) -> None:
+    fails(["predict"], "required: MODEL")
+    fails(["predict", tmp_path / "none", "a"], "no checkpoint at", "no such directory")
+    fails(["predict", tmp_path, "a"], "no checkpoint at", "holds no checkpoint")
+    fails(["predict", run, "a", "--backend", "gpu"], "backend must be one of")
+    fails(["predict", run, "a", "--alignments", tmp_path / "map.jpg"], ".png")
+    fails(["predict", run, "a", "--alignments", tmp_path / "none" / "map.png"], "no directory")
+    file = tmp_path / "file"
+    file.touch()
+    fails(["predict", file, "a"], "not a directory")
+
+
+def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: Path) -> None:
+    whole = run / "checkpoints" / names(run)[-1]
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    model = (whole / checkpoint.MODEL).read_bytes()
+    (copy / checkpoint.MODEL).write_bytes(model[:-100])
+    fails(["predict", copy, "a"], f"the checkpoint {copy} is damaged")
+    (copy / checkpoint.MODEL).write_bytes(model)
+    meta = json.loads((whole / checkpoint.METADATA).read_text())
+
+    def with_meta(**values: object) -> None:
+        (copy / checkpoint.METADATA).write_text(json.dumps({**meta, **values}))
+
+    with_meta(format_version=2)
+    fails(["predict", copy, "a"], "format version 2", "reads 1")
+    with_meta(model={**meta["model"], "hidden": 24})
+    fails(["predict", copy, "a"], "is damaged", "size mismatch")
+    with_meta(model={"depth": 3})
+    fails(["predict", copy, "a"], "is damaged", "depth")
+    (copy / checkpoint.METADATA).write_text(json.dumps({"format_version": 1}))
+    fails(["predict", copy, "a"], "is damaged: it lacks 'source'")
+    (copy / checkpoint.METADATA).write_text("{")
+    fails(["predict", copy, "a"], "is damaged")
+
+
+def test_evaluate(run: Path, lexicon: g2p.Lexicon, capsys: pytest.CaptureFixture[str]) -> None:
+    count = len(g2p.split_words(lexicon).test)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json", "--samples", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["words"] == count
+    assert report["WER"] == report["wrong"] / count
+    assert report["PER"] == report["edits"] / report["phones"]
+    for sample in report["samples"]:
+        assert tuple(sample["dictionary"][0]) == lexicon[sample["word"]][0]
+        assert main(["predict", str(run), sample["word"]]) == 0
+        assert capsys.readouterr().out.split() == sample["model"]
+    assert main(["evaluate", str(run), "--samples", "2"]) == 0
+    words, wer, per, blank, heads, *samples = capsys.readouterr().out.splitlines()
+    assert words.split() == ["words", str(count)]
+    assert wer.split() == ["WER", f"{100 * report['WER']:.2f}", "%"]
+    assert per.split() == ["PER", f"{100 * report['PER']:.2f}", "%"]
+    assert blank == "" and heads.split() == ["word", "model", "dictionary"]
+    assert [line.split()[0] for line in samples] == [s["word"] for s in report["samples"][:2]]
+
+
+def test_evaluate_on_given_words(
+    run: Path, lexicon: g2p.Lexicon, tmp_path: Path, fails: Fails,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    split = g2p.split_words(lexicon)
+    listed = [*split.train[:2], split.test[0], "nosuchword"]
+    (tmp_path / "words").write_text("\n".join(listed))
+    evaluate = ["evaluate", str(run), "--test-words", str(tmp_path / "words")]
+    capsys.readouterr()
+    assert main([*evaluate, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["words"] == 3
+    assert "1 listed words are not in the dictionary" in captured.err
+    assert "trained on 2 of these words" in captured.err
+    (tmp_path / "words").write_text("nosuchword")
+    fails(evaluate, "none of the words")
+    fails(["evaluate", run, "--limit", "0"], "--limit must be positive")
+
+
+def test_a_model_keeps_its_test_words(
+    tmp_path: Path, lexicon: g2p.Lexicon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = g2p.by_hash(lexicon)[:40]
+    (tmp_path / "words").write_text("\n".join(words))
+    train = ["train", "g2p", "--output", str(tmp_path / "run"), *TINY, "--max-steps", "2"]
+    assert main([*train, "--test-words", str(tmp_path / "words")]) == 0
+    (tmp_path / "words").unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json", "--samples", "40"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {sample["word"] for sample in report["samples"]} == set(words)
+
+
+def test_threads(run: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert main(["predict", str(run), "hello", "--threads", "1"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

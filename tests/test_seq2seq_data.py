@@ -1,0 +1,160 @@
+"""Symbols, batches, the dictionary and its split."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_attn.seq2seq import g2p
+from fused_attn.seq2seq.batching import Examples, epoch_batches, pad
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD, UnknownSymbolError, Vocabulary
+
+TEST_WORDS = Path(__file__).resolve().parents[2] / "shared/data/g2p/test_words.txt"
+
+
+@pytest.fixture(scope="module")
+def dictionary() -> g2p.Lexicon:
+    return g2p.load_dictionary()
+
+
+def test_vocabulary_numbers_and_back() -> None:
+    vocabulary = Vocabulary("abc")
+    numbers = vocabulary.encode("cab")
+    assert not {PAD, BOS, EOS} & set(numbers)
+    assert max(numbers) == len(vocabulary) - 1
+    assert vocabulary.decode([BOS, *numbers, EOS, PAD]) == ("c", "a", "b")
+    with pytest.raises(UnknownSymbolError) as caught:
+        vocabulary.encode("cat")
+    assert caught.value.symbol == "t"
+
+
+def test_vocabulary_refuses_doubles() -> None:
+    with pytest.raises(ValueError, match="distinct"):
+        Vocabulary("aa")
+
+
+def test_padding() -> None:
+    padded, lengths = pad([[5, 6], [], [7, 8, 9]])
+    assert padded.tolist() == [[5, 6, PAD], [PAD] * 3, [7, 8, 9]]
+    assert lengths.tolist() == [2, 0, 3]
+
+
+def test_batch_is_cut_to_its_longest() -> None:
+    examples = Examples([[3], [3, 4], [3] * 9], [[5, 6], [5], [5] * 9])
+    batch = examples.batch(torch.tensor([0, 1]))
+    assert batch.source.tolist() == [[3, PAD], [3, 4]]
+    assert batch.source_lengths.tolist() == [1, 2]
+    assert batch.target.tolist() == [[BOS, 5, 6, EOS], [BOS, 5, EOS, PAD]]
+    assert batch.tokens == 5
+
+
+def make_examples(count: int) -> Examples:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return Examples([[3] * n for n in lengths], [[3] * (n % 5 + 1) for n in lengths])
+
+
+def test_an_epoch_has_every_pair_once_and_hardly_pads() -> None:
+    examples = make_examples(1000)
+    batches = epoch_batches(examples, 16, seed=1, epoch=0)
+    assert torch.cat(batches).sort().values.tolist() == list(range(1000))
+    assert all(len(rows) == 16 for rows in batches) or sum(len(r) < 16 for r in batches) == 1
+    mixed = [rows for rows in batches if len(examples.source_lengths[rows].unique()) > 1]
+    assert len(mixed) * 16 < 11 * 16  # at most one batch's worth left over of each length
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    examples = make_examples(100)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return torch.cat(epoch_batches(examples, 8, seed, epoch)).tolist()
+
+    torch.manual_seed(5)
+    first = order(1, 0)
+    torch.manual_seed(6)
+    assert order(1, 0) == first
+    assert order(1, 1) != first
+    assert order(2, 0) != first
+
+
+def test_parsing() -> None:
+    lexicon = g2p.parse_dictionary(
+        [
+            "read R EH1 D # past",
+            "read(2) R IY1 D",
+            "read(3) R IY0 D",  # without the stress, the second again
+            "o'clock AH0 K L AA1 K",
+            "a.m. EY2 EH1 M",  # not plain
+            "3d TH R IY1 D IY2",
+            "",
+            "# a comment",
+        ]
+    )
+    assert lexicon == {
+        "read": (("R", "EH", "D"), ("R", "IY", "D")),
+        "o'clock": (("AH", "K", "L", "AA", "K"),),
+    }
+
+
+def test_the_dictionary(dictionary: g2p.Lexicon) -> None:
+    assert len(dictionary) > 120_000
+    assert len(g2p.phones(dictionary)) == 39
+    assert dictionary["hello"] == (("HH", "AH", "L", "OW"), ("HH", "EH", "L", "OW"))
+    assert set("".join(dictionary)) == set(g2p.LETTERS)
+
+
+def test_a_missing_dictionary_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    with pytest.raises(InputError, match=r"pip install 'fused-attn\[seq2seq\]'"):
+        g2p.load_dictionary()
+
+
+def test_split_is_by_word_complete_and_stable(dictionary: g2p.Lexicon) -> None:
+    split = g2p.split_words(dictionary)
+    parts = [set(part) for part in (split.train, split.dev, split.test)]
+    assert set.union(*parts) == dictionary.keys()
+    assert sum(map(len, parts)) == len(dictionary)
+    assert len(split.test) / len(dictionary) == pytest.approx(0.05, rel=0.05)
+    assert len(split.dev) / len(dictionary) == pytest.approx(0.02, rel=0.05)
+    # Fixed for good: a model's test words must not change under it.
+    assert split.test[:4] == ("'round", "abandonments", "abbe", "abdallah")
+    # A word keeps its place in a smaller dictionary, in whatever order it comes.
+    fewer = dict(sorted(dictionary.items(), reverse=True)[::2])
+    assert set(g2p.split_words(fewer).test) == parts[2] & fewer.keys()
+
+
+def test_given_test_words_are_the_test(dictionary: g2p.Lexicon) -> None:
+    words = ["hello", "world", "nosuchword"]
+    split = g2p.split_words(dictionary, words)
+    assert split.test == ("hello", "world")
+    assert len(split.train) + len(split.dev) + 2 == len(dictionary)
+    assert not {"hello", "world"} & {*split.train, *split.dev}
+
+
+def test_limit_takes_fewer_words_and_keeps_the_test(dictionary: g2p.Lexicon) -> None:
+    whole, limited = g2p.split_words(dictionary), g2p.split_words(dictionary, limit=500)
+    assert len(limited.train) + len(limited.dev) == 500
+    assert limited.test == whole.test
+    assert set(limited.train) < set(whole.train) and set(limited.dev) < set(whole.dev)
+
+
+def test_splits_that_cannot_be() -> None:
+    lexicon = {"a": (("AH",),)}
+    with pytest.raises(InputError, match="none of the test words"):
+        g2p.split_words(lexicon, ["b"])
+    with pytest.raises(InputError, match="too few"):
+        g2p.split_words(lexicon, ["a"])
+
+
+def test_the_published_test_words_are_all_known(dictionary: g2p.Lexicon) -> None:
+    if not TEST_WORDS.exists():
+        pytest.skip("the published test words are not beside this checkout")
+    split = g2p.split_words(dictionary, g2p.read_words(TEST_WORDS))
+    assert len(split.test) == 11_994

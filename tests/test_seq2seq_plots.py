@@ -1,0 +1,66 @@
+"""The heat map of an alignment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_attn.seq2seq.inference import Prediction
+from fused_attn.seq2seq.plots import alignment_figure, save_alignments
+
+
+def make_prediction(source: str, target: str) -> Prediction:
+    weights = torch.rand(len(target.split()), len(source)).softmax(dim=-1)
+    return Prediction(tuple(source), tuple(target.split()), weights)
+
+
+HELLO = make_prediction("hello", "HH AH L OW")
+PHONE = make_prediction("phone's", "F OW N Z")
+
+
+def test_letters_and_phones_are_on_the_axes() -> None:
+    figure = alignment_figure([HELLO, PHONE])
+    assert len(figure.axes) == 2
+    for axes, prediction in zip(figure.axes, (HELLO, PHONE), strict=True):
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(prediction.source)
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(prediction.target)
+        (image,) = axes.get_images()
+        assert prediction.weights is not None
+        assert torch.equal(torch.from_numpy(image.get_array().data), prediction.weights)
+
+
+def test_a_longer_word_makes_a_larger_picture(tmp_path: Path) -> None:
+    sizes = []
+    for prediction in (HELLO, make_prediction("a" * 28, " ".join(["AH"] * 26))):
+        save_alignments([prediction], tmp_path / "map.png")
+        data = (tmp_path / "map.png").read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+        sizes.append(struct.unpack(">II", data[16:24]))
+    assert sizes[0][0] > 200 and sizes[0][1] > 200
+    assert sizes[1][0] > 2 * sizes[0][0] and sizes[1][1] > 2 * sizes[0][1]
+    assert os.listdir(tmp_path) == ["map.png"]
+
+
+def test_a_full_disk_leaves_the_picture_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "map.png"
+    picture.write_bytes(b"before")
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        save_alignments([HELLO], picture)
+    assert os.listdir(tmp_path) == ["map.png"] and picture.read_bytes() == b"before"
+
+
+def test_a_prediction_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="no alignment weights"):
+        alignment_figure([Prediction(("a",), ("AH",), None)])
