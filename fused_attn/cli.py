@@ -176,6 +176,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     return commands.evaluate(args)
 
 
+def _discard_output() -> None:
+    """Drop what standard output cannot take: the interpreter would try once more when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
     args = make_parser().parse_args(argv)
@@ -186,17 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fused-attn: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "fused_attn":
+        package = (error.name or "fused_attn").partition(".")[0]
+        if package == "fused_attn":
             raise
-        print(
-            f"fused-attn: error: {error.name} is not installed: pip install 'fused-attn[seq2seq]'",
-            file=sys.stderr,
-        )
+        install = "pip install 'fused-attn[seq2seq]'"
+        print(f"fused-attn: error: {package} is not installed: {install}", file=sys.stderr)
         return USAGE_ERROR
-    except BrokenPipeError:
-        # Nobody reads on. The interpreter flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on
+        _discard_output()
         return PIPE_CLOSED
+    except OSError as error:
+        _discard_output()
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"fused-attn: error: {place}{error.strerror}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

@@ -73,7 +73,7 @@ def zero_uncounted_rows(memory: Tensor, masking: Masking) -> Tensor:
     return memory.masked_fill(~counts[..., None], 0)
 
 
-def _readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Replace rows that must not be read by 0, so that 0 x NaN arises in no product or gradient.
 
     Returns the cleaned (B, S, X) and the bool (B, S) of rows that are present after all. A row
@@ -134,7 +134,7 @@ def dot_attention(
     """
     dtype = arithmetic_dtype(memory.dtype)
     counts = counted_positions(memory, masking)
-    clean, present = _readable(memory.to(dtype), counts)
+    clean, present = readable(memory.to(dtype), counts)
     scores = _hide_absent(dot_scores(query.to(dtype), clean, scale), present, counts)
     return attend(scores, clean, counts, masking)
 
@@ -152,8 +152,8 @@ def concat_attention(
     """
     dtype = arithmetic_dtype(memory.dtype)
     counts = counted_positions(memory, masking)
-    clean, memory_present = _readable(memory.to(dtype), counts)
-    projection, proj_present = _readable(memory_proj.to(dtype), counts)
+    clean, memory_present = readable(memory.to(dtype), counts)
+    projection, proj_present = readable(memory_proj.to(dtype), counts)
     scores = concat_scores(query_proj.to(dtype), projection, v.to(dtype))
     scores = _hide_absent(scores, memory_present & proj_present, counts)
     return attend(scores, clean, counts, masking)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -120,6 +119,25 @@ def test_a_missing_package_is_named(run: Path) -> None:
         "from fused_attn.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "predict", str(run), "hello"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "safetensors is not installed: pip install 'fused-attn[seq2seq]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        ("</dev/null >/dev/full", None),  # nothing to write
+        ("<<<hello >/dev/full", "No space left on device"),
+        ("< .", "Is a directory"),
+        ("<&-", "neither a TEXT nor a standard input"),
+    ],
+)
+def test_streams_that_do_not_work(run: Path, redirection: str, reason: str | None) -> None:
+    command = ["bash", "-c", f'"$0" -m fused_attn predict "$1" {redirection}', sys.executable, run]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if reason is None:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and reason in done.stderr

@@ -128,3 +128,20 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.listdir(tmp_path) == ["log"] and file.read_bytes() == b"old"
     checkpoint.write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
+
+
+def test_a_kill_during_a_removal_leaves_no_broken_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "one")
+
+    def killed(path: Path) -> None:
+        (path / checkpoint.METADATA).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.remove(tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    checkpoint.remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == []

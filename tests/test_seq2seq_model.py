@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_attn import problem
 from fused_attn.seq2seq.batching import Examples, pad
 from fused_attn.seq2seq.config import CELLS, SCORES, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.model import Seq2Seq
@@ -57,6 +58,10 @@ def test_a_batch_is_its_samples(config: ModelConfig) -> None:
     torch.testing.assert_close(together, alone)
     for got, expected in zip(gradients(model, together), gradients(model, alone), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_the_scores_are_those_of_the_attention() -> None:
+    assert SCORES == problem.SCORES
 
 
 def test_what_stands_in_the_padding_changes_nothing() -> None:

@@ -1,4 +1,8 @@
-"""The reference as a backend: every device, every floating dtype, no native code."""
+"""The reference as a backend: every device, every floating dtype, no native code.
+
+The backward is written out. It cannot be left to autograd, because an operator may run where the
+dispatcher has switched autograd off (below a `TorchDispatchMode`, for one).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,30 @@ def _outputs(result: Attention, dtype: torch.dtype, return_weights: bool) -> Att
     )
 
 
+def _score_gradients(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    result: Attention,
+    clean: Tensor,
+    counts: Tensor,
+    masking: Masking,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of the scores, the weights after dropout, and grad_context, widened.
+
+    With P the weights and dP their gradient: dS = P (dP - sum_s P dP), 0 where nothing counts.
+    """
+    grad = result.context.new_zeros(()) if grad_context is None else grad_context
+    grad = grad.to(clean.dtype).expand_as(result.context)
+    kept, grad_kept = result.weights, grad @ clean.mT
+    if masking.keep_mask is not None:
+        kept = kept * masking.keep_mask * masking.keep_scale
+        grad_kept = grad_kept * masking.keep_mask * masking.keep_scale
+    grad_weight = grad_kept if grad_weights is None else grad_kept + grad_weights
+    weighted = (result.weights * grad_weight).masked_fill(~counts, 0.0)
+    grad_scores = result.weights * (grad_weight - weighted.sum(dim=-1, keepdim=True))
+    return grad_scores.masked_fill(~counts, 0.0), kept, grad
+
+
 def dot_forward(
     query: Tensor, memory: Tensor, scale: float, masking: Masking, return_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +74,16 @@ def dot_backward(
     masking: Masking,
     saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    query, memory = inputs = [x.detach().requires_grad_() for x in (query, memory)]
-    with torch.enable_grad():
-        result = reference.dot_attention(query, memory, scale, masking)
-    grads = reference.gradients(result, inputs, grad_context, grad_weights)
-    return tuple(grad.contiguous() for grad in grads)
+    result = reference.dot_attention(query, memory, scale, masking)
+    counts = reference.counted_positions(memory, masking)
+    clean, _ = reference.readable(memory.to(result.scores.dtype), counts)
+    grad_scores, kept, grad = _score_gradients(
+        grad_context, grad_weights, result, clean, counts, masking
+    )
+    grad_scores = scale * grad_scores
+    grad_query = grad_scores @ clean
+    grad_memory = kept.mT @ grad + grad_scores.mT @ query.to(clean.dtype)
+    return grad_query.to(query.dtype).contiguous(), grad_memory.to(memory.dtype).contiguous()
 
 
 def concat_forward(
@@ -77,9 +110,17 @@ def concat_backward(
     masking: Masking,
     saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    inputs = [x.detach().requires_grad_() for x in (query_proj, memory_proj, v, memory)]
-    query_proj, memory_proj, v, memory = inputs
-    with torch.enable_grad():
-        result = reference.concat_attention(query_proj, memory_proj, v, memory, masking)
-    grads = reference.gradients(result, inputs, grad_context, grad_weights)
-    return tuple(grad.contiguous() for grad in grads)
+    result = reference.concat_attention(query_proj, memory_proj, v, memory, masking)
+    counts = reference.counted_positions(memory, masking)
+    dtype = result.scores.dtype
+    clean, _ = reference.readable(memory.to(dtype), counts)
+    projection, _ = reference.readable(memory_proj.to(dtype), counts)
+    grad_scores, kept, grad = _score_gradients(
+        grad_context, grad_weights, result, clean, counts, masking
+    )
+    tanh = torch.tanh(query_proj.to(dtype)[:, :, None] + projection[:, None])
+    grad_v = (grad_scores[..., None] * tanh).sum(dim=(0, 1, 2))
+    grad_sum = grad_scores[..., None] * v.to(dtype) * (1.0 - tanh * tanh)  # of q + m
+    grads = (grad_sum.sum(dim=2), grad_sum.sum(dim=1), grad_v, kept.mT @ grad)
+    inputs = (query_proj, memory_proj, v, memory)
+    return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True))

@@ -59,8 +59,15 @@ def save(
     _sync(directory.parent)
 
 
+def remove(directory: Path) -> None:
+    """Remove a checkpoint; it stops being one before the first of its files goes."""
+    doomed = directory.with_name(_TEMPORARY_PREFIX + directory.name)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def remove_unfinished(parent: Path) -> None:
-    """Remove what killed processes left of checkpoints in ``parent``."""
+    """Remove what killed processes left in ``parent``, half written or half removed."""
     for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -135,6 +135,8 @@ def predict(args: Namespace) -> int:
     if args.text:
         lots: Iterator[list[bytes]] = iter([[os.fsencode(text) for text in args.text]])
         kind = "argument"
+    elif sys.stdin is None:
+        raise InputError("there is neither a TEXT nor a standard input")
     else:
         lots, kind = _available_lines(sys.stdin.fileno()), "line"
     shown: list[Prediction] = []
@@ -212,7 +214,6 @@ def evaluate(args: Namespace) -> int:
     lexicon = g2p.load_dictionary()
     words = _test_words(args, recipe, lexicon)
     found = g2p_run.pronounce(predictor, words)
-    assert found is not None  # nothing asks it to stop
     errors = g2p_run.judge(found, words, lexicon)
     rates = g2p_run.rates(errors)
     samples = list(zip(words, found, strict=True))[: args.samples]

@@ -24,7 +24,7 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 TASK = "g2p"
 
-_WORDS_AT_ONCE = 1024
+_WORDS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
 
 @dataclass(frozen=True)
@@ -150,27 +150,23 @@ def _make_run(
 ) -> Run:
     predictor = Predictor(trainer.model, data.source, data.target)
 
+    words, lexicon = data.split.dev, data.lexicon
+
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
         trainer.model.eval()
-        found = pronounce(predictor, data.split.dev, should_stop)
-        return None if found is None else rates(judge(found, data.split.dev, data.lexicon))
+        found: list[g2p.Pronunciation] = []
+        while len(found) < len(words):
+            if should_stop():
+                return None
+            found += pronounce(predictor, words[len(found) :][:_WORDS_AT_ONCE])
+        return rates(judge(found, words, lexicon))
 
     return Run(directory, trainer, meta, evaluate, progress)
 
 
-def pronounce(
-    predictor: Predictor,
-    words: Sequence[str],
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[g2p.Pronunciation] | None:
-    """Return the model's pronunciation of each word, or None once ``should_stop()``."""
-    found: list[g2p.Pronunciation] = []
-    for first in range(0, len(words), _WORDS_AT_ONCE):
-        if should_stop():
-            return None
-        predictions = predictor.predict(words[first : first + _WORDS_AT_ONCE])
-        found += [prediction.target for prediction in predictions]
-    return found
+def pronounce(predictor: Predictor, words: Sequence[str]) -> list[g2p.Pronunciation]:
+    """Return the model's pronunciation of each word."""
+    return [prediction.target for prediction in predictor.predict(words)]
 
 
 def judge(

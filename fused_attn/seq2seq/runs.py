@@ -8,7 +8,6 @@ DIR/checkpoints/step-0000926-epoch-02   after an epoch, with its error rates
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -104,7 +103,8 @@ class Run:
         """
         self._tidy()
         trainer = self.trainer
-        with (self.directory / LOG).open("a", encoding="utf-8") as log, self.progress as progress:
+        log_file = (self.directory / LOG).open("a", buffering=1, encoding="utf-8")  # line by line
+        with log_file as log, self.progress as progress:
 
             def write(**values: object) -> None:
                 log.write(json.dumps(values) + "\n")
@@ -119,7 +119,6 @@ class Run:
                 at_end = trainer.run_epoch(on_step, should_stop)
                 dev = self.evaluate(should_stop) if at_end else None
                 if dev is None:
-                    log.flush()
                     self._save(None)
                     return False
                 position = trainer.position
@@ -128,7 +127,6 @@ class Run:
                 seconds = round(time.monotonic() - started, 1)
                 epoch = trainer.position.epoch
                 write(epoch=epoch, step=position.step, train_loss=loss, **dev, seconds=seconds)
-                log.flush()
                 self._save(dev)
                 progress.epoch(epoch, loss, dev, seconds)
         return True
@@ -144,12 +142,14 @@ class Run:
         if not log.exists():
             return
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and self._is_done(json.loads(line))]
+        kept = [line for line in lines if line.endswith("\n") and self._is_done(line)]
         if kept != lines:
             checkpoint.write_atomically(log, "".join(kept).encode())
 
-    def _is_done(self, logged: Mapping[str, Any]) -> bool:
+    def _is_done(self, line: str) -> bool:
+        """Whether a line of the log is about what the checkpoint has behind it."""
         position = self.trainer.position
+        logged = json.loads(line)
         if "train_loss" in logged:
             return bool(logged["epoch"] <= position.epoch)
         return bool(logged["step"] <= position.step)
@@ -170,4 +170,4 @@ class Run:
         best = _best(found)
         for path in found[:-KEPT_CHECKPOINTS]:
             if path != best:
-                shutil.rmtree(path)
+                checkpoint.remove(path)

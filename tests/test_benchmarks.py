@@ -1,0 +1,169 @@
+"""The benchmarks: they run, they measure what they say, and a wrong result has no speed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fused_attn import backends, functional, testing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The package, which is not installed, without the checkout on sys.path."""
+    location = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", location / "__init__.py", submodule_search_locations=[str(location)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    before = dict(sys.modules)
+    sys.modules["benchmarks"] = package
+    spec.loader.exec_module(package)
+    names = ("demo", "measure", "problems", "table", "__main__")
+    loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
+    yield SimpleNamespace(package=package, main=loaded.pop("__main__"), **loaded)
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] == "benchmarks":
+            del sys.modules[name]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_name_it_lists_the_benchmarks() -> None:
+    done = run()
+    assert done.returncode == 0 and not done.stderr
+    assert "python -m benchmarks NAME" in done.stdout
+    assert "  demo      fused_attn against what people write" in done.stdout
+
+
+def test_an_unknown_name_is_refused() -> None:
+    done = run("dmeo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo\n"
+
+
+def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
+    for name in bench.package.BENCHMARKS:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert callable(module.main) and module.__doc__
+
+
+def run_tiny(bench: SimpleNamespace, *arguments: str) -> int:
+    tiny = bench.problems.Shape("tiny", 3, 4, 5, 8)
+    return bench.demo.main(["--seconds", "0.01", *arguments], [tiny])
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_demo_prints_both_tables(
+    bench: SimpleNamespace, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if reasons := backends.unavailable_reasons(backend):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    assert run_tiny(bench, "--backend", backend) == 0
+    text = capsys.readouterr().out
+    assert f"fused (backend {backend}) against eager" in text
+    assert "tiny (B=3 T=4 S=5 D=E=A=8)" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("tiny  ")]
+    errors, speeds = rows[:6], rows[6:]
+    results = {"dot": 3, "general": 4, "concat": 6}
+    for row, (score, count) in zip(errors[::2], results.items(), strict=True):
+        assert row[1:3] == [score, "fused"] and len(row) == 3 + count
+        assert all(float(error) < 1e-5 for error in row[3:])
+    assert [row[1] for row in speeds] == list(results)
+    assert all(row[-1].endswith("x") and float(row[-1][:-1]) > 0 for row in speeds)
+    assert "FAILED" not in text and "withheld" not in text
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_a_wrong_result_has_no_speed(
+    bench: SimpleNamespace,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = functional.dot_attention
+
+    def broken(query: torch.Tensor, memory: torch.Tensor, **rest: Any) -> Any:
+        context, weights = right(query, memory, **rest)
+        if wrong == "gradient":
+            return context.detach() + 0.999 * (context - context.detach()), weights
+        return context * (1.001 if wrong == "value" else torch.nan), weights
+
+    monkeypatch.setattr(functional, "dot_attention", broken)
+    assert run_tiny(bench) == 1
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith("tiny  ")]
+    errors, speeds = rows[:6], rows[6:]
+    assert any(cell.endswith("!") for cell in errors[0])
+    assert not any(cell.endswith("!") for row in errors[1:] for cell in row)
+    assert speeds[0] == ["tiny", "dot", *["withheld"] * 4]
+    assert all("withheld" not in row for row in speeds[1:])
+    assert lines[-1] == "FAILED the error budget (!), so no speed is given: tiny dot"
+
+
+def test_calls_take_turns(bench: SimpleNamespace) -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    bench.measure.medians(calls, budget_s=10.0, rounds=4, window_s=0.0)
+    assert "".join(order) == "ab" * 5  # one to warm up, and four rounds
+
+
+def test_median_seconds_of_a_call(bench: SimpleNamespace) -> None:
+    found = bench.measure.medians(
+        {"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.001)}, 0.2, window_s=0.005
+    )
+    # Sleeping takes at least as long as asked for; a busy machine may add to it.
+    assert 0.02 <= found["long"] < 0.2
+    assert 0.001 <= found["short"] < found["long"]
+
+
+def test_few_rounds_when_time_is_short(bench: SimpleNamespace) -> None:
+    calls = []
+    bench.measure.medians({"slow": lambda: (calls.append(1), time.sleep(0.02))}, budget_s=0.0)
+    assert len(calls) == 4  # one to warm up, and the least number of rounds
+
+
+def test_columns_line_up(bench: SimpleNamespace) -> None:
+    text = bench.table.render(["name", "n"], [["a", "1000"], ["longer", "7"]])
+    assert text.splitlines() == [
+        "name       n",
+        "------  ----",
+        "a       1000",
+        "longer     7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.5, "2.5 s"), (0.01234, "12.3 ms"), (4.5e-6, "4.5 us"), (3e-9, "3 ns")],
+)
+def test_durations(bench: SimpleNamespace, seconds: float, text: str) -> None:
+    assert bench.table.duration(seconds) == text
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_both_sides_compute_the_same(bench: SimpleNamespace, score: str) -> None:
+    """What is timed is what was judged: forward and backward of the same call."""
+    shape = bench.problems.Shape("tiny", 3, 4, 5, 8)
+    inputs = bench.problems.inputs_of(shape, score, torch.float64)
+    assert inputs.masking.memory_lengths.max() == 5 and inputs.masking.memory_lengths.min() >= 2
+    sides = bench.demo.attends(inputs, "auto")
+    expected = testing.oracle(inputs)["context"]
+    for attend in sides.values():
+        torch.testing.assert_close(attend(inputs.tensors), expected)
