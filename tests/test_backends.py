@@ -50,7 +50,7 @@ def test_sizes(score: str, dtype: torch.dtype, size: str, target: Target) -> Non
 @pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["dot", "concat"])  # with either, one operator and its masks
 def test_masks(score: str, lengths: bool, mask: str, keep: bool, size: str, target: Target) -> None:
     case = sized(score, torch.float32, size, lengths=lengths, mask=mask, keep=keep)
     target.check(replace(case, batch=3))
@@ -67,7 +67,7 @@ def test_everything_masked_at_once(
 
 
 @every_target
-@pytest.mark.parametrize("size", ["step", "odd", "beam"])
+@pytest.mark.parametrize("size", ["step", "beam"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("score", SCORES)

@@ -129,7 +129,6 @@ def test_a_missing_package_is_named(run: Path) -> None:
     [
         ("</dev/null >/dev/full", None),  # nothing to write
         ("<<<hello >/dev/full", "No space left on device"),
-        ("< .", "Is a directory"),
         ("<&-", "neither a TEXT nor a standard input"),
     ],
 )

@@ -183,6 +183,21 @@ def test_compiled_without_a_break(score: str) -> None:
 
 @compiles
 @pytest.mark.parametrize("score", SCORES)
+def test_compiled_without_weights(score: str) -> None:
+    """Traced, the weights that nobody asked for come back with a gradient of size 0."""
+    module, (query, memory, lengths) = module_and_inputs(score)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    leaves = (query, memory, *module.parameters())
+    found = []
+    for call in (module, compiled):
+        state, weights = call(query, memory, lengths, return_weights=False)
+        assert weights is None
+        found.append([state, *torch.autograd.grad(state.square().sum(), leaves)])
+    torch.testing.assert_close(*found)
+
+
+@compiles
+@pytest.mark.parametrize("score", SCORES)
 def test_compiled_once_for_every_source_length(score: str) -> None:
     module, _ = module_and_inputs(score)
     counter = CompileCounterWithBackend("aot_eager")
@@ -218,9 +233,21 @@ def test_compiled_decoding_over_a_prepared_memory() -> None:
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor itself imports
 def test_compiled_by_inductor() -> None:
-    module, _ = module_and_inputs("concat")
-    compiled = torch.compile(module, fullgraph=True)
-    assert_compiled_is_eager(compiled, module, 7)
+    """Operator and matrix products only: nothing here costs a run of the C++ compiler."""
+    module, (query, memory, lengths) = module_and_inputs("general")
+    weight = module.query_proj.weight
+
+    def attend(query: Tensor, memory: Tensor, weight: Tensor) -> Tensor:
+        rest = {"memory_lengths": lengths, "return_weights": True}
+        context, weights = functional.general_attention(query, memory, weight.T, **rest)
+        return weights @ memory + context @ weight @ query.mT @ context
+
+    compiled = torch.compile(attend, fullgraph=True)
+    leaves = (query, memory, weight)
+    expected, got = attend(*leaves), compiled(*leaves)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(result.sum(), leaves) for result in (got, expected)]
+    torch.testing.assert_close(*grads)
 
 
 @compiles

@@ -197,10 +197,10 @@ def test_eager_refuses_what_has_no_softmax() -> None:
 
 @needs_cpu
 def test_a_forced_instruction_set_is_the_one_in_use() -> None:
-    native = backends.load("cpu").native
-    for isa in native.cpu_isas_supported():
-        found = run_with_isa(isa)
-        assert (found.returncode, found.stdout.strip()) == (0, isa), found.stderr
+    """The narrowest, which is never the default where there is a choice."""
+    narrowest = backends.load("cpu").native.cpu_isas_supported()[-1]
+    found = run_with_isa(narrowest)
+    assert (found.returncode, found.stdout.strip()) == (0, narrowest), found.stderr
 
 
 @needs_cpu

@@ -27,14 +27,16 @@ from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
 # Panels of a picture of alignments.
 MAX_PANELS = 12
 
-_INTERRUPTED = 130
 _READ_BYTES = 1 << 16
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig, TaskConfig)
 
 
 def train(args: Namespace) -> int:
-    """``fused-attn train``: return 0 at the end of the plan, 130 if a signal stopped it."""
+    """``fused-attn train``: return 0 at the end of the plan.
+
+    Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
+    """
     _set_threads(args.threads)
     directory: Path = args.output
     with _stop_signals() as should_stop:
@@ -43,7 +45,7 @@ def train(args: Namespace) -> int:
             if run.trainer.finished:
                 print(f"{directory} is complete: all {run.trainer.total_steps} steps are done")
                 return 0
-            complete = run.train(should_stop)
+            stopped = not run.train(should_stop)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -51,16 +53,16 @@ def train(args: Namespace) -> int:
                 f"cannot write to {error.filename or directory}: {error.strerror}; "
                 "the checkpoints of before are whole"
             ) from None
-    if complete:
-        print(f"best checkpoint: {find_checkpoint(directory)}")
-        return 0
-    trainer = run.trainer
-    print(
-        f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
-        f"fused-attn train {args.task} --output {directory} --resume",
-        file=sys.stderr,
-    )
-    return _INTERRUPTED
+    if stopped:
+        trainer = run.trainer
+        print(
+            f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
+            f"fused-attn train {args.task} --output {directory} --resume",
+            file=sys.stderr,
+        )
+        raise KeyboardInterrupt
+    print(f"best checkpoint: {find_checkpoint(directory)}")
+    return 0
 
 
 def _start(args: Namespace) -> Run:

@@ -1,0 +1,39 @@
+"""Time of several calls, taken in turns: whatever the machine does meanwhile meets all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+Call = Callable[[], object]
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def medians(
+    calls: Mapping[str, Call], budget_s: float, rounds: int = 25, window_s: float = 0.01
+) -> dict[str, float]:
+    """Median seconds of each call, over at least 3 rounds and at most ``rounds`` or ``budget_s``.
+
+    In a round each call runs once, or as often as fills ``window_s``: less is noise of the clock.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        first = _seconds(call, 1)  # caches, allocators and threads are warm in what follows
+        if first < window_s:
+            first = _seconds(call, 1)
+        repeats[name] = max(1, round(window_s / max(first, 1e-9)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + budget_s
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            found[name].append(_seconds(call, repeats[name]))
+    return {name: statistics.median(times) for name, times in found.items()}
