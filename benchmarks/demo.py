@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] = (), shapes: Sequence[Shape] = SHAPES) -> int
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=summary)
     parser.add_argument("--backend", default="auto", choices=backends.REQUESTS)
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="time to spend on each row, about (default: 3)"
+        "--seconds", type=float, default=2.0, help="time to spend on each row, about (default: 2)"
     )
     options = parser.parse_args(arguments)
     results = [

@@ -203,6 +203,7 @@ class _DotAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_context: Any, grad_weights: Any, _: Any) -> Any:
         query, memory, lengths, mask, keep, *saved = ctx.saved_tensors
         scale, keep_scale, backend = ctx.scalars
+        grad_weights = _asked_for(grad_weights)
         masking = Masking(lengths, mask, keep, keep_scale)
         if torch.is_grad_enabled():  # create_graph=True: the reference knows second derivatives
             result = reference.dot_attention(query, memory, scale, masking)
@@ -236,6 +237,7 @@ class _ConcatAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_context: Any, grad_weights: Any, _: Any) -> Any:
         query_proj, memory_proj, memory_exp, v, memory, *rest = ctx.saved_tensors
         keep_scale, backend = ctx.scalars
+        grad_weights = _asked_for(grad_weights)
         lengths, mask, keep, *saved = rest
         masking = Masking(lengths, mask, keep, keep_scale)
         if torch.is_grad_enabled():
@@ -247,6 +249,11 @@ class _ConcatAttention(torch.autograd.Function):
             grads = _CONCAT_BACKWARD(grad_context, grad_weights, *operands, backend, *saved)
         grad_query_proj, grad_memory_proj, grad_v, grad_memory = grads
         return grad_query_proj, grad_memory_proj, None, grad_v, grad_memory, *(None,) * 6
+
+
+def _asked_for(grad_weights: Tensor | None) -> Tensor | None:
+    """None for the empty gradient that AOTAutograd makes up for weights which were not returned."""
+    return None if grad_weights is None or grad_weights.dim() == 1 else grad_weights
 
 
 def _graph_gradients(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fused_attn.seq2seq.inference import Prediction
-from fused_attn.seq2seq.plots import alignment_figure, save_alignments
+from fused_attn.seq2seq.plots import _CELL, alignment_figure, save_alignments
 
 
 def make_prediction(source: str, target: str) -> Prediction:
@@ -32,6 +32,9 @@ def test_letters_and_phones_are_on_the_axes() -> None:
         (image,) = axes.get_images()
         assert prediction.weights is not None
         assert torch.equal(torch.from_numpy(image.get_array().data), prediction.weights)
+        box = axes.get_window_extent()  # the cells are squares, equally large in all maps
+        assert box.width / len(prediction.source) == pytest.approx(_CELL * figure.dpi)
+        assert box.height / len(prediction.target) == pytest.approx(_CELL * figure.dpi)
 
 
 def test_a_longer_word_makes_a_larger_picture(tmp_path: Path) -> None:

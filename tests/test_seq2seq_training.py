@@ -114,8 +114,9 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_it_spoils_the_model(
 
 
 def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> None:
-    """200 steps of the default model on the dictionary, with both backends and the same seed."""
-    recipe = Recipe(ModelConfig(), TrainingConfig(batch_size=16), TaskConfig(limit_words=20_000))
+    """200 steps of the demo's model on the dictionary, with both backends and the same seed."""
+    training = TrainingConfig(epochs=4, batch_size=16, lr=3e-3)
+    recipe = Recipe(ModelConfig(hidden=128), training, TaskConfig(limit_words=20_000))
     curves = []
     for backend in ("auto", "eager"):
         run = g2p_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), backend)

@@ -57,7 +57,7 @@ class TrainingConfig:
     """
 
     epochs: int = 10
-    batch_size: int = 256
+    batch_size: int = 128
     lr: float = 2e-3
     warmup: float = 0.05
     clip: float = 1.0

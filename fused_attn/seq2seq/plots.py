@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from fused_attn.seq2seq.checkpoint import write_atomically
 from fused_attn.seq2seq.inference import Prediction
 
-_INCHES_PER_SYMBOL = 0.32
-_MARGIN_INCHES = 1.1
+# Inches: the side of a cell, room for the phones beside a map and for the letters above it.
+_CELL, _LEFT, _TOP, _EDGE = 0.32, 0.6, 0.45, 0.15
 
 
 def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
@@ -23,15 +23,18 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
     the more of the weight a_t of that target symbol lies on that source symbol. The predictions
     need their weights, and a target that is not empty.
     """
-    widths = [len(p.source) * _INCHES_PER_SYMBOL + _MARGIN_INCHES for p in predictions]
-    heights = [len(p.target) * _INCHES_PER_SYMBOL + _MARGIN_INCHES for p in predictions]
-    figure = Figure(figsize=(max(widths), sum(heights)), layout="constrained")
+    width = _LEFT + _CELL * max(len(p.source) for p in predictions) + _EDGE
+    height = sum(_TOP + _CELL * len(p.target) for p in predictions) + _EDGE
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(predictions), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, prediction in zip(panels, predictions, strict=True):
+    bottom = height
+    for prediction in predictions:
         if prediction.weights is None:
             raise ValueError("a prediction has no alignment weights")
-        axes.imshow(prediction.weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+        across, down = _CELL * len(prediction.source), _CELL * len(prediction.target)
+        bottom -= _TOP + down
+        axes = figure.add_axes((_LEFT / width, bottom / height, across / width, down / height))
+        axes.imshow(prediction.weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
         axes.set_xticks(range(len(prediction.source)), prediction.source)
         axes.set_yticks(range(len(prediction.target)), prediction.target)
         axes.xaxis.tick_top()
