@@ -250,6 +250,10 @@ def _check_device(name: str, tensor: Tensor, memory: Tensor) -> None:
         )
 
 
+def _kind(value: object) -> str:
+    return _short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -275,7 +279,8 @@ def check_parameter(
         for size, wanted in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        wanted_shape = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        sizes = ["any" if size is None else str(size) for size in shape]
+        wanted_shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
         raise ValueError(f"{name} must have shape {letters} = {wanted_shape}, got {_shape(tensor)}")
     _check_like(name, tensor, memory)
 
@@ -320,8 +325,7 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | Non
     if memory_lengths is None:
         return None
     if not isinstance(memory_lengths, Tensor) or memory_lengths.dtype not in _INTEGERS:
-        got = memory_lengths.dtype if isinstance(memory_lengths, Tensor) else type(memory_lengths)
-        raise TypeError(f"memory_lengths must be an integer Tensor, got {got}")
+        raise TypeError(f"memory_lengths must be an integer Tensor, got {_kind(memory_lengths)}")
     if memory_lengths.shape != memory.shape[:1]:
         raise ValueError(
             f"memory_lengths must have shape (B,) = ({memory.shape[0]},), "
@@ -336,8 +340,8 @@ def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tens
     if memory_mask is None:
         return None
     if not isinstance(memory_mask, Tensor) or memory_mask.dtype != torch.bool:
-        got = memory_mask.dtype if isinstance(memory_mask, Tensor) else type(memory_mask)
-        raise TypeError(f"memory_mask must be a bool Tensor (True = attend), got {got}")
+        kind = _kind(memory_mask)
+        raise TypeError(f"memory_mask must be a bool Tensor (True = attend), got {kind}")
     batch, source, _ = memory.shape
     mask = memory_mask.unsqueeze(1) if memory_mask.dim() == 2 else memory_mask
     fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[2] == source

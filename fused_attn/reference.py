@@ -26,7 +26,7 @@ class Attention(NamedTuple):
     context: Tensor  # (B, T, E)
     weights: Tensor  # (B, T, S), before dropout; rows sum to 1, or are 0 when nothing counts
     logsumexp: Tensor  # (B, T), -inf when nothing counts
-    scores: Tensor  # (B, T, S), before masking
+    scores: Tensor  # (B, T, S), before masking; 0 or NaN for rows of memory that are not read
 
 
 class Masking(NamedTuple):

@@ -59,9 +59,9 @@ BAD_TENSORS = [
     ("query", ones(4), ValueError, "got (4,)"),
     ("query", ones(B + 1, T, 4), ValueError, "to go with memory (2, 5, 4)"),
     ("query", ones(B, T, 4).int(), TypeError, "query must have one of the dtypes"),
-    ("memory_lengths", [5, 3], TypeError, "memory_lengths must be an integer Tensor, got <class"),
-    ("memory_lengths", ones(B), TypeError, "an integer Tensor, got torch.float32"),
-    ("memory_lengths", ones(B) > 0, TypeError, "an integer Tensor, got torch.bool"),
+    ("memory_lengths", [5, 3], TypeError, "memory_lengths must be an integer Tensor, got list"),
+    ("memory_lengths", ones(B), TypeError, "an integer Tensor, got float32"),
+    ("memory_lengths", ones(B) > 0, TypeError, "an integer Tensor, got bool"),
     (
         "memory_lengths",
         ones(B + 1).long(),

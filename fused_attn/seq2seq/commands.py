@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -57,7 +58,7 @@ def train(args: Namespace) -> int:
         trainer = run.trainer
         print(
             f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
-            f"fused-attn train {args.task} --output {directory} --resume",
+            f"fused-attn train {args.task} --output {shlex.quote(str(directory))} --resume",
             file=sys.stderr,
         )
         raise KeyboardInterrupt

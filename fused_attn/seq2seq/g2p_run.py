@@ -149,7 +149,6 @@ def _make_run(
     directory: Path, trainer: Trainer, meta: dict[str, Any], data: _Data, progress: Progress
 ) -> Run:
     predictor = Predictor(trainer.model, data.source, data.target)
-
     words, lexicon = data.split.dev, data.lexicon
 
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:

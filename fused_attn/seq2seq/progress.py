@@ -14,7 +14,7 @@ from fused_attn.seq2seq.training import StepReport
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SMOOTHING = 0.98  # of the loss and the speed shown
+_SMOOTHING = 0.95  # of the loss and the speed shown
 _LINE_SECONDS = 15.0
 
 

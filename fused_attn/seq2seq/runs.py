@@ -26,7 +26,7 @@ KEPT_CHECKPOINTS = 2
 
 ShouldStop = Callable[[], bool]
 # Rates of the model on the development set by name, lower is better, the first decides which
-# checkpoint is the best; None if it was stopped.
+# checkpoint is the best and the next break ties; None if it was stopped.
 Evaluate = Callable[[ShouldStop], dict[str, float] | None]
 
 
@@ -64,10 +64,12 @@ def _what_is_there(path: Path) -> str:
 
 
 def _best(found: list[Path]) -> Path | None:
-    """Return the checkpoint with the lowest first rate, the earlier of equals."""
-    rates = {path: checkpoint.load_metadata(path)["dev"] for path in found}
-    judged = [path for path in found if rates[path]]
-    return min(judged, key=lambda path: next(iter(rates[path].values())), default=None)
+    """Return the checkpoint with the lowest rates, the first rate before the others."""
+    rates: dict[Path, tuple[float, ...]] = {}
+    for path in found:
+        if dev := checkpoint.load_metadata(path).get("dev"):
+            rates[path] = tuple(dev.values())
+    return min(rates, key=lambda path: rates[path], default=None)
 
 
 class Run:
