@@ -45,9 +45,9 @@ DEMO = runs/demo
 
 demo: setup build ## train the pronunciation model, show what it learned, compare with eager
 	@rm -rf $(DEMO)
-	$(BIN)/fused-attn train g2p --output $(DEMO) --max-steps 600
+	$(BIN)/fused-attn train g2p --output $(DEMO) --hidden 128 --epochs 4 --lr 3e-3
 	$(BIN)/fused-attn evaluate $(DEMO) --limit 2000 --samples 10
-	$(BIN)/fused-attn predict $(DEMO) transformer attention --alignments $(DEMO)/alignment.png
+	$(BIN)/fused-attn predict $(DEMO) attention pronunciation --alignments $(DEMO)/alignment.png
 	@echo 'the alignments are drawn in $(DEMO)/alignment.png'
 	$(BIN)/python -m benchmarks demo
 
