@@ -13,23 +13,26 @@ SCORES = ("dot", "general", "concat")
 
 @dataclass(frozen=True)
 class Shape:
-    """B, T, S and the common width D = E = A."""
+    """B, T, S, the width D of the query, and E of the memory, which is also A."""
 
     name: str
     batch: int
     queries: int
     source: int
-    width: int
+    query_dim: int
+    memory_dim: int
 
     def __str__(self) -> str:
-        sizes = f"B={self.batch} T={self.queries} S={self.source} D=E=A={self.width}"
+        widths = f"D={self.query_dim} E=A={self.memory_dim}"
+        sizes = f"B={self.batch} T={self.queries} S={self.source} {widths}"
         return f"{self.name} ({sizes})"
 
 
-# A training batch of `fused-attn train g2p`: letters in, phones out.
-G2P = Shape("g2p", 256, 10, 10, 512)
+# A training batch of the demo's model (`make demo`): letters in, phones out. The recipe's default
+# model is twice as wide.
+G2P = Shape("g2p", 128, 8, 8, 128, 256)
 # A training batch of translated sentences.
-SENTENCES = Shape("sentences", 16, 64, 256, 512)
+SENTENCES = Shape("sentences", 16, 64, 256, 512, 512)
 
 
 def inputs_of(shape: Shape, score: str, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -39,7 +42,8 @@ def inputs_of(shape: Shape, score: str, dtype: torch.dtype = torch.float32) -> I
     """
     case = Case(
         score, dtype, shape.batch, shape.queries, shape.source,
-        query_dim=shape.width, memory_dim=shape.width, attn_dim=shape.width, weights=False,
+        query_dim=shape.query_dim, memory_dim=shape.memory_dim, attn_dim=shape.memory_dim,
+        weights=False,
     )  # fmt: skip
     inputs = make_inputs(case)
     generator = torch.Generator().manual_seed(1)

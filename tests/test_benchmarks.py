@@ -65,7 +65,7 @@ def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
 
 
 def run_tiny(bench: SimpleNamespace, *arguments: str) -> int:
-    tiny = bench.problems.Shape("tiny", 3, 4, 5, 8)
+    tiny = bench.problems.Shape("tiny", 3, 4, 5, 8, 8)
     return bench.demo.main(["--seconds", "0.01", *arguments], [tiny])
 
 
@@ -78,7 +78,7 @@ def test_demo_prints_both_tables(
     assert run_tiny(bench, "--backend", backend) == 0
     text = capsys.readouterr().out
     assert f"fused (backend {backend}) against eager" in text
-    assert "tiny (B=3 T=4 S=5 D=E=A=8)" in text
+    assert "tiny (B=3 T=4 S=5 D=8 E=A=8)" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("tiny  ")]
     errors, speeds = rows[:6], rows[6:]
     results = {"dot": 3, "general": 4, "concat": 6}
@@ -160,7 +160,7 @@ def test_durations(bench: SimpleNamespace, seconds: float, text: str) -> None:
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 def test_both_sides_compute_the_same(bench: SimpleNamespace, score: str) -> None:
     """What is timed is what was judged: forward and backward of the same call."""
-    shape = bench.problems.Shape("tiny", 3, 4, 5, 8)
+    shape = bench.problems.Shape("tiny", 3, 4, 5, 8, 8)
     inputs = bench.problems.inputs_of(shape, score, torch.float64)
     assert inputs.masking.memory_lengths.max() == 5 and inputs.masking.memory_lengths.min() >= 2
     sides = bench.demo.attends(inputs, "auto")
