@@ -43,7 +43,7 @@ struct BackwardTask {
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
     if (p.score == Score::dot) return;
-    query_factors = c.take<A>(plan.t_blocks * Layout<A>::size(plan.t_block, score_width));
+    query_factors = c.take<A>(plan.t_blocks * 2 * block_size());
     grad_proj = c.take<A>(plan.chunk * score_width);
     grad_row = c.take<A>(score_width);
     extents = c.take<Extent<A>>(plan.t_blocks);
@@ -89,7 +89,7 @@ struct BackwardTask {
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
   }
 
-  // delta and the log-sum-exp of every query, and the E-factors of all queries for concat.
+  // delta and the log-sum-exp of every query, and the factors of all queries for concat.
   void prepare(int64_t b) {
     for (int64_t t = 0; t < p.T; ++t) {
       const int64_t row = b * p.T + t;
@@ -107,13 +107,12 @@ struct BackwardTask {
     for (int64_t block = 0; block < plan.t_blocks; ++block) {
       const int64_t t0 = block * plan.t_block;
       extents[block] = Extent<A>{};
-      concat.query_factors(p, b, t0, rows_at(t0), factors_of(block), extents[block]);
+      concat.query_factors(p, b, t0, rows_at(t0), factors_of(block), block_size(), extents[block]);
     }
   }
 
-  A* factors_of(int64_t block) const {
-    return query_factors + block * Layout<A>::size(plan.t_block, score_width);
-  }
+  int64_t block_size() const { return Layout<A>::size(plan.t_block, score_width); }
+  A* factors_of(int64_t block) const { return query_factors + block * 2 * block_size(); }
   const X* weight_grads(int64_t b, int64_t t) const {
     return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
            t * p.grad_weights.row_stride;
@@ -168,14 +167,15 @@ struct BackwardTask {
                     const uint8_t* marks, const Block<A>& grad, const Block<A>& m,
                     Factors<A> m_factors, const Extent<A>& m_extent, bool first) {
     const int64_t block = t0 / plan.t_block;
-    Factors<A> q{factors_of(block), concat.query_layout.row, concat.query_layout.step};
-    const Range range = range_of(extents[block], m_extent);
+    Factors<A> q{factors_of(block), factors_of(block) + block_size(), concat.query_layout.row,
+                 concat.query_layout.step};
+    const Range range = range_of(extents[block], m_extent, concat.v_largest);
     if (range == Range::exact) {
       q = concat.exact_queries(p, b, t0, rows);
       m_factors = concat.exact_chunk(p, b, picked, marks);
     }
-    concat_scores_in(range, q, rows, m_factors, picked.count, concat.v, score_width, concat.v_sum,
-                     scores, ld);
+    concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
+                           concat.v_sum, scores, ld);
     score_gradients(b, t0, rows, picked, marks, grad, m);
     add_to_memory(rows, picked, grad, first);
     concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,

@@ -25,14 +25,14 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Widths rounded up so that the inner loops have no tails; concat works on pairs of vectors.
+// Widths rounded up so that the inner loops have no tails.
 template <class A>
 FA_INLINE int64_t padded_memory_width(const AttentionParams& p) {
   return round_up(p.E, kLanes<A>);
 }
 template <class A>
 FA_INLINE int64_t padded_score_width(const AttentionParams& p) {
-  return round_up(p.K, p.score == Score::concat ? 2 * kLanes<A> : kLanes<A>);
+  return round_up(p.K, kLanes<A>);
 }
 template <class A>
 FA_INLINE int64_t padded_chunk(const Plan& plan) {

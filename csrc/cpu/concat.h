@@ -1,10 +1,12 @@
-// The concat score without a tanh: with E = exp(2q) exp(2m) and r = 1 / (1 + E),
+// The concat score without a tanh: with p = exp(-2q), w = exp(2m) and r = p / (p + w),
 //
-//   tanh(q + m) = 1 - 2r      and      1 - tanh^2(q + m) = 4 (r - r^2),
+//   tanh(q + m) = 1 - 2r      and      1 - tanh^2(q + m) = 4 (r - r^2) = 4 p w / (p + w)^2,
 //
-// so that exponentials are taken of the T + S rows only and the T S K inner loop is multiplications
-// and one reciprocal. Operands come as E-factors, except where these would leave the range of the
-// type: there the loop takes the projections themselves.
+// so that exponentials are taken of the T + S rows only and the T S K inner loop is an addition, a
+// few multiplications and a part of a reciprocal. (With exp(2q) instead of p the denominator would
+// be 1 + exp(2q) w, a multiply-add; additions have pipes of their own on most processors.)
+// Operands come as factors p and w, except where these would leave the range of the type: there the
+// loop takes the projections themselves.
 #pragma once
 
 #include "chunk.h"
@@ -14,9 +16,9 @@ namespace fused_attn {
 namespace {
 
 enum class Range {
-  paired,   // all products below Limits::pair: one reciprocal serves two terms
-  clamped,  // factors finite, products may overflow: clamp them (there r is 0 to rounding anyway)
-  exact     // some |q| or |m| too large for exp(2x): operands are q and m themselves
+  quad,    // products of four denominators are finite: one reciprocal serves four terms
+  single,  // p and w are finite, their products may not be: a reciprocal for each term
+  exact    // some |q| or |m| too large for exp(2x): operands are q and m themselves
 };
 
 template <class A>
@@ -24,120 +26,164 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float argument = 43.0f;  // exp(2 * 43) < 3.4e38
-  static constexpr float pair = 1e18f;      // a product of two is finite
-  static constexpr float single = 1e37f;    // its reciprocal is a normal number
+  // Of p + w for a quad; its fourth power, times a weight of up to `weight`, is a normal number.
+  static constexpr float low = 1e-6f, high = 1e6f, weight = 1e9f;
 };
 template <>
 struct Limits<double> {
   static constexpr double argument = 340.0;
-  static constexpr double pair = 1e150;
-  static constexpr double single = 1e300;
+  static constexpr double low = 1e-60, high = 1e60, weight = 1e60;
 };
 
-// What is known of a block of E-factors.
+// What is known of a block of factors.
 template <class A>
 struct Extent {
-  A largest = A(0);
+  A high = A(0), low = kInfinity<A>;
   bool exact = false;  // some argument was out of range (or NaN)
-  void join(A high, A low) {
-    largest = high > largest ? high : largest;
-    exact = exact || !(low >= A(0)) || !(high <= kInfinity<A>);
+  void join(A above, A below) {
+    high = above > high ? above : high;
+    low = below < low ? below : low;
+    exact = exact || !(below >= A(0)) || !(above <= kInfinity<A>);
   }
 };
 
 template <class A>
-FA_INLINE Range range_of(const Extent<A>& q, const Extent<A>& m) {
+FA_INLINE Range range_of(const Extent<A>& q, const Extent<A>& m, A largest_weight) {
   if (q.exact || m.exact) return Range::exact;
-  return q.largest * m.largest < Limits<A>::pair ? Range::paired : Range::clamped;
+  const bool quad = q.high + m.high <= Limits<A>::high && q.low + m.low >= Limits<A>::low &&
+                    largest_weight <= Limits<A>::weight;
+  return quad ? Range::quad : Range::single;
 }
 
-// out[i] = exp(2 x[i]), or -1 where |x[i]| is out of range or NaN. In groups of one vector that lie
-// `step` apart in out, so that the same code writes rows (step = lanes) and the blocked layout.
+// The least and the largest of what passes through it.
 template <class A>
-FA_INLINE void exponentiate(const A* x, int64_t padded, A* out, int64_t step, Extent<A>& extent) {
-  Vec<A> high{}, low{};
-  for (int64_t d = 0; d < padded; d += kLanes<A>, out += step) {
-    const Vec<A> arg = load(x + d);
-    const auto inside = (arg <= Limits<A>::argument) & (arg >= -Limits<A>::argument);
-    const Vec<A> e = inside ? exponential(inside ? arg * A(2) : Vec<A>{}) : splat(A(-1));
-    store(out, e);
-    high = at_least<A>(high, e);
-    low = at_most<A>(low, e);
+struct Watch {
+  Vec<A> high{}, low = splat(kInfinity<A>);
+  void see(Vec<A> x) {
+    high = at_least<A>(high, x);
+    low = at_most<A>(low, x);
   }
-  extent.join(max_lanes<A>(high), min_lanes<A>(low));
+  void tell(Extent<A>& extent) const { extent.join(max_lanes<A>(high), min_lanes<A>(low)); }
+};
+
+// out[i] = exp(factor x[i]), factor 2 or -2, or -1 where |x[i]| is out of range or NaN. In groups
+// of one vector that lie `step` apart in out, so that the same code writes rows (step = lanes) and
+// the blocked layout.
+template <class A>
+FA_INLINE void exponentiate(const A* x, A factor, int64_t padded, A* out, int64_t step,
+                            Extent<A>& extent) {
+  Watch<A> watch;
+  const auto inside = [](Vec<A> arg) {
+    return (arg <= Limits<A>::argument) & (arg >= -Limits<A>::argument);
+  };
+  auto all = inside(Vec<A>{});
+  for (int64_t d = 0; d < padded; d += kLanes<A>) {
+    const Vec<A> arg = load(x + d), e = exponential_inside(arg * factor);
+    all &= inside(arg);
+    store(out + d / kLanes<A> * step, e);
+    watch.see(e);
+  }
+  if (min_lanes<A>(all ? splat(A(1)) : Vec<A>{}) == A(0)) {  // rare, so it may do the work again
+    for (int64_t d = 0; d < padded; d += kLanes<A>) {
+      A* to = out + d / kLanes<A> * step;
+      store(to, inside(load(x + d)) ? load(to) : splat(A(-1)));
+    }
+    watch.low = splat(A(-1));
+  }
+  watch.tell(extent);
 }
 
 // The extent of factors that were computed before; moved to out if that is not null.
 template <class A>
 FA_INLINE void adopt(const A* x, int64_t padded, A* out, int64_t step, Extent<A>& extent) {
-  Vec<A> high{}, low{};
+  Watch<A> watch;
   for (int64_t d = 0; d < padded; d += kLanes<A>) {
     const Vec<A> e = load(x + d);
     if (out) store(out + d / kLanes<A> * step, e);
-    high = at_least<A>(high, e);
-    low = at_most<A>(low, e);
+    watch.see(e);
   }
-  extent.join(max_lanes<A>(high), min_lanes<A>(low));
+  watch.tell(extent);
 }
 
-// A matrix of factors: row i, vector k at data + i * row + k * step.
+// A matrix of factors: row i, vector k at data + i * row + k * step. For queries `weighted` is v p
+// in the same layout.
 template <class A>
 struct Factors {
   const A* data;
+  const A* weighted;
   int64_t row, step;
 };
 
-// 1 + E, or what stands for it, from one pair of operands.
+// The same with one of the two strides known to the compiler, which saves the inner loop most of
+// its address arithmetic: vectors of a row lie together, or rows of a vector (blocked) do.
+template <class A, bool Blocked>
+struct Tile {
+  const A* data;
+  const A* weighted;
+  int64_t stride;
+  explicit Tile(const Factors<A>& f)
+      : data(f.data), weighted(f.weighted), stride(Blocked ? f.step : f.row) {}
+  int64_t row() const { return Blocked ? kLanes<A> : stride; }
+  int64_t step() const { return Blocked ? stride : kLanes<A>; }
+  Tile at(int64_t i) const {
+    Tile moved = *this;
+    moved.data += i * row();
+    if (weighted) moved.weighted += i * row();
+    return moved;
+  }
+};
+
+// r = p / (p + w), or what stands for it, from one pair of operands. In the exact range saturated
+// terms must come out as 0 or 1 to the bit, or r - r^2 would be an error where it ought to be 0:
+// the division is exact there, the estimate is not.
 template <class A, Range R>
-FA_INLINE Vec<A> denominator(Vec<A> q, Vec<A> m) {
+FA_INLINE Vec<A> ratio(Vec<A> q, Vec<A> m) {
   if constexpr (R == Range::exact) {
     const A top = A(2) * Limits<A>::argument;
-    return exponential(at_most<A>(A(2) * (q + m), splat(top))) + A(1);
-  } else if constexpr (R == Range::clamped) {
-    return at_most<A>(q * m + A(1), splat(Limits<A>::single));
+    return A(1) / (exponential(at_most<A>(A(2) * (q + m), splat(top))) + A(1));
   } else {
-    return q * m + A(1);
+    return q * reciprocal<A>(q + m);
   }
 }
 
-// 1 / (1 + E). Saturated terms must come out as 0 or 1 to the bit in the exact range, or u = r -
-// r^2 would be an error where it ought to be 0: the division is exact there, the estimate is not.
-template <class A, Range R>
-FA_INLINE Vec<A> inverse(Vec<A> x) {
-  if constexpr (R == Range::exact)
-    return A(1) / x;
-  else
-    return reciprocal<A>(x);
+// sum + c0/x0 + c1/x1 + c2/x2 + c3/x3 with one reciprocal, from c0/x0 + c1/x1 = (c0 x1 + c1 x0) /
+// (x0 x1) twice. Thirteen operations of the multiply-add pipes for four terms.
+template <class A>
+FA_INLINE Vec<A> add_quad(Vec<A> sum, Vec<A> x0, Vec<A> x1, Vec<A> x2, Vec<A> x3, Vec<A> c0,
+                          Vec<A> c1, Vec<A> c2, Vec<A> c3) {
+  const Vec<A> x01 = x0 * x1, x23 = x2 * x3;
+  const Vec<A> c01 = c0 * x1 + c1 * x0, c23 = c2 * x3 + c3 * x2;
+  return sum + (c01 * x23 + c23 * x01) * reciprocal<A>(x01 * x23);
 }
 
-// v0 / x0 + v1 / x1 with one reciprocal: (v0 x1 + v1 x0) / (x0 x1).
-template <class A, Range R>
-FA_INLINE Vec<A> weighted_pair(Vec<A> x0, Vec<A> x1, Vec<A> v0, Vec<A> v1) {
-  if constexpr (R == Range::paired) {
-    return (v0 * x1 + v1 * x0) * reciprocal<A>(x0 * x1);
-  } else {
-    return v0 * inverse<A, R>(x0) + v1 * inverse<A, R>(x1);
-  }
-}
-
-template <class A, Range R, int M, int N>
-FA_INLINE void concat_tile(Factors<A> q, Factors<A> m, const A* v, int64_t padded, A v_sum, A* out,
-                           int64_t ldo) {
+template <class A, Range R, bool Blocked, int M, int N>
+FA_INLINE void concat_tile(Tile<A, Blocked> q, Tile<A, Blocked> m, const A* v, int64_t padded,
+                           A v_sum, A* out, int64_t ldo) {
+  constexpr int L = kLanes<A>;
   Vec<A> acc[M][N] = {};
-  const A *qk = q.data, *mk = m.data;
-  for (int64_t d = 0; d < padded; d += 2 * kLanes<A>, qk += 2 * q.step, mk += 2 * m.step) {
-    const Vec<A> v0 = load(v + d), v1 = load(v + d + kLanes<A>);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      const Vec<A> q0 = load(qk + i * q.row), q1 = load(qk + i * q.row + q.step);
+  int64_t d = 0, qk = 0, mk = 0;
+  if constexpr (R == Range::quad) {
+    for (; d + 4 * L <= padded; d += 4 * L, qk += 4 * q.step(), mk += 4 * m.step())
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        const Vec<A> x0 = denominator<A, R>(q0, load(mk + j * m.row));
-        const Vec<A> x1 = denominator<A, R>(q1, load(mk + j * m.row + m.step));
-        acc[i][j] += weighted_pair<A, R>(x0, x1, v0, v1);
+        const A* w = m.data + j * m.row() + mk;
+        const Vec<A> w0 = load(w), w1 = load(w + m.step()), w2 = load(w + 2 * m.step()),
+                     w3 = load(w + 3 * m.step());
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
+          const A *p = q.data + i * q.row() + qk, *c = q.weighted + i * q.row() + qk;
+          acc[i][j] =
+              add_quad<A>(acc[i][j], load(p) + w0, load(p + q.step()) + w1,
+                          load(p + 2 * q.step()) + w2, load(p + 3 * q.step()) + w3, load(c),
+                          load(c + q.step()), load(c + 2 * q.step()), load(c + 3 * q.step()));
+        }
       }
-    }
   }
+  for (; d < padded; d += L, qk += q.step(), mk += m.step())
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j)
+        acc[i][j] += load(v + d) *
+                     ratio<A, R>(load(q.data + i * q.row() + qk), load(m.data + j * m.row() + mk));
   for (int i = 0; i < M; ++i) {
     A r[4];
     if constexpr (N == 4) {
@@ -149,81 +195,86 @@ FA_INLINE void concat_tile(Factors<A> q, Factors<A> m, const A* v, int64_t padde
   }
 }
 
-// out[i][j] = v . tanh(q_i + m_j) for m rows of q and n rows of memory.
-template <class A, Range R>
-static void concat_scores(Factors<A> q, int64_t rows, Factors<A> m, int64_t n, const A* v,
-                          int64_t padded, A v_sum, A* out, int64_t ldo) {
-  constexpr int M = kVectorBytes == 64 ? 4 : 2;
-  const auto advance = [&](Factors<A> f, int64_t by) {
-    return Factors<A>{f.data + by * f.row, f.row, f.step};
-  };
-  for (int64_t j = 0; j < n;) {
-    const bool four = j + 4 <= n;
-    const Factors<A> mj = advance(m, j);
-    int64_t i = 0;
-    for (; i + M <= rows; i += M) {
-      const Factors<A> qi = advance(q, i);
-      if (four)
-        concat_tile<A, R, M, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-      else
-        concat_tile<A, R, M, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-    }
-    for (; i < rows; ++i) {
-      const Factors<A> qi = advance(q, i);
-      if (four)
-        concat_tile<A, R, 1, 4>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-      else
-        concat_tile<A, R, 1, 1>(qi, mj, v, padded, v_sum, out + i * ldo + j, ldo);
-    }
-    j += four ? 4 : 1;
-  }
+template <class A, Range R, bool Blocked, int M>
+FA_INLINE void concat_rows(Tile<A, Blocked> q, int64_t rows, Tile<A, Blocked> m, int64_t n,
+                           const A* v, int64_t padded, A v_sum, A* out, int64_t ldo) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4)
+    for (int64_t i = 0; i < rows; i += M)
+      concat_tile<A, R, Blocked, M, 4>(q.at(i), m.at(j), v, padded, v_sum, out + i * ldo + j, ldo);
+  for (; j < n; ++j)
+    for (int64_t i = 0; i < rows; i += M)
+      concat_tile<A, R, Blocked, M, 1>(q.at(i), m.at(j), v, padded, v_sum, out + i * ldo + j, ldo);
 }
 
-template <class A>
-FA_INLINE void concat_scores_in(Range range, Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
-                                const A* v, int64_t padded, A v_sum, A* out, int64_t ldo) {
+// out[i][j] = v . tanh(q_i + m_j) for m rows of q and n rows of memory. Four queries, which stay in
+// the first-level cache, meet all rows of the chunk before the next four do.
+template <class A, Range R, bool Blocked>
+static void concat_scores(Tile<A, Blocked> q, int64_t rows, Tile<A, Blocked> m, int64_t n,
+                          const A* v, int64_t padded, A v_sum, A* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 4)
+    concat_rows<A, R, Blocked, 2>(q.at(i), rows - i >= 4 ? 4 : 2, m, n, v, padded, v_sum,
+                                  out + i * ldo, ldo);
+  if (rows % 2)
+    concat_rows<A, R, Blocked, 1>(q.at(rows - 1), 1, m, n, v, padded, v_sum, out + (rows - 1) * ldo,
+                                  ldo);
+}
+
+template <bool Blocked, class A>
+FA_INLINE void concat_scores_in(Range range, const Factors<A>& q, int64_t rows, const Factors<A>& m,
+                                int64_t n, const A* v, int64_t padded, A v_sum, A* out,
+                                int64_t ldo) {
+  const Tile<A, Blocked> qt(q), mt(m);
   switch (range) {
-    case Range::paired:
-      return concat_scores<A, Range::paired>(q, rows, m, n, v, padded, v_sum, out, ldo);
-    case Range::clamped:
-      return concat_scores<A, Range::clamped>(q, rows, m, n, v, padded, v_sum, out, ldo);
+    case Range::quad:
+      return concat_scores<A, Range::quad>(qt, rows, mt, n, v, padded, v_sum, out, ldo);
+    case Range::single:
+      return concat_scores<A, Range::single>(qt, rows, mt, n, v, padded, v_sum, out, ldo);
     case Range::exact:
-      return concat_scores<A, Range::exact>(q, rows, m, n, v, padded, v_sum, out, ldo);
+      return concat_scores<A, Range::exact>(qt, rows, mt, n, v, padded, v_sum, out, ldo);
   }
 }
 
 // One vector of columns of the backward: with u = r - r^2 and g the gradients of the scores,
 //   dq_i += sum_j g_ij u,   dm_j += sum_i g_ij u   (both still without the factor 4 v),
 //   dv   += sum_ij g_ij r   (dv itself is sum g - 2 times this).
-// Lanes lie along the width, so nothing is reduced across them and g is a broadcast.
+// Lanes lie along the width, so nothing is reduced across them and g is a broadcast. For a quad's
+// range u = p w s^2 and r = p s with s = 1 / (p + w), and p and w leave the sums: seven operations
+// of the multiply-add pipes for a term instead of eight.
 template <class A, Range R, int M>
 FA_INLINE void concat_backward_rows(const A* q, const A* m, const A* g, int64_t ldg, int64_t n,
                                     A* dq, A* dm, Vec<A>& dv) {
-  Vec<A> qi[M], dqi[M], dvi[M] = {};
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
-    qi[i] = load(q + i * kLanes<A>);
-    dqi[i] = load(dq + i * kLanes<A>);
-  }
+  constexpr bool factored = R == Range::quad;
+  Vec<A> qi[M], dqi[M] = {}, dvi[M] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) qi[i] = load(q + i * kLanes<A>);
   for (int64_t j = 0; j < n; ++j) {
     const Vec<A> mj = load(m + j * kLanes<A>);
-    Vec<A> dmj = load(dm + j * kLanes<A>);
-#pragma GCC unroll 4
+    Vec<A> dmj = {};
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      // A single product may reach Limits::pair here, far below where the reciprocal fails.
-      const Vec<A> r = inverse<A, R>(denominator<A, R>(qi[i], mj));
       const A gij = g[i * ldg + j];
-      const Vec<A> gu = gij * (r - r * r);
-      dqi[i] += gu;
-      dmj += gu;
-      dvi[i] += gij * r;
+      if constexpr (factored) {
+        const Vec<A> s = reciprocal<A>(qi[i] + mj), gs = gij * s, gss = gs * s;
+        dqi[i] += gss * mj;
+        dmj += gss * qi[i];
+        dvi[i] += gs;
+      } else {
+        const Vec<A> r = ratio<A, R>(qi[i], mj), gu = gij * (r - r * r);
+        dqi[i] += gu;
+        dmj += gu;
+        dvi[i] += gij * r;
+      }
     }
-    store(dm + j * kLanes<A>, dmj);
+    const Vec<A> before = load(dm + j * kLanes<A>);
+    store(dm + j * kLanes<A>, factored ? before + mj * dmj : before + dmj);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-    store(dq + i * kLanes<A>, dqi[i]);
-    dv += dvi[i];
+    const Vec<A> before = load(dq + i * kLanes<A>);
+    store(dq + i * kLanes<A>, factored ? before + qi[i] * dqi[i] : before + dqi[i]);
+    dv += factored ? qi[i] * dvi[i] : dvi[i];
   }
 }
 
@@ -254,12 +305,12 @@ FA_INLINE void concat_backward_in(Range range, Factors<A> q, int64_t rows, Facto
                                   const A* g, int64_t ldg, int64_t padded, A* dq, int64_t dq_step,
                                   A* dm, int64_t dm_step, A* dv) {
   switch (range) {
-    case Range::paired:
-      return concat_backward<A, Range::paired>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
+    case Range::quad:
+      return concat_backward<A, Range::quad>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
+                                             dm_step, dv);
+    case Range::single:
+      return concat_backward<A, Range::single>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
                                                dm_step, dv);
-    case Range::clamped:
-      return concat_backward<A, Range::clamped>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
-                                                dm_step, dv);
     case Range::exact:
       return concat_backward<A, Range::exact>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
                                               dm_step, dv);

@@ -153,7 +153,7 @@ void cpu_backward(const AttentionParams& p) {
   const int threads = threads_for(p);
   const int64_t size = arithmetic_bytes(p), lanes = table.vector_bytes / size;
   const bool concat = p.score == Score::concat;
-  const int64_t width = round_up(p.K, concat ? 2 * lanes : lanes);
+  const int64_t width = round_up(p.K, lanes);
   const int64_t tasks = p.B * plan.segments, queries = p.B * p.T;
   Shared shared;
   const Buffer grad_query = allocate(tasks * p.T * width * size);

@@ -35,7 +35,7 @@ struct ForwardTask {
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
     if (p.score == Score::dot) return;
-    factors = c.take<A>(Layout<A>::size(plan.t_block, score_width));
+    factors = c.take<A>(2 * Layout<A>::size(plan.t_block, score_width));
     concat.query_layout = concat.memory_layout = Layout<A>::by_rows(score_width);
     concat.carve(c, p, plan);
   }
@@ -90,7 +90,8 @@ struct ForwardTask {
       q = read_range<X, A>(p.query, b, t0, rows, p.K, score_width, query);
     } else {
       concat.read_v(p);
-      q_factors = concat.query_factors(p, b, t0, rows, factors, q_extent);
+      q_factors = concat.query_factors(p, b, t0, rows, factors,
+                                       Layout<A>::size(plan.t_block, score_width), q_extent);
     }
     Picked picked{index, 0, 0, true};
     for (int64_t s = begin; s < stop; s += plan.chunk) {
@@ -111,13 +112,13 @@ struct ForwardTask {
         Extent<A> m_extent;
         Factors<A> m_factors = concat.chunk_factors(p, b, picked, m_extent);
         Factors<A> qf = q_factors;
-        const Range range = range_of(q_extent, m_extent);
+        const Range range = range_of(q_extent, m_extent, concat.v_largest);
         if (range == Range::exact) {
           qf = concat.exact_queries(p, b, t0, rows);
           m_factors = concat.exact_chunk(p, b, picked, marks);
         }
-        concat_scores_in(range, qf, rows, m_factors, picked.count, concat.v, score_width,
-                         concat.v_sum, scores, ld);
+        concat_scores_in<false>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
+                                concat.v_sum, scores, ld);
       }
       finish_scores(p, b, t0, rows, picked, marks, scores, ld);
       keep_scores(b, t0, rows, picked);

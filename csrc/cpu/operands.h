@@ -1,4 +1,4 @@
-// What both directions of a task hold for the concat score: E-factors of its queries and of one
+// What both directions of a task hold for the concat score: factors of its queries and of one
 // chunk of memory, and the projections themselves for the chunks where factors are out of range.
 #pragma once
 
@@ -30,7 +30,7 @@ struct ConcatOperands {
   using A = Arithmetic<X>;
   int64_t padded;
   A* v;  // (padded)
-  A v_sum;
+  A v_sum, v_largest;
   A* staged;          // one row, on its way to another layout
   A* memory_factors;  // one chunk
   A* exact_query;     // one block of queries
@@ -48,19 +48,27 @@ struct ConcatOperands {
 
   void read_v(const AttentionParams& p) {
     widen_row(static_cast<const X*>(p.v), p.K, v, padded);
-    Vec<A> sum{};
-    for (int64_t d = 0; d < padded; d += kLanes<A>) sum += load(v + d);
+    Vec<A> sum{}, largest{};
+    for (int64_t d = 0; d < padded; d += kLanes<A>) {
+      const Vec<A> x = load(v + d);
+      sum += x;
+      largest = at_least<A>(largest, x < A(0) ? -x : x);
+    }
     v_sum = sum_lanes<A>(sum);
+    v_largest = max_lanes<A>(largest);
   }
 
-  // E-factors of the queries t0 .. t0 + n - 1.
+  // Factors of the queries t0 .. t0 + n - 1, into room for two blocks: p, then v p.
   Factors<A> query_factors(const AttentionParams& p, int64_t b, int64_t t0, int64_t n, A* out,
-                           Extent<A>& extent) const {
+                           int64_t block, Extent<A>& extent) const {
     for (int64_t i = 0; i < n; ++i) {
       const Block<A> row = read_range<X, A>(p.query, b, t0 + i, 1, p.K, padded, staged);
-      exponentiate(row.data, padded, out + i * query_layout.row, query_layout.step, extent);
+      A* to = out + i * query_layout.row;
+      exponentiate(row.data, A(-2), padded, to, query_layout.step, extent);
+      for (int64_t d = 0; d < padded; d += kLanes<A>, to += query_layout.step)
+        store(to + block, load(v + d) * load(to));
     }
-    return {out, query_layout.row, query_layout.step};
+    return {out, out + block, query_layout.row, query_layout.step};
   }
 
   Factors<A> exact_queries(const AttentionParams& p, int64_t b, int64_t t0, int64_t n) const {
@@ -68,14 +76,14 @@ struct ConcatOperands {
       const Block<A> row = read_range<X, A>(p.query, b, t0 + i, 1, p.K, padded, staged);
       spread(row.data, padded, exact_query + i * query_layout.row, query_layout.step);
     }
-    return {exact_query, query_layout.row, query_layout.step};
+    return {exact_query, nullptr, query_layout.row, query_layout.step};
   }
 
   const A* staged_row(const AttentionParams& p, int64_t b, int64_t s) const {
     return read_range<X, A>(p.memory_proj, b, s, 1, p.K, padded, staged).data;
   }
 
-  // E-factors of a chunk: exponentials of the projection, or those that were prepared. Prepared
+  // factors of a chunk: exponentials of the projection, or those that were prepared. Prepared
   // rows of the right width are used where they lie, when the layout is by rows.
   template <class P>
   Factors<A> prepared_factors(const AttentionParams& p, int64_t b, const Picked& picked,
@@ -87,7 +95,7 @@ struct ConcatOperands {
                         picked.first * p.memory_exp.row_stride;
         for (int64_t i = 0; i < picked.count; ++i)
           adopt<A>(base + i * p.memory_exp.row_stride, padded, nullptr, 0, extent);
-        return {base, p.memory_exp.row_stride, kLanes<A>};
+        return {base, nullptr, p.memory_exp.row_stride, kLanes<A>};
       }
     }
     for (int64_t i = 0; i < picked.count; ++i) {
@@ -95,7 +103,7 @@ struct ConcatOperands {
       A* out = memory_factors + i * memory_layout.row;
       adopt(row.data, padded, out, memory_layout.step, extent);
     }
-    return {memory_factors, memory_layout.row, memory_layout.step};
+    return {memory_factors, nullptr, memory_layout.row, memory_layout.step};
   }
 
   Factors<A> chunk_factors(const AttentionParams& p, int64_t b, const Picked& picked,
@@ -110,9 +118,9 @@ struct ConcatOperands {
     }
     for (int64_t i = 0; i < picked.count; ++i) {
       A* out = memory_factors + i * memory_layout.row;
-      exponentiate(staged_row(p, b, picked[i]), padded, out, memory_layout.step, extent);
+      exponentiate(staged_row(p, b, picked[i]), A(2), padded, out, memory_layout.step, extent);
     }
-    return {memory_factors, memory_layout.row, memory_layout.step};
+    return {memory_factors, nullptr, memory_layout.row, memory_layout.step};
   }
 
   // Spoiled rows (null if there are none) become 0, as `mark_spoiled` makes them in the memory.
@@ -126,7 +134,7 @@ struct ConcatOperands {
       }
       spread(row, padded, exact_memory + i * memory_layout.row, memory_layout.step);
     }
-    return {exact_memory, memory_layout.row, memory_layout.step};
+    return {exact_memory, nullptr, memory_layout.row, memory_layout.step};
   }
 
   // A projection row that is not finite and counts for some queries only: see mark_spoiled.

@@ -136,15 +136,13 @@ inline __attribute__((always_inline)) Vec<float> reciprocal<float>(Vec<float> x)
 }
 #endif
 
-// exp(x), two units in the last place; 0 below the normal range; for x <= 88. exp(NaN) is NaN.
-FA_INLINE Vec<float> exponential(Vec<float> x) {
+// exp(x), two units in the last place, for -87 <= x <= 88.
+FA_INLINE Vec<float> exponential_inside(Vec<float> x) {
   using V = Vec<float>;
-  const V low = splat(-87.0f);
-  const V clamped = at_least<float>(x, low);
   // Adding 1.5 * 2^23 rounds to an integer in the low bits of the mantissa.
-  const V shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const V shifted = x * 1.44269504088896341f + 12582912.0f;
   const V n = shifted - 12582912.0f;
-  const V r = (clamped - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  const V r = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
   V p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -153,13 +151,21 @@ FA_INLINE Vec<float> exponential(Vec<float> x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const auto bits = ((VecOf<float>::ints)shifted << 23) + 0x3f800000;
-  const V value = p * (V)bits;
-  return x < low ? V{} : value;
+  return p * (V)bits;
+}
+
+// The same for any x <= 88: 0 below the normal range, and exp(NaN) is NaN.
+FA_INLINE Vec<float> exponential(Vec<float> x) {
+  const Vec<float> low = splat(-87.0f);
+  const Vec<float> value = exponential_inside(at_least<float>(x, low));
+  return x < low ? Vec<float>{} : value;
 }
 FA_INLINE Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
   return x;
 }
+
+FA_INLINE Vec<double> exponential_inside(Vec<double> x) { return exponential(x); }
 
 FA_INLINE float log_of(float x) { return ::logf(x); }
 FA_INLINE double log_of(double x) { return ::log(x); }
