@@ -90,6 +90,12 @@ FA_INLINE Vec<float> load_wide(const X* p) {
 #endif
 }
 
+// A vector's worth of stored 16-bit elements, two to a lane.
+template <class X>
+FA_INLINE VecOf<float>::ints load_bits(const X* p) {
+  return (VecOf<float>::ints)load(reinterpret_cast<const float*>(p));
+}
+
 // dst[0..n) = src[0..n), then zeros up to dst[padded).
 template <class X, class A>
 FA_INLINE void widen_row(const X* src, int64_t n, A* dst, int64_t padded) {

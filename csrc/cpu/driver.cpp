@@ -6,6 +6,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "isa.h"
 #include "plan.h"
 
@@ -19,6 +23,9 @@ constexpr int64_t kThreadedWork = 1 << 18;  // multiply-adds below which a threa
 constexpr int64_t kKeptScratch = 16 << 20;  // a thread keeps scratch up to this size between calls
 
 int64_t arithmetic_bytes(const AttentionParams& p) { return p.dtype == DType::f64 ? 8 : 4; }
+int64_t stored_bytes(const AttentionParams& p) {
+  return p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,6 +62,18 @@ Plan backward_plan(const AttentionParams& p) {
   return plan;
 }
 
+// Asks for 2 MiB pages where a large output has not been touched yet. The system clears a page when
+// it is first written, and a page fault for every 4 KiB of a gradient as large as the memory took
+// four times as long as computing it.
+void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kPage * kPage;
+  if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -63,6 +82,7 @@ using Buffer = std::unique_ptr<void, Free>;
 Buffer allocate(int64_t bytes) {
   Buffer buffer(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64))));
   if (!buffer) throw std::bad_alloc();
+  prefer_large_pages(buffer.get(), bytes);
   return buffer;
 }
 
@@ -129,6 +149,8 @@ void cpu_forward(const AttentionParams& p) {
   const int threads = threads_for(p);
   const int64_t size = arithmetic_bytes(p), lanes = table.vector_bytes / size;
   const int64_t tasks = p.B * plan.t_blocks * plan.segments, queries = p.B * p.T;
+  prefer_large_pages(p.context, queries * p.E * stored_bytes(p));
+  prefer_large_pages(p.weights, queries * p.S * stored_bytes(p));
   Shared shared;
   Buffer partial, scores;
   if (plan.segments > 1) {
@@ -155,6 +177,9 @@ void cpu_backward(const AttentionParams& p) {
   const bool concat = p.score == Score::concat;
   const int64_t width = round_up(p.K, lanes);
   const int64_t tasks = p.B * plan.segments, queries = p.B * p.T;
+  prefer_large_pages(p.grad_query, queries * p.K * stored_bytes(p));
+  prefer_large_pages(p.grad_memory, p.B * p.S * p.E * stored_bytes(p));
+  prefer_large_pages(p.grad_memory_proj, p.B * p.S * p.K * stored_bytes(p));
   Shared shared;
   const Buffer grad_query = allocate(tasks * p.T * width * size);
   const Buffer grad_v = allocate(concat ? tasks * width * size : 0);

@@ -63,16 +63,12 @@ struct ForwardTask {
       row_sum[i] = A(0);
     }
     bool fresh = true;
-    if (begin < stop && p.T == 1 && p.score == Score::dot && !p.mask && p.E == memory_width) {
-      const Block<A> q = read_range<X, A>(p.query, b, 0, 1, p.K, score_width, query);
-      memset(context, 0, size_t(memory_width) * sizeof(A));
-      const StepSoftmax<A> result =
-          attend_step<X>(p, b, begin, stop, q.data, context, kept_scores());
-      row_max[0] = result.max;
-      row_sum[0] = result.sum;
+    if (begin < stop && is_step()) {
+      step(b, begin, stop);
       fresh = false;
-    } else if (begin < stop)
+    } else if (begin < stop) {
       attend(b, t0, rows, begin, stop, fresh);
+    }
     if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
     if (plan.segments > 1)
       leave_partial(task, rows);
@@ -80,6 +76,48 @@ struct ForwardTask {
       for (int64_t i = 0; i < rows; ++i)
         finish_row(p, b * p.T + t0 + i, context + i * memory_width, row_max[i], row_sum[i],
                    kept_scores());
+  }
+
+  // Whether `attend_step` can do it: one query that looks at every row, and no remainders.
+  bool is_step() const {
+    if (p.T != 1 || p.mask || p.E % Behind<X>::kColumns != 0) return false;
+    return p.score == Score::dot || (p.memory_exp.data && p.K % (4 * kLanes<A>) == 0);
+  }
+
+  void step(int64_t b, int64_t begin, int64_t stop) {
+    StepSoftmax<A> result;
+    if (p.score == Score::dot) {
+      const X* q = static_cast<const X*>(p.query.data) + b * p.query.batch_stride;
+      for (int64_t d = 0; d < p.E; d += 2 * kLanes<A>) {
+        Vec<A> x, y;
+        load_pair(q + d, x, y);
+        store(query + d, x);
+        store(query + d + kLanes<A>, y);
+      }
+      const X* memory_rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
+      const DotStep<X> dot{memory_rows, p.memory.row_stride, p.E, query, A(p.scale)};
+      result = attend_step<X>(p, b, begin, stop, dot, context, kept_scores());
+    } else if (p.exp_dtype == DType::bf16) {
+      result = concat_step<BFloat16>(b, begin, stop);
+    } else {
+      result = concat_step<A>(b, begin, stop);
+    }
+    row_max[0] = result.max;
+    row_sum[0] = result.sum;
+  }
+
+  template <class P>
+  StepSoftmax<A> concat_step(int64_t b, int64_t begin, int64_t stop) {
+    Extent<A> extent;
+    concat.read_v(p);
+    const Factors<A> q = concat.query_factors(p, b, 0, 1, factors,
+                                              Layout<A>::size(plan.t_block, score_width), extent);
+    if constexpr (__is_same(A, double) && __is_same(P, BFloat16)) {
+      return {};  // exponentials of float64 are float64
+    } else {
+      const ConcatStep<X, P> step{p, b, concat, q, extent};
+      return attend_step<X>(p, b, begin, stop, step, context, kept_scores());
+    }
   }
 
   void attend(int64_t b, int64_t t0, int64_t rows, int64_t begin, int64_t stop, bool& fresh) {

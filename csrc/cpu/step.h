@@ -1,60 +1,175 @@
 // One query: a decoding step. With nothing to reuse a row for, the pass is bound by reading memory,
 // so the weighted sum must not hold up the reading: while a group of rows is read for its scores,
-// the same loop adds the group before it (still in the first-level cache) to the context. Two loops
-// in turn would leave memory idle during the second. Rows are read one after the other, because
-// the hardware prefetches one long stream better than several that end with every row.
+// the same loop adds the group before it (for the dot score still in the first-level cache) to the
+// context. Two loops in turn would leave memory idle during the second. Rows are read one after the
+// other, because the hardware prefetches one long stream better than several that end with every
+// row; and groups are small, so that old and fresh rows do not evict one another.
 #pragma once
 
-#include "chunk.h"
-#include "tiles.h"
+#include "operands.h"
 
 namespace fused_attn {
 namespace {
 
-constexpr int64_t kGroup = 4;
+constexpr int64_t kGroup = 2;
 
-// context[d] = context[d] * rescale + sum of O old rows times their weights, for one vector d.
-template <class X, int O>
-FA_INLINE void add_old(const X* old, int64_t stride, int64_t d, const Arithmetic<X>* weights,
-                       Arithmetic<X> rescale, Arithmetic<X>* context) {
-  Vec<Arithmetic<X>> sum = load(context + d) * rescale;
-#pragma GCC unroll 4
-  for (int i = 0; i < O; ++i) sum += weights[i] * load_wide(old + i * stride + d);
-  store(context + d, sum);
-}
-
-// The score of one fresh row; meanwhile columns [from, to) of the context take in the old group.
-template <class X, bool Old>
-FA_INLINE Arithmetic<X> step_row(const Arithmetic<X>* query, const X* fresh, int64_t width,
-                                 const X* old, int64_t stride, const Arithmetic<X>* weights,
-                                 Arithmetic<X> rescale, Arithmetic<X>* context, int64_t from,
-                                 int64_t to) {
-  using A = Arithmetic<X>;
-  constexpr int L = kLanes<A>;
-  Vec<A> acc[4] = {};
-  int64_t d = 0;
-  for (; d + 4 * L <= width; d += 4 * L) {
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) acc[u] += load_wide(fresh + d + u * L) * load(query + d + u * L);
-    if (Old && from < to) {
-      add_old<X, kGroup>(old, stride, from, weights, rescale, context);
-      from += L;
-    }
+// Two vectors of columns, in the order that costs least: for bfloat16 the even elements and the odd
+// ones, which a shift and a mask widen where they lie. Query and context keep that order too.
+template <class X>
+FA_INLINE void load_pair(const X* p, Vec<Arithmetic<X>>& a, Vec<Arithmetic<X>>& b) {
+  if constexpr (__is_same(X, BFloat16)) {
+    const auto raw = load_bits(p);
+    a = (Vec<float>)(raw << 16);
+    b = (Vec<float>)(raw & -65536);
+  } else {
+    a = load_wide(p);
+    b = load_wide(p + kLanes<Arithmetic<X>>);
   }
-  for (; d < width; d += L) acc[0] += load_wide(fresh + d) * load(query + d);
-  if (Old)
-    for (; from < to; from += L) add_old<X, kGroup>(old, stride, from, weights, rescale, context);
-  return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
+
+// From the order of load_pair back to that of the columns, in place.
+template <class X, class A>
+FA_INLINE void restore_order(A* x, int64_t width) {
+  constexpr int L = kLanes<A>;
+  if constexpr (__is_same(X, BFloat16))
+    for (int64_t d = 0; d < width; d += 2 * L) {
+      A pair[2 * L];
+      for (int i = 0; i < L; ++i) {
+        pair[2 * i] = x[d + i];
+        pair[2 * i + 1] = x[d + L + i];
+      }
+      memcpy(x + d, pair, sizeof pair);
+    }
+}
+
+// The group before the fresh one, on its way into the context: a pair of columns at a time.
+template <class X>
+struct Behind {
+  using A = Arithmetic<X>;
+  static constexpr int64_t kColumns = 2 * kLanes<A>;
+  const X* rows = nullptr;  // null: there is none yet
+  int64_t stride;
+  A rescale;  // of what is in the context already
+  A weights[kGroup];
+  A* context;
+
+  template <int N>
+  FA_INLINE_METHOD void add(int64_t d) const {
+    Vec<A> a = load(context + d) * rescale, b = load(context + d + kLanes<A>) * rescale;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      Vec<A> x, y;
+      load_pair(rows + i * stride + d, x, y);
+      a += weights[i] * x;
+      b += weights[i] * y;
+    }
+    store(context + d, a);
+    store(context + d + kLanes<A>, b);
+  }
+};
+
+template <class X>
+struct DotStep {
+  using A = Arithmetic<X>;
+  const X* rows;  // of this batch row's memory
+  int64_t stride, width;
+  const A* query;  // in the order of load_pair
+  A scale;
+
+  template <bool Old>
+  FA_INLINE_METHOD A score(int64_t s, const Behind<X>& behind, int64_t from, int64_t to) const {
+    constexpr int L = kLanes<A>;
+    const X* row = rows + s * stride;
+    Vec<A> acc[4] = {};
+    int64_t d = 0;
+    for (; d + 4 * L <= width; d += 4 * L) {
+      Vec<A> x[4];
+      load_pair(row + d, x[0], x[1]);
+      load_pair(row + d + 2 * L, x[2], x[3]);
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) acc[u] += x[u] * load(query + d + u * L);
+      if (Old && from < to) {
+        behind.template add<kGroup>(from);
+        from += 2 * L;
+      }
+    }
+    if (d < width) {  // a pair that is left over
+      Vec<A> x, y;
+      load_pair(row + d, x, y);
+      acc[0] += x * load(query + d);
+      acc[1] += y * load(query + d + L);
+    }
+    if (Old)
+      for (; from < to; from += 2 * L) behind.template add<kGroup>(from);
+    return scale * sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+};
+
+// Prepared memory, whose factors have the type P. The factors' range is seen while they are read;
+// a row that leaves the quad's range is scored again as the chunks are.
+template <class X, class P>
+struct ConcatStep {
+  using A = Arithmetic<X>;
+  const AttentionParams& p;
+  int64_t b;
+  const ConcatOperands<X>& operands;
+  Factors<A> query;
+  const Extent<A>& query_extent;
+
+  template <bool Old>
+  FA_INLINE_METHOD A score(int64_t s, const Behind<X>& behind, int64_t from, int64_t to) const {
+    constexpr int L = kLanes<A>;
+    const P* row = static_cast<const P*>(p.memory_exp.data) + b * p.memory_exp.batch_stride +
+                   s * p.memory_exp.row_stride;
+    Vec<A> acc{};
+    Watch<A> watch;
+    for (int64_t d = 0; d < p.K; d += 4 * L) {
+      Vec<A> x[4];
+      const A *q = query.data + d, *c = query.weighted + d;
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Vec<A> w = load_wide(row + d + u * L);
+        watch.see(w);
+        x[u] = load(q + u * L) + w;
+      }
+      acc = add_quad<A>(acc, x[0], x[1], x[2], x[3], load(c), load(c + L), load(c + 2 * L),
+                        load(c + 3 * L));
+      if (Old && from < to) {
+        behind.template add<kGroup>(from);
+        from += 2 * L;
+      }
+    }
+    if (Old)
+      for (; from < to; from += 2 * L) behind.template add<kGroup>(from);
+    Extent<A> extent;
+    watch.tell(extent);
+    if (range_of(query_extent, extent, operands.v_largest) != Range::quad) return again(s);
+    return operands.v_sum - A(2) * sum_lanes<A>(acc);
+  }
+
+  __attribute__((noinline)) A again(int64_t s) const {
+    Extent<A> extent;
+    const Picked one{nullptr, s, 1, true};
+    Factors<A> q = query, m = operands.chunk_factors(p, b, one, extent);
+    const Range range = range_of(query_extent, extent, operands.v_largest);
+    if (range == Range::exact) {
+      q = operands.exact_queries(p, b, 0, 1);
+      m = operands.exact_chunk(p, b, one, nullptr);
+    }
+    A result;
+    concat_scores_in<false>(range, q, 1, m, 1, operands.v, operands.padded, operands.v_sum, &result,
+                            1);
+    return result;
+  }
+};
 
 // The online softmax of one query, group by group.
 template <class A>
 struct StepSoftmax {
   A max = -kInfinity<A>, sum = A(0);
-  A rescale = A(1);
-  A weights[kGroup] = {};
 
-  void add(const A* scores, int64_t n) {
+  // Scores become weights; returns what the context so far has to be multiplied with.
+  A add(A* scores, int64_t n) {
     A top = max;
     for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
     const A base = top == -kInfinity<A> ? A(0) : top;
@@ -63,53 +178,54 @@ struct StepSoftmax {
     for (int64_t i = 0; i < n; ++i) lanes[i] = scores[i] - base;
     lanes[kGroup] = max - base;
     for (int64_t i = 0; i <= kGroup; i += kLanes<A>) store(lanes + i, exponential(load(lanes + i)));
-    rescale = lanes[kGroup];
-    sum *= rescale;
+    sum *= lanes[kGroup];
     for (int64_t i = 0; i < n; ++i) {
-      weights[i] = lanes[i];
+      scores[i] = lanes[i];
       sum += lanes[i];
     }
     max = top;
+    return lanes[kGroup];
   }
 };
 
-// Rows [begin, stop) of batch b, all of which count. context starts at 0 and is left undivided.
-template <class X>
+// Rows [begin, stop) of batch b, all of which count. The context is left undivided.
+template <class X, class Step>
 FA_INLINE StepSoftmax<Arithmetic<X>> attend_step(const AttentionParams& p, int64_t b, int64_t begin,
-                                                 int64_t stop, const Arithmetic<X>* query,
+                                                 int64_t stop, const Step& step,
                                                  Arithmetic<X>* context, Arithmetic<X>* kept) {
   using A = Arithmetic<X>;
-  const int64_t stride = p.memory.row_stride;
+  constexpr int64_t kColumns = Behind<X>::kColumns;
   const X* rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
   const uint8_t* keep = p.keep ? p.keep + b * p.S : nullptr;
   StepSoftmax<A> softmax;
-  const X* old = nullptr;
+  Behind<X> behind;
+  behind.stride = p.memory.row_stride;
+  behind.context = context;
+  memset(context, 0, size_t(p.E) * sizeof(A));
   int64_t n = 0;
   for (int64_t s = begin; s < stop; s += n) {
-    const X* fresh = rows + s * stride;
     n = stop - s < kGroup ? stop - s : kGroup;
     A scores[kGroup];
-    const int64_t vectors = p.E / kLanes<A>;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t from = i * vectors / n * kLanes<A>, to = (i + 1) * vectors / n * kLanes<A>;
-      const X* row = fresh + i * stride;
-      const A score =
-          old ? step_row<X, true>(query, row, p.E, old, stride, softmax.weights, softmax.rescale,
-                                  context, from, to)
-              : step_row<X, false>(query, row, p.E, nullptr, 0, nullptr, A(1), nullptr, 0, 0);
-      scores[i] = score * A(p.scale);
+      const int64_t pairs = p.E / kColumns;
+      const int64_t from = i * pairs / n * kColumns, to = (i + 1) * pairs / n * kColumns;
+      scores[i] = behind.rows ? step.template score<true>(s + i, behind, from, to)
+                              : step.template score<false>(s + i, behind, 0, 0);
     }
     if (kept)
       for (int64_t i = 0; i < n; ++i) kept[b * p.S + s + i] = scores[i];
-    softmax.add(scores, n);
-    if (keep)
-      for (int64_t i = 0; i < n; ++i) softmax.weights[i] *= keep[s + i] ? A(p.keep_scale) : A(0);
-    old = fresh;
-  }
-  for (int64_t d = 0; d < p.E; d += kLanes<A>)  // the last group, of n rows
+    behind.rescale = softmax.add(scores, n);
     for (int64_t i = 0; i < n; ++i)
-      add_old<X, 1>(old + i * stride, stride, d, softmax.weights + i, i ? A(1) : softmax.rescale,
-                    context);
+      behind.weights[i] = !keep || keep[s + i] ? scores[i] * (keep ? A(p.keep_scale) : A(1)) : A(0);
+    behind.rows = rows + s * behind.stride;
+  }
+  for (int64_t d = 0; d < p.E; d += kColumns)  // the last group, of n rows
+    if (n == kGroup)
+      behind.template add<kGroup>(d);
+    else
+      behind.template add<1>(d);
+  static_assert(kGroup == 2, "the last group has one row or two");
+  restore_order<X>(context, p.E);
   return softmax;
 }
 

@@ -12,6 +12,7 @@
 #endif
 
 #define FA_INLINE static inline __attribute__((always_inline))
+#define FA_INLINE_METHOD inline __attribute__((always_inline))
 
 namespace fused_attn {
 namespace {
