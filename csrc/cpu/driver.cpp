@@ -181,15 +181,18 @@ void cpu_backward(const AttentionParams& p) {
   prefer_large_pages(p.grad_memory, p.B * p.S * p.E * stored_bytes(p));
   prefer_large_pages(p.grad_memory_proj, p.B * p.S * p.K * stored_bytes(p));
   Shared shared;
-  const Buffer grad_query = allocate(tasks * p.T * width * size);
+  // With one segment, nothing to pad and nothing to round, the tasks sum where the result belongs.
+  const bool in_place = plan.segments == 1 && !concat && width == p.K && stored_bytes(p) == size;
+  const Buffer grad_query = allocate(in_place ? 0 : tasks * p.T * width * size);
   const Buffer grad_v = allocate(concat ? tasks * width * size : 0);
-  shared.grad_query = grad_query.get();
+  shared.grad_query = in_place ? p.grad_query : grad_query.get();
   shared.grad_v = grad_v.get();
   for_each(tasks, threads, table.backward_scratch(p, plan), [&](int64_t task, void* scratch) {
     table.backward_task(p, plan, shared, task, scratch);
   });
-  for_each(queries, threads, 0,
-           [&](int64_t row, void*) { table.backward_merge(p, plan, shared, row); });
+  if (!in_place)
+    for_each(queries, threads, 0,
+             [&](int64_t row, void*) { table.backward_merge(p, plan, shared, row); });
   if (concat) table.backward_merge_v(p, plan, shared);
 }
 

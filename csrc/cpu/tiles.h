@@ -25,14 +25,27 @@ constexpr int kDotRows = 6;
 constexpr int kDotRows = 2;
 #endif
 
-template <class A, int M, int N>
+template <class A>
+constexpr int kLine = 64 / int(sizeof(A));  // elements in a line of the cache
+
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+
+// With Ahead, the rows of the next tile are asked for while this one is computed: rows that are met
+// for the first time come from memory, and a tile's streams are too short for the hardware to see.
+template <class A, int M, int N, bool Ahead>
 FA_INLINE void dot_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t width, A* out,
                         int64_t ldo) {
   Vec<A> acc[M][N] = {};
   for (int64_t d = 0; d < width; d += kLanes<A>) {
     Vec<A> y[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) y[j] = load(b + j * ldb + d);
+    for (int j = 0; j < N; ++j) {
+      y[j] = load(b + j * ldb + d);
+      if (Ahead) __builtin_prefetch(b + (N + j) * ldb + d);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Vec<A> x = load(a + i * lda + d);
@@ -50,12 +63,19 @@ FA_INLINE void dot_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_
   }
 }
 
-template <class A, int M>
+template <class A, int M, bool Ahead>
 FA_INLINE void dot_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n, int64_t width,
                         A* out, int64_t ldo) {
   int64_t j = 0;
-  for (; j + 4 <= n; j += 4) dot_tile<A, M, 4>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
-  for (; j < n; ++j) dot_tile<A, M, 1>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+  for (; j + 4 <= n; j += 4) {
+    for (int64_t d = j * width / n; d < (j + 4) * width / n; d += kLine<A>)
+      for (int i = 0; i < M; ++i) __builtin_prefetch(a + (M + i) * lda + d);  // of the next block
+    dot_tile<A, M, 4, Ahead>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+  }
+  if (j < n &&
+      n >= 4)  // the last tile overlaps the one before: a full one costs less than small ones
+    return dot_tile<A, M, 4, false>(a, lda, b + (n - 4) * ldb, ldb, width, out + n - 4, ldo);
+  for (; j < n; ++j) dot_tile<A, M, 1, false>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
 }
 
 // The same for few queries: row after row, so that memory is read as one stream, which the
@@ -105,32 +125,14 @@ template <class A>
 static void rows_dot_rows(const A* a, int64_t lda, int64_t m, const A* b, int64_t ldb, int64_t n,
                           int64_t width, A* out, int64_t ldo) {
   if (m <= kFewRows) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
-  int64_t i = 0;
-  for (; i + kDotRows <= m; i += kDotRows)
-    dot_rows<A, kDotRows>(a + i * lda, lda, b, ldb, n, width, out + i * ldo, ldo);
-  a += i * lda;
-  out += i * ldo;
-  switch (m - i) {
-    case 1:
-      dot_rows<A, 1>(a, lda, b, ldb, n, width, out, ldo);
-      break;
-#if defined(__AVX512F__)
-    case 2:
-      dot_rows<A, 2>(a, lda, b, ldb, n, width, out, ldo);
-      break;
-    case 3:
-      dot_rows<A, 3>(a, lda, b, ldb, n, width, out, ldo);
-      break;
-    case 4:
-      dot_rows<A, 4>(a, lda, b, ldb, n, width, out, ldo);
-      break;
-    case 5:
-      dot_rows<A, 5>(a, lda, b, ldb, n, width, out, ldo);
-      break;
-#endif
-    default:
-      break;
-  }
+  const auto block = [&](int64_t i, auto ahead) {
+    dot_rows<A, kDotRows, decltype(ahead)::value>(a + i * lda, lda, b, ldb, n, width, out + i * ldo,
+                                                  ldo);
+  };
+  block(0, Flag<true>{});
+  int64_t i = kDotRows;
+  for (; i + kDotRows <= m; i += kDotRows) block(i, Flag<false>{});
+  if (i < m) block(m - kDotRows, Flag<false>{});  // overlaps the block before
 }
 
 // Coefficients p[i][j] at p + i * p_row + j * p_col, so that a transpose costs nothing.

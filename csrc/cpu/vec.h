@@ -93,6 +93,14 @@ template <>
 inline __attribute__((always_inline)) float sum_lanes<float>(Vec<float> x) {
   return _mm512_reduce_add_ps((__m512)x);
 }
+template <>
+inline __attribute__((always_inline)) float max_lanes<float>(Vec<float> x) {
+  return _mm512_reduce_max_ps((__m512)x);
+}
+template <>
+inline __attribute__((always_inline)) float min_lanes<float>(Vec<float> x) {
+  return _mm512_reduce_min_ps((__m512)x);
+}
 #endif
 
 // Sums the lanes of four vectors into out[0..3].
@@ -101,21 +109,23 @@ FA_INLINE void sum_lanes_of_four(const Vec<A> (&x)[4], A* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum_lanes<A>(x[i]);
 }
 #if defined(__AVX2__)
-// Horizontal adds fold four registers at once: about five instructions a sum instead of ten.
-FA_INLINE __m256 half_of(Vec<float> x) {
-#if defined(__AVX512F__)
-  return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
-#else
-  return (__m256)x;
-#endif
-}
+// Interleaving folds four registers at once: less than four instructions a sum instead of ten.
 template <>
 inline __attribute__((always_inline)) void sum_lanes_of_four<float>(const Vec<float> (&x)[4],
                                                                     float* out) {
-  __m256 low = _mm256_hadd_ps(half_of(x[0]), half_of(x[1]));
-  __m256 high = _mm256_hadd_ps(half_of(x[2]), half_of(x[3]));
-  __m256 both = _mm256_hadd_ps(low, high);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#if defined(__AVX512F__)
+  const __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+  const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+  const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+  const __m512 all = (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);
+  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+#else
+  const __m256 a = (__m256)x[0], b = (__m256)x[1], c = (__m256)x[2], d = (__m256)x[3];
+  const __m256d ab = (__m256d)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+  const __m256d cd = (__m256d)(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+  const __m256 half = (__m256)_mm256_unpacklo_pd(ab, cd) + (__m256)_mm256_unpackhi_pd(ab, cd);
+#endif
+  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
 #endif
 
