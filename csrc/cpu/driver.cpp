@@ -38,8 +38,8 @@ void cut_segments(const AttentionParams& p, int64_t tasks_before, int64_t rows_p
   plan.segments = std::max<int64_t>(ceil_div(p.S, plan.segment_rows), 1);
 }
 
-int64_t chunk_rows(const AttentionParams& p, int64_t bytes) {
-  const int64_t row = std::max(p.E, p.K) * arithmetic_bytes(p);
+int64_t chunk_rows(const AttentionParams& p, int64_t bytes, int64_t element) {
+  const int64_t row = std::max(p.E, p.K) * element;
   const int64_t rows = std::clamp<int64_t>(bytes / row / 4 * 4, 8, 256);
   return std::min(rows, round_up(std::max<int64_t>(p.S, 1), 4));
 }
@@ -48,7 +48,9 @@ Plan forward_plan(const AttentionParams& p) {
   Plan plan{};
   plan.t_block = std::clamp<int64_t>(p.T, 1, p.score == Score::dot ? 64 : 128);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
-  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes);
+  // A short type is summed as it is stored where the processor can, and then twice the rows fit.
+  const int64_t element = p.score == Score::dot && p.T > 8 ? stored_bytes(p) : arithmetic_bytes(p);
+  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes, element);
   cut_segments(p, p.B * plan.t_blocks, 4, plan);
   return plan;
 }
@@ -57,7 +59,7 @@ Plan backward_plan(const AttentionParams& p) {
   Plan plan{};
   plan.t_block = std::clamp<int64_t>(p.T, 1, 64);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
-  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes / 2);
+  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes / 2, arithmetic_bytes(p));
   cut_segments(p, p.B, 2, plan);
   return plan;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operands.h"
+#include "pairs.h"
 #include "step.h"
 
 namespace fused_attn {
@@ -19,12 +20,21 @@ struct ForwardTask {
   int64_t* index;
   uint8_t* spoiled;
   ConcatOperands<X> concat;
+  // Only where bfloat16 is multiplied in pairs; null otherwise.
+  static constexpr bool kPairs = kHasPairs && __is_same(X, BFloat16);
+  X *stored_query = nullptr, *stored = nullptr, *packed = nullptr;
 
   ForwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
       : p(params), plan(plan_), shared(shared_) {
-    memory_width = padded_memory_width<A>(p);
-    score_width = padded_score_width<A>(p);
+    const bool pairs = kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p);
+    memory_width = pairs ? round_up(p.E, 32) : padded_memory_width<A>(p);
+    score_width = pairs ? memory_width : padded_score_width<A>(p);
     ld = padded_chunk<A>(plan);
+    if (pairs) {
+      stored_query = c.take<X>(plan.t_block * memory_width);
+      stored = c.take<X>(plan.chunk * memory_width);
+      packed = c.take<X>((plan.chunk + 1) * memory_width);
+    }
     query = c.take<A>(p.score == Score::dot ? plan.t_block * score_width : 0);
     memory = c.take<A>(plan.chunk * memory_width);
     scores = c.take<A>(plan.t_block * ld);
@@ -66,6 +76,8 @@ struct ForwardTask {
     if (begin < stop && is_step()) {
       step(b, begin, stop);
       fresh = false;
+    } else if (begin < stop && stored && rows >= kDotRows) {
+      attend_pairs(b, t0, rows, begin, stop, fresh);
     } else if (begin < stop) {
       attend(b, t0, rows, begin, stop, fresh);
     }
@@ -158,13 +170,43 @@ struct ForwardTask {
         concat_scores_in<false>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
                                 concat.v_sum, scores, ld);
       }
-      finish_scores(p, b, t0, rows, picked, marks, scores, ld);
-      keep_scores(b, t0, rows, picked);
-      soften(b, t0, rows, picked);
+      weigh(b, t0, rows, picked, marks);
       add_scaled_rows<A>({scores, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
                          context, memory_width, {!fresh, rescale});
       fresh = false;
     }
+  }
+
+  // `attend` for bfloat16 multiplied in pairs. The weights are rounded to bfloat16 for their sum
+  // with the memory, as they are when the chain is written by hand.
+  void attend_pairs([[maybe_unused]] int64_t b, [[maybe_unused]] int64_t t0,
+                    [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t begin,
+                    [[maybe_unused]] int64_t stop, [[maybe_unused]] bool& fresh) {
+    if constexpr (kPairs) {
+      const Picked queries{nullptr, t0, rows, true};
+      const Block<X> q = stored_rows(p.query, b, queries, p.E, memory_width, stored_query);
+      Picked picked{index, 0, 0, true};
+      for (int64_t s = begin; s < stop; s += plan.chunk) {
+        pick(p, b, t0, t0 + rows, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
+        if (picked.count == 0) continue;
+        const Block<X> m = stored_rows(p.memory, b, picked, p.E, memory_width, stored);
+        rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, memory_width, scores,
+                      ld);
+        weigh(b, t0, rows, picked, nullptr);
+        pack_pairs(m, picked.count, memory_width, packed);
+        pair_weights(scores, ld, rows, picked.count);
+        add_scaled_pairs(scores, ld, rows, packed, (picked.count + 1) / 2, memory_width, context,
+                         memory_width, {!fresh, rescale});
+        fresh = false;
+      }
+    }
+  }
+
+  // From scores to the weights of the sum.
+  void weigh(int64_t b, int64_t t0, int64_t rows, const Picked& picked, const uint8_t* marks) {
+    finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+    keep_scores(b, t0, rows, picked);
+    soften(b, t0, rows, picked);
   }
 
   void keep_scores(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {

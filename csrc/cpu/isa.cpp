@@ -14,6 +14,9 @@ const KernelTable* fused_attn_kernels_avx2();
 #ifdef FUSED_ATTN_HAVE_AVX512
 const KernelTable* fused_attn_kernels_avx512();
 #endif
+#ifdef FUSED_ATTN_HAVE_AVX512_BF16
+const KernelTable* fused_attn_kernels_avx512_bf16();
+#endif
 }
 
 namespace {
@@ -28,11 +31,14 @@ struct Isa {
 std::vector<Isa> built_isas() {
   std::vector<Isa> isas;
 #ifdef FUSED_ATTN_HAVE_AVX512
-  isas.push_back({"avx512",
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                  fused_attn_kernels_avx512});
+                      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef FUSED_ATTN_HAVE_AVX512_BF16
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  isas.push_back({"avx512_bf16", bf16, fused_attn_kernels_avx512_bf16});
+#endif
+  isas.push_back({"avx512", avx512, fused_attn_kernels_avx512});
 #endif
 #ifdef FUSED_ATTN_HAVE_AVX2
   isas.push_back({"avx2",

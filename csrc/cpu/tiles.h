@@ -6,7 +6,7 @@
 // Row widths are multiples of the vector length (shorter rows come copied and padded with zeros).
 #pragma once
 
-#include "vec.h"
+#include "convert.h"
 
 namespace fused_attn {
 namespace {
@@ -32,25 +32,40 @@ template <bool B>
 struct Flag {
   static constexpr bool value = B;
 };
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// What the dot product of two rows of Z is made of; pairs.h has it for bfloat16.
+template <class Z>
+struct Operand {
+  static constexpr int kStep = kLanes<Z>;
+  typedef Vec<Z> type;
+  FA_INLINE_METHOD static type load(const Z* p) { return fused_attn::load(p); }
+  FA_INLINE_METHOD static Vec<Z> add_product(Vec<Z> sum, type x, type y) { return sum + x * y; }
+};
 
 // With Ahead, the rows of the next tile are asked for while this one is computed: rows that are met
 // for the first time come from memory, and a tile's streams are too short for the hardware to see.
-template <class A, int M, int N, bool Ahead>
-FA_INLINE void dot_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t width, A* out,
-                        int64_t ldo) {
+template <class Z, int M, int N, bool Ahead>
+FA_INLINE void dot_tile(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_t width,
+                        Arithmetic<Z>* out, int64_t ldo) {
+  using A = Arithmetic<Z>;
+  using Op = Operand<Z>;
   Vec<A> acc[M][N] = {};
-  for (int64_t d = 0; d < width; d += kLanes<A>) {
-    Vec<A> y[N];
+  for (int64_t d = 0; d < width; d += Op::kStep) {
+    typename Op::type y[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
-      y[j] = load(b + j * ldb + d);
+      y[j] = Op::load(b + j * ldb + d);
       if (Ahead) __builtin_prefetch(b + (N + j) * ldb + d);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const Vec<A> x = load(a + i * lda + d);
+      const typename Op::type x = Op::load(a + i * lda + d);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) acc[i][j] += x * y[j];
+      for (int j = 0; j < N; ++j) acc[i][j] = Op::add_product(acc[i][j], x, y[j]);
     }
   }
 #pragma GCC unroll 8
@@ -63,19 +78,19 @@ FA_INLINE void dot_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_
   }
 }
 
-template <class A, int M, bool Ahead>
-FA_INLINE void dot_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n, int64_t width,
-                        A* out, int64_t ldo) {
+template <class Z, int M, bool Ahead>
+FA_INLINE void dot_rows(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_t n, int64_t width,
+                        Arithmetic<Z>* out, int64_t ldo) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
-    for (int64_t d = j * width / n; d < (j + 4) * width / n; d += kLine<A>)
+    for (int64_t d = j * width / n; d < (j + 4) * width / n; d += kLine<Z>)
       for (int i = 0; i < M; ++i) __builtin_prefetch(a + (M + i) * lda + d);  // of the next block
-    dot_tile<A, M, 4, Ahead>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+    dot_tile<Z, M, 4, Ahead>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
   }
   if (j < n &&
       n >= 4)  // the last tile overlaps the one before: a full one costs less than small ones
-    return dot_tile<A, M, 4, false>(a, lda, b + (n - 4) * ldb, ldb, width, out + n - 4, ldo);
-  for (; j < n; ++j) dot_tile<A, M, 1, false>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+    return dot_tile<Z, M, 4, false>(a, lda, b + (n - 4) * ldb, ldb, width, out + n - 4, ldo);
+  for (; j < n; ++j) dot_tile<Z, M, 1, false>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
 }
 
 // The same for few queries: row after row, so that memory is read as one stream, which the
@@ -121,12 +136,13 @@ FA_INLINE void rows_dot_stream(const A* a, int64_t lda, int64_t m, const A* b, i
 }
 
 // out (m, n; stride ldo) = a (m, width) times the transpose of b (n, width).
-template <class A>
-static void rows_dot_rows(const A* a, int64_t lda, int64_t m, const A* b, int64_t ldb, int64_t n,
-                          int64_t width, A* out, int64_t ldo) {
-  if (m <= kFewRows) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
+template <class Z>
+static void rows_dot_rows(const Z* a, int64_t lda, int64_t m, const Z* b, int64_t ldb, int64_t n,
+                          int64_t width, Arithmetic<Z>* out, int64_t ldo) {
+  if constexpr (__is_same(Z, Arithmetic<Z>))
+    if (m <= kFewRows) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
   const auto block = [&](int64_t i, auto ahead) {
-    dot_rows<A, kDotRows, decltype(ahead)::value>(a + i * lda, lda, b, ldb, n, width, out + i * ldo,
+    dot_rows<Z, kDotRows, decltype(ahead)::value>(a + i * lda, lda, b, ldb, n, width, out + i * ldo,
                                                   ldo);
   };
   block(0, Flag<true>{});
