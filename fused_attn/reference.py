@@ -38,6 +38,13 @@ class Masking(NamedTuple):
     keep_scale: float = 1.0  # what the kept weights are multiplied with
 
 
+# What a Masking is. Where every call passes, a plain tuple is made: a Masking takes 0.2 us longer.
+MaskingFields = tuple[Tensor | None, Tensor | None, Tensor | None, float]
+# What a forward pass returns (context, weights, log-sum-exp; None if not asked for), and what it
+# leaves for the backward one: the log-sum-exp always, the weights if they were returned.
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Saved = tuple[Tensor, Tensor | None, Tensor]
+
 _EVERYTHING = Masking()
 
 
