@@ -74,12 +74,13 @@ class Call {
     if (lengths != Py_None) take_lengths(Argument("memory_lengths", lengths));
     if (mask != Py_None) {
       Argument view("memory_mask", mask);
-      const bool shared = view.ndim() == 3 && view.size(1) == 1;
-      view.check_shape({p.B, shared ? 1 : p.T, p.S}).check_bool();
+      const bool cube = view.ndim() == 3;
+      const int64_t queries = cube && view.size(1) != 1 ? p.T : 1;
+      (cube ? view.check_shape({p.B, queries, p.S}) : view.check_shape({p.B, p.S})).check_bool();
       p.mask = static_cast<const uint8_t*>(view.data());
       p.mask_b = view.stride(0);
-      p.mask_t = shared ? 0 : view.stride(1);
-      p.mask_s = view.stride(2);
+      p.mask_t = queries == 1 ? 0 : view.stride(1);
+      p.mask_s = view.stride(cube ? 2 : 1);
     }
     if (keep != Py_None) {
       keep_ = Argument("keep_mask", keep);

@@ -68,7 +68,7 @@ def dot_attention(
     masking: MaskingFields
     if (
         is_usual(query, memory, memory_lengths, memory_mask, window, dropout_p)
-        and query.shape[2] == memory.shape[2]
+        and query.shape[-1] == memory.shape[2]
     ):
         masking = (memory_lengths, memory_mask, None, 1.0)
     else:
@@ -106,7 +106,7 @@ def general_attention(
     if (
         is_usual(query, memory, memory_lengths, memory_mask, window, dropout_p)
         and _is_plain(weight, memory.dtype, 2)
-        and weight.shape == (query.shape[2], memory.shape[2])
+        and weight.shape == (query.shape[-1], memory.shape[2])
     ):
         masking = (memory_lengths, memory_mask, None, 1.0)
     else:
@@ -213,7 +213,7 @@ def is_usual(
     window: None,
     dropout_p: float,
 ) -> bool:
-    """Whether the checks below would accept a 3-D query, widths aside, and change nothing.
+    """Whether the checks below would accept these, widths aside, and change nothing.
 
     They say what is wrong, and together take as long as a decoding step of eager attention; this
     takes a fifth of that, written out for the two tensors because calls would double it. False
@@ -223,7 +223,7 @@ def is_usual(
         type(query) is Tensor
         and type(memory) is Tensor
         and memory.dim() == 3
-        and query.dim() == 3
+        and query.dim() in (2, 3)
         and memory.dtype in _FLOATS
         and query.dtype is memory.dtype
         and memory.is_cpu
@@ -236,9 +236,10 @@ def is_usual(
     ):
         return False
     batch, source, width = memory.shape
-    rows, queries, _ = query.shape
+    sizes = query.shape
+    queries = sizes[1] if len(sizes) == 3 else 1
     return (
-        rows == batch
+        sizes[0] == batch
         and width > 0
         and (memory_lengths is None or _is_lengths(memory_lengths, batch))
         and (memory_mask is None or _is_mask(memory_mask, batch, queries, source))
@@ -251,10 +252,9 @@ def _is_lengths(lengths: Tensor, batch: int) -> bool:
 
 
 def _is_mask(mask: Tensor, batch: int, queries: int, source: int) -> bool:
-    return _is_plain(mask, torch.bool, 3) and mask.shape in (
-        (batch, 1, source),
-        (batch, queries, source),
-    )
+    if not _is_plain(mask, torch.bool, 2 if mask.dim() == 2 else 3):
+        return False
+    return mask.shape in ((batch, source), (batch, 1, source), (batch, queries, source))
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype, dims: int) -> bool:
@@ -412,19 +412,17 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | Non
 
 
 def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tensor | None:
-    """Return the mask as bool (B, 1 or T, S)."""
+    """Return the mask, bool (B, S) or (B, 1 or T, S)."""
     if memory_mask is None:
         return None
     if not isinstance(memory_mask, Tensor) or memory_mask.dtype != torch.bool:
         kind = _kind(memory_mask)
         raise TypeError(f"memory_mask must be a bool Tensor (True = attend), got {kind}")
     batch, source, _ = memory.shape
-    mask = memory_mask.unsqueeze(1) if memory_mask.dim() == 2 else memory_mask
-    fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[2] == source
-    if not fits or mask.shape[1] not in (1, queries):
+    if memory_mask.shape not in ((batch, source), (batch, 1, source), (batch, queries, source)):
         raise ValueError(
             f"memory_mask must have shape (B, S) = ({batch}, {source}), (B, 1, S) or (B, T, S) = "
             f"({batch}, {queries}, {source}), got {_shape(memory_mask)}"
         )
     _check_device("memory_mask", memory_mask, memory)
-    return mask
+    return memory_mask

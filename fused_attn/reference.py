@@ -33,7 +33,7 @@ class Masking(NamedTuple):
     """Which positions count, and which weights dropout keeps."""
 
     memory_lengths: Tensor | None = None  # int (B,), 0..S
-    memory_mask: Tensor | None = None  # bool (B, 1 or T, S), True = attend
+    memory_mask: Tensor | None = None  # bool (B, S) or (B, 1 or T, S), True = attend
     keep_mask: Tensor | None = None  # bool (B, T, S), False = dropped from the weighted sum
     keep_scale: float = 1.0  # what the kept weights are multiplied with
 
@@ -64,7 +64,8 @@ def counted_positions(memory: Tensor, masking: Masking) -> Tensor:
         positions = torch.arange(source, device=memory.device)
         counts = counts & (positions < masking.memory_lengths[:, None])[:, None]
     if masking.memory_mask is not None:
-        counts = counts & masking.memory_mask
+        mask = masking.memory_mask
+        counts = counts & (mask.unsqueeze(1) if mask.dim() == 2 else mask)
     return counts
 
 
