@@ -46,8 +46,8 @@ class PreparedMemory:
     memory: Tensor  # (B, S, E)
     memory_proj: Tensor | None = None  # (B, S, A), concat only
     memory_exp: Tensor | None = None  # (B, S, A), `exponentials` of memory_proj
-    memory_lengths: Tensor | None = None  # int (B,)
-    memory_mask: Tensor | None = None  # bool (B, S) or (B, 1 or T, S)
+    memory_lengths: Tensor | None = None  # int64 (B,)
+    memory_mask: Tensor | None = None  # bool (B, 1 or T, S)
 
     def index_select(self, rows: Tensor) -> PreparedMemory:
         """Return the rows ``rows`` (int, (N,)) of the batch, as a reordered batch needs them.
@@ -154,6 +154,8 @@ class LuongAttention(nn.Module):
         cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
         queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
         mask = functional.check_mask(memory_mask, memory, queries)
+        lengths = None if lengths is None else lengths.to(torch.int64)
+        mask = mask.unsqueeze(1) if mask is not None and not cube else mask
         if self.score != "concat":
             return PreparedMemory(self.score, memory, None, None, lengths, mask)
         proj = self.memory_proj(zero_uncounted_rows(memory, Masking(lengths, mask)))

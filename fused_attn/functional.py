@@ -247,12 +247,12 @@ def is_usual(
 
 
 def _is_lengths(lengths: Tensor, batch: int) -> bool:
-    kind = isinstance(lengths, Tensor) and lengths.dtype in _INTEGERS
-    return kind and _is_plain(lengths, lengths.dtype, 1) and lengths.shape[0] == batch
+    is_integer = isinstance(lengths, Tensor) and lengths.dtype in _INTEGERS
+    return is_integer and _is_plain(lengths, lengths.dtype, 1) and lengths.shape[0] == batch
 
 
 def _is_mask(mask: Tensor, batch: int, queries: int, source: int) -> bool:
-    if not _is_plain(mask, torch.bool, 2 if mask.dim() == 2 else 3):
+    if not (_is_plain(mask, torch.bool, 2) or _is_plain(mask, torch.bool, 3)):
         return False
     return mask.shape in ((batch, source), (batch, 1, source), (batch, queries, source))
 
