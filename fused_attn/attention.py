@@ -212,7 +212,7 @@ class LuongAttention(nn.Module):
             context, weights = functional.attend_dot(scored, states, self.scale, *rest)
         else:
             if memory_proj is None:
-                memory_proj = self.memory_proj(zero_uncounted_rows(states, Masking(*masking)))
+                memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
             inputs = (self.query_proj(query), memory_proj, memory_exp, v, states)
             context, weights = functional.attend_concat(*inputs, *rest)
         if self.output_dim is not None:

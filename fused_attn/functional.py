@@ -145,18 +145,31 @@ def concat_attention(
     `dot_attention`; the module's text has the other arguments, the rules and the errors.
     """
     check_backend(backend)
-    query, memory, query_weight, memory_weight, v, bias = autocast(
-        query, memory, query_weight, memory_weight, v, bias
-    )
-    check_memory(memory)
-    check_parameter("v", v, memory, (None,), "(A,)")
-    width = v.shape[0]
-    check_parameter("query_weight", query_weight, memory, (width, None), "(A, D)")
-    check_parameter("memory_weight", memory_weight, memory, (width, memory.shape[2]), "(A, E)")
-    if bias is not None:
-        check_parameter("bias", bias, memory, (width,), "(A,)")
-    check_query(query, memory, "query_weight", query_weight.shape[1])
-    masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
+    masking: MaskingFields
+    if (
+        is_usual(query, memory, memory_lengths, memory_mask, window, dropout_p)
+        and _is_plain(v, memory.dtype, 1)
+        and _is_plain(query_weight, memory.dtype, 2)
+        and _is_plain(memory_weight, memory.dtype, 2)
+        and v.shape[0] > 0
+        and query_weight.shape == (v.shape[0], query.shape[-1])
+        and memory_weight.shape == (v.shape[0], memory.shape[2])
+        and (bias is None or (_is_plain(bias, memory.dtype, 1) and bias.shape == v.shape))
+    ):
+        masking = (memory_lengths, memory_mask, None, 1.0)
+    else:
+        query, memory, query_weight, memory_weight, v, bias = autocast(
+            query, memory, query_weight, memory_weight, v, bias
+        )
+        check_memory(memory)
+        check_parameter("v", v, memory, (None,), "(A,)")
+        width = v.shape[0]
+        check_parameter("query_weight", query_weight, memory, (width, None), "(A, D)")
+        check_parameter("memory_weight", memory_weight, memory, (width, memory.shape[2]), "(A, E)")
+        if bias is not None:
+            check_parameter("bias", bias, memory, (width,), "(A,)")
+        check_query(query, memory, "query_weight", query_weight.shape[1])
+        masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
     query_proj = linear(query, query_weight, bias)
     memory_proj = linear(zero_uncounted_rows(memory, masking), memory_weight)
     return attend_concat(query_proj, memory_proj, None, v, memory, masking, return_weights, backend)
@@ -241,6 +254,7 @@ def is_usual(
     return (
         sizes[0] == batch
         and width > 0
+        and sizes[-1] > 0
         and (memory_lengths is None or _is_lengths(memory_lengths, batch))
         and (memory_mask is None or _is_mask(memory_mask, batch, queries, source))
     )

@@ -53,29 +53,29 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def counted_positions(memory: Tensor, masking: Masking) -> Tensor:
+def counted_positions(memory: Tensor, masking: MaskingFields) -> Tensor:
     """Return the bool (B, 1 or T, S) that is True where a query may look at a position.
 
     A position counts when it lies below its row's length and the mask (True = attend) allows it.
     """
     batch, source = memory.shape[0], memory.shape[1]
     counts = torch.ones(batch, 1, source, dtype=torch.bool, device=memory.device)
-    if masking.memory_lengths is not None:
+    lengths, mask, *_ = masking
+    if lengths is not None:
         positions = torch.arange(source, device=memory.device)
-        counts = counts & (positions < masking.memory_lengths[:, None])[:, None]
-    if masking.memory_mask is not None:
-        mask = masking.memory_mask
+        counts = counts & (positions < lengths[:, None])[:, None]
+    if mask is not None:
         counts = counts & (mask.unsqueeze(1) if mask.dim() == 2 else mask)
     return counts
 
 
-def zero_uncounted_rows(memory: Tensor, masking: Masking) -> Tensor:
+def zero_uncounted_rows(memory: Tensor, masking: MaskingFields) -> Tensor:
     """Return the memory with 0 in the rows that no query may read.
 
     A projection of it then neither carries NaN out of the padding nor, in its backward, multiplies
     a zero gradient with it.
     """
-    if masking.memory_lengths is None and masking.memory_mask is None:
+    if masking[0] is None and masking[1] is None:
         return memory
     counts = counted_positions(memory, masking).any(dim=1)
     return memory.masked_fill(~counts[..., None], 0)
