@@ -1,114 +1,268 @@
-// The binding table: integers become AttentionParams, and the call runs without the GIL.
+// The binding table, and one class that turns the arguments of a call into AttentionParams.
+//
+// The calls take an array of arguments from CPython as it is (METH_FASTCALL): pybind11 would spend
+// as long on converting them as a small problem takes in all.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
+#include <memory>
+#include <new>
+#include <vector>
 
 #include "attention_params.h"
 #include "cpu/driver.h"
 #include "cpu/isa.h"
+#include "tensor_exchange.h"
 
-namespace py = pybind11;
 using namespace fused_attn;
 
 namespace {
 
-using Address = std::uintptr_t;
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // B, T, S, E, K
-using RowsArg = std::tuple<Address, int64_t, int64_t>;                  // data, strides of B, rows
-// lengths, mask with its three strides, keep, keep_scale
-using MaskingArg = std::tuple<Address, Address, int64_t, int64_t, int64_t, Address, double>;
-// context, weights, logsumexp
-using SavedArg = std::tuple<Address, Address, Address>;
-// memory_proj, memory_exp, dtype of memory_exp, v
-using ConcatArg = std::tuple<RowsArg, RowsArg, int, Address>;
-// grad_context, grad_weights; grad_query, grad_memory, grad_memory_proj, grad_v
-using GradsArg = std::tuple<RowsArg, RowsArg, Address, Address, Address, Address>;
-
-template <class X>
-X* at(Address address) {
-  return reinterpret_cast<X*>(address);
-}
-Rows rows(const RowsArg& arg) {
-  return {at<const void>(std::get<0>(arg)), std::get<1>(arg), std::get<2>(arg)};
+double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
 }
 
-AttentionParams params(int dtype, const Sizes& sizes, int threads, const RowsArg& query,
-                       const RowsArg& memory, const MaskingArg& masking, const SavedArg& saved) {
+// One call: the parameters, and what must live until it is over.
+class Call {
+ public:
+  Call(PyObject* query, PyObject* memory) : query_("query", query), memory_("memory", memory) {
+    if (query_.ndim() != 3 || memory_.ndim() != 3) {
+      throw py::value_error("query and memory must have shapes (B, T, K) and (B, S, E), got " +
+                            query_.shape() + " and " + memory_.shape());
+    }
+    p.dtype = memory_.dtype();
+    p.B = memory_.size(0);
+    p.S = memory_.size(1);
+    p.E = memory_.size(2);
+    p.T = query_.size(1);
+    p.K = query_.size(2);
+    p.threads = torch_threads();
+    query_.check_shape({p.B, p.T, p.K}).check_dtype(p.dtype);
+    p.query = query_.make_unit_stride().rows();
+    p.memory = memory_.make_unit_stride().rows();
+  }
+
+  void dot(double scale) {
+    if (p.K != p.E) query_.check_shape({p.B, p.T, p.E});
+    p.scale = scale;
+  }
+
+  void concat(PyObject* memory_proj, PyObject* memory_exp, PyObject* v) {
+    p.score = Score::concat;
+    proj_ = Argument("memory_proj", memory_proj);
+    p.memory_proj = rows(proj_, {p.B, p.S, p.K}, p.dtype);
+    if (memory_exp != Py_None) {
+      exp_ = Argument("memory_exp", memory_exp);
+      p.exp_dtype = exp_.dtype();
+      p.memory_exp = rows(exp_, {p.B, p.S, p.K}, p.exp_dtype);
+    }
+    v_ = Argument("v", v);
+    p.v = v_.check_shape({p.K}).check_dtype(p.dtype).make_contiguous().data();
+  }
+
+  // The fields of fused_attn.reference.Masking.
+  void masking(PyObject* fields) {
+    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) {
+      throw py::type_error("masking must be a tuple (lengths, mask, keep, keep_scale)");
+    }
+    PyObject* lengths = PyTuple_GET_ITEM(fields, 0);
+    PyObject* mask = PyTuple_GET_ITEM(fields, 1);
+    PyObject* keep = PyTuple_GET_ITEM(fields, 2);
+    p.keep_scale = number(PyTuple_GET_ITEM(fields, 3));
+    if (lengths != Py_None) take_lengths(Argument("memory_lengths", lengths));
+    if (mask != Py_None) {
+      Argument view("memory_mask", mask);
+      const bool cube = view.ndim() == 3;
+      const int64_t queries = cube && view.size(1) != 1 ? p.T : 1;
+      (cube ? view.check_shape({p.B, queries, p.S}) : view.check_shape({p.B, p.S})).check_bool();
+      p.mask = static_cast<const uint8_t*>(view.data());
+      p.mask_b = view.stride(0);
+      p.mask_t = queries == 1 ? 0 : view.stride(1);
+      p.mask_s = view.stride(cube ? 2 : 1);
+    }
+    if (keep != Py_None) {
+      keep_ = Argument("keep_mask", keep);
+      keep_.check_shape({p.B, p.T, p.S}).check_bool();
+      p.keep = static_cast<const uint8_t*>(keep_.make_contiguous().data());
+    }
+  }
+
+  // Returns (context, weights, logsumexp), with None for what is not asked for.
+  PyObject* forward(bool with_weights, bool with_logsumexp) {
+    const DType statistics = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    Argument context = new_empty(memory_, {p.B, p.T, p.E}), weights, logsumexp;
+    p.context = context.data();
+    if (with_weights) p.weights = (weights = new_empty(memory_, {p.B, p.T, p.S})).data();
+    std::unique_ptr<double[]> unwanted;  // the kernels write it always
+    if (with_logsumexp) {
+      p.logsumexp = (logsumexp = new_empty(memory_, {p.B, p.T}, statistics)).data();
+    } else {
+      p.logsumexp = (unwanted = std::unique_ptr<double[]>(new double[p.B * p.T])).get();
+    }
+    run(cpu_forward);
+    py::tuple results(3);
+    results[0] = context.release();
+    results[1] = with_weights ? weights.release() : py::none();
+    results[2] = with_logsumexp ? logsumexp.release() : py::none();
+    return results.release().ptr();
+  }
+
+  // `saved` is (context, weights or None, logsumexp). Returns the gradients in the inputs' order.
+  PyObject* backward(PyObject* grad_context, PyObject* grad_weights, PyObject* saved) {
+    if (!PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 3) {
+      throw py::type_error("saved must be a tuple (context, weights, logsumexp)");
+    }
+    Argument context("context", PyTuple_GET_ITEM(saved, 0)), seed, extra, weights;
+    p.context = context.check_shape({p.B, p.T, p.E}).check_dtype(p.dtype).make_contiguous().data();
+    seed = grad_context == Py_None ? new_zeros(context) : Argument("grad_context", grad_context);
+    p.grad_context = rows(seed, {p.B, p.T, p.E}, p.dtype);
+    if (grad_weights != Py_None) {
+      extra = Argument("grad_weights", grad_weights);
+      p.grad_weights = rows(extra, {p.B, p.T, p.S}, p.dtype);
+      weights = Argument("weights", PyTuple_GET_ITEM(saved, 1));
+      weights.check_shape({p.B, p.T, p.S}).check_dtype(p.dtype);
+      p.weights = weights.make_contiguous().data();
+    }
+    Argument statistics("logsumexp", PyTuple_GET_ITEM(saved, 2));
+    statistics.check_shape({p.B, p.T});
+    statistics.check_dtype(p.dtype == DType::f64 ? DType::f64 : DType::f32);
+    p.logsumexp = statistics.make_contiguous().data();
+
+    Argument query = new_empty(memory_, {p.B, p.T, p.K});
+    Argument memory = new_empty(memory_, {p.B, p.S, p.E});
+    p.grad_query = query.data();
+    p.grad_memory = memory.data();
+    if (p.score == Score::dot) {
+      run(cpu_backward);
+      return py::make_tuple(query.release(), memory.release()).release().ptr();
+    }
+    Argument proj = new_empty(memory_, {p.B, p.S, p.K}), v = new_empty(memory_, {p.K});
+    p.grad_memory_proj = proj.data();
+    p.grad_v = v.data();
+    run(cpu_backward);
+    return py::make_tuple(query.release(), proj.release(), v.release(), memory.release())
+        .release()
+        .ptr();
+  }
+
   AttentionParams p;
-  p.dtype = DType(dtype);
-  std::tie(p.B, p.T, p.S, p.E, p.K) = sizes;
-  p.threads = threads;
-  p.query = rows(query);
-  p.memory = rows(memory);
-  Address lengths, mask, keep;
-  std::tie(lengths, mask, p.mask_b, p.mask_t, p.mask_s, keep, p.keep_scale) = masking;
-  p.lengths = at<const int64_t>(lengths);
-  p.mask = at<const uint8_t>(mask);
-  p.keep = at<const uint8_t>(keep);
-  p.context = at<void>(std::get<0>(saved));
-  p.weights = at<void>(std::get<1>(saved));
-  p.logsumexp = at<void>(std::get<2>(saved));
-  return p;
+
+ private:
+  static Rows rows(Argument& argument, Sizes sizes, DType dtype) {
+    return argument.check_shape(sizes).check_dtype(dtype).make_unit_stride().rows();
+  }
+
+  // Checks a copy: the kernels would read out of bounds if another thread changed it afterwards.
+  void take_lengths(Argument given) {
+    given.check_shape({p.B});
+    lengths_.resize(p.B);
+    for (int64_t b = 0; b < p.B; ++b) {
+      const int64_t length = lengths_[b] = integer_at(given, b);
+      if (length < 0 || length > p.S) {
+        throw py::value_error("memory_lengths must lie in 0.." + std::to_string(p.S) +
+                              " (the source length of memory), got " + std::to_string(length));
+      }
+    }
+    p.lengths = lengths_.data();
+  }
+
+  static int64_t integer_at(const Argument& tensor, int64_t index) {
+    const int64_t at = index * tensor.stride(0);
+    const bool is_signed = tensor.code() == TypeCode::integer;
+    if (is_signed && tensor.bits() == 64) return static_cast<const int64_t*>(tensor.data())[at];
+    if (is_signed && tensor.bits() == 32) return static_cast<const int32_t*>(tensor.data())[at];
+    if (is_signed && tensor.bits() == 16) return static_cast<const int16_t*>(tensor.data())[at];
+    if (is_signed && tensor.bits() == 8) return static_cast<const int8_t*>(tensor.data())[at];
+    if (tensor.code() == TypeCode::natural && tensor.bits() == 8) {
+      return static_cast<const uint8_t*>(tensor.data())[at];
+    }
+    throw py::type_error("memory_lengths must be an integer Tensor");
+  }
+
+  void run(void (*compute)(const AttentionParams&)) {
+    py::gil_scoped_release unlocked;
+    compute(p);
+  }
+
+  Argument query_, memory_, proj_, exp_, v_, keep_;
+  std::vector<int64_t> lengths_;
+};
+
+// Runs `body` for a function of CPython: exceptions become Python's.
+template <Py_ssize_t expected, PyObject* (*body)(PyObject* const*)>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != expected) {
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
+    return nullptr;
+  }
+  try {
+    return body(arguments);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
-void add_concat(AttentionParams& p, const ConcatArg& concat) {
-  p.score = Score::concat;
-  p.memory_proj = rows(std::get<0>(concat));
-  p.memory_exp = rows(std::get<1>(concat));
-  p.exp_dtype = DType(std::get<2>(concat));
-  p.v = at<const void>(std::get<3>(concat));
+bool flag(PyObject* object) { return object == Py_True; }
+
+PyObject* dot_forward(PyObject* const* a) {
+  Call call(a[0], a[1]);
+  call.dot(number(a[2]));
+  call.masking(a[3]);
+  return call.forward(flag(a[4]), flag(a[5]));
 }
 
-void add_grads(AttentionParams& p, const GradsArg& grads) {
-  p.grad_context = rows(std::get<0>(grads));
-  p.grad_weights = rows(std::get<1>(grads));
-  p.grad_query = at<void>(std::get<2>(grads));
-  p.grad_memory = at<void>(std::get<3>(grads));
-  p.grad_memory_proj = at<void>(std::get<4>(grads));
-  p.grad_v = at<void>(std::get<5>(grads));
+PyObject* dot_backward(PyObject* const* a) {
+  Call call(a[2], a[3]);
+  call.dot(number(a[4]));
+  call.masking(a[5]);
+  return call.backward(a[0], a[1], a[6]);
 }
+
+PyObject* concat_forward(PyObject* const* a) {
+  Call call(a[0], a[4]);
+  call.concat(a[1], a[2], a[3]);
+  call.masking(a[5]);
+  return call.forward(flag(a[6]), flag(a[7]));
+}
+
+PyObject* concat_backward(PyObject* const* a) {
+  Call call(a[2], a[6]);
+  call.concat(a[3], a[4], a[5]);
+  call.masking(a[7]);
+  return call.backward(a[0], a[1], a[8]);
+}
+
+template <Py_ssize_t count, PyObject* (*body)(PyObject* const*)>
+PyMethodDef method(const char* name) {
+  const auto function = reinterpret_cast<PyCFunction>(
+      reinterpret_cast<void (*)()>(&entry<count, body>));  // as METH_FASTCALL is meant to be set
+  return {name, function, METH_FASTCALL, "See fused_attn.backends.cpu."};
+}
+
+PyMethodDef kCalls[] = {
+    method<6, dot_forward>("dot_forward"),
+    method<7, dot_backward>("dot_backward"),
+    method<8, concat_forward>("concat_forward"),
+    method<9, concat_backward>("concat_backward"),
+    {},
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native attention on raw addresses; fused_attn.backends.cpu checks and allocates.";
+  m.doc() = "Native attention on torch's tensors; call bind_torch(torch) first.";
+  m.def("bind_torch", &bind_torch, py::arg("torch"), "Learn to read the tensors of this torch.");
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
   m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, widest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
-  m.def("dot_forward",
-        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
-           const MaskingArg& masking, const SavedArg& saved, double scale) {
-          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-          p.scale = scale;
-          py::gil_scoped_release unlocked;
-          cpu_forward(p);
-        });
-  m.def("dot_backward",
-        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
-           const MaskingArg& masking, const SavedArg& saved, double scale, const GradsArg& grads) {
-          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-          p.scale = scale;
-          add_grads(p, grads);
-          py::gil_scoped_release unlocked;
-          cpu_backward(p);
-        });
-  m.def("concat_forward",
-        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
-           const MaskingArg& masking, const SavedArg& saved, const ConcatArg& concat) {
-          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-          add_concat(p, concat);
-          py::gil_scoped_release unlocked;
-          cpu_forward(p);
-        });
-  m.def("concat_backward",
-        [](int dtype, const Sizes& sizes, int threads, const RowsArg& query, const RowsArg& memory,
-           const MaskingArg& masking, const SavedArg& saved, const ConcatArg& concat,
-           const GradsArg& grads) {
-          AttentionParams p = params(dtype, sizes, threads, query, memory, masking, saved);
-          add_concat(p, concat);
-          add_grads(p, grads);
-          py::gil_scoped_release unlocked;
-          cpu_backward(p);
-        });
+  if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();
 }

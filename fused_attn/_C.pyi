@@ -1,62 +1,54 @@
-"""The native module: csrc/module.cpp. Addresses are those of tensors; see attention_params.h."""
+"""The native module: csrc/module.cpp."""
 
-from typing import TypeAlias
+from types import ModuleType
 
-_Sizes: TypeAlias = tuple[int, int, int, int, int]  # B, T, S, E, K
-_Rows: TypeAlias = tuple[int, int, int]  # address, stride of the batch, stride of a row
-# lengths, mask, its three strides, keep, keep_scale
-_Masking: TypeAlias = tuple[int, int, int, int, int, int, float]
-_Saved: TypeAlias = tuple[int, int, int]  # context, weights, logsumexp
-_Concat: TypeAlias = tuple[_Rows, _Rows, int, int]  # memory_proj, memory_exp, its dtype, v
-# grad_context, grad_weights; grad_query, grad_memory, grad_memory_proj, grad_v
-_Grads: TypeAlias = tuple[_Rows, _Rows, int, int, int, int]
+from torch import Tensor
 
+from fused_attn.reference import MaskingFields, Outputs, Saved
+
+def bind_torch(torch: ModuleType) -> None: ...
 def cpu_isa() -> str: ...
 def cpu_isas_supported() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def dot_forward(
-    dtype: int,
-    sizes: _Sizes,
-    threads: int,
-    query: _Rows,
-    memory: _Rows,
-    masking: _Masking,
-    saved: _Saved,
+    query: Tensor,
+    memory: Tensor,
     scale: float,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
     /,
-) -> None: ...
+) -> Outputs: ...
 def dot_backward(
-    dtype: int,
-    sizes: _Sizes,
-    threads: int,
-    query: _Rows,
-    memory: _Rows,
-    masking: _Masking,
-    saved: _Saved,
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    memory: Tensor,
     scale: float,
-    grads: _Grads,
+    masking: MaskingFields,
+    saved: Saved,
     /,
-) -> None: ...
+) -> tuple[Tensor, Tensor]: ...
 def concat_forward(
-    dtype: int,
-    sizes: _Sizes,
-    threads: int,
-    query: _Rows,
-    memory: _Rows,
-    masking: _Masking,
-    saved: _Saved,
-    concat: _Concat,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
     /,
-) -> None: ...
+) -> Outputs: ...
 def concat_backward(
-    dtype: int,
-    sizes: _Sizes,
-    threads: int,
-    query: _Rows,
-    memory: _Rows,
-    masking: _Masking,
-    saved: _Saved,
-    concat: _Concat,
-    grads: _Grads,
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    saved: Saved,
     /,
-) -> None: ...
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_attn import functional
 from fused_attn.problem import SCORES
-from fused_attn.reference import Masking, arithmetic_dtype, zero_uncounted_rows
+from fused_attn.reference import Masking, MaskingFields, arithmetic_dtype, zero_uncounted_rows
 
 # Beyond this a projection is so large that exp(2x) leaves float32; see `exponentials`.
 _LARGEST_EXPONENT = 43.0
@@ -154,6 +154,8 @@ class LuongAttention(nn.Module):
         cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
         queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
         mask = functional.check_mask(memory_mask, memory, queries)
+        lengths = None if lengths is None else lengths.to(torch.int64)
+        mask = mask.unsqueeze(1) if mask is not None and not cube else mask
         if self.score != "concat":
             return PreparedMemory(self.score, memory, None, None, lengths, mask)
         proj = self.memory_proj(zero_uncounted_rows(memory, Masking(lengths, mask)))
@@ -180,35 +182,39 @@ class LuongAttention(nn.Module):
         (B, T, S) or None; without the T for a 2-D query. Raises TypeError or ValueError that names
         the argument, what was expected and what came.
         """
+        memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
             self._check_prepared(memory, memory_lengths, memory_mask)
-            prepared = memory
+            memory_proj, memory_exp = memory.memory_proj, memory.memory_exp
+            memory_lengths, memory_mask = memory.memory_lengths, memory.memory_mask
+            states = memory.memory
         else:
-            prepared = PreparedMemory(
-                self.score, memory, memory_lengths=memory_lengths, memory_mask=memory_mask
-            )
-        query, states, memory_proj = functional.autocast(
-            query, prepared.memory, prepared.memory_proj
-        )
-        self._check_memory(states)
-        functional.check_query(query, states, "query_dim", self.query_dim)
+            states = memory
         dropout_p = self.dropout if self.training else 0.0
-        masking = functional.check_masking(
-            query, states, prepared.memory_lengths, prepared.memory_mask, None, dropout_p
-        )
-        if self.score == "concat":
+        v = self.v if self.score == "concat" else None
+        masking: MaskingFields
+        if (
+            functional.is_usual(query, states, memory_lengths, memory_mask, None, dropout_p)
+            and query.shape[-1] == self.query_dim
+            and states.shape[2] == self.memory_dim
+        ):
+            masking = (memory_lengths, memory_mask, None, 1.0)
+        else:
+            query, states, memory_proj, v = functional.autocast(query, states, memory_proj, v)
+            self._check_memory(states)
+            functional.check_query(query, states, "query_dim", self.query_dim)
+            masking = functional.check_masking(
+                query, states, memory_lengths, memory_mask, None, dropout_p
+            )
+        rest = (masking, return_weights, self.backend)
+        if v is None:
+            scored = query if self.score == "dot" else self.query_proj(query)
+            context, weights = functional.attend_dot(scored, states, self.scale, *rest)
+        else:
             if memory_proj is None:
                 memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
-            (v,) = functional.autocast(self.v)
-            inputs = (self.query_proj(query), memory_proj, prepared.memory_exp, v, states)
-            context, weights = functional.attend_concat(
-                *inputs, masking, return_weights, self.backend
-            )
-        else:
-            scored = query if self.score == "dot" else self.query_proj(query)
-            context, weights = functional.attend_dot(
-                scored, states, self.scale, masking, return_weights, self.backend
-            )
+            inputs = (self.query_proj(query), memory_proj, memory_exp, v, states)
+            context, weights = functional.attend_concat(*inputs, *rest)
         if self.output_dim is not None:
             context = torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
         return context, weights

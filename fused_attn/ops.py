@@ -15,59 +15,62 @@ import torch
 from torch import Tensor
 
 from fused_attn import backends, reference
-from fused_attn.reference import Masking
+from fused_attn.reference import Masking, Outputs
 
-_MASKING = "Tensor? memory_lengths, Tensor? memory_mask, Tensor? keep_mask, float keep_scale"
-_SAVED = "Tensor context, Tensor weights, Tensor logsumexp"
+# Defaults let a call leave out its last arguments (see `_options`).
+_POSITIONS = "Tensor? memory_lengths=None, Tensor? memory_mask=None"
+_WANTED = "bool return_weights=False, bool return_logsumexp=False"
+_KEEP = "Tensor? keep_mask=None, float keep_scale=1.0"
+_BACKEND = 'str backend="auto"'
+_OUTPUTS = "(Tensor context, Tensor weights, Tensor logsumexp)"
+_SAVED = "Tensor context, Tensor? weights, Tensor logsumexp"
+_CONCAT_INPUTS = (
+    "Tensor query_proj, Tensor memory_proj, Tensor? memory_exp, Tensor v, Tensor memory"
+)
 
+# Of the results of a forward operator, those not asked for are None, as in aten's operators with an
+# output mask: a tensor takes 1 us to make, and a decoding step needs the context only.
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(
-    f"dot_attention(Tensor query, Tensor memory, float scale, {_MASKING}, "
-    "bool return_weights, str backend) -> (Tensor context, Tensor weights, Tensor logsumexp)"
+    f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "
+    f"float scale=1.0, {_KEEP}, {_BACKEND}) -> {_OUTPUTS}"
 )
 _library.define(
     "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, "
-    f"Tensor memory, float scale, {_MASKING}, str backend, {_SAVED}) -> (Tensor, Tensor)"
+    f"Tensor memory, {_SAVED}, {_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}) "
+    "-> (Tensor, Tensor)"
 )
 _library.define(
-    "concat_attention(Tensor query_proj, Tensor memory_proj, Tensor? memory_exp, Tensor v, "
-    f"Tensor memory, {_MASKING}, bool return_weights, str backend) "
-    "-> (Tensor context, Tensor weights, Tensor logsumexp)"
+    f"concat_attention({_CONCAT_INPUTS}, {_POSITIONS}, {_WANTED}, {_KEEP}, {_BACKEND}) "
+    f"-> {_OUTPUTS}"
 )
 _library.define(
-    "concat_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query_proj, "
-    f"Tensor memory_proj, Tensor? memory_exp, Tensor v, Tensor memory, {_MASKING}, str backend, "
-    f"{_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "concat_attention_backward(Tensor? grad_context, Tensor? grad_weights, "
+    f"{_CONCAT_INPUTS}, {_SAVED}, {_POSITIONS}, {_KEEP}, {_BACKEND}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _check_lengths(memory_lengths: Tensor | None, source: int) -> None:
-    """Refuse a length outside 0..S. Lengths on a GPU are not read back to check them."""
-    if memory_lengths is None or memory_lengths.device.type != "cpu" or not len(memory_lengths):
-        return
-    low, high = (int(bound) for bound in memory_lengths.aminmax())
-    if low < 0 or high > source:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"memory_lengths must lie in 0..{source} (the source length of memory), got {bad}"
-        )
+def _select(memory: Tensor, score: str, backend: str) -> backends.Backend:
+    device_type = "cpu" if memory.is_cpu else memory.device.type  # the string takes 0.4 us to make
+    return backends.select(device_type, memory.dtype, score, backend)
 
 
 def _dot_forward(
     query: Tensor,
     memory: Tensor,
-    scale: float,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    return_weights: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_lengths(memory_lengths, memory.shape[1])
-    chosen = backends.select(memory.device.type, memory.dtype, "dot", backend)
-    masking = Masking(memory_lengths, memory_mask, keep_mask, keep_scale)
-    return chosen.dot_forward(query, memory, scale, masking, return_weights)
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    return_weights: bool = False,
+    return_logsumexp: bool = False,
+    scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
+) -> Outputs:
+    chosen = _select(memory, "dot", backend)
+    masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
+    return chosen.dot_forward(query, memory, scale, masking, return_weights, return_logsumexp)
 
 
 def _dot_backward(
@@ -75,16 +78,19 @@ def _dot_backward(
     grad_weights: Tensor | None,
     query: Tensor,
     memory: Tensor,
-    scale: float,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    backend: str,
-    *saved: Tensor,
+    context: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor,
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    chosen = backends.select(memory.device.type, memory.dtype, "dot", backend)
-    masking = Masking(memory_lengths, memory_mask, keep_mask, keep_scale)
+    chosen = _select(memory, "dot", backend)
+    masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
+    saved = (context, weights, logsumexp)
     return chosen.dot_backward(grad_context, grad_weights, query, memory, scale, masking, saved)
 
 
@@ -94,18 +100,18 @@ def _concat_forward(
     memory_exp: Tensor | None,
     v: Tensor,
     memory: Tensor,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    return_weights: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_lengths(memory_lengths, memory.shape[1])
-    chosen = backends.select(memory.device.type, memory.dtype, "concat", backend)
-    masking = Masking(memory_lengths, memory_mask, keep_mask, keep_scale)
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    return_weights: bool = False,
+    return_logsumexp: bool = False,
+    keep_mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
+) -> Outputs:
+    chosen = _select(memory, "concat", backend)
+    masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
-    return chosen.concat_forward(*inputs, masking, return_weights)
+    return chosen.concat_forward(*inputs, masking, return_weights, return_logsumexp)
 
 
 def _concat_backward(
@@ -116,28 +122,32 @@ def _concat_backward(
     memory_exp: Tensor | None,
     v: Tensor,
     memory: Tensor,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    backend: str,
-    *saved: Tensor,
+    context: Tensor,
+    weights: Tensor | None,
+    logsumexp: Tensor,
+    memory_lengths: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    chosen = backends.select(memory.device.type, memory.dtype, "concat", backend)
-    masking = Masking(memory_lengths, memory_mask, keep_mask, keep_scale)
+    chosen = _select(memory, "concat", backend)
+    masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
+    saved = (context, weights, logsumexp)
     return chosen.concat_backward(grad_context, grad_weights, *inputs, masking, saved)
 
 
-def _fake_outputs(query: Tensor, memory: Tensor, return_weights: bool) -> tuple[Tensor, ...]:
+def _fake_outputs(
+    query: Tensor, memory: Tensor, return_weights: bool, return_logsumexp: bool
+) -> Outputs:
     batch, queries, _ = query.shape
     _, source, width = memory.shape
-    weights = memory.new_empty((batch, queries, source) if return_weights else (0,))
     statistics = reference.arithmetic_dtype(memory.dtype)
     return (
         memory.new_empty((batch, queries, width)),
-        weights,
-        memory.new_empty((batch, queries), dtype=statistics),
+        memory.new_empty((batch, queries, source)) if return_weights else None,
+        memory.new_empty((batch, queries), dtype=statistics) if return_logsumexp else None,
     )
 
 
@@ -145,8 +155,16 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _dot_fake(query: Tensor, memory: Tensor, scale: float, *common: Any) -> tuple[Tensor, ...]:
-    return _fake_outputs(query, memory, common[4])
+def _dot_fake(
+    query: Tensor,
+    memory: Tensor,
+    memory_lengths: Any = None,
+    memory_mask: Any = None,
+    return_weights: bool = False,
+    return_logsumexp: bool = False,
+    *rest: Any,
+) -> Outputs:
+    return _fake_outputs(query, memory, return_weights, return_logsumexp)
 
 
 def _dot_backward_fake(
@@ -156,9 +174,18 @@ def _dot_backward_fake(
 
 
 def _concat_fake(
-    query_proj: Tensor, memory_proj: Any, memory_exp: Any, v: Any, memory: Tensor, *common: Any
-) -> tuple[Tensor, ...]:
-    return _fake_outputs(query_proj, memory, common[4])
+    query_proj: Tensor,
+    memory_proj: Any,
+    memory_exp: Any,
+    v: Any,
+    memory: Tensor,
+    memory_lengths: Any = None,
+    memory_mask: Any = None,
+    return_weights: bool = False,
+    return_logsumexp: bool = False,
+    *rest: Any,
+) -> Outputs:
+    return _fake_outputs(query_proj, memory, return_weights, return_logsumexp)
 
 
 def _concat_backward_fake(
@@ -189,28 +216,45 @@ _CONCAT = torch.ops.fused_attn.concat_attention.default
 _CONCAT_BACKWARD = torch.ops.fused_attn.concat_attention_backward.default
 
 
+def _options(keep_mask: Tensor | None, keep_scale: float, backend: str) -> tuple[Any, ...]:
+    """The last arguments of an operator, none of them where all are the schema's defaults.
+
+    Argument by argument the dispatcher takes 0.1 us, even for a default that is spelled out.
+    """
+    return () if keep_mask is None and backend == "auto" else (keep_mask, keep_scale, backend)
+
+
 class _DotAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, memory: Tensor, scale: float, *common: Any) -> Any:
-        outputs = _DOT(query, memory, scale, *common)
-        ctx.save_for_backward(query, memory, *common[:3], *outputs)
-        ctx.scalars = (scale, common[3], common[5])
-        ctx.mark_non_differentiable(outputs[2])
-        ctx.set_materialize_grads(False)
-        return outputs
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        memory: Tensor,
+        scale: float,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        keep_scale: float,
+        return_weights: bool,
+        backend: str,
+    ) -> Any:
+        options = _options(keep, keep_scale, backend)
+        outputs = _DOT(query, memory, lengths, mask, return_weights, True, scale, *options)
+        ctx.scalars = (scale, keep_scale, backend)
+        return _keep(ctx, (query, memory, lengths, mask, keep), outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any, _: Any) -> Any:
+    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
         query, memory, lengths, mask, keep, *saved = ctx.saved_tensors
         scale, keep_scale, backend = ctx.scalars
-        grad_weights = _asked_for(grad_weights)
-        masking = Masking(lengths, mask, keep, keep_scale)
         if torch.is_grad_enabled():  # create_graph=True: the reference knows second derivatives
+            masking = Masking(lengths, mask, keep, keep_scale)
             result = reference.dot_attention(query, memory, scale, masking)
             grads = _graph_gradients(result, (query, memory), grad_context, grad_weights)
         else:
-            inputs = (query, memory, scale, *masking)
-            grads = _DOT_BACKWARD(grad_context, grad_weights, *inputs, backend, *saved)
+            inputs = (query, memory, *saved, lengths, mask, scale)
+            options = _options(keep, keep_scale, backend)
+            grads = _DOT_BACKWARD(grad_context, grad_weights, *inputs, *options)
         return *grads, *(None,) * 7
 
 
@@ -223,37 +267,45 @@ class _ConcatAttention(torch.autograd.Function):
         memory_exp: Tensor | None,
         v: Tensor,
         memory: Tensor,
-        *common: Any,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        keep_scale: float,
+        return_weights: bool,
+        backend: str,
     ) -> Any:
-        inputs = (query_proj, memory_proj, memory_exp, v, memory)
-        outputs = _CONCAT(*inputs, *common)
-        ctx.save_for_backward(*inputs, *common[:3], *outputs)
-        ctx.scalars = (common[3], common[5])
-        ctx.mark_non_differentiable(outputs[2])
-        ctx.set_materialize_grads(False)
-        return outputs
+        inputs = (query_proj, memory_proj, memory_exp, v, memory, lengths, mask)
+        options = _options(keep, keep_scale, backend)
+        outputs = _CONCAT(*inputs, return_weights, True, *options)
+        ctx.scalars = (keep_scale, backend)
+        return _keep(ctx, (*inputs, keep), outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any, _: Any) -> Any:
+    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
         query_proj, memory_proj, memory_exp, v, memory, *rest = ctx.saved_tensors
         keep_scale, backend = ctx.scalars
-        grad_weights = _asked_for(grad_weights)
         lengths, mask, keep, *saved = rest
-        masking = Masking(lengths, mask, keep, keep_scale)
         if torch.is_grad_enabled():
             inputs = (query_proj, memory_proj, v, memory)
+            masking = Masking(lengths, mask, keep, keep_scale)
             result = reference.concat_attention(*inputs, masking)
             grads = _graph_gradients(result, inputs, grad_context, grad_weights)
         else:
-            operands = (query_proj, memory_proj, memory_exp, v, memory, *masking)
-            grads = _CONCAT_BACKWARD(grad_context, grad_weights, *operands, backend, *saved)
+            operands = (query_proj, memory_proj, memory_exp, v, memory, *saved, lengths, mask)
+            options = _options(keep, keep_scale, backend)
+            grads = _CONCAT_BACKWARD(grad_context, grad_weights, *operands, *options)
         grad_query_proj, grad_memory_proj, grad_v, grad_memory = grads
         return grad_query_proj, grad_memory_proj, None, grad_v, grad_memory, *(None,) * 6
 
 
-def _asked_for(grad_weights: Tensor | None) -> Tensor | None:
-    """None for the empty gradient that AOTAutograd makes up for weights which were not returned."""
-    return None if grad_weights is None or grad_weights.dim() == 1 else grad_weights
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: Outputs) -> Any:
+    """Save what the backward needs, and return what is differentiable of ``outputs``."""
+    ctx.save_for_backward(*inputs, *outputs)
+    context, weights, _ = outputs
+    if weights is None:
+        return context
+    ctx.set_materialize_grads(False)  # one of the two may get no gradient
+    return context, weights
 
 
 def _graph_gradients(
@@ -277,12 +329,20 @@ def dot_attention(
     keep_scale: float,
     return_weights: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dot attention on checked arguments: (context, weights or an empty tensor, log-sum-exp)."""
-    common = (memory_lengths, memory_mask, keep_mask, keep_scale, return_weights, backend)
+) -> tuple[Tensor, Tensor | None]:
+    """Dot attention on checked arguments: (context, weights or None)."""
     if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):
-        return _DotAttention.apply(query, memory, scale, *common)
-    return _DOT(query, memory, scale, *common)
+        masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
+        result = _DotAttention.apply(query, memory, scale, *masking, return_weights, backend)
+        return result if return_weights else (result, None)
+    options: tuple[Any, ...] = _options(keep_mask, keep_scale, backend)
+    if options or scale != 1.0:
+        options = (scale, *options)
+    elif memory_lengths is None and memory_mask is None and not return_weights:
+        return _DOT(query, memory)[0], None
+    wanted = (return_weights, False)
+    context, weights, _ = _DOT(query, memory, memory_lengths, memory_mask, *wanted, *options)
+    return context, weights
 
 
 def concat_attention(
@@ -297,13 +357,17 @@ def concat_attention(
     keep_scale: float,
     return_weights: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Concat attention on checked projections: (context, weights or an empty tensor, log-sum-exp).
+) -> tuple[Tensor, Tensor | None]:
+    """Concat attention on checked projections: (context, weights or None).
 
     ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
     """
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
-    common = (memory_lengths, memory_mask, keep_mask, keep_scale, return_weights, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _ConcatAttention.apply(*inputs, *common)
-    return _CONCAT(*inputs, *common)
+        masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
+        result = _ConcatAttention.apply(*inputs, *masking, return_weights, backend)
+        return result if return_weights else (result, None)
+    options = _options(keep_mask, keep_scale, backend)
+    wanted = (return_weights, False)
+    context, weights, _ = _CONCAT(*inputs, memory_lengths, memory_mask, *wanted, *options)
+    return context, weights

@@ -33,10 +33,17 @@ class Masking(NamedTuple):
     """Which positions count, and which weights dropout keeps."""
 
     memory_lengths: Tensor | None = None  # int (B,), 0..S
-    memory_mask: Tensor | None = None  # bool (B, 1 or T, S), True = attend
+    memory_mask: Tensor | None = None  # bool (B, S) or (B, 1 or T, S), True = attend
     keep_mask: Tensor | None = None  # bool (B, T, S), False = dropped from the weighted sum
     keep_scale: float = 1.0  # what the kept weights are multiplied with
 
+
+# What a Masking is. Where every call passes, a plain tuple is made: a Masking takes 0.2 us longer.
+MaskingFields = tuple[Tensor | None, Tensor | None, Tensor | None, float]
+# What a forward pass returns (context, weights, log-sum-exp; None if not asked for), and what it
+# leaves for the backward one: the log-sum-exp always, the weights if they were returned.
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Saved = tuple[Tensor, Tensor | None, Tensor]
 
 _EVERYTHING = Masking()
 
@@ -46,28 +53,29 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def counted_positions(memory: Tensor, masking: Masking) -> Tensor:
+def counted_positions(memory: Tensor, masking: MaskingFields) -> Tensor:
     """Return the bool (B, 1 or T, S) that is True where a query may look at a position.
 
     A position counts when it lies below its row's length and the mask (True = attend) allows it.
     """
     batch, source = memory.shape[0], memory.shape[1]
     counts = torch.ones(batch, 1, source, dtype=torch.bool, device=memory.device)
-    if masking.memory_lengths is not None:
+    lengths, mask, *_ = masking
+    if lengths is not None:
         positions = torch.arange(source, device=memory.device)
-        counts = counts & (positions < masking.memory_lengths[:, None])[:, None]
-    if masking.memory_mask is not None:
-        counts = counts & masking.memory_mask
+        counts = counts & (positions < lengths[:, None])[:, None]
+    if mask is not None:
+        counts = counts & (mask.unsqueeze(1) if mask.dim() == 2 else mask)
     return counts
 
 
-def zero_uncounted_rows(memory: Tensor, masking: Masking) -> Tensor:
+def zero_uncounted_rows(memory: Tensor, masking: MaskingFields) -> Tensor:
     """Return the memory with 0 in the rows that no query may read.
 
     A projection of it then neither carries NaN out of the padding nor, in its backward, multiplies
     a zero gradient with it.
     """
-    if masking.memory_lengths is None and masking.memory_mask is None:
+    if masking[0] is None and masking[1] is None:
         return memory
     counts = counted_positions(memory, masking).any(dim=1)
     return memory.masked_fill(~counts[..., None], 0)

@@ -9,7 +9,7 @@ import torch
 from targets import Target, every_target
 from torch import Tensor
 
-from fused_attn import functional, ops, testing
+from fused_attn import functional, testing
 from fused_attn.testing import DTYPES, SCORES, Case, Inputs
 
 NAN, INF = torch.nan, torch.inf
@@ -109,12 +109,14 @@ def test_logsumexp_is_that_of_the_scores(dtype: torch.dtype, target: Target) -> 
     """It is saved for the backward, which may run elsewhere: all backends agree on it."""
     inputs = target.inputs(Case("dot", dtype, lengths=True))
     query, memory = inputs.tensors["query"], inputs.tensors["memory"]
-    arguments = (query, memory, inputs.scale, *inputs.masking, False, target.backend)
+    lengths, wanted = inputs.masking.memory_lengths, {"return_logsumexp": True}
     with target.active(), testing.poisoned_empty():
-        _, weights, logsumexp = ops.dot_attention(*arguments)
+        _, weights, logsumexp = torch.ops.fused_attn.dot_attention(
+            query, memory, lengths, scale=inputs.scale, backend=target.backend, **wanted
+        )
     scores = inputs.scale * torch.einsum("bte,bse->bts", query.double(), memory.double())
     expected = scores.masked_fill(~testing.counted(inputs), -INF).logsumexp(dim=-1)
-    assert weights.numel() == 0
+    assert weights is None
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(logsumexp.double(), expected, rtol=tolerance, atol=tolerance)
 

@@ -284,5 +284,16 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_known_backend_is_a_module(backend: str) -> None:
+    if reasons := backends.unavailable_reasons(backend):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
     for needed in ("unavailable_reasons", "not_supported_reasons", "dot_forward", "dot_backward"):
         assert callable(getattr(backends.load(backend), needed))
+
+
+@pytest.mark.parametrize("score", ["general", "concat"])
+def test_a_query_of_no_width_is_refused(score: str) -> None:
+    query, memory = torch.ones(2, 3, 0), torch.ones(2, 5, 8)
+    weights = {"general": (torch.ones(0, 8),)}
+    weights["concat"] = (torch.ones(4, 0), torch.ones(4, 8), torch.ones(4))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        getattr(functional, f"{score}_attention")(query, memory, *weights[score])

@@ -60,7 +60,7 @@ def test_an_object_uses_no_wider_registers_than_its_own(isa: str) -> None:
     assert not re.findall(f".*{WIDER_REGISTERS[isa]}.*", code)[:3]
 
 
-@pytest.mark.parametrize("source", ["module", "cpu/driver", "cpu/isa"])
+@pytest.mark.parametrize("source", ["module", "tensor_exchange", "cpu/driver", "cpu/isa"])
 def test_code_that_runs_before_the_choice_needs_no_vector_extension(source: str) -> None:
     if not X86:
         pytest.skip("only x86-64 has several instruction sets")

@@ -39,6 +39,7 @@ def operands(
     backend: str = "eager",
     prepared: bool = False,
     return_weights: bool = True,
+    return_logsumexp: bool = True,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     device: str = "cpu",
@@ -51,18 +52,19 @@ def operands(
     inputs = make_inputs(case, device=device)
     tensors, masking = inputs.tensors, inputs.masking
     if score == "dot":
-        arguments = (tensors["query"], tensors["memory"], inputs.scale)
+        arguments, scale = (tensors["query"], tensors["memory"]), (inputs.scale,)
     else:
         exp = exponentials(tensors["memory_proj"]) if prepared else None
         arguments = (tensors["query_proj"], tensors["memory_proj"], exp)
-        arguments += (tensors["v"], tensors["memory"])
-    forward = (*arguments, *masking, return_weights, backend)
+        arguments, scale = (*arguments, tensors["v"], tensors["memory"]), ()
+    positions, options = masking[:2], (*scale, *masking[2:], backend)
     if not name.endswith("backward"):
-        return forward
+        return (*arguments, *positions, return_weights, return_logsumexp, *options)
+    forward = (*arguments, *positions, return_weights, True, *options)
     saved = op(name.removesuffix("_backward"))(*forward)
     grads = (inputs.grad_context, inputs.grad_weights)
     grads = tuple(grad if given else None for grad, given in zip(grads, seeds, strict=True))
-    return (*grads, *arguments, *masking, backend, *saved)
+    return (*grads, *arguments, *saved, *positions, *options)
 
 
 @every_target
@@ -75,8 +77,10 @@ def test_opcheck(name: str, masked: str, target: Target) -> None:
         torch.library.opcheck(op(name), arguments)
 
 
-def metadata(results: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
-    return [(tuple(r.shape), r.dtype, r.device.type, r.stride()) for r in results]
+def metadata(results: tuple[Tensor | None, ...]) -> list[tuple[Any, ...] | None]:
+    return [
+        None if r is None else (tuple(r.shape), r.dtype, r.device.type, r.stride()) for r in results
+    ]
 
 
 def assert_fake_is_real(name: str, arguments: tuple[Any, ...]) -> None:
@@ -85,7 +89,7 @@ def assert_fake_is_real(name: str, arguments: tuple[Any, ...]) -> None:
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
         fake = op(name)(*fakes)
     assert metadata(fake) == metadata(real)
-    assert all(result.is_contiguous() for result in real)
+    assert all(result is None or result.is_contiguous() for result in real)
 
 
 @every_target
@@ -125,11 +129,34 @@ def test_fake_is_what_comes_out_for_all_flags(
             assert_fake_is_real(f"{name}_backward", backward)
 
 
-def test_operators_refuse_a_length_out_of_range() -> None:
-    query, memory, *_ = operands("dot_attention")
-    lengths = torch.tensor([1, 2, memory.shape[1] + 1])
-    with pytest.raises(ValueError, match=r"memory_lengths must lie in 0\.\.9 .* got 10"):
-        ops.dot_attention(query, memory, 1.0, lengths, None, None, 1.0, False, "auto")
+@every_target
+@pytest.mark.parametrize("name", ["dot_attention", "concat_attention"])
+def test_results_not_asked_for_are_none(name: str, target: Target) -> None:
+    where = {"backend": target.backend, "device": target.device}
+    with target.active():
+        whole = op(name)(*operands(name, **where))
+        for flags in ((False, False), (True, False), (False, True)):
+            wanted = dict(zip(("return_weights", "return_logsumexp"), flags, strict=True))
+            arguments = operands(name, **where, **wanted)
+            assert_fake_is_real(name, arguments)
+            results = zip(op(name)(*arguments), whole, (True, *flags), strict=True)
+            for got, expected, asked in results:
+                assert torch.equal(got, expected) if asked else got is None
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8], ids=str)
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_operators_refuse_a_length_out_of_range(
+    bad: int, dtype: torch.dtype, target: Target
+) -> None:
+    query, memory, *_ = operands("dot_attention", device=target.device)
+    lengths = torch.tensor([1, 2, bad], dtype=dtype)
+    with (
+        target.active(),
+        pytest.raises(ValueError, match=rf"memory_lengths must lie in 0\.\.9 .* got {bad}"),
+    ):
+        ops.dot_attention(query, memory, 1.0, lengths, None, None, 1.0, False, target.backend)
 
 
 def module_and_inputs(score: str, source: int = 7) -> tuple[LuongAttention, tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.problem import AttentionProblem
-from fused_attn.reference import Masking
+from fused_attn.reference import MaskingFields, Outputs, Saved
 
 BACKENDS = ("cpu", "eager")  # in the order "auto" tries them
 REQUESTS = ("auto", *BACKENDS)
@@ -20,8 +20,9 @@ REQUESTS = ("auto", *BACKENDS)
 class Backend(Protocol):
     """A backend module. Outputs of all backends have the same shapes, dtypes and strides.
 
-    Forward returns (context, weights or an empty tensor, log-sum-exp), which backward receives as
-    ``saved``; backward returns a gradient for each differentiable input, in the inputs' order.
+    Forward returns context, weights and log-sum-exp, None for what is not asked for, and refuses a
+    length outside 0..S (those on a GPU are not read back to check them). Backward receives what was
+    ``saved``, and returns a gradient for each differentiable input, in the inputs' order.
     """
 
     def unavailable_reasons(self) -> list[str]:
@@ -31,8 +32,14 @@ class Backend(Protocol):
         """Why this problem cannot run, in sentences, availability included."""
 
     def dot_forward(
-        self, query: Tensor, memory: Tensor, scale: float, masking: Masking, return_weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        self,
+        query: Tensor,
+        memory: Tensor,
+        scale: float,
+        masking: MaskingFields,
+        return_weights: bool,
+        return_logsumexp: bool,
+    ) -> Outputs: ...
 
     def dot_backward(
         self,
@@ -41,8 +48,8 @@ class Backend(Protocol):
         query: Tensor,
         memory: Tensor,
         scale: float,
-        masking: Masking,
-        saved: tuple[Tensor, ...],
+        masking: MaskingFields,
+        saved: Saved,
     ) -> tuple[Tensor, ...]: ...
 
     def concat_forward(
@@ -52,9 +59,10 @@ class Backend(Protocol):
         memory_exp: Tensor | None,
         v: Tensor,
         memory: Tensor,
-        masking: Masking,
+        masking: MaskingFields,
         return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        return_logsumexp: bool,
+    ) -> Outputs: ...
 
     def concat_backward(
         self,
@@ -65,8 +73,8 @@ class Backend(Protocol):
         memory_exp: Tensor | None,
         v: Tensor,
         memory: Tensor,
-        masking: Masking,
-        saved: tuple[Tensor, ...],
+        masking: MaskingFields,
+        saved: Saved,
     ) -> tuple[Tensor, ...]: ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_attn import reference
 from fused_attn.problem import AttentionProblem
-from fused_attn.reference import Attention, Masking
+from fused_attn.reference import Attention, Masking, MaskingFields, Outputs, Saved
 
 
 def unavailable_reasons() -> list[str]:
@@ -24,13 +24,25 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def _outputs(result: Attention, dtype: torch.dtype, return_weights: bool) -> Attention:
-    weights = result.weights if return_weights else result.weights.new_empty(0)
-    return Attention(
+def _check_lengths(memory_lengths: Tensor | None, source: int) -> None:
+    """Refuse a length outside 0..S. Lengths on a GPU are not read back to check them."""
+    if memory_lengths is None or memory_lengths.device.type != "cpu" or not len(memory_lengths):
+        return
+    low, high = (int(bound) for bound in memory_lengths.aminmax())
+    if low < 0 or high > source:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"memory_lengths must lie in 0..{source} (the source length of memory), got {bad}"
+        )
+
+
+def _outputs(
+    result: Attention, dtype: torch.dtype, return_weights: bool, return_logsumexp: bool
+) -> Outputs:
+    return (
         result.context.to(dtype).contiguous(),
-        weights.to(dtype).contiguous(),
-        result.logsumexp.contiguous(),
-        result.scores,
+        result.weights.to(dtype).contiguous() if return_weights else None,
+        result.logsumexp.contiguous() if return_logsumexp else None,
     )
 
 
@@ -59,10 +71,16 @@ def _score_gradients(
 
 
 def dot_forward(
-    query: Tensor, memory: Tensor, scale: float, masking: Masking, return_weights: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = reference.dot_attention(query, memory, scale, masking)
-    return _outputs(result, memory.dtype, return_weights)[:3]
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
+) -> Outputs:
+    _check_lengths(masking[0], memory.shape[1])
+    result = reference.dot_attention(query, memory, scale, Masking(*masking))
+    return _outputs(result, memory.dtype, return_weights, return_logsumexp)
 
 
 def dot_backward(
@@ -71,14 +89,15 @@ def dot_backward(
     query: Tensor,
     memory: Tensor,
     scale: float,
-    masking: Masking,
-    saved: tuple[Tensor, ...],
+    masking: MaskingFields,
+    saved: Saved,
 ) -> tuple[Tensor, ...]:
-    result = reference.dot_attention(query, memory, scale, masking)
-    counts = reference.counted_positions(memory, masking)
+    masks = Masking(*masking)
+    result = reference.dot_attention(query, memory, scale, masks)
+    counts = reference.counted_positions(memory, masks)
     clean, _ = reference.readable(memory.to(result.scores.dtype), counts)
     grad_scores, kept, grad = _score_gradients(
-        grad_context, grad_weights, result, clean, counts, masking
+        grad_context, grad_weights, result, clean, counts, masks
     )
     grad_scores = scale * grad_scores
     grad_query = grad_scores @ clean
@@ -92,11 +111,13 @@ def concat_forward(
     memory_exp: Tensor | None,
     v: Tensor,
     memory: Tensor,
-    masking: Masking,
+    masking: MaskingFields,
     return_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = reference.concat_attention(query_proj, memory_proj, v, memory, masking)
-    return _outputs(result, memory.dtype, return_weights)[:3]
+    return_logsumexp: bool,
+) -> Outputs:
+    _check_lengths(masking[0], memory.shape[1])
+    result = reference.concat_attention(query_proj, memory_proj, v, memory, Masking(*masking))
+    return _outputs(result, memory.dtype, return_weights, return_logsumexp)
 
 
 def concat_backward(
@@ -107,16 +128,17 @@ def concat_backward(
     memory_exp: Tensor | None,
     v: Tensor,
     memory: Tensor,
-    masking: Masking,
-    saved: tuple[Tensor, ...],
+    masking: MaskingFields,
+    saved: Saved,
 ) -> tuple[Tensor, ...]:
-    result = reference.concat_attention(query_proj, memory_proj, v, memory, masking)
-    counts = reference.counted_positions(memory, masking)
+    masks = Masking(*masking)
+    result = reference.concat_attention(query_proj, memory_proj, v, memory, masks)
+    counts = reference.counted_positions(memory, masks)
     dtype = result.scores.dtype
     clean, _ = reference.readable(memory.to(dtype), counts)
     projection, _ = reference.readable(memory_proj.to(dtype), counts)
     grad_scores, kept, grad = _score_gradients(
-        grad_context, grad_weights, result, clean, counts, masking
+        grad_context, grad_weights, result, clean, counts, masks
     )
     tanh = torch.tanh(query_proj.to(dtype)[:, :, None] + projection[:, None])
     grad_v = (grad_scores[..., None] * tanh).sum(dim=(0, 1, 2))

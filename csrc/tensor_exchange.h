@@ -1,0 +1,88 @@
+// Tensors of torch, read and made without its headers, so that one wheel fits every torch.
+//
+// torch.Tensor holds a table of C functions of the DLPack project, `__dlpack_c_exchange_api__`. It
+// tells pointer, sizes and strides of a tensor in 30 ns; asked from Python they take 0.5 us.
+// Outputs are made by Tensor.new_empty: DLPack's allocator is little faster, and torch cannot
+// resize what comes from it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "attention_params.h"
+
+namespace fused_attn {
+
+namespace py = pybind11;
+
+// DLPack's DLTensor, version 1.
+struct TensorView {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t ndim;
+  uint8_t code;  // kind of number, a TypeCode
+  uint8_t bits;
+  uint16_t lanes;
+  const int64_t* shape;
+  const int64_t* strides;  // in elements
+  uint64_t byte_offset;
+};
+static_assert(sizeof(TensorView) == 48, "the layout is DLPack's");
+
+enum class TypeCode : uint8_t { integer = 0, natural = 1, real = 2, bfloat = 4, boolean = 6 };
+
+using Sizes = std::initializer_list<int64_t>;
+
+// Take from the module `torch` what the functions below use. Throws ImportError if that torch has
+// no table of functions, or one of another major version.
+void bind_torch(const py::module_& torch);
+
+int torch_threads();  // torch.get_num_threads()
+
+// A tensor that a caller passed, or a contiguous copy of it. The name is for messages.
+class Argument {
+ public:
+  Argument() = default;
+  // Throws TypeError unless `object` is a tensor on the CPU. It must outlive this.
+  Argument(const char* name, PyObject* object);
+  Argument(const char* name, py::object&& object);  // keeps it alive
+
+  Argument& check_shape(Sizes sizes);  // ValueError
+  Argument& check_dtype(DType dtype);  // TypeError
+  Argument& check_bool();              // TypeError
+  DType dtype() const;                 // TypeError unless one of those four
+
+  Argument& make_contiguous();
+  Argument& make_unit_stride();  // in the last dimension; the other strides may be anything
+
+  int ndim() const { return view_.ndim; }
+  int64_t size(int dim) const { return view_.shape[dim]; }
+  int64_t stride(int dim) const { return view_.strides[dim]; }
+  TypeCode code() const { return TypeCode(view_.code); }
+  int bits() const { return view_.bits; }
+  void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
+  Rows rows() const { return {data(), stride(0), stride(1)}; }  // of a (B, rows, width) tensor
+  std::string shape() const;
+  const char* name() const { return name_; }
+  PyObject* object() const { return object_; }
+  py::object release() { return std::move(owned_); }
+
+ private:
+  void look();
+
+  const char* name_ = "";
+  PyObject* object_ = nullptr;
+  py::object owned_;  // holds object_ where the caller does not
+  TensorView view_ = {};
+};
+
+// A contiguous tensor on the device of `like`, uninitialised.
+Argument new_empty(const Argument& like, Sizes sizes);
+Argument new_empty(const Argument& like, Sizes sizes, DType dtype);  // float32 or that of like
+Argument new_zeros(const Argument& like);
+
+}  // namespace fused_attn
