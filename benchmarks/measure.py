@@ -17,14 +17,21 @@ def _seconds(call: Call, repeats: int) -> float:
 
 
 def medians(
-    calls: Mapping[str, Call], budget_s: float, rounds: int = 25, window_s: float = 0.01
+    calls: Mapping[str, Call],
+    budget_s: float,
+    rounds: int = 25,
+    window_s: float = 0.01,
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each call, over at least 3 rounds and at most ``rounds`` or ``budget_s``.
 
     In a round each call runs once, or as often as fills ``window_s``: less is noise of the clock.
+    ``before`` is told the name of the call whose turn comes, while the clock stands still.
     """
+    prepare = before or (lambda name: None)
     repeats = {}
     for name, call in calls.items():
+        prepare(name)
         first = _seconds(call, 1)  # caches, allocators and threads are warm in what follows
         if first < window_s:
             first = _seconds(call, 1)
@@ -35,5 +42,6 @@ def medians(
         if done >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
+            prepare(name)
             found[name].append(_seconds(call, repeats[name]))
     return {name: statistics.median(times) for name, times in found.items()}

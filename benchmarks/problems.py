@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fused_attn.testing import Case, Inputs, make_inputs
 
@@ -45,10 +46,13 @@ def inputs_of(shape: Shape, score: str, dtype: torch.dtype = torch.float32) -> I
         query_dim=shape.query_dim, memory_dim=shape.memory_dim, attn_dim=shape.memory_dim,
         weights=False,
     )  # fmt: skip
-    inputs = make_inputs(case)
     generator = torch.Generator().manual_seed(1)
     low = max(1, shape.source // 2)
     lengths = torch.randint(low, shape.source + 1, (shape.batch,), generator=generator)
     lengths[0] = shape.source
-    masking = inputs.masking._replace(memory_lengths=lengths)
-    return Inputs(score, inputs.tensors, masking, inputs.scale, inputs.grad_context, None)
+    return with_lengths(make_inputs(case), lengths)
+
+
+def with_lengths(inputs: Inputs, lengths: Tensor) -> Inputs:
+    """The same inputs, of which the first ``lengths`` (B,) positions count."""
+    return replace(inputs, masking=inputs.masking._replace(memory_lengths=lengths))

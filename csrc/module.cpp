@@ -264,5 +264,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
   m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, widest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
+  m.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Do multiply-adds in registers, the yardstick of the benchmarks; returns how many\n"
+        "floating-point operations that was.");
   if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();
 }

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from benchmarks_package import ROOT, imported
 
 from fused_attn import backends, functional, testing
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
-    """The package, which is not installed, without the checkout on sys.path."""
-    location = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", location / "__init__.py", submodule_search_locations=[str(location)]
-    )
-    package = importlib.util.module_from_spec(spec)
-    before = dict(sys.modules)
-    sys.modules["benchmarks"] = package
-    spec.loader.exec_module(package)
-    names = ("demo", "measure", "problems", "table", "__main__")
-    loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-    yield SimpleNamespace(package=package, main=loaded.pop("__main__"), **loaded)
-    for name in set(sys.modules) - set(before):
-        if name.split(".")[0] == "benchmarks":
-            del sys.modules[name]
+    with imported() as modules:
+        yield modules
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,12 +35,13 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
     assert done.returncode == 0 and not done.stderr
     assert "python -m benchmarks NAME" in done.stdout
     assert "  demo      fused_attn against what people write" in done.stdout
+    assert "  cpu       The cpu backend against eager PyTorch" in done.stdout
 
 
 def test_an_unknown_name_is_refused() -> None:
     done = run("dmeo")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo\n"
+    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, cpu\n"
 
 
 def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
@@ -122,6 +108,14 @@ def test_calls_take_turns(bench: SimpleNamespace) -> None:
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     bench.measure.medians(calls, budget_s=10.0, rounds=4, window_s=0.0)
     assert "".join(order) == "ab" * 5  # one to warm up, and four rounds
+
+
+def test_a_turn_is_announced_before_it(bench: SimpleNamespace) -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    announce = lambda name: order.append(name.upper())  # noqa: E731
+    bench.measure.medians(calls, budget_s=10.0, rounds=3, window_s=0.0, before=announce)
+    assert "".join(order) == "AaBb" * 4
 
 
 def test_median_seconds_of_a_call(bench: SimpleNamespace) -> None:

@@ -198,4 +198,11 @@ void cpu_backward(const AttentionParams& p) {
   if (concat) table.backward_merge_v(p, plan, shared);
 }
 
+int64_t multiply_adds(int64_t rounds, int threads) {
+  const KernelTable& table = kernels();
+  std::atomic<int64_t> done{0};
+  for_each(rounds, threads, 0, [&](int64_t, void*) { done += table.multiply_adds(); });
+  return done;
+}
+
 }  // namespace fused_attn

@@ -9,4 +9,8 @@ namespace fused_attn {
 void cpu_forward(const AttentionParams& params);
 void cpu_backward(const AttentionParams& params);
 
+// The yardstick of the benchmarks: `rounds` runs of multiply-adds in registers, shared out like the
+// tasks of a call. Returns the number of floating-point operations that were done.
+int64_t multiply_adds(int64_t rounds, int threads);
+
 }  // namespace fused_attn

@@ -1,6 +1,7 @@
 // Compiled once per instruction set. The only symbol it exports is its table of entry points.
 #include "backward.h"
 #include "forward.h"
+#include "peak.h"
 
 #ifndef FUSED_ATTN_ISA
 #error "FUSED_ATTN_ISA must name the instruction set"
@@ -83,7 +84,7 @@ void backward_merge_v(const AttentionParams& p, const Plan& plan, const Shared& 
 extern "C" __attribute__((visibility("hidden"))) const KernelTable* FA_ENTRY(FUSED_ATTN_ISA)() {
   static const KernelTable table = {kVectorBytes,   forward_scratch,  forward_task,
                                     forward_merge,  backward_scratch, backward_task,
-                                    backward_merge, backward_merge_v};
+                                    backward_merge, backward_merge_v, multiply_adds};
   return &table;
 }
 

@@ -34,6 +34,7 @@ struct KernelTable {
   void (*backward_task)(const AttentionParams&, const Plan&, const Shared&, int64_t, void*);
   void (*backward_merge)(const AttentionParams&, const Plan&, const Shared&, int64_t);
   void (*backward_merge_v)(const AttentionParams&, const Plan&, const Shared&);
+  int64_t (*multiply_adds)();
 };
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
