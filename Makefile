@@ -4,18 +4,19 @@ PYTHON ?= python3
 TORCH = torch==2.13.0
 
 BIN = .venv/bin
+comma := ,
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SETUP_STAMP = .venv/.setup-stamp
 BUILD_STAMP = build/.native-stamp
 NATIVE_SOURCES = CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # A compiler that is there must succeed; where there is none, the eager backend does the work.
 NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 # Without the root of the checkout on sys.path, `import kernels` is not ours, as in an install.
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-asan lint lint-python lint-native lint-bans format wheel \
+.PHONY: help setup build demo test test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
         bench clean
 
 help: ## list the targets
@@ -54,19 +55,26 @@ demo: setup build ## train the pronunciation model, show what it learned, compar
 test: setup build ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
 
+test-fuzz: setup build ## run the fuzz tests on many more calls, drawn anew
+	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py
+
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
+# What enters the native module, but for peaks of memory: the sanitizer holds on to what is freed.
+ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py
+
+# $(call configure,directory,sanitizers,flags)
+configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+  -DCMAKE_CXX_FLAGS_DEBUG=$(3) -DFUSED_ATTN_SANITIZE=$(2) \
+  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) >$(1).log || { cat $(1).log; exit 1; }
 
 # The package is copied beside the instrumented module, so that the normal build stays in place.
 # libstdc++ is preloaded too, or AddressSanitizer cannot intercept the exceptions of a module that
 # is loaded late. Python leaks on purpose at exit. --capture=sys lets a report through to the
 # terminal.
 test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
-	  -DFUSED_ATTN_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) >build/asan.log \
-	  || { cat build/asan.log; exit 1; }
+	@$(call configure,build/asan,address$(comma)undefined,-O1)
 	@$(BIN)/cmake --build build/asan
 	@rm -rf $(ASAN_SITE) && mkdir -p $(ASAN_SITE)
 	@cp -r fused_attn $(ASAN_SITE)/ && cp -r kernels $(ASAN_SITE)/fused_attn/
@@ -74,7 +82,14 @@ test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBeh
 	@$(BIN)/cmake --install build/asan --prefix $(ASAN_SITE) >>build/asan.log
 	$(TEST_ENV) PYTHONPATH=$(ASAN_SITE) LD_PRELOAD='$(ASAN_PRELOAD)' \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/pytest --capture=sys tests/test_backends.py
+	  $(BIN)/pytest --capture=sys -k 'not never_holds' $(ASAN_TESTS)
+
+# The sanitizer needs its addresses where a system that spreads them widely does not leave them;
+# setarch turns that off, where it may.
+test-tsan: setup ## run the threaded part of the native module under ThreadSanitizer
+	@$(call configure,build/tsan,thread,-O1)
+	@$(BIN)/cmake --build build/tsan --target threads_test
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/threads_test
 
 lint: lint-python lint-native lint-bans ## check style, types, C++ layout and the banned words
 

@@ -1,0 +1,284 @@
+"""The native kernels on drawn calls, against the fp64 oracle under the error budget of every test.
+
+Any sizes, strides, masks, dtypes and threads, and NaN wherever nothing may be read.
+`make test-fuzz` draws many more, and differently in each run; conftest.py has the two profiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from targets import TARGETS, Target
+from torch import Tensor
+
+from fused_attn import functional, testing
+from fused_attn.attention import exponentials
+from fused_attn.reference import Masking
+from fused_attn.testing import DTYPES, MASKS, SCORES, Case, Inputs, Tensors
+
+CPU_TARGETS = [target for target in TARGETS if getattr(target, "backend", None) == "cpu"]
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+# Those of `testing.lay_out`, and views of something larger, of columns, of one row.
+LAYOUTS = (*testing.LAYOUTS, "window", "columns", "broadcast")
+REPEATED = ("expanded", "broadcast")  # one row in memory stands for several
+ARGUMENTS = {
+    "dot": ("query", "memory"),
+    "general": ("query", "memory", "weight"),
+    "concat": ("query", "memory", "query_weight", "memory_weight", "v", "bias"),
+    "projected": ("query_proj", "memory_proj", "memory", "v", "memory_exp"),
+}
+OTHERS = ("memory_lengths", "memory_mask", "keep_mask", "grad_context", "grad_weights")
+
+# `sampled_from` draws evenly; `integers` would favour the small ones. Multiples of 8 fill vectors.
+WIDTHS = st.sampled_from((*range(1, 81), *range(8, 81, 8)))
+QUERIES = st.one_of(st.just(1), st.sampled_from(range(1, 71)))
+SOURCES = st.sampled_from(range(151))
+
+pytestmark = pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not usable here")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in few words; hypothesis prints it, and `inputs` draws its numbers from the seed."""
+
+    case: Case
+    lengths: tuple[int, ...] | None
+    density: float  # of True in the mask
+    layouts: dict[str, str]  # by argument; contiguous where none is named
+    prepared: bool  # exponentials of the memory's projection are made before
+    poison: float  # in the memory rows that no query may look at
+    threads: int
+    seed: int
+
+    def laid_out(self, name: str, tensor: Tensor | None) -> Any:
+        return None if tensor is None else lay_out(tensor, self.layouts.get(name, "contiguous"))
+
+    def inputs(self) -> Inputs:
+        drawn = testing.make_inputs(self.case, self.seed)
+        _, mask, keep, keep_scale = drawn.masking
+        if mask is not None:
+            generator = torch.Generator().manual_seed(self.seed)
+            mask = torch.rand(mask.shape, generator=generator) < self.density
+        lengths = None if self.lengths is None else torch.tensor(self.lengths)
+        masks = (lengths, mask, keep)
+        return replace(
+            drawn,
+            tensors={name: self.laid_out(name, t) for name, t in drawn.tensors.items()},
+            masking=Masking(*map(self.laid_out, OTHERS, masks), keep_scale),
+            grad_context=self.laid_out("grad_context", drawn.grad_context),
+            grad_weights=self.laid_out("grad_weights", drawn.grad_weights),
+        )
+
+    def run(self, target: Target, inputs: Inputs) -> Tensors:
+        torch.set_num_threads(self.threads)
+        if not self.prepared:
+            return target.run(inputs)
+        memory_exp = exponentials(inputs.tensors["memory_proj"])
+        if self.layouts.get("memory_exp") not in REPEATED:
+            memory_exp = self.laid_out("memory_exp", memory_exp)
+        mask = inputs.masking.memory_mask
+        if mask is not None and mask.dim() == 2:
+            inputs = replace(inputs, masking=inputs.masking._replace(memory_mask=mask[:, None]))
+
+        def call(tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+            operands = (tensors["query_proj"], tensors["memory_proj"], memory_exp, tensors["v"])
+            rest = (inputs.masking, inputs.grad_weights is not None, target.backend)
+            return functional.attend_concat(*operands, tensors["memory"], *rest)
+
+        with target.active(), testing.poisoned_empty():
+            return testing.evaluate(call, inputs)
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (the first row for all where it is repeated) under other strides."""
+    if layout == "window":  # around the values is NaN, or True in a mask
+        whole = torch.full([size + 3 for size in tensor.shape], torch.nan).to(tensor.dtype)
+        view = whole[tuple(slice(2, 2 + size) for size in tensor.shape)]
+        return view.copy_(tensor)
+    if layout == "columns" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "broadcast" and tensor.dim() > 1:
+        return tensor[:1, :1].clone().expand_as(tensor) if tensor.dim() > 2 else tensor
+    return testing.lay_out(tensor, layout)
+
+
+@st.composite
+def calls(draw: st.DrawFn, score: str, mask: str | None = None) -> Call:
+    options = {name: draw(st.booleans()) for name in ("lengths", "keep", "bias", "weights")}
+    case = Case(
+        score,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(range(1, 5))),
+        draw(QUERIES),
+        draw(SOURCES),
+        draw(WIDTHS),
+        draw(WIDTHS),
+        draw(WIDTHS),
+        mask=mask or draw(st.sampled_from(MASKS)),
+        **options,
+    )
+    lengths = st.lists(st.integers(0, case.source), min_size=case.batch, max_size=case.batch)
+    names = st.sampled_from((*ARGUMENTS[score], *OTHERS))
+    return Call(
+        case,
+        tuple(draw(lengths)) if case.lengths else None,
+        draw(st.sampled_from((0.5, 1.0, 0.9, 0.05, 0.0))),
+        draw(st.dictionaries(names, st.sampled_from(LAYOUTS))),
+        score == "projected" and draw(st.booleans()),
+        draw(st.sampled_from(NOT_FINITE)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+def score_gradient_size(inputs: Inputs, summed: Tensor, weights: Tensor, power: int) -> Tensor:
+    """(B, T, S): of w (dW - sum w dW), where dW is the gradient of the weights."""
+    memory, grad_context = inputs.tensors["memory"].double(), inputs.grad_context.double().abs()
+    size = product(grad_context, memory.abs().mT, power)
+    if inputs.masking.keep_mask is not None:
+        size = size * inputs.masking.keep_mask * inputs.masking.keep_scale
+    if inputs.grad_weights is not None:
+        size = size + inputs.grad_weights.abs()
+    mean = (weights * size).sum(dim=-1, keepdim=True)
+    if inputs.grad_context.dtype.itemsize == 2:
+        # The mean is taken from the stored context, each of whose values is rounded to 16 bits.
+        mean = mean + (grad_context * (summed @ memory).abs()).sum(dim=-1, keepdim=True)
+    return weights * (size + mean)
+
+
+def product(x: Tensor, y: Tensor, power: int) -> Tensor:
+    return (x**power @ y**power) ** (1 / power)
+
+
+def gradient_sizes(inputs: Inputs, weights: Tensor) -> dict[str, float]:
+    """By name, the size of a gradient if the terms of its sums have signs at random.
+
+    The budget's floor goes by it. A gradient of few numbers can lie far below: where few positions
+    count, where all rows are equal, or by chance in a width of one; its terms still round.
+    """
+    tensors = {name: tensor.double().abs() for name, tensor in inputs.tensors.items()}
+    keep, keep_scale = inputs.masking[2:]
+    summed = weights if keep is None else weights * keep * keep_scale
+    # Over equal rows the terms cancel as a whole: plain sums.
+    rows = [inputs.tensors[name] for name in ("memory", "memory_proj") if name in tensors]
+    power = 1 if any(tensor.stride(1) == 0 for tensor in rows) else 2
+    size = score_gradient_size(inputs, summed, weights, power)
+    by_value = product(summed.mT, inputs.grad_context.double().abs(), power)
+
+    def of_weight(x: Tensor, y: Tensor) -> Tensor:
+        return product(x.flatten(0, 1).mT, y.flatten(0, 1), power)
+
+    if inputs.score == "dot":
+        keys = product(size.mT, tensors["query"], power)
+        sizes = {"query": product(size, tensors["memory"], power), "memory": by_value + keys}
+    elif inputs.score == "general":
+        projected = inputs.tensors["query"].double() @ inputs.tensors["weight"].double()
+        grad_projected = product(size, tensors["memory"], power)
+        sizes = {
+            "memory": by_value + product(size.mT, projected.abs(), power),
+            "query": product(grad_projected, tensors["weight"].mT, power),
+            "weight": of_weight(tensors["query"], grad_projected),
+        }
+    else:  # tanh and its derivative lie below 1
+        queries = torch.linalg.vector_norm(size, power, dim=2)[..., None] * tensors["v"]
+        keys = torch.linalg.vector_norm(size, power, dim=1)[..., None] * tensors["v"]
+        sizes = {"v": torch.linalg.vector_norm(size, power)[None]}
+        if inputs.score == "projected":
+            sizes |= {"memory": by_value, "query_proj": queries, "memory_proj": keys}
+        else:
+            sizes |= {
+                "memory": by_value + product(keys, tensors["memory_weight"], power),
+                "query": product(queries, tensors["query_weight"], power),
+                "query_weight": of_weight(queries, tensors["query"]),
+                "memory_weight": of_weight(keys, tensors["memory"]),
+                "bias": torch.linalg.vector_norm(queries, power, dim=(0, 1)),
+            }
+    return {name: largest(size) for name, size in sizes.items()}
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def budget_scales(inputs: Inputs, oracle: Tensors) -> dict[str, float]:
+    sizes = gradient_sizes(inputs, oracle["weights"])
+    return {
+        f"grad_{name}": max(largest(oracle[f"grad_{name}"]), sizes[name]) for name in inputs.tensors
+    }
+
+
+def right_answers(inputs: Inputs) -> tuple[Tensors, Tensors, dict[str, float]]:
+    """The oracle's results, the plain chain's, and the scales of the budget."""
+    if inputs.grad_weights is not None:
+        oracle = testing.oracle(inputs)
+        return oracle, testing.plain(inputs), budget_scales(inputs, oracle)
+    shape = (*inputs.grad_context.shape[:2], inputs.tensors["memory"].shape[1])
+    asked = testing.oracle(replace(inputs, grad_weights=torch.zeros(shape)))
+    scales = budget_scales(inputs, asked)
+    oracle = {name: t for name, t in asked.items() if name != "weights"}
+    return oracle, testing.plain(inputs), scales
+
+
+def spoiled(call: Call, inputs: Inputs) -> Inputs:
+    """The call with poison in the memory rows that no query looks at, still in its layout."""
+    poisoned = testing.spoil_padding(inputs, call.poison)
+    tensors = {
+        name: call.laid_out(name, tensor)
+        # Rows that stand for several cannot be spoiled one by one.
+        if name in ("memory", "memory_proj") and call.layouts.get(name) not in REPEATED
+        else inputs.tensors[name]
+        for name, tensor in poisoned.tensors.items()
+    }
+    return replace(poisoned, tensors=tensors)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@given(data=st.data())
+def test_drawn_calls(score: str, data: st.DataObject) -> None:
+    call = data.draw(calls(score))
+    inputs = call.inputs()
+    oracle, plain, scales = right_answers(inputs)
+    poisoned = spoiled(call, inputs)
+    for target in CPU_TARGETS:  # the oracle costs more than the kernels
+        testing.check_results(call.run(target, poisoned), oracle, plain, scales)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@given(data=st.data())
+def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> None:
+    """One value of a memory row is not finite; half of the queries of its sentence look at it."""
+    call = data.draw(calls(score, mask="cube"))
+    batch, queries, source = call.case.batch, max(call.case.queries, 2), max(call.case.source, 1)
+    sizes = {"queries": queries, "source": source}
+    case = replace(call.case, **sizes, lengths=False, weights=True)
+    call = replace(call, layouts={}, lengths=None, case=case)
+    b, s = data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, source - 1))
+    parity = data.draw(st.integers(0, 1))
+    clean = call.inputs()
+    clean.masking.memory_mask[b, :, s] = torch.arange(queries) % 2 == parity
+    oracle, plain, scales = right_answers(clean)
+    name = data.draw(st.sampled_from(sorted({"memory", "memory_proj"} & clean.tensors.keys())))
+    bad = clean.tensors[name].clone()
+    bad[b, s, data.draw(st.integers(0, bad.shape[2] - 1))] = call.poison
+    inputs = replace(clean, tensors=clean.tensors | {name: bad})
+    counts = testing.counted(clean)
+    looks = torch.zeros(batch, queries, dtype=torch.bool)
+    looks[b] = counts[b, :, s]
+    met = (counts & looks[..., None]).any(dim=1)  # rows that a query meets beside the bad one
+    met[b, s] = True  # its own gradient is of what it holds
+    query = "grad_query_proj" if score == "projected" else "grad_query"
+    spared = {"context": ~looks, "weights": ~looks, query: ~looks}
+    spared |= {f"grad_{name}": ~met for name in ("memory", "memory_proj") if name in clean.tensors}
+    for target in CPU_TARGETS:
+        got = call.run(target, inputs)
+        assert got["context"][looks].isnan().all()
+        for result, where in spared.items():
+            testing.check_within_budget(
+                result, got[result][where], oracle[result][where], plain[result][where],
+                scales.get(result),
+            )  # fmt: skip

@@ -1,0 +1,187 @@
+"""One pool of threads for torch and the kernels, calls from several threads at once, and fork.
+
+What has to start from nothing, or could hang, runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from targets import TARGETS, Target
+
+from fused_attn import testing
+from fused_attn.testing import Case, Tensors
+
+CPU_TARGETS = [target for target in TARGETS if getattr(target, "backend", None) == "cpu"]
+
+pytestmark = [
+    pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not usable here"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks"),
+]
+
+# Far above the work at which a call is shared out among threads.
+PRELUDE = """
+import os
+import torch
+from fused_attn import testing
+from fused_attn.testing import Case
+
+CASES = [Case(score, batch=4, queries=24, source=200, memory_dim=64, attn_dim=64)
+         for score in ("dot", "projected")]
+INPUTS = [testing.make_inputs(case) for case in CASES]
+
+def attend():
+    return [testing.fused(inputs, "cpu") for inputs in INPUTS]  # forward and backward
+
+def judge(found):
+    for inputs, got in zip(INPUTS, found, strict=True):
+        testing.check_results(got, testing.oracle(inputs), testing.plain(inputs))
+
+def use_torchs_pool():
+    torch.randn(1 << 20).exp().sum()
+    torch.randn(512, 512) @ torch.randn(512, 512)
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def run_alone(script: str) -> list[int]:
+    """Run the script in a fresh process; the numbers it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if not name.startswith("OMP_")},
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_torch_and_the_kernels_share_one_pool() -> None:
+    before, after, runtimes = run_alone("""
+        torch.set_num_threads(2)
+        use_torchs_pool()
+        before = tasks()
+        judge(attend())
+        with open("/proc/self/maps") as maps:
+            files = {line.split()[-1] for line in maps if "/" in line}
+        runtimes = ("libgomp", "libomp", "libiomp")
+        loaded = [file for file in files if os.path.basename(file).startswith(runtimes)]
+        print(before, tasks(), len(loaded))
+    """)
+    assert after == before
+    assert runtimes == 1
+
+
+def test_the_pool_is_used_and_is_of_the_size_asked_for() -> None:
+    """Without this the other counts could stay equal because nothing ran in parallel."""
+    before, two, three = run_alone("""
+        torch.set_num_threads(1)
+        before = tasks()
+        counts = []
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            start = tasks()  # torch may start threads of other pools here
+            attend()
+            counts.append(tasks() - start)
+        print(before, *counts)
+    """)
+    assert before >= 1
+    assert (two, three) == (1, 1)  # one beside the caller, then another
+
+
+def test_one_thread_means_that_none_is_started() -> None:
+    before, after = run_alone("""
+        torch.set_num_threads(1)
+        before = tasks()
+        judge(attend())
+        print(before, tasks())
+    """)
+    assert after == before
+
+
+def results(target: Target, score: str, seed: int) -> Tensors:
+    case = Case(score, batch=3, queries=17, source=300, memory_dim=48, attn_dim=40, lengths=True)
+    return testing.fused(testing.make_inputs(case, seed), target.backend)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("target", CPU_TARGETS, ids=str)
+def test_calls_at_once_give_the_bits_of_calls_alone(target: Target, threads: int) -> None:
+    calls = [("dot", 0), ("projected", 1), ("dot", 2), ("projected", 3)]
+    start = threading.Barrier(len(calls))
+
+    def repeat(call: tuple[str, int]) -> list[Tensors]:
+        torch.set_num_threads(threads)  # which is a setting of the thread it is called in
+        start.wait(timeout=60)
+        return [results(target, *call) for _ in range(20)]
+
+    torch.set_num_threads(threads)
+    with target.active():
+        alone = [results(target, *call) for call in calls]
+        with ThreadPoolExecutor(len(calls)) as pool:
+            found = list(pool.map(repeat, calls))
+    for expected, rounds in zip(alone, found, strict=True):
+        for got in rounds:
+            assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+FORK = """
+torch.set_num_threads(2)
+use_torchs_pool()
+judge(attend())  # the pool is up: its threads are not there in a child
+"""
+
+
+def test_a_forked_child_with_one_thread_is_right() -> None:
+    """As for torch: a child must not use the pool of its parent, so it asks for one thread."""
+    (status,) = run_alone(
+        FORK
+        + textwrap.dedent("""
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(1)
+            try:
+                judge(attend())
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(status)
+        """)
+    )
+    assert status == 0
+
+
+def test_a_worker_of_a_data_loader_is_right() -> None:
+    """It is forked from a process with a pool; torch gives it one thread."""
+    threads, items = run_alone(
+        FORK
+        + textwrap.dedent("""
+        from torch.utils.data import DataLoader, Dataset
+
+        class Judged(Dataset):
+            def __len__(self):
+                return 3
+            def __getitem__(self, index):
+                judge(attend())
+                return torch.get_num_threads()
+
+        loader = DataLoader(
+            Judged(), batch_size=None, num_workers=1, timeout=60, multiprocessing_context="fork"
+        )
+        threads = list(loader)
+        judge(attend())  # and the parent goes on
+        print(max(threads), len(threads))
+        """)
+    )
+    assert (threads, items) == (1, 3)
