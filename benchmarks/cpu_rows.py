@@ -93,7 +93,7 @@ _STEP = [
 _TRAINING = [
     Row("dot", sizes, "dot", speedup=1.8, second=Second("peak", 0.5)) for sizes in TRAINING
 ]
-_SCORE = Row("concat score", SENTENCES, "projected", memory_dim=16)
+_SCORE = Row("concat score, prepared", SENTENCES, "projected", memory_dim=16, prepared=True)
 _CONCAT = [Row("concat, projections", sizes, "concat", speedup=15.0) for sizes in (SENTENCES, LONG)]
 _TINY = [
     Row("dot, tiny", TINY, "dot"),
@@ -115,7 +115,7 @@ ROWS = (
     ),
     *(
         replace(
-            _SCORE, case=f"concat score, {isa}", isa=isa, second=Second("elements", target)
+            _SCORE, case=f"concat score, prepared, {isa}", isa=isa, second=Second("elements", target)
         )
         for isa, target in (("avx512", 15.0), ("avx2", 6.0))
     ),

@@ -92,8 +92,8 @@ FA_INLINE Vec<float> load_wide(const X* p) {
 
 // A vector's worth of stored 16-bit elements, two to a lane.
 template <class X>
-FA_INLINE VecOf<float>::ints load_bits(const X* p) {
-  return (VecOf<float>::ints)load(reinterpret_cast<const float*>(p));
+FA_INLINE VecOf<float>::bits load_bits(const X* p) {
+  return (VecOf<float>::bits)load(reinterpret_cast<const float*>(p));
 }
 
 // dst[0..n) = src[0..n), then zeros up to dst[padded).

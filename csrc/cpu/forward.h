@@ -97,7 +97,7 @@ struct ForwardTask {
   }
 
   void step(int64_t b, int64_t begin, int64_t stop) {
-    StepSoftmax<A> result;
+    StepSoftmax<X> result;
     if (p.score == Score::dot) {
       const X* q = static_cast<const X*>(p.query.data) + b * p.query.batch_stride;
       for (int64_t d = 0; d < p.E; d += 2 * kLanes<A>) {
@@ -119,7 +119,7 @@ struct ForwardTask {
   }
 
   template <class P>
-  StepSoftmax<A> concat_step(int64_t b, int64_t begin, int64_t stop) {
+  StepSoftmax<X> concat_step(int64_t b, int64_t begin, int64_t stop) {
     Extent<A> extent;
     concat.read_v(p);
     const Factors<A> q = concat.query_factors(p, b, 0, 1, factors,

@@ -11,7 +11,9 @@
 namespace fused_attn {
 namespace {
 
-constexpr int64_t kGroup = 2;
+// Rows in a group: as many as keep old and fresh ones of usual width well within that cache.
+template <class X>
+constexpr int kGroup = sizeof(X) == 2 ? 4 : 2;
 
 // Two vectors of columns, in the order that costs least: for bfloat16 the even elements and the odd
 // ones, which a shift and a mask widen where they lie. Query and context keep that order too.
@@ -20,7 +22,7 @@ FA_INLINE void load_pair(const X* p, Vec<Arithmetic<X>>& a, Vec<Arithmetic<X>>& 
   if constexpr (__is_same(X, BFloat16)) {
     const auto raw = load_bits(p);
     a = (Vec<float>)(raw << 16);
-    b = (Vec<float>)(raw & -65536);
+    b = (Vec<float>)(raw & 0xffff0000u);
   } else {
     a = load_wide(p);
     b = load_wide(p + kLanes<Arithmetic<X>>);
@@ -50,14 +52,16 @@ struct Behind {
   const X* rows = nullptr;  // null: there is none yet
   int64_t stride;
   A rescale;  // of what is in the context already
-  A weights[kGroup];
+  A weights[kGroup<X>];
   A* context;
 
-  template <int N>
-  FA_INLINE_METHOD void add(int64_t d) const {
-    Vec<A> a = load(context + d) * rescale, b = load(context + d + kLanes<A>) * rescale;
+  // Columns d and on, of N rows. A group that is cut short comes row by row.
+  template <int N = kGroup<X>>
+  FA_INLINE_METHOD void add(int64_t d, int64_t first = 0) const {
+    const A factor = first == 0 ? rescale : A(1);
+    Vec<A> a = load(context + d) * factor, b = load(context + d + kLanes<A>) * factor;
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
+    for (int64_t i = first; i < first + N; ++i) {
       Vec<A> x, y;
       load_pair(rows + i * stride + d, x, y);
       a += weights[i] * x;
@@ -89,7 +93,7 @@ struct DotStep {
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) acc[u] += x[u] * load(query + d + u * L);
       if (Old && from < to) {
-        behind.template add<kGroup>(from);
+        behind.add(from);
         from += 2 * L;
       }
     }
@@ -100,7 +104,7 @@ struct DotStep {
       acc[1] += y * load(query + d + L);
     }
     if (Old)
-      for (; from < to; from += 2 * L) behind.template add<kGroup>(from);
+      for (; from < to; from += 2 * L) behind.add(from);
     return scale * sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
   }
 };
@@ -135,12 +139,12 @@ struct ConcatStep {
       acc = add_quad<A>(acc, x[0], x[1], x[2], x[3], load(c), load(c + L), load(c + 2 * L),
                         load(c + 3 * L));
       if (Old && from < to) {
-        behind.template add<kGroup>(from);
+        behind.add(from);
         from += 2 * L;
       }
     }
     if (Old)
-      for (; from < to; from += 2 * L) behind.template add<kGroup>(from);
+      for (; from < to; from += 2 * L) behind.add(from);
     Extent<A> extent;
     watch.tell(extent);
     if (range_of(query_extent, extent, operands.v_largest) != Range::quad) return again(s);
@@ -164,8 +168,9 @@ struct ConcatStep {
 };
 
 // The online softmax of one query, group by group.
-template <class A>
+template <class X>
 struct StepSoftmax {
+  using A = Arithmetic<X>;
   A max = -kInfinity<A>, sum = A(0);
 
   // Scores become weights; returns what the context so far has to be multiplied with.
@@ -176,36 +181,37 @@ struct StepSoftmax {
     A lanes[16];  // the weights and the rescale factor in as few vector exponentials as possible
     for (A& lane : lanes) lane = -kInfinity<A>;
     for (int64_t i = 0; i < n; ++i) lanes[i] = scores[i] - base;
-    lanes[kGroup] = max - base;
-    for (int64_t i = 0; i <= kGroup; i += kLanes<A>) store(lanes + i, exponential(load(lanes + i)));
-    sum *= lanes[kGroup];
+    lanes[kGroup<X>] = max - base;
+    for (int64_t i = 0; i <= kGroup<X>; i += kLanes<A>)
+      store(lanes + i, exponential(load(lanes + i)));
+    sum *= lanes[kGroup<X>];
     for (int64_t i = 0; i < n; ++i) {
       scores[i] = lanes[i];
       sum += lanes[i];
     }
     max = top;
-    return lanes[kGroup];
+    return lanes[kGroup<X>];
   }
 };
 
 // Rows [begin, stop) of batch b, all of which count. The context is left undivided.
 template <class X, class Step>
-FA_INLINE StepSoftmax<Arithmetic<X>> attend_step(const AttentionParams& p, int64_t b, int64_t begin,
-                                                 int64_t stop, const Step& step,
-                                                 Arithmetic<X>* context, Arithmetic<X>* kept) {
+FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_t begin,
+                                     int64_t stop, const Step& step, Arithmetic<X>* context,
+                                     Arithmetic<X>* kept) {
   using A = Arithmetic<X>;
   constexpr int64_t kColumns = Behind<X>::kColumns;
   const X* rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
   const uint8_t* keep = p.keep ? p.keep + b * p.S : nullptr;
-  StepSoftmax<A> softmax;
+  StepSoftmax<X> softmax;
   Behind<X> behind;
   behind.stride = p.memory.row_stride;
   behind.context = context;
   memset(context, 0, size_t(p.E) * sizeof(A));
   int64_t n = 0;
   for (int64_t s = begin; s < stop; s += n) {
-    n = stop - s < kGroup ? stop - s : kGroup;
-    A scores[kGroup];
+    n = stop - s < kGroup<X> ? stop - s : kGroup<X>;
+    A scores[kGroup<X>];
     for (int64_t i = 0; i < n; ++i) {
       const int64_t pairs = p.E / kColumns;
       const int64_t from = i * pairs / n * kColumns, to = (i + 1) * pairs / n * kColumns;
@@ -220,11 +226,7 @@ FA_INLINE StepSoftmax<Arithmetic<X>> attend_step(const AttentionParams& p, int64
     behind.rows = rows + s * behind.stride;
   }
   for (int64_t d = 0; d < p.E; d += kColumns)  // the last group, of n rows
-    if (n == kGroup)
-      behind.template add<kGroup>(d);
-    else
-      behind.template add<1>(d);
-  static_assert(kGroup == 2, "the last group has one row or two");
+    for (int64_t i = 0; i < n; ++i) behind.template add<1>(d, i);
   restore_order<X>(context, p.E);
   return softmax;
 }

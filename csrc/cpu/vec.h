@@ -32,6 +32,7 @@ struct VecOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VecOf<double> {
@@ -161,8 +162,9 @@ FA_INLINE Vec<float> exponential_inside(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const auto bits = ((VecOf<float>::ints)shifted << 23) + 0x3f800000;
-  return p * (V)bits;
+  // Unsigned, because outside the range, where callers discard the result, the sum wraps around.
+  const auto power = ((VecOf<float>::bits)shifted << 23) + 0x3f800000u;
+  return p * (V)power;
 }
 
 // The same for any x <= 88: 0 below the normal range, and exp(NaN) is NaN.
