@@ -47,7 +47,7 @@ struct AttentionParams {
 
   // Backward only.
   Rows grad_context;                 // (B, T, E)
-  Rows grad_weights;                 // (B, T, S), or null; then weights is not read
+  Rows grad_weights;                 // (B, T, S), or null; needs weights
   void* grad_query = nullptr;        // (B, T, K), contiguous like all gradients written here
   void* grad_memory = nullptr;       // (B, S, E)
   void* grad_memory_proj = nullptr;  // (B, S, K), concat

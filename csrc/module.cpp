@@ -121,6 +121,8 @@ class Call {
     if (grad_weights != Py_None) {
       extra = Argument("grad_weights", grad_weights);
       p.grad_weights = rows(extra, {p.B, p.T, p.S}, p.dtype);
+    }
+    if (grad_weights != Py_None || PyTuple_GET_ITEM(saved, 1) != Py_None) {
       weights = Argument("weights", PyTuple_GET_ITEM(saved, 1));
       weights.check_shape({p.B, p.T, p.S}).check_dtype(p.dtype);
       p.weights = weights.make_contiguous().data();

@@ -1,6 +1,7 @@
 // One backward task: a segment of one row's memory against all its queries. The segment owns its
 // rows, so their gradient is written once and without atomics; gradients of the queries are summed
-// over segments afterwards, in a fixed order. Scores are computed again from the log-sum-exp.
+// over segments afterwards, in a fixed order. The weights P are computed again from the scores and
+// the log-sum-exp, except when the forward pass was asked for them: then they are at hand.
 //
 //   dP = dO . m (+ dW)      dS = P (dP - delta)      delta = sum_s P dP = dO . O + sum_s W dW
 //   dMemory = P^T dO + dS^T query        dQuery = dS memory          (dot; see concat.h for concat)
@@ -148,8 +149,9 @@ struct BackwardTask {
           read_range<X, A>(p.grad_context, b, t0, rows, p.E, memory_width, grad_context);
       if (p.score == Score::dot) {
         const Block<A> q = read_range<X, A>(p.query, b, t0, rows, p.K, score_width, query);
-        rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
-                      ld);
+        if (!weights_at_hand())
+          rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
+                        ld);
         score_gradients(b, t0, rows, picked, marks, grad, m);
         add_to_memory(rows, picked, grad, first);
         add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
@@ -174,8 +176,9 @@ struct BackwardTask {
       q = concat.exact_queries(p, b, t0, rows);
       m_factors = concat.exact_chunk(p, b, picked, marks);
     }
-    concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
-                           concat.v_sum, scores, ld);
+    if (!weights_at_hand())
+      concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
+                             concat.v_sum, scores, ld);
     score_gradients(b, t0, rows, picked, marks, grad, m);
     add_to_memory(rows, picked, grad, first);
     concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,
@@ -188,7 +191,7 @@ struct BackwardTask {
   // dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
                        const uint8_t* marks, const Block<A>& grad, const Block<A>& m) const {
-    finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+    if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
     rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width, grads,
                   ld);
     const int64_t width = round_up(picked.count, kLanes<A>);
@@ -196,8 +199,11 @@ struct BackwardTask {
     for (int64_t i = 0; i < rows; ++i) {
       A *weight = scores + i * ld, *g = grads + i * ld;
       for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
-      for (int64_t j = 0; j < width; j += kLanes<A>)
-        store(weight + j, exponential(load(weight + j) - base[t0 + i]));
+      if (weights_at_hand())
+        take_weights(b, t0 + i, picked, weight, width);
+      else
+        for (int64_t j = 0; j < width; j += kLanes<A>)
+          store(weight + j, exponential(load(weight + j) - base[t0 + i]));
       if (p.keep) {
         const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
         for (int64_t j = 0; j < picked.count; ++j) {
@@ -217,6 +223,18 @@ struct BackwardTask {
       for (int64_t j = 0; j < picked.count; ++j)
         if (!allowed(p, b, t0 + i, picked[j])) kept[i * ld + j] = g[j] = A(0);
     }
+  }
+
+  // Not where they were rounded to a shorter type: dS would carry that error.
+  bool weights_at_hand() const { return __is_same(X, A) && p.weights; }
+
+  void take_weights(int64_t b, int64_t t, const Picked& picked, A* out, int64_t width) const {
+    const A* row = static_cast<const A*>(p.weights) + (b * p.T + t) * p.S;
+    if (picked.dense)
+      memcpy(out, row + picked.first, size_t(picked.count) * sizeof(A));
+    else
+      for (int64_t j = 0; j < picked.count; ++j) out[j] = row[picked.index[j]];
+    for (int64_t j = picked.count; j < width; ++j) out[j] = A(0);
   }
 
   void add_to_memory(int64_t rows, const Picked& picked, const Block<A>& grad, bool first) const {
