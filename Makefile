@@ -61,7 +61,8 @@ test-fuzz: setup build ## run the fuzz tests on many more calls, drawn anew
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
 # What enters the native module, but for peaks of memory: the sanitizer holds on to what is freed.
-ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py
+ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py \
+             tests/test_native_tensors.py
 
 # $(call configure,directory,sanitizers,flags)
 configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
@@ -82,7 +83,7 @@ test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBeh
 	@$(BIN)/cmake --install build/asan --prefix $(ASAN_SITE) >>build/asan.log
 	$(TEST_ENV) PYTHONPATH=$(ASAN_SITE) LD_PRELOAD='$(ASAN_PRELOAD)' \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/pytest --capture=sys -k 'not never_holds' $(ASAN_TESTS)
+	  $(BIN)/pytest --capture=sys -k 'not never_holds and not leave_nothing_behind' $(ASAN_TESTS)
 
 # The sanitizer needs its addresses where a system that spreads them widely does not leave them;
 # setarch turns that off, where it may.
