@@ -162,6 +162,30 @@ def test_a_forked_child_with_one_thread_is_right() -> None:
     assert status == 0
 
 
+def test_a_forked_child_that_keeps_its_threads_does_not_wait_for_its_parents() -> None:
+    """Torch's own operations would hang there; the kernels run on the thread that calls."""
+    (status,) = run_alone(
+        FORK
+        + textwrap.dedent("""
+        import signal
+        expected = attend()
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # ends a child that hangs
+            try:
+                assert torch.get_num_threads() == 2
+                for got, right in zip(attend(), expected, strict=True):
+                    assert all(got[name].equal(right[name]) for name in right)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(status)
+        """)
+    )
+    assert status == 0
+
+
 def test_a_worker_of_a_data_loader_is_right() -> None:
     """It is forked from a process with a pool; torch gives it one thread."""
     threads, items = run_alone(

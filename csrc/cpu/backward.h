@@ -8,6 +8,7 @@
 #pragma once
 
 #include "operands.h"
+#include "pairs.h"
 
 namespace fused_attn {
 namespace {
@@ -26,6 +27,10 @@ struct BackwardTask {
   ConcatOperands<X> concat;
   A *query_factors, *grad_proj, *grad_row;
   Extent<A>* extents;
+  // Only where bfloat16 is multiplied in pairs; null otherwise.
+  static constexpr bool kPairs = kHasPairs && __is_same(X, BFloat16);
+  X *stored = nullptr, *packed_memory, *packed_query, *packed_grad;
+  A* pairs;  // weights of two queries
 
   BackwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
       : p(params), plan(plan_), shared(shared_) {
@@ -43,6 +48,13 @@ struct BackwardTask {
     base = c.take<A>(p.T);
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
+    if (kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && p.E % 32 == 0) {
+      stored = c.take<X>(plan.chunk * p.E);
+      packed_memory = c.take<X>((plan.chunk + 1) * p.E);
+      packed_query = c.take<X>(plan.t_blocks * packed_size());
+      packed_grad = c.take<X>(plan.t_blocks * packed_size());
+      pairs = c.take<A>((plan.t_block + 1) / 2 * ld);
+    }
     if (p.score == Score::dot) return;
     query_factors = c.take<A>(plan.t_blocks * 2 * block_size());
     grad_proj = c.take<A>(plan.chunk * score_width);
@@ -76,7 +88,7 @@ struct BackwardTask {
     Picked picked{index, 0, 0, true};
     for (int64_t s = begin; s < stop; s += plan.chunk) {
       pick(p, b, 0, p.T, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
-      if (picked.count) chunk(b, task, picked);
+      if (picked.count) stored ? chunk_pairs(b, task, picked) : chunk(b, task, picked);
     }
   }
 
@@ -103,6 +115,7 @@ struct BackwardTask {
       if (p.grad_weights.data)
         delta[t] += inner(static_cast<const X*>(p.weights) + row * p.S, weight_grads(b, t), p.S);
     }
+    if (stored) pack_queries(b);
     if (p.score == Score::dot) return;
     concat.read_v(p);
     for (int64_t block = 0; block < plan.t_blocks; ++block) {
@@ -152,7 +165,9 @@ struct BackwardTask {
         if (!weights_at_hand())
           rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
                         ld);
-        score_gradients(b, t0, rows, picked, marks, grad, m);
+        rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
+                      grads, ld);
+        score_gradients(b, t0, rows, picked, marks);
         add_to_memory(rows, picked, grad, first);
         add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
                            grad_memory, memory_width, {true, nullptr});
@@ -163,6 +178,53 @@ struct BackwardTask {
       }
     }
     write_chunk(b, picked);
+  }
+
+  int64_t packed_size() const { return (plan.t_block + 1) * p.E; }
+
+  // Rows of a multiple of 32 elements lie in place, so `stored` is room that the queries do not
+  // use.
+  void pack_queries([[maybe_unused]] int64_t b) {
+    if constexpr (kPairs)
+      for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
+        const Picked rows{nullptr, t0, rows_at(t0), true};
+        const int64_t at = t0 / plan.t_block * packed_size();
+        pack_pairs(stored_rows(p.query, b, rows, p.E, p.E, stored), rows.count, p.E,
+                   packed_query + at);
+        pack_pairs(stored_rows(p.grad_context, b, rows, p.E, p.E, stored), rows.count, p.E,
+                   packed_grad + at);
+      }
+  }
+
+  // `chunk` for bfloat16 multiplied in pairs. P and dS are rounded to bfloat16 for their products,
+  // as they are when the chain is written by hand.
+  void chunk_pairs([[maybe_unused]] int64_t b, [[maybe_unused]] int64_t task,
+                   [[maybe_unused]] const Picked& picked) {
+    if constexpr (kPairs) {
+      const Block<X> m = stored_rows(p.memory, b, picked, p.E, p.E, stored);
+      const int64_t n = picked.count;
+      pack_pairs(m, n, p.E, packed_memory);
+      for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
+        const Picked block{nullptr, t0, rows_at(t0), true};
+        const Block<X> q = stored_rows(p.query, b, block, p.E, p.E, stored);
+        const Block<X> grad = stored_rows(p.grad_context, b, block, p.E, p.E, stored);
+        const int64_t rows = block.count, half = (rows + 1) / 2;
+        const int64_t at = t0 / plan.t_block * packed_size();
+        rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, n, p.E, scores, ld);
+        rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, n, p.E, grads, ld);
+        score_gradients(b, t0, rows, picked, nullptr);
+        pair_queries(kept, ld, rows, n, pairs);
+        add_scaled_pairs({pairs, 1, ld}, n, packed_grad + at, half, p.E, grad_memory, memory_width,
+                         {t0 != 0, nullptr});
+        pair_queries(grads, ld, rows, n, pairs);
+        add_scaled_pairs({pairs, 1, ld}, n, packed_query + at, half, p.E, grad_memory, memory_width,
+                         {true, nullptr});
+        pair_weights(grads, ld, rows, n);
+        add_scaled_pairs({grads, ld, 1}, rows, packed_memory, (n + 1) / 2, p.E,
+                         query_sum(task) + t0 * score_width, score_width, {true, nullptr});
+      }
+      write_chunk(b, picked);
+    }
   }
 
   void concat_block(int64_t b, int64_t task, int64_t t0, int64_t rows, const Picked& picked,
@@ -179,7 +241,9 @@ struct BackwardTask {
     if (!weights_at_hand())
       concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
                              concat.v_sum, scores, ld);
-    score_gradients(b, t0, rows, picked, marks, grad, m);
+    rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width, grads,
+                  ld);
+    score_gradients(b, t0, rows, picked, marks);
     add_to_memory(rows, picked, grad, first);
     concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,
                        query_sum(task) + t0 * kLanes<A>, p.T * kLanes<A>, grad_proj,
@@ -187,13 +251,11 @@ struct BackwardTask {
     add_v_constant(task, rows, picked);
   }
 
-  // `scores` become P and `grads` the gradients of the scores; `kept` are the weights after
-  // dropout.
+  // `scores` become P, and `grads`, which are dP, the gradients of the scores; `kept` are the
+  // weights after dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
-                       const uint8_t* marks, const Block<A>& grad, const Block<A>& m) const {
+                       const uint8_t* marks) const {
     if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
-    rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width, grads,
-                  ld);
     const int64_t width = round_up(picked.count, kLanes<A>);
     const A scale = p.score == Score::dot ? A(p.scale) : A(1);
     for (int64_t i = 0; i < rows; ++i) {

@@ -1,11 +1,12 @@
 #include "driver.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -38,6 +39,11 @@ void cut_segments(const AttentionParams& p, int64_t tasks_before, int64_t rows_p
   plan.segments = std::max<int64_t>(ceil_div(p.S, plan.segment_rows), 1);
 }
 
+// A short type is multiplied as it is stored where the processor can, and then twice the rows fit.
+int64_t chunk_element(const AttentionParams& p) {
+  return p.score == Score::dot && p.T > 8 ? stored_bytes(p) : arithmetic_bytes(p);
+}
+
 int64_t chunk_rows(const AttentionParams& p, int64_t bytes, int64_t element) {
   const int64_t row = std::max(p.E, p.K) * element;
   const int64_t rows = std::clamp<int64_t>(bytes / row / 4 * 4, 8, 256);
@@ -48,8 +54,7 @@ Plan forward_plan(const AttentionParams& p) {
   Plan plan{};
   plan.t_block = std::clamp<int64_t>(p.T, 1, p.score == Score::dot ? 64 : 128);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
-  // A short type is summed as it is stored where the processor can, and then twice the rows fit.
-  const int64_t element = p.score == Score::dot && p.T > 8 ? stored_bytes(p) : arithmetic_bytes(p);
+  const int64_t element = chunk_element(p);
   plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes, element);
   cut_segments(p, p.B * plan.t_blocks, 4, plan);
   return plan;
@@ -59,7 +64,7 @@ Plan backward_plan(const AttentionParams& p) {
   Plan plan{};
   plan.t_block = std::clamp<int64_t>(p.T, 1, 64);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
-  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes / 2, arithmetic_bytes(p));
+  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes / 2, chunk_element(p));
   cut_segments(p, p.B, 2, plan);
   return plan;
 }
@@ -109,6 +114,11 @@ struct Scratch {
 };
 thread_local Scratch thread_scratch;
 
+// The pool's threads stay behind in the parent of a fork: a parallel region in the child would wait
+// for them for ever. There a call runs on the thread that makes it.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 // Runs body(i, scratch) for i in [0, n). Which thread runs a task does not change its result.
 template <class Body>
 void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
@@ -123,7 +133,7 @@ void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
     loop(scratch);
     thread_scratch.trim();
   };
-  if (threads <= 1 || n <= 1) {
+  if (threads <= 1 || n <= 1 || forked) {
     work([&](void* scratch) {
       for (int64_t i = 0; i < n && !failed; ++i) body(i, scratch);
     });

@@ -76,7 +76,7 @@ struct ForwardTask {
     if (begin < stop && is_step()) {
       step(b, begin, stop);
       fresh = false;
-    } else if (begin < stop && stored && rows >= kDotRows) {
+    } else if (begin < stop && stored) {
       attend_pairs(b, t0, rows, begin, stop, fresh);
     } else if (begin < stop) {
       attend(b, t0, rows, begin, stop, fresh);
@@ -195,8 +195,8 @@ struct ForwardTask {
         weigh(b, t0, rows, picked, nullptr);
         pack_pairs(m, picked.count, memory_width, packed);
         pair_weights(scores, ld, rows, picked.count);
-        add_scaled_pairs(scores, ld, rows, packed, (picked.count + 1) / 2, memory_width, context,
-                         memory_width, {!fresh, rescale});
+        add_scaled_pairs({scores, ld, 1}, rows, packed, (picked.count + 1) / 2, memory_width,
+                         context, memory_width, {!fresh, rescale});
         fresh = false;
       }
     }

@@ -73,8 +73,21 @@ FA_INLINE void pair_weights(float* p, int64_t ldp, int64_t m, int64_t n) {
   }
 }
 
+// The same for the sums over queries: weights of queries 2t and 2t + 1 for row j at out + t ldp +
+// j. After an odd last query comes a zero.
+FA_INLINE void pair_queries(const float* p, int64_t ldp, int64_t m, int64_t n, float* out) {
+  for (int64_t i = 0; i < m; i += 2, p += 2 * ldp, out += ldp)
+    for (int64_t j = 0; j < n; j += kLanes<float>) {
+      const auto narrow = [&](const float* row) {
+        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(row + j)));
+      };
+      const __m512i second = i + 1 < m ? narrow(p + ldp) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + j, _mm512_or_si512(narrow(p), _mm512_slli_epi32(second, 16)));
+    }
+}
+
 template <int M, int N>
-FA_INLINE void pair_tile(const float* p, int64_t ldp, const BFloat16* x, int64_t pairs, float* c,
+FA_INLINE void pair_tile(Coefficients<float> p, const BFloat16* x, int64_t pairs, float* c,
                          int64_t ldc, Previous<float> previous) {
   Vec<float> acc[M][N] = {};
   if (previous.keep)
@@ -89,7 +102,8 @@ FA_INLINE void pair_tile(const float* p, int64_t ldp, const BFloat16* x, int64_t
     for (int k = 0; k < N; ++k) y[k] = Operand<BFloat16>::load(x + (k * pairs + t) * kPairWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const __m512bh both = (__m512bh)_mm512_set1_ps(p[i * ldp + t]);  // the bits of two weights
+      const __m512bh both =
+          (__m512bh)_mm512_set1_ps(p.p[i * p.row + t * p.col]);  // the bits of two weights
 #pragma GCC unroll 8
       for (int k = 0; k < N; ++k) acc[i][k] = Operand<BFloat16>::add_product(acc[i][k], both, y[k]);
     }
@@ -101,23 +115,22 @@ FA_INLINE void pair_tile(const float* p, int64_t ldp, const BFloat16* x, int64_t
 }
 
 template <int M>
-FA_INLINE void pair_rows(const float* p, int64_t ldp, const BFloat16* x, int64_t pairs,
-                         int64_t width, float* c, int64_t ldc, Previous<float> previous) {
+FA_INLINE void pair_rows(Coefficients<float> p, const BFloat16* x, int64_t pairs, int64_t width,
+                         float* c, int64_t ldc, Previous<float> previous) {
   int64_t d = 0;
   for (; d + 64 <= width; d += 64)
-    pair_tile<M, 4>(p, ldp, x + d * 2 * pairs, pairs, c + d, ldc, previous);
-  for (; d < width; d += 32)
-    pair_tile<M, 2>(p, ldp, x + d * 2 * pairs, pairs, c + d, ldc, previous);
+    pair_tile<M, 4>(p, x + d * 2 * pairs, pairs, c + d, ldc, previous);
+  for (; d < width; d += 32) pair_tile<M, 2>(p, x + d * 2 * pairs, pairs, c + d, ldc, previous);
 }
 
-// c (m, width; stride ldc) (+)= weights (m, 2 pairs) times the packed rows.
-static void add_scaled_pairs(const float* p, int64_t ldp, int64_t m, const BFloat16* x,
-                             int64_t pairs, int64_t width, float* c, int64_t ldc,
-                             Previous<float> previous) {
+// c (m, width; stride ldc) (+)= weights (m, 2 pairs) times the packed rows. A coefficient is the
+// bits of two weights.
+static void add_scaled_pairs(Coefficients<float> p, int64_t m, const BFloat16* x, int64_t pairs,
+                             int64_t width, float* c, int64_t ldc, Previous<float> previous) {
   int64_t i = 0;
   const auto rows = [&](auto count) {
     constexpr int M = decltype(count)::value;
-    pair_rows<M>(p + i * ldp, ldp, x, pairs, width, c + i * ldc, ldc,
+    pair_rows<M>({p.p + i * p.row, p.row, p.col}, x, pairs, width, c + i * ldc, ldc,
                  {previous.keep, previous.factor ? previous.factor + i : nullptr});
     i += M;
   };

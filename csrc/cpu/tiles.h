@@ -141,6 +141,11 @@ static void rows_dot_rows(const Z* a, int64_t lda, int64_t m, const Z* b, int64_
                           int64_t width, Arithmetic<Z>* out, int64_t ldo) {
   if constexpr (__is_same(Z, Arithmetic<Z>))
     if (m <= kFewRows) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
+  if (m < kDotRows) {  // of a type that rows_dot_stream does not take
+    for (int64_t i = 0; i < m; ++i)
+      dot_rows<Z, 1, false>(a + i * lda, lda, b, ldb, n, width, out + i * ldo, ldo);
+    return;
+  }
   const auto block = [&](int64_t i, auto ahead) {
     dot_rows<Z, kDotRows, decltype(ahead)::value>(a + i * lda, lda, b, ldb, n, width, out + i * ldo,
                                                   ldo);
