@@ -114,9 +114,7 @@ ROWS = (
         for sizes in TRAINING
     ),
     *(
-        replace(
-            _SCORE, case=f"concat score, prepared, {isa}", isa=isa, second=Second("elements", target)
-        )
+        replace(_SCORE, case=f"{_SCORE.case}, {isa}", isa=isa, second=Second("elements", target))
         for isa, target in (("avx512", 15.0), ("avx2", 6.0))
     ),
     *_CONCAT,
