@@ -52,7 +52,7 @@ int64_t chunk_rows(const AttentionParams& p, int64_t bytes, int64_t element) {
 
 Plan forward_plan(const AttentionParams& p) {
   Plan plan{};
-  plan.t_block = std::clamp<int64_t>(p.T, 1, p.score == Score::dot ? 64 : 128);
+  plan.t_block = std::clamp<int64_t>(p.T, 1, 128);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
   const int64_t element = chunk_element(p);
   plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes, element);
