@@ -56,6 +56,8 @@ class Call {
     if (memory_exp != Py_None) {
       exp_ = Argument("memory_exp", memory_exp);
       p.exp_dtype = exp_.dtype();
+      const bool is_short = p.dtype != DType::f64 && p.exp_dtype == DType::bf16;
+      if (!is_short) exp_.check_dtype(p.dtype == DType::f64 ? DType::f64 : DType::f32);
       p.memory_exp = rows(exp_, {p.B, p.S, p.K}, p.exp_dtype);
     }
     v_ = Argument("v", v);

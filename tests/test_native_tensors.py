@@ -250,3 +250,16 @@ def test_a_table_of_another_version_is_refused() -> None:
     with pytest.raises(ImportError, match=r"torch 9\.9 exchanges tensors by DLPack 2, expected 1"):
         native.bind_torch(torch_like(__dlpack_c_exchange_api__=made))
     attend(*problem())  # the one that was bound is still
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exp_dtype"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.half)],
+)
+def test_exponentials_of_another_type_are_refused(
+    dtype: torch.dtype, exp_dtype: torch.dtype
+) -> None:
+    query, memory = (tensor.to(dtype) for tensor in problem())
+    operands = (query, memory, memory.to(exp_dtype), torch.ones(8, dtype=dtype), memory)
+    with pytest.raises(TypeError, match="memory_exp must have the dtype float"):
+        native.concat_forward(*operands, NOTHING, False, False)

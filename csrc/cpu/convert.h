@@ -13,6 +13,17 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <bool First, class X, class Y>
+struct Pick {
+  typedef X type;
+};
+template <class X, class Y>
+struct Pick<false, X, Y> {
+  typedef Y type;
+};
+template <bool First, class X, class Y>
+using PickType = typename Pick<First, X, Y>::type;
+
 // The arithmetic type of a storage type.
 template <class X>
 struct ArithmeticOf {

@@ -109,14 +109,17 @@ struct ForwardTask {
       const X* memory_rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
       const DotStep<X> dot{memory_rows, p.memory.row_stride, p.E, query, A(p.scale)};
       result = attend_step<X>(p, b, begin, stop, dot, context, kept_scores());
-    } else if (p.exp_dtype == DType::bf16) {
-      result = concat_step<BFloat16>(b, begin, stop);
     } else {
-      result = concat_step<A>(b, begin, stop);
+      result = short_factors() ? concat_step<ShortFactor>(b, begin, stop)
+                               : concat_step<A>(b, begin, stop);
     }
     row_max[0] = result.max;
     row_sum[0] = result.sum;
   }
+
+  // Prepared factors of float arithmetic may be held in bfloat16.
+  using ShortFactor = PickType<__is_same(A, float), BFloat16, A>;
+  bool short_factors() const { return __is_same(A, float) && p.exp_dtype == DType::bf16; }
 
   template <class P>
   StepSoftmax<X> concat_step(int64_t b, int64_t begin, int64_t stop) {
@@ -124,12 +127,8 @@ struct ForwardTask {
     concat.read_v(p);
     const Factors<A> q = concat.query_factors(p, b, 0, 1, factors,
                                               Layout<A>::size(plan.t_block, score_width), extent);
-    if constexpr (__is_same(A, double) && __is_same(P, BFloat16)) {
-      return {};  // exponentials of float64 are float64
-    } else {
-      const ConcatStep<X, P> step{p, b, concat, q, extent};
-      return attend_step<X>(p, b, begin, stop, step, context, kept_scores());
-    }
+    const ConcatStep<X, P> step{p, b, concat, q, extent};
+    return attend_step<X>(p, b, begin, stop, step, context, kept_scores());
   }
 
   void attend(int64_t b, int64_t t0, int64_t rows, int64_t begin, int64_t stop, bool& fresh) {
