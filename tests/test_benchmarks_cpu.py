@@ -204,7 +204,7 @@ def test_second_figures(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch)
     value, text = figure("dot", "peak", peak, operations=200_000)
     assert (value, text) == (pytest.approx(0.5), "100.0 GFLOP/s = 50.0% of 200.0")
     # 2 x 10 x 50 x 100 products by two threads.
-    value, text = figure("concat score, avx2", "elements", {"fused": 5e-6}, threads=2)
+    value, text = figure("concat score, prepared, avx2", "elements", {"fused": 5e-6}, threads=2)
     assert (value, text) == (pytest.approx(10.0), "10.0 Gelem/s a core")
     value, text = figure("dot, bf16", "fp32", {"fused": 2.0, "fp32": 3.0})
     assert (value, text) == (1.5, "1.50x fp32")
@@ -215,7 +215,7 @@ def test_rows_for_other_instruction_sets_say_so(
 ) -> None:
     native = backends.load("cpu").native
     monkeypatch.setattr(native, "cpu_isas_supported", lambda: ["generic"])
-    row = row_of(bench, "concat score, avx512")
+    row = row_of(bench, "concat score, prepared, avx512")
     assert run(bench, bench.cpu.Plan([row], [], [])) == 0
     text = capsys.readouterr().out
     assert cells_of(text, row.case)[0][-1] == "not here"
@@ -234,7 +234,7 @@ def test_a_row_runs_on_its_instruction_set(
 
     monkeypatch.setattr(functional, "attend_concat", spy)
     before, other = native.cpu_isa(), native.cpu_isas_supported()[-1]
-    row = replace(row_of(bench, "concat score, avx2"), isa=other)
+    row = replace(row_of(bench, "concat score, prepared, avx2"), isa=other)
     assert bench.cpu_results.measure(row, 1, 0.0).verdict in ("ok", "SHORT")
     assert set(used) == {other} and native.cpu_isa() == before
     with pytest.raises(KeyError), bench.machine.using_isa(other):
