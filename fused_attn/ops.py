@@ -4,7 +4,8 @@
 cheapest registration that torch.compile, torch.export and FakeTensor understand. A backend is
 chosen inside the implementation, so a compiler never traces that choice.
 
-Saved for backward are the inputs, the context and the log-sum-exp; scores are computed again.
+Saved for backward are the inputs, the context, the log-sum-exp, and the weights if they were
+returned; without those the scores are computed again.
 """
 
 from __future__ import annotations
@@ -51,9 +52,19 @@ _library.define(
 )
 
 
-def _select(memory: Tensor, score: str, backend: str) -> backends.Backend:
-    device_type = "cpu" if memory.is_cpu else memory.device.type  # the string takes 0.4 us to make
-    return backends.select(device_type, memory.dtype, score, backend)
+def _select(
+    query: Tensor,
+    memory: Tensor,
+    score: str,
+    backend: str,
+    backward: bool = False,
+    prepared: bool = False,
+) -> backends.Backend:
+    if memory.is_cpu:  # the sizes and the device's name would take 0.6 us, and decide nothing
+        return backends.select("cpu", memory.dtype, score, backend)
+    sizes = (query.shape[1], memory.shape[2], query.shape[2])
+    kind = (memory.device.type, memory.dtype, score, backend)
+    return backends.select(*kind, sizes, backward, prepared)
 
 
 def _dot_forward(
@@ -68,7 +79,7 @@ def _dot_forward(
     keep_scale: float = 1.0,
     backend: str = "auto",
 ) -> Outputs:
-    chosen = _select(memory, "dot", backend)
+    chosen = _select(query, memory, "dot", backend)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     return chosen.dot_forward(query, memory, scale, masking, return_weights, return_logsumexp)
 
@@ -88,7 +99,7 @@ def _dot_backward(
     keep_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    chosen = _select(memory, "dot", backend)
+    chosen = _select(query, memory, "dot", backend, backward=True)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     saved = (context, weights, logsumexp)
     return chosen.dot_backward(grad_context, grad_weights, query, memory, scale, masking, saved)
@@ -108,7 +119,8 @@ def _concat_forward(
     keep_scale: float = 1.0,
     backend: str = "auto",
 ) -> Outputs:
-    chosen = _select(memory, "concat", backend)
+    prepared = memory_exp is not None
+    chosen = _select(query_proj, memory, "concat", backend, False, prepared)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     return chosen.concat_forward(*inputs, masking, return_weights, return_logsumexp)
@@ -131,7 +143,8 @@ def _concat_backward(
     keep_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    chosen = _select(memory, "concat", backend)
+    prepared = memory_exp is not None
+    chosen = _select(query_proj, memory, "concat", backend, True, prepared)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     saved = (context, weights, logsumexp)

@@ -26,6 +26,8 @@ class AttentionProblem:
     dtype: torch.dtype = torch.float32
     device_type: str = "cpu"
     return_weights: bool = False
+    backward: bool = False  # the backward operator is asked for, and not the forward one
+    prepared: bool = False  # concat: the exponentials of the memory are there
 
     @property
     def pairs(self) -> int:

@@ -97,16 +97,30 @@ def check_request(backend: object, source: str = "backend") -> str:
 
 
 @cache
-def select(device_type: str, dtype: torch.dtype, score: str, requested: str = "auto") -> Backend:
+def select(
+    device_type: str,
+    dtype: torch.dtype,
+    score: str,
+    requested: str = "auto",
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    backward: bool = False,
+    prepared: bool = False,
+) -> Backend:
     """Return the backend for such a call. A request by name never falls back to another one.
 
     ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend without a reason
-    against the problem. The variable is read once per kind of call, not on every call.
+    against the problem. The variable is read once per kind of call, not on every call. ``sizes``
+    are T, E and the width of the score; no backend asks for them on a CPU.
     """
     if requested == "auto":
         asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
         requested = check_request(asked, "the environment variable FUSED_ATTN_BACKEND")
-    problem = AttentionProblem(score, 1, 1, 1, 1, 1, dtype, device_type)
+    queries, memory_dim, score_dim = sizes
+    problem = AttentionProblem(
+        *(score, 1, queries, 1, memory_dim, score_dim, dtype, device_type),
+        backward=backward,
+        prepared=prepared,
+    )
     objections = {}
     for name in BACKENDS if requested == "auto" else (requested,):
         backend = load(name)
