@@ -53,6 +53,19 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> None:
+    """Refuse a length outside 0..S. Lengths on a GPU are not read back to check them."""
+    if memory_lengths is None or memory_lengths.device.type != "cpu" or not len(memory_lengths):
+        return
+    source = memory.shape[1]
+    low, high = (int(bound) for bound in memory_lengths.aminmax())
+    if low < 0 or high > source:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"memory_lengths must lie in 0..{source} (the source length of memory), got {bad}"
+        )
+
+
 def counted_positions(memory: Tensor, masking: MaskingFields) -> Tensor:
     """Return the bool (B, 1 or T, S) that is True where a query may look at a position.
 

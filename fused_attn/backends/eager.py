@@ -24,18 +24,6 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def _check_lengths(memory_lengths: Tensor | None, source: int) -> None:
-    """Refuse a length outside 0..S. Lengths on a GPU are not read back to check them."""
-    if memory_lengths is None or memory_lengths.device.type != "cpu" or not len(memory_lengths):
-        return
-    low, high = (int(bound) for bound in memory_lengths.aminmax())
-    if low < 0 or high > source:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"memory_lengths must lie in 0..{source} (the source length of memory), got {bad}"
-        )
-
-
 def _outputs(
     result: Attention, dtype: torch.dtype, return_weights: bool, return_logsumexp: bool
 ) -> Outputs:
@@ -78,7 +66,7 @@ def dot_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
-    _check_lengths(masking[0], memory.shape[1])
+    reference.check_lengths(masking[0], memory)
     result = reference.dot_attention(query, memory, scale, Masking(*masking))
     return _outputs(result, memory.dtype, return_weights, return_logsumexp)
 
@@ -115,7 +103,7 @@ def concat_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
-    _check_lengths(masking[0], memory.shape[1])
+    reference.check_lengths(masking[0], memory)
     result = reference.concat_attention(query_proj, memory_proj, v, memory, Masking(*masking))
     return _outputs(result, memory.dtype, return_weights, return_logsumexp)
 

@@ -1,0 +1,111 @@
+"""Triton kernels on a GPU: `call` lays out arguments, `forward` and `backward` launch `kernels/`.
+
+With TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter, on CPU tensors
+too: slow, and how their arithmetic is tested on machines without a GPU. All workspaces have sizes
+that depend on shapes alone, nothing waits for the GPU, and nothing is tuned at run time, so that a
+CUDA graph can capture every call once its kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fused_attn.problem import AttentionProblem
+from fused_attn.reference import MaskingFields, Outputs, Saved
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (3, 6)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def unavailable_reasons() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["the package triton is not installed"]
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return [f"triton {triton.__version__} is older than {oldest}"]
+    if not INTERPRETED and not torch.cuda.is_available():
+        return ["there is no GPU that torch can use, and TRITON_INTERPRET=1 is not set"]
+    return []
+
+
+def not_supported_reasons(problem: AttentionProblem) -> list[str]:
+    reasons = list(unavailable_reasons())
+    if problem.device_type != "cuda" and not (INTERPRETED and problem.device_type == "cpu"):
+        reasons.append(f"it runs on cuda, not on {problem.device_type}")
+    if problem.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        reasons.append(f"dtype {problem.dtype} is none of {names}")
+    return reasons
+
+
+# The modules that launch import triton, which takes a second: only a call brings them in.
+
+
+def dot_forward(
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
+) -> Outputs:
+    from fused_attn.backends.triton import forward
+
+    return forward.dot(query, memory, scale, masking, return_weights, return_logsumexp)
+
+
+def dot_backward(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    saved: Saved,
+) -> tuple[Tensor, ...]:
+    from fused_attn.backends.triton import backward
+
+    return backward.dot(grad_context, grad_weights, query, memory, scale, masking, saved)
+
+
+def concat_forward(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
+) -> Outputs:
+    from fused_attn.backends.triton import forward
+
+    inputs = (query_proj, memory_proj, memory_exp, v, memory)
+    return forward.concat(*inputs, masking, return_weights, return_logsumexp)
+
+
+def concat_backward(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    saved: Saved,
+) -> tuple[Tensor, ...]:
+    from fused_attn.backends.triton import backward
+
+    grads = (grad_context, grad_weights)
+    return backward.concat(*grads, query_proj, memory_proj, v, memory, masking, saved)

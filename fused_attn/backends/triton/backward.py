@@ -1,0 +1,203 @@
+"""Backward calls: what reads the memory, what writes its gradient, and the sums of the splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, strides, unit
+from fused_attn.kernels import backward, launch, step
+from fused_attn.kernels import concat as concat_kernels
+from fused_attn.reference import MaskingFields, Saved
+
+
+class _Seeds:
+    """The gradients that come back, and what the forward pass left."""
+
+    def __init__(
+        self,
+        call: Call,
+        grad_context: Tensor | None,
+        grad_weights: Tensor | None,
+        saved: Saved,
+        with_deltas: bool = True,
+    ) -> None:
+        self.context, self.weights, self.logsumexp = saved
+        self.grad_context = None if grad_context is None else unit(grad_context)
+        self.grad_weights = grad_weights
+        self.extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
+        self.deltas: Tensor | None = None
+        if grad_weights is None or not with_deltas:
+            return
+        batch, queries, source, memory_dim, _ = call.sizes
+        self.deltas = call.floats(batch, queries)
+        tensors = (self.grad_context, grad_weights, self.context, self.weights, self.deltas)
+        sizes = (*strides(self.grad_context), *self.extra, queries, source, memory_dim)
+        programs = (batch * queries,)
+        enqueue(backward.weight_deltas, programs, (*tensors, *sizes), BLOCK=512)
+
+
+def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[Tensor, Tensor]:
+    batch, _, source, memory_dim, _ = call.sizes
+    query, memory, masks = call.query, call.memory, call.masks
+    grad_memory, grad_query = torch.empty_like(memory, memory_format=torch.contiguous_format), None
+    grad_query = memory.new_empty((batch, 1, memory_dim))
+    is_split = plan.splits > 1
+    part = call.floats(batch, plan.splits, 1, memory_dim) if is_split else grad_query
+    enqueue(
+        step.step_backward,
+        (batch * plan.splits,),
+        (
+            *(seeds.grad_context, seeds.grad_weights, query, memory),
+            *(seeds.context, seeds.weights, seeds.logsumexp),
+            *(masks.lengths, masks.mask, masks.keep, grad_memory, part),
+            *(strides(seeds.grad_context)[0], seeds.extra[0], seeds.extra[2]),
+            *(query.stride(0), *strides(memory), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], source, memory_dim),
+            *(float(scale), float(masks.keep_scale), plan.splits, plan.segment),
+        ),
+        BLOCK_ROW=512,
+        **plan.options,
+    )
+    if is_split:
+        # Splits of padding alone left zeros.
+        call.merge_sum(part, grad_query, plan.splits, plan.segment)
+    return grad_query, grad_memory
+
+
+def _read_memory(
+    call: Call, plan: launch.Plan, seeds: _Seeds, scale: float, inputs: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Factors]:
+    """One pass over the memory: the weights P, the gradient dS, and for dot that of the query."""
+    batch, queries, source, memory_dim, width = call.sizes
+    memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
+    kept = memory.new_empty((batch, queries, source))
+    is_concat = inputs is not None
+    # Of concat dS is no operand of a product: it is kept in full.
+    grad_scores = call.floats(batch, queries, source) if is_concat else torch.empty_like(kept)
+    grad_query = part = None
+    if not is_concat:
+        grad_query = part = memory.new_empty((batch, queries, memory_dim))
+        if plan.splits > 1:
+            part = call.floats(batch, plan.splits, queries, memory_dim)
+    back = (seeds.grad_context, seeds.grad_weights, seeds.context, seeds.deltas, seeds.logsumexp)
+    results = (kept, grad_scores, part)
+    where = (*strides(seeds.grad_context), *seeds.extra, masks.lengths_stride, *masks.strides)
+    scales = (float(scale), float(masks.keep_scale), plan.splits)
+    programs = (batch * -(-queries // block_t) * plan.splits,)
+    masking = (masks.lengths, masks.mask, masks.keep)
+    ends = (*strides(call.query), *strides(memory))
+    factors = Factors()
+    if plan.regime == "online":
+        sizes = (queries, source, memory_dim, *scales, plan.segment)
+        arguments = (call.query, memory, *masking, *back, *results, *ends, *where, *sizes)
+        options = {**plan.options, **call.precision}
+        enqueue(backward.online_backward, programs, arguments, MASK=masks.kind, **options)
+    else:
+        proj, v = inputs or (None, None)
+        if is_concat:
+            factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"])
+        sizes = (queries, source, memory_dim, width, *factors.sizes, *scales)
+        arguments = (call.query, memory, *factors.tensors, proj, v, *masking, *back, *results)
+        options = {**plan.options, **call.precision, **call.fast, "CONCAT": is_concat}
+        arguments = (*arguments, *ends, *strides(proj), *where, *sizes)
+        enqueue(backward.rows_backward, programs, arguments, MASK=masks.kind, **options)
+    if grad_query is not None and plan.splits > 1:
+        call.merge_sum(part, grad_query, plan.splits, plan.segment)
+    return kept, grad_scores, grad_query, factors
+
+
+def _grad_memory(call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None) -> Tensor:
+    batch, queries, source, memory_dim, _ = call.sizes
+    masks, query = call.masks, None if grad_scores is None else call.query
+    plan = launch.source_gradients(queries, source, memory_dim, call.is_wide)
+    grad_memory = call.memory.new_empty((batch, source, memory_dim))
+    blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
+    enqueue(
+        backward.source_gradients,
+        (batch * blocks,),
+        (
+            *(kept, grad_scores, seeds.grad_context, query, masks.lengths, masks.mask, grad_memory),
+            *(*strides(seeds.grad_context), *strides(query), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], queries, source, memory_dim),
+        ),
+        MASK=masks.kind,
+        **plan.options,
+        **call.precision,
+    )
+    return grad_memory
+
+
+def dot(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    saved: Saved,
+) -> tuple[Tensor, ...]:
+    with torch.cuda.device_of(memory):
+        call = Call(query, memory, masking, "dot")
+        plan = launch.backward(call.chip, "dot", call.sizes, call.is_wide)
+        if plan.regime == "step":
+            seeds = _Seeds(call, grad_context, grad_weights, saved, with_deltas=False)
+            return _step(call, plan, seeds, scale)
+        seeds = _Seeds(call, grad_context, grad_weights, saved)
+        kept, grad_scores, grad_query, _ = _read_memory(call, plan, seeds, scale, None)
+        assert grad_query is not None
+        return grad_query, _grad_memory(call, seeds, kept, grad_scores)
+
+
+def _concat_grads(
+    call: Call, memory_proj: Tensor, v: Tensor, grad_scores: Tensor, factors: Factors
+) -> tuple[Tensor, ...]:
+    """Gradients of both projections and of v from those of the scores."""
+    batch, queries, source, _, width = call.sizes
+    masks, plan = call.masks, launch.concat_gradients(source, width)
+    blocks = -(-source // plan.segment)
+    partial_query = call.floats(batch, blocks, queries, width)
+    partial_v = call.floats(batch * blocks, width)
+    grad_query = call.memory.new_empty((batch, queries, width))
+    grad_proj = call.memory.new_empty((batch, source, width))
+    assert factors.query_peak is not None and factors.memory_peak is not None
+    peaks = (factors.query_peak.shape[1], factors.memory_peak.shape[1])
+    enqueue(
+        concat_kernels.concat_gradients,
+        (batch * blocks * -(-width // plan.tiles["BLOCK_A"]),),
+        (
+            *(grad_scores, call.query, memory_proj, v, factors.query_peak, factors.memory_peak),
+            *(masks.lengths, masks.mask, grad_proj, partial_query, partial_v),
+            *(*strides(call.query), *strides(memory_proj), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], queries, source, width, *peaks),
+        ),
+        MASK=masks.kind,
+        BLOCKS=launch.power_of_2(max(peaks)),
+        **plan.options,
+        **call.fast,
+    )
+    call.merge_sum(partial_query, grad_query, blocks, plan.segment)
+    return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype)
+
+
+def concat(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    saved: Saved,
+) -> tuple[Tensor, ...]:
+    with torch.cuda.device_of(memory):
+        call = Call(query_proj, memory, masking, "concat")
+        memory_proj, v = unit(memory_proj), v.contiguous()
+        plan = launch.backward(call.chip, "concat", call.sizes, call.is_wide)
+        seeds = _Seeds(call, grad_context, grad_weights, saved)
+        inputs = (memory_proj, v)
+        kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs)
+        grads = _concat_grads(call, memory_proj, v, grad_scores, factors)
+        return *grads, _grad_memory(call, seeds, kept, None)

@@ -1,0 +1,170 @@
+"""What forward and backward share: how arguments reach the kernels, workspaces, the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.backends import triton as backend
+from fused_attn.kernels import backward, concat, launch
+from fused_attn.reference import MaskingFields, check_lengths
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as `recording` keeps it."""
+
+    kernel: Any
+    programs: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+_recorded_chip: launch.Chip | None = None
+
+
+@contextmanager
+def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
+    """Within it calls launch nothing, but tell what they would launch on such a chip.
+
+    The ahead-of-time check calls the backend on meta tensors in here, so that what it compiles is
+    what a GPU would run. For one thread.
+    """
+    global _recorded, _recorded_chip
+    launches: list[Launch] = []
+    _recorded, _recorded_chip = launches, chip
+    try:
+        yield launches
+    finally:
+        _recorded = _recorded_chip = None
+
+
+def enqueue(
+    kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], **options: Any
+) -> None:
+    """Launch a kernel on the current stream, unless there is nothing to do."""
+    # The default of fusing multiply and add is said to change after Triton 3.9.
+    options["enable_fp_fusion"] = True
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, programs, arguments, options))
+    elif all(programs):
+        kernel[programs](*arguments, **options)
+
+
+@cache
+def _facts(device: torch.device) -> launch.Chip:
+    if device.type != "cuda":  # interpreted; few multiprocessors, so that small problems are split
+        return launch.Chip(multiprocessors=4, shared_memory=232448)
+    facts: Any = torch.cuda.get_device_properties(device)
+    is_nvidia = torch.version.hip is None
+    shared = facts.shared_memory_per_block_optin if is_nvidia else facts.shared_memory_per_block
+    return launch.Chip(facts.multi_processor_count, shared, is_nvidia)
+
+
+def chip(device: torch.device) -> launch.Chip:
+    return _recorded_chip or _facts(device)
+
+
+class Masks(NamedTuple):
+    """The masking as the kernels take it."""
+
+    lengths: Tensor | None
+    lengths_stride: int
+    mask: Tensor | None
+    strides: tuple[int, int, int]  # of the mask: b, t, s
+    kind: int  # 0 no mask, 1 the same for all queries, 2 one for each
+    keep: Tensor | None
+    keep_scale: float
+
+
+def masks_of(masking: MaskingFields) -> Masks:
+    lengths, mask, keep, keep_scale = masking
+    kind, strides, bits = 0, (0, 0, 0), None
+    if mask is not None:
+        bits = (mask if mask.dim() == 3 else mask.unsqueeze(1)).view(torch.uint8)
+        kind = 1 if bits.shape[1] == 1 else 2
+        strides = (bits.stride(0), bits.stride(1) if kind == 2 else 0, bits.stride(2))
+    kept = None if keep is None else keep.contiguous().view(torch.uint8)
+    stride = 0 if lengths is None else lengths.stride(0)
+    return Masks(lengths, stride, bits, strides, kind, kept, keep_scale)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """The tensor with unit stride in its last dimension; the others may be anything."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+class Call:
+    """What forward and backward share: sizes, the chip, precision and the masks."""
+
+    def __init__(self, query: Tensor, memory: Tensor, masking: MaskingFields, score: str) -> None:
+        self.query, self.memory = unit(query), unit(memory)
+        check_lengths(masking[0], memory)
+        batch, queries, score_dim = query.shape
+        _, source, memory_dim = memory.shape
+        self.sizes = (batch, queries, source, memory_dim, score_dim)
+        self.masks, self.score = masks_of(masking), score
+        self.chip = chip(memory.device)
+        self.is_wide = memory.dtype == torch.float32
+        tf32 = self.is_wide and torch.backends.cuda.matmul.allow_tf32
+        self.precision = {
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "WIDEN": backend.INTERPRETED and not self.is_wide,
+        }
+        self.fast = {"FAST_RCP": self.chip.is_nvidia and not backend.INTERPRETED}
+
+    def floats(self, *shape: int) -> Tensor:
+        return self.memory.new_empty(shape, dtype=torch.float32)
+
+    def merge_sum(self, partial: Tensor, total: Tensor, splits: int, segment: int) -> None:
+        batch, _, source, _, _ = self.sizes
+        width = total[0].numel() if batch else 0
+        masks = self.masks
+        arguments = (partial, masks.lengths, total, masks.lengths_stride, width, source)
+        programs = (batch, -(-width // 1024))
+        enqueue(backward.merge_sum, programs, (*arguments, splits, segment), BLOCK=1024)
+
+
+class Factors(NamedTuple):
+    """exp(2x) of both projections by columns, and each block's largest |x|; None for dot."""
+
+    query: Tensor | None = None
+    memory: Tensor | None = None
+    query_peak: Tensor | None = None
+    memory_peak: Tensor | None = None
+    sizes: tuple[int, int, int] = (0, 0, 0)  # columns, and the padded numbers of rows
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.query, self.memory, self.query_peak, self.memory_peak
+
+
+def factors_of(call: Call, memory_proj: Tensor, block_t: int, block_s: int) -> Factors:
+    batch, queries, source, _, width = call.sizes
+    even = width + width % 2
+    padded = (-(-queries // block_t) * block_t, max(-(-source // block_s), 1) * block_s)
+    masks, made = call.masks, []
+    nothing = (None, 0, None, (0, 0, 0), 0)
+    whole = (masks.lengths, masks.lengths_stride, masks.mask, masks.strides, masks.kind)
+    for proj, rows, blocked, block, masking in (
+        (call.query, queries, padded[0], block_t, nothing),
+        (memory_proj, source, padded[1], block_s, whole),
+    ):
+        lengths, stride, mask, mask_strides, kind = masking
+        exps, peaks = call.floats(batch, even, blocked), call.floats(batch, blocked // block)
+        arguments = (proj, lengths, mask, exps, peaks, *strides(proj), stride, *mask_strides)
+        sizes = (rows, queries, width, even, blocked)
+        tiles = {"MASK": kind, "BLOCK_R": block, "BLOCK_A": 32}
+        programs = (batch * (blocked // block),)
+        enqueue(concat.concat_exponentials, programs, (*arguments, *sizes), **tiles)
+        made += [exps, peaks]
+    return Factors(made[0], made[2], made[1], made[3], (even, *padded))

@@ -1,0 +1,307 @@
+"""Backward kernels: weights and score gradients, then the gradient of the memory.
+
+Memory rows are 512 to 1024 wide and queries are few, so a (B, T, S) tensor is small against the
+memory, the opposite of self-attention. The first kernel therefore reads the memory once for the
+scores, the gradient of the weights and that of the query, and leaves two such tensors: the weights P
+after dropout, and the gradient dS of the scores. With them the second, `source_gradients`, writes
+dMemory = P^T dO + dS^T Q without reading the memory again. Each program owns rows of memory and meets
+all queries: no atomics, and the same bits every time. The tensors live for this call only.
+"""
+
+import triton
+import triton.language as tl
+
+from .concat import concat_scores
+from .forward import store_rows
+from .tiles import (
+    LOG2E,
+    counted_positions,
+    hide,
+    kept_factor,
+    load_tile,
+    pair_tile,
+    product,
+    readable_rows,
+    row_count,
+    split_nonfinite,
+)
+
+
+@triton.jit
+def weight_deltas(
+    grad_context, grad_weights, context, weights, deltas,
+    seed_b, seed_t, extra_b, extra_t, extra_s, T, S, E,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum_s P dP for a query, which is dO . O and the weights' own part: deltas (B, T) float32."""
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    b = wide // T
+    t = wide % T
+    total = tl.zeros((BLOCK,), tl.float32)
+    if grad_context is not None:
+        for e in range(0, E, BLOCK):
+            at = e + tl.arange(0, BLOCK)
+            seed = tl.load(grad_context + b * seed_b + t * seed_t + at, mask=at < E, other=0.0)
+            result = tl.load(context + wide * E + at, mask=at < E, other=0.0)
+            total += seed.to(tl.float32) * result.to(tl.float32)
+    for s in range(0, S, BLOCK):
+        at = s + tl.arange(0, BLOCK)
+        weight = tl.load(weights + wide * S + at, mask=at < S, other=0.0).to(tl.float32)
+        extra = grad_weights + b * extra_b + t * extra_t + at.to(tl.int64) * extra_s
+        grad = tl.load(extra, mask=(at < S) & (weight != 0.0), other=0.0).to(tl.float32)
+        total += weight * grad
+    tl.store(deltas + wide, tl.sum(total, axis=0))
+
+
+@triton.jit
+def score_gradients(
+    scores, grads, delta, counts, queries, b, offs_t, offs_s,
+    grad_weights, logsumexp, keep, kept, grad_scores,
+    extra_b, extra_t, extra_s, T, S, end, scale, keep_scale,
+):  # fmt: skip
+    """Weights from the log-sum-exp, then dS = P (dP - delta): stored, and returned, times scale.
+
+    scores in units of log2, grads = dO . memory, both (BLOCK_T, BLOCK_S).
+    """
+    log2 = tl.load(logsumexp + b.to(tl.int64) * T + offs_t, mask=queries, other=0.0) * LOG2E
+    log2 = tl.where(log2 == float("-inf"), 0.0, log2)
+    counts = counts & queries[:, None]
+    weight = tl.where(counts, tl.exp2(scores - log2[:, None]), 0.0)
+    summed = weight
+    if keep is not None:
+        factor = kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
+        grads *= factor
+        summed *= factor
+    if grad_weights is not None:
+        at = grad_weights + b.to(tl.int64) * extra_b + offs_t.to(tl.int64)[:, None] * extra_t
+        at += offs_s.to(tl.int64)[None, :] * extra_s
+        grads += tl.load(at, mask=counts, other=0.0).to(tl.float32)
+    grad = tl.where(counts, weight * (grads - delta[:, None]), 0.0) * scale
+    inside = queries[:, None] & (offs_s < end)[None, :]
+    at = pair_tile(kept, b, offs_t, offs_s, T, S)
+    tl.store(at, summed.to(kept.dtype.element_ty), mask=inside)
+    at = pair_tile(grad_scores, b, offs_t, offs_s, T, S)
+    tl.store(at, grad.to(grad_scores.dtype.element_ty), mask=inside)
+    return grad
+
+
+@triton.jit
+def rows_backward(
+    query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
+    lengths, mask, keep,
+    grad_context, grad_weights, context, deltas, logsumexp,
+    kept, grad_scores, grad_query,
+    query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t,
+    extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
+    CONCAT: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
+
+    kept and grad_scores (B, T, S): P and dS. grad_query (B, splits, T, E), None for concat, whose
+    query gets its gradient from `concat_gradients`. ``deltas`` (B, T) is None where the weights got
+    no gradient: then delta = dO . O is made here.
+    """
+    program = tl.program_id(0)
+    split = program % splits
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = (program // splits) % t_blocks
+    b = program // (splits * t_blocks)
+    wide = b.to(tl.int64)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    if split > 0:
+        if split * BLOCK_S >= count:
+            return  # padding only
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+    memory += wide * memory_b
+    query += wide * query_b
+    bad = offs_s < 0
+    grads = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    delta = tl.zeros((BLOCK_T,), tl.float32)
+    if deltas is not None:
+        delta = tl.load(deltas + wide * T + offs_t, mask=queries, other=0.0)
+
+    if CONCAT:
+        memory_proj += wide * proj_b
+        scores, bad = concat_scores(
+            exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
+            b, t_block, split, offs_t, offs_s, queries, rows,
+            query_t, proj_s, A, exp_width, exp_queries, exp_source,
+            MASK, BLOCK_T, BLOCK_S, FAST_RCP,
+        )  # fmt: skip
+        scores *= LOG2E
+    else:
+        scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for e in range(0, E, BLOCK_E):
+        tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+        if MASK == 2:
+            tile, spoiled = split_nonfinite(tile)
+            bad = bad | spoiled
+        if not CONCAT:
+            heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
+            scores = product(heads, tl.trans(tile), scores, PRECISION, WIDEN)
+        if grad_context is not None:
+            at = grad_context + wide * seed_b
+            seed = load_tile(at, seed_t, offs_t, queries, e + offs_e, E)
+            grads = product(seed, tl.trans(tile), grads, PRECISION, WIDEN)
+            if deltas is None:
+                result = load_tile(context + wide * T * E, E, offs_t, queries, e + offs_e, E)
+                delta += tl.sum(seed.to(tl.float32) * result.to(tl.float32), axis=1)
+    if not CONCAT:
+        scores *= scale * LOG2E
+
+    scores = hide(scores, counts, bad, MASK)
+    grad = score_gradients(
+        scores, grads, delta, counts, queries, b, offs_t, offs_s,
+        grad_weights, logsumexp, keep, kept, grad_scores,
+        extra_b, extra_t, extra_s, T, S, count, scale, keep_scale,
+    ).to(memory.dtype.element_ty)  # fmt: skip
+    if not CONCAT:
+        grad_query += (wide * splits + split) * T * E
+        for e in range(0, E, BLOCK_E):
+            tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+            if MASK == 2:
+                tile, _ = split_nonfinite(tile)
+            zero = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+            part = product(grad, tile, zero, PRECISION, WIDEN)
+            store_rows(part, grad_query, offs_t, T, e + offs_e, E)
+
+
+@triton.jit
+def online_backward(
+    query, memory, lengths, mask, keep,
+    grad_context, grad_weights, context, deltas, logsumexp,
+    kept, grad_scores, grad_query,
+    query_b, query_t, memory_b, memory_s, seed_b, seed_t,
+    extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, scale, keep_scale, splits, segment,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Long rows: each tile of memory, all columns of it, is loaded once and serves three products.
+
+    A program walks ``segment`` rows. Arguments as in `rows_backward`.
+    """
+    program = tl.program_id(0)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = program % t_blocks  # innermost: programs that share memory run at the same time
+    split = (program // t_blocks) % splits
+    b = program // (splits * t_blocks)
+    wide = b.to(tl.int64)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    begin = split * segment
+    end = tl.minimum(begin + segment, count)
+    if split > 0:
+        if begin >= count:
+            return
+    memory += wide * memory_b
+    heads = load_tile(query + wide * query_b, query_t, offs_t, queries, offs_e, E)
+    delta = tl.zeros((BLOCK_T,), tl.float32)
+    if grad_context is not None:
+        grad_context += wide * seed_b
+        if deltas is None:  # in narrow chunks: whole rows would fill the registers
+            context += wide * T * E
+            for e in range(0, E, 64):
+                offs = e + tl.arange(0, 64)
+                part = load_tile(grad_context, seed_t, offs_t, queries, offs, E).to(tl.float32)
+                result = load_tile(context, E, offs_t, queries, offs, E).to(tl.float32)
+                delta += tl.sum(part * result, axis=1)
+        seed = load_tile(grad_context, seed_t, offs_t, queries, offs_e, E)
+    if deltas is not None:
+        delta = tl.load(deltas + wide * T + offs_t, mask=queries, other=0.0)
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, end, MASK)
+        counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+        bad = offs_s < 0
+        if MASK == 2:
+            tile, bad = split_nonfinite(tile)
+        zero = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * (scale * LOG2E)
+        scores = hide(scores, counts, bad, MASK)
+        grads = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        if grad_context is not None:
+            grads = product(seed, tl.trans(tile), grads, PRECISION, WIDEN)
+        grad = score_gradients(
+            scores, grads, delta, counts, queries, b, offs_t, offs_s,
+            grad_weights, logsumexp, keep, kept, grad_scores,
+            extra_b, extra_t, extra_s, T, S, end, scale, keep_scale,
+        )  # fmt: skip
+        acc = product(grad.to(memory.dtype.element_ty), tile, acc, PRECISION, WIDEN)
+    store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)
+
+
+@triton.jit
+def source_gradients(
+    kept, grad_scores, grad_context, query, lengths, mask, grad_memory,
+    seed_b, seed_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dMemory = P^T dO + dS^T Q of BLOCK_S rows and BLOCK_E columns, written once.
+
+    grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
+    """
+    e_blocks = tl.cdiv(E, BLOCK_E)
+    s_blocks = tl.cdiv(S, BLOCK_S)
+    program = tl.program_id(0)
+    e_block = program % e_blocks
+    s_block = (program // e_blocks) % s_blocks
+    b = program // (e_blocks * s_blocks)
+    wide = b.to(tl.int64)
+    offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
+    count = row_count(lengths, lengths_stride, b, S)
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    if s_block * BLOCK_S < count:
+        for t in range(0, T, BLOCK_T):
+            offs_t = t + tl.arange(0, BLOCK_T)
+            queries = offs_t < T
+            inside = queries[:, None] & (offs_s < count)[None, :]
+            if grad_context is not None:
+                at = pair_tile(kept, b, offs_t, offs_s, T, S)
+                part = tl.load(at, mask=inside, other=0.0)
+                seed = load_tile(grad_context + wide * seed_b, seed_t, offs_t, queries, offs_e, E)
+                acc = product(tl.trans(part), seed, acc, PRECISION, WIDEN)
+            if query is not None:
+                at = pair_tile(grad_scores, b, offs_t, offs_s, T, S)
+                part = tl.load(at, mask=inside, other=0.0)
+                heads = load_tile(query + wide * query_b, query_t, offs_t, queries, offs_e, E)
+                acc = product(tl.trans(part), heads, acc, PRECISION, WIDEN)
+    acc = tl.where(rows[:, None], acc, 0.0)
+    store_rows(acc, grad_memory + wide * S * E, offs_s, S, offs_e, E)
+
+
+@triton.jit
+def merge_sum(
+    partial, lengths, total, lengths_stride, R, S, splits, segment, BLOCK: tl.constexpr
+):
+    """Sum the splits of a batch row in their order: partial (B, splits, R) to total (B, R).
+
+    Splits of padding alone were not written, and are not read.
+    """
+    b = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    count = row_count(lengths, lengths_stride, b, S)
+    live = tl.cdiv(count, segment)
+    at = partial + b.to(tl.int64) * splits * R + offs
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, live):
+        acc += tl.load(at, mask=offs < R, other=0.0)
+        at += R
+    at = total + b.to(tl.int64) * R + offs
+    tl.store(at, acc.to(total.dtype.element_ty), mask=offs < R)

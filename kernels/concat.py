@@ -1,0 +1,219 @@
+"""The concat score v . tanh(q + m) by factored exponentials, without a (B, T, S, A) tensor.
+
+With x = 1 + exp(2q) exp(2m) and r = 1 / x:  tanh(q + m) = 1 - 2r  and  1 - tanh^2 = 4 (r - r^2). The
+exponentials are made once for each of the T + S rows; the T S A inner loop is one multiply-add, a
+share of a reciprocal and two more operations. Two terms share one reciprocal,
+v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1): the special-function unit, which gives 16 a clock
+where multiply-adds come at 128, is then no longer the limit.
+
+The product of two x overflows when q + m exceeds 22, one exponential when |q| or |m| exceeds 43. So
+`concat_exponentials` leaves the largest |x| of each block, and a tile beyond PAIR_LIMIT takes a loop
+with the exponential of the sum, which is right for any number.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2E, in_squares, load_tile, readable_rows, row_count
+
+TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
+PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
+
+
+@triton.jit
+def reciprocal(x, FAST_RCP: tl.constexpr):
+    """1 / x. On NVIDIA the bare instruction: a plain division adds five for what cannot occur."""
+    if FAST_RCP:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def concat_exponentials(
+    proj, lengths, mask, exps, peaks,
+    proj_b, proj_r, lengths_stride, mask_b, mask_t, mask_r,
+    R, T, A, exp_width, exp_rows,
+    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """exp(2 x) of a projection (B, R, A), laid out (B, exp_width, exp_rows) for reading by columns.
+
+    Rows that may not be read, and what lies beyond R and A, become 0: x = 1 there. ``peaks``
+    (B, exp_rows / BLOCK_R) receives each block's largest |x|, inf if it holds what is not finite.
+    The lengths and the mask are those of a memory; a query has neither.
+    """
+    blocks = exp_rows // BLOCK_R
+    b = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    count = row_count(lengths, lengths_stride, b, R)
+    rows = readable_rows(mask, mask_b, mask_r, b, offs_r, count, MASK)
+    if MASK == 2:  # a row that no query looks at may hold anything, and must not move the peak
+        at = mask + b.to(tl.int64) * mask_b + offs_r.to(tl.int64) * mask_r
+        wanted = tl.zeros((BLOCK_R,), tl.int32)
+        for _ in range(0, T):
+            wanted |= tl.load(at, mask=rows, other=0).to(tl.int32)
+            at += mask_t
+        rows = rows & (wanted != 0)
+    proj += b.to(tl.int64) * proj_b
+    exps += b.to(tl.int64) * exp_width * exp_rows
+    highest = tl.zeros((BLOCK_R,), tl.float32)
+    for a in range(0, exp_width, BLOCK_A):
+        offs_a = a + tl.arange(0, BLOCK_A)
+        x = load_tile(proj, proj_r, offs_r, rows, offs_a, A).to(tl.float32)
+        size = tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
+        highest = tl.maximum(highest, tl.max(size, axis=1))
+        inside = rows[:, None] & (offs_a < A)[None, :]
+        values = tl.where(inside, tl.exp2(x * TWO_LOG2E), 0.0)
+        at = exps + offs_a.to(tl.int64)[:, None] * exp_rows + offs_r[None, :]
+        tl.store(at, tl.trans(values), mask=(offs_a < exp_width)[:, None])
+    tl.store(peaks + tl.program_id(0), tl.max(highest, axis=0))
+
+
+@triton.jit
+def concat_scores(
+    exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
+    b, t_block, s_block, offs_t, offs_s, queries, rows,
+    query_t, proj_s, A, exp_width, exp_queries, exp_source,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """The scores (BLOCK_T, BLOCK_S) of a tile, and with MASK == 2 the rows that are not finite.
+
+    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is even.
+    """
+    total = in_squares(tl.zeros((BLOCK_T, BLOCK_S), tl.float32))
+    bad = offs_s < 0
+    weight_sum = 0.0
+    high_query = tl.load(query_peak + b * (exp_queries // BLOCK_T) + t_block)
+    high_memory = tl.load(memory_peak + b * (exp_source // BLOCK_S) + s_block)
+    if high_query + high_memory < PAIR_LIMIT:
+        at_query = exp_query + b.to(tl.int64) * exp_width * exp_queries + offs_t
+        at_memory = exp_memory + b.to(tl.int64) * exp_width * exp_source + offs_s
+        for a in range(0, exp_width, 2):
+            v0 = tl.load(v + a).to(tl.float32)
+            v1 = tl.load(v + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
+            q0 = tl.load(at_query)
+            q1 = tl.load(at_query + exp_queries)
+            m0 = tl.load(at_memory)
+            m1 = tl.load(at_memory + exp_source)
+            x0 = 1.0 + q0[:, None] * m0[None, :]
+            x1 = 1.0 + q1[:, None] * m1[None, :]
+            total += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST_RCP)
+            weight_sum += v0 + v1
+            at_query += 2 * exp_queries
+            at_memory += 2 * exp_source
+    else:
+        plain_query = query + offs_t.to(tl.int64) * query_t
+        plain_memory = memory_proj + offs_s.to(tl.int64) * proj_s
+        for a in range(0, A):
+            weight = tl.load(v + a).to(tl.float32)
+            q = tl.load(plain_query + a, mask=queries, other=0.0).to(tl.float32)
+            m = tl.load(plain_memory + a, mask=rows, other=0.0).to(tl.float32)
+            if MASK == 2:
+                bad = bad | (tl.abs(m) >= float("inf")) | (m != m)
+            x = 1.0 + tl.exp2((q[:, None] + m[None, :]) * TWO_LOG2E)
+            total += weight / x
+            weight_sum += weight
+    return weight_sum - 2.0 * total, bad
+
+
+@triton.jit
+def concat_gradients(
+    grad_scores, query_proj, memory_proj, v, query_peak, memory_peak, lengths, mask,
+    grad_memory_proj, partial_query, partial_v,
+    query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
+    T, S, A, query_blocks, memory_blocks,
+    MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCKS: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both projections and of v from those of the scores, grad_scores (B, T, S).
+
+    A program owns BLOCK_S rows and BLOCK_A columns of memory_proj and meets all queries two by two,
+    so that two terms share a reciprocal: grad_memory_proj is written once. It leaves its part of
+    the query's gradient, partial_query (B, blocks, T, A), and of v's, partial_v (B blocks, A).
+    """
+    a_blocks = tl.cdiv(A, BLOCK_A)
+    s_blocks = tl.cdiv(S, BLOCK_S)
+    program = tl.program_id(0)
+    a_block = program % a_blocks
+    s_block = (program // a_blocks) % s_blocks
+    b = program // (a_blocks * s_blocks)
+    offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_a = a_block * BLOCK_A + tl.arange(0, BLOCK_A)
+    columns = offs_a < A
+    count = row_count(lengths, lengths_stride, b, S)
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    at_s = b.to(tl.int64) * S + offs_s
+    at_grad = grad_memory_proj + at_s[:, None] * A + offs_a[None, :]
+    inside = (offs_s < S)[:, None] & columns[None, :]
+    slot = b.to(tl.int64) * s_blocks + s_block
+    if s_block * BLOCK_S >= count:
+        zeros = tl.zeros((BLOCK_S, BLOCK_A), grad_memory_proj.dtype.element_ty)
+        tl.store(at_grad, zeros, mask=inside)
+        tl.store(partial_v + slot * A + offs_a, tl.zeros((BLOCK_A,), tl.float32), mask=columns)
+        return
+    m = load_tile(memory_proj + b.to(tl.int64) * proj_b, proj_s, offs_s, rows, offs_a, A)
+    m = m.to(tl.float32)
+    if MASK == 2:
+        m = tl.where(tl.abs(m) < float("inf"), m, 0.0)  # its scores are NaN where they count
+    weight = 4.0 * tl.load(v + offs_a, mask=columns, other=0.0).to(tl.float32)
+    index = tl.arange(0, BLOCKS)
+    peaks = tl.load(query_peak + b * query_blocks + index, mask=index < query_blocks, other=0.0)
+    others = tl.load(memory_peak + b * memory_blocks + index, mask=index < memory_blocks, other=0.0)
+    paired = tl.max(peaks, axis=0) + tl.max(others, axis=0) < PAIR_LIMIT
+
+    m = in_squares(m)
+    exps = tl.exp2(m * TWO_LOG2E)
+    grad_m = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
+    grad_r = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
+    grad_sum = tl.zeros((BLOCK_S,), tl.float32)
+    at_score = grad_scores + b.to(tl.int64) * T * S + offs_s
+    at_query = query_proj + b.to(tl.int64) * query_b + offs_a
+    at_part = partial_query + slot * T * A + offs_a
+    if paired:
+        for t in range(0, T, 2):
+            # As tensors: in the interpreter a loop counts in plain integers.
+            second_rows = rows & (offs_s * 0 + (t + 1) < T)
+            second = columns & (offs_a * 0 + (t + 1) < T)
+            g0 = tl.load(at_score, mask=rows, other=0.0)
+            g1 = tl.load(at_score + S, mask=second_rows, other=0.0)
+            q0 = tl.load(at_query, mask=columns, other=0.0).to(tl.float32)
+            q1 = tl.load(at_query + query_t, mask=second, other=0.0).to(tl.float32)
+            x0 = 1.0 + tl.exp2(q0 * TWO_LOG2E)[None, :] * exps
+            x1 = 1.0 + tl.exp2(q1 * TWO_LOG2E)[None, :] * exps
+            both = reciprocal(x0 * x1, FAST_RCP)
+            r0 = x1 * both
+            r1 = x0 * both
+            u0 = r0 - r0 * r0
+            u1 = r1 - r1 * r1
+            # Written so that every product ends in an addition: eleven multiply-adds for two terms.
+            grad_m += g0[:, None] * u0
+            grad_m += g1[:, None] * u1
+            grad_r += g0[:, None] * r0
+            grad_r += g1[:, None] * r1
+            grad_sum += g0 + g1
+            tl.store(at_part, weight * tl.sum(g0[:, None] * u0, axis=0), mask=columns)
+            tl.store(at_part + A, weight * tl.sum(g1[:, None] * u1, axis=0), mask=second)
+            at_score += 2 * S
+            at_query += 2 * query_t
+            at_part += 2 * A
+    else:
+        for _ in range(0, T):
+            g = tl.load(at_score, mask=rows, other=0.0)
+            q = tl.load(at_query, mask=columns, other=0.0).to(tl.float32)
+            r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
+            gr = g[:, None] * r
+            u = gr - gr * r
+            grad_m += u
+            grad_r += gr
+            grad_sum += g
+            tl.store(at_part, weight * tl.sum(u, axis=0), mask=columns)
+            at_score += S
+            at_query += query_t
+            at_part += A
+    grad = tl.where(rows[:, None], grad_m * weight[None, :], 0.0)
+    tl.store(at_grad, grad.to(grad_memory_proj.dtype.element_ty), mask=inside)
+    part = tl.sum(grad_sum, axis=0) - 2.0 * tl.sum(grad_r, axis=0)
+    tl.store(partial_v + slot * A + offs_a, part, mask=columns)

@@ -1,0 +1,241 @@
+"""Forward kernels of the dot score: one query, short rows, long rows; and the merge of splits.
+
+Every program reads its part of the memory once for the score and the weighted sum. Where S is
+split, a program leaves a normalised context and its log2-sum, and `merge_forward` combines them in
+the order of the splits, so that results repeat bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from .concat import concat_scores
+from .tiles import (
+    LN2,
+    LOG2E,
+    counted_positions,
+    hide,
+    inverse_or_zero,
+    kept_factor,
+    load_tile,
+    log2sum,
+    pair_tile,
+    peak_or_zero,
+    product,
+    readable_rows,
+    row_count,
+    split_nonfinite,
+)
+
+
+@triton.jit
+def store_rows(tile, start, offs_row, rows, offs_col, width):
+    at = start + offs_row.to(tl.int64)[:, None] * width + offs_col[None, :]
+    inside = (offs_row < rows)[:, None] & (offs_col < width)[None, :]
+    tl.store(at, tile.to(start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rows_forward(
+    query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
+    lengths, mask, keep,
+    context, weights, logsumexp, scores_out,
+    query_b, query_t, memory_b, memory_s, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
+    CONCAT: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Rows of scores that fit on chip: two sweeps over the columns of BLOCK_S memory rows.
+
+    The first sweep makes the scores, the second the weighted sum, chunk of columns by chunk: no
+    accumulator is as wide as the memory, so any width will do. The second reads the same few
+    kilobytes again, from the cache. Concat scores come from `concat_scores` instead of a product.
+
+    query (B, T, K), memory (B, S, E). Without SPLIT one program has all of S, and writes context
+    (B, T, E), weights (B, T, S) or None, logsumexp (B, T) or None. With SPLIT the three hold splits:
+    context (B, splits, T, E) and logsumexp (B, splits, T) float32; scores_out (B, T, S) or None.
+    """
+    program = tl.program_id(0)
+    split = program % splits
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = (program // splits) % t_blocks
+    b = program // (splits * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    if SPLIT:
+        if split * BLOCK_S >= count:
+            return  # padding only; the merge knows that from the length
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+    memory += b.to(tl.int64) * memory_b
+    query += b.to(tl.int64) * query_b
+    bad = offs_s < 0
+
+    if CONCAT:
+        memory_proj += b.to(tl.int64) * proj_b
+        scores, bad = concat_scores(
+            exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
+            b, t_block, split, offs_t, offs_s, queries, rows,
+            query_t, proj_s, A, exp_width, exp_queries, exp_source,
+            MASK, BLOCK_T, BLOCK_S, FAST_RCP,
+        )  # fmt: skip
+        scores *= LOG2E
+        if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
+            for e in range(0, E, BLOCK_E):
+                _, spoiled = split_nonfinite(load_tile(memory, memory_s, offs_s, rows, e + offs_e, E))
+                bad = bad | spoiled
+    else:
+        scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        for e in range(0, E, BLOCK_E):
+            tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+            if MASK == 2:
+                tile, spoiled = split_nonfinite(tile)
+                bad = bad | spoiled
+            heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
+            scores = product(heads, tl.trans(tile), scores, PRECISION, WIDEN)
+        scores *= scale * LOG2E
+
+    scores = hide(scores, counts, bad, MASK)
+    peak = peak_or_zero(tl.max(scores, axis=1))
+    exps = tl.exp2(scores - peak[:, None])
+    total = tl.sum(exps, axis=1)
+    normal = exps * inverse_or_zero(total)[:, None]
+    log2 = log2sum(peak, total)
+    inside = queries[:, None] & (offs_s < S)[None, :]
+    if SPLIT:
+        slot = b.to(tl.int64) * splits + split
+        tl.store(logsumexp + slot * T + offs_t, log2, mask=queries)
+        context += slot * T * E
+        if scores_out is not None:
+            tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
+    else:
+        context += b.to(tl.int64) * T * E
+        if logsumexp is not None:
+            tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log2 * LN2, mask=queries)
+        if weights is not None:
+            at = pair_tile(weights, b, offs_t, offs_s, T, S)
+            tl.store(at, normal.to(weights.dtype.element_ty), mask=inside)
+
+    if keep is not None:
+        normal *= kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
+    normal = normal.to(memory.dtype.element_ty)
+    for e in range(0, E, BLOCK_E):
+        tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+        if MASK == 2:
+            tile, _ = split_nonfinite(tile)
+        zero = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+        store_rows(product(normal, tile, zero, PRECISION, WIDEN), context, offs_t, T, e + offs_e, E)
+
+
+@triton.jit
+def online_forward(
+    query, memory, lengths, mask, keep,
+    context, weights, logsumexp, scores_out,
+    query_b, query_t, memory_b, memory_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, scale, keep_scale, splits, segment,
+    MASK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Long rows: a softmax that is corrected as tiles of memory come by, each loaded once.
+
+    BLOCK_E covers all columns: the tile in shared memory is an operand of both products. A program
+    walks ``segment`` rows of memory. Arguments as in `rows_forward`; weights are written by
+    `merge_forward` from scores_out, since their sum is known last.
+    """
+    program = tl.program_id(0)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = program % t_blocks  # innermost: programs that share memory run at the same time
+    split = (program // t_blocks) % splits
+    b = program // (splits * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    begin = split * segment
+    end = tl.minimum(begin + segment, count)
+    if SPLIT:
+        if begin >= count:
+            return
+    memory += b.to(tl.int64) * memory_b
+    heads = load_tile(query + b.to(tl.int64) * query_b, query_t, offs_t, queries, offs_e, E)
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    peak = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, end, MASK)
+        counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+        bad = offs_s < 0
+        if MASK == 2:
+            tile, bad = split_nonfinite(tile)
+        zero = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * (scale * LOG2E)
+        scores = hide(scores, counts, bad, MASK)
+        if scores_out is not None:
+            inside = queries[:, None] & (offs_s < end)[None, :]
+            tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        shift = peak_or_zero(higher)
+        exps = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(exps, axis=1)
+        peak = higher
+        if keep is not None:
+            exps *= kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
+        exps = exps.to(memory.dtype.element_ty)
+        acc = product(exps, tile, acc * fade[:, None], PRECISION, WIDEN)
+    acc *= inverse_or_zero(total)[:, None]
+    log2 = log2sum(peak_or_zero(peak), total)
+    slot = b.to(tl.int64) * splits + split
+    if SPLIT:
+        tl.store(logsumexp + slot * T + offs_t, log2, mask=queries)
+    elif logsumexp is not None:
+        tl.store(logsumexp + slot * T + offs_t, log2 * LN2, mask=queries)
+    store_rows(acc, context + slot * T * E, offs_t, T, offs_e, E)
+
+
+@triton.jit
+def merge_forward(
+    partial, partial_log2, scores, lengths, context, weights, logsumexp,
+    lengths_stride, T, S, E, splits, segment,
+    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one query in their order, and turn its scores into weights.
+
+    partial (B, splits, T, E), partial_log2 (B, splits, T), scores (B, T, S) or None.
+    """
+    row = tl.program_id(0)
+    b = row // T
+    t = row % T
+    count = row_count(lengths, lengths_stride, b, S)
+    live = tl.cdiv(count, segment)  # the splits that had something to do
+    index = tl.arange(0, BLOCK_SPLITS)
+    first = b.to(tl.int64) * splits
+    logs = tl.load(
+        partial_log2 + (first + index) * T + t, mask=index < live, other=float("-inf")
+    )
+    peak = peak_or_zero(tl.max(logs, axis=0))
+    total = tl.sum(tl.exp2(logs - peak), axis=0)
+    log2 = log2sum(peak, total)
+    shift = tl.where(log2 == float("-inf"), 0.0, log2)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, live):
+        log = tl.load(partial_log2 + (first + split) * T + t)
+        at = partial + ((first + split) * T + t) * E + offs
+        part = tl.load(at, mask=offs < E, other=0.0)
+        share = tl.exp2(log - shift)
+        acc += tl.where(share == 0.0, 0.0, share * part)
+    place = row.to(tl.int64)
+    tl.store(context + place * E + offs, acc.to(context.dtype.element_ty), mask=offs < E)
+    if logsumexp is not None:
+        tl.store(logsumexp + place, log2 * LN2, mask=tl.program_id(1) == 0)
+    if weights is not None:
+        score = tl.load(scores + place * S + offs, mask=offs < count, other=float("-inf"))
+        weight = tl.exp2(score - shift)
+        tl.store(weights + place * S + offs, weight.to(weights.dtype.element_ty), mask=offs < S)

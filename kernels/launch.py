@@ -1,0 +1,171 @@
+"""The launch table: which kernel, which tiles, how many splits, as pure functions of the problem.
+
+Nothing is tuned at run time: the first call of a shape is as fast as the next, and a CUDA graph can
+capture it. Lengths are data, and play no part.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STEP_WIDTH = 2048  # columns that one tile of a step may hold in registers
+SHORT = 128  # rows of memory whose scores one program keeps on chip
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the table needs to know of a GPU."""
+
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+    is_nvidia: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row of the table. Splits divide S into segments of so many rows."""
+
+    regime: str  # "step", "rows" or "online"
+    splits: int
+    segment: int
+    tiles: dict[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the launch."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(size: int, least: int = 1) -> int:
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def _segments(source: int, block: int, wanted: int) -> tuple[int, int]:
+    """Cut ``source`` rows into at most ``wanted`` segments of whole blocks: (splits, segment)."""
+    segment = block * max(1, cdiv(cdiv(source, block), max(wanted, 1)))
+    return max(1, cdiv(source, segment)), segment
+
+
+def _fill(chip: Chip, programs: int, per_multiprocessor: int) -> int:
+    """How often to split ``programs`` so that each multiprocessor has so many of them."""
+    return max(1, chip.multiprocessors * per_multiprocessor // max(programs, 1))
+
+
+def step(
+    chip: Chip, batch: int, queries: int, source: int, memory_dim: int, score_dim: int
+) -> Plan:
+    """One query a program, tiles of memory in registers: 32 to 64 elements a thread."""
+    width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
+    block_s = max(4, min(64, 4096 // width))
+    warps = 8 if block_s * width > 4096 else 4
+    # Segments of 4 tiles and more: a split costs the read of the query and a partial context.
+    most = cdiv(source, 4 * block_s)
+    wanted = min(most, _fill(chip, batch * queries, 8 * 4 // warps))
+    splits, segment = _segments(source, block_s, wanted)
+    tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16)}
+    return Plan("step", splits, segment, tiles, warps, num_stages=3)
+
+
+# Columns of the tile: (queries, rows of memory, warps). Forward holds the queries, a context of the
+# same shape in registers, and `stages` tiles of memory; backward holds dO as well.
+_ONLINE_FORWARD = {128: (64, 64, 4), 256: (64, 64, 4), 512: (64, 32, 8), 1024: (32, 16, 8),
+                   2048: (16, 16, 8)}  # fmt: skip
+_ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (32, 32, 8), 1024: (32, 16, 8),
+                    2048: (16, 16, 8)}  # fmt: skip
+
+
+def online(
+    chip: Chip, batch: int, queries: int, source: int, memory_dim: int, backward: bool
+) -> Plan | None:
+    """Tiles of all columns in shared memory, 16-bit types; None where the chip has too little."""
+    width = power_of_2(memory_dim, 16)
+    table = _ONLINE_BACKWARD if backward else _ONLINE_FORWARD
+    if width > max(table):
+        return None
+    most_t, block_s, warps = table[max(width, 128)]
+    block_t = min(most_t, power_of_2(queries, 16))
+    held = block_t * (2 if backward else 1)
+    stages = 3
+    while stages > 1 and 2 * width * (held + stages * block_s) > chip.shared_memory - 16384:
+        stages -= 1
+    if 2 * width * (held + stages * block_s) > chip.shared_memory - 16384:
+        return None
+    programs = batch * cdiv(queries, block_t)
+    # A split leaves a partial result of 4 bytes an element where memory has 2: with more than
+    # S / (8 T) splits that would be half of the traffic.
+    wanted = min(_fill(chip, programs, 1), max(1, source // (8 * max(queries, 16))))
+    splits, segment = _segments(source, block_s, wanted)
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": width}
+    return Plan("online", splits, segment, tiles, warps, stages)
+
+
+def rows(
+    queries: int, source: int, memory_dim: int, is_wide: bool, is_concat: bool, backward: bool
+) -> Plan:
+    """Scores of up to SHORT rows on chip, columns in chunks. ``is_wide``: float32 products."""
+    block_s = min(SHORT, power_of_2(source, 16))
+    block_t = min(32 if is_concat or is_wide else 64, power_of_2(queries, 16))
+    if is_concat:
+        block_s = min(block_s, 64)
+    block_e = min(32 if is_wide else 64, power_of_2(memory_dim, 16))
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
+    return Plan("rows", cdiv(max(source, 1), block_s), block_s, tiles, 4, 2 if is_wide else 3)
+
+
+def forward(
+    chip: Chip, score: str, sizes: tuple[int, int, int, int, int], is_wide: bool
+) -> Plan:
+    """The forward plan of (B, T, S, E, K); ``is_wide`` for float32."""
+    batch, queries, source, memory_dim, score_dim = sizes
+    fits = max(memory_dim, score_dim) <= STEP_WIDTH
+    if score == "concat":
+        if queries <= 8 and fits:
+            return step(chip, batch, queries, source, memory_dim, score_dim)
+        return rows(queries, source, memory_dim, is_wide, True, False)
+    # In float32 the matrix units have nothing exact to offer: few queries go one by one.
+    if fits and queries <= (4 if is_wide else 1):
+        return step(chip, batch, queries, source, memory_dim, 1)
+    if not is_wide and source > SHORT:
+        plan = online(chip, batch, queries, source, memory_dim, False)
+        if plan is not None:
+            return plan
+    return rows(queries, source, memory_dim, is_wide, False, False)
+
+
+def backward(
+    chip: Chip, score: str, sizes: tuple[int, int, int, int, int], is_wide: bool
+) -> Plan:
+    """The plan of what reads the memory; `source` has that of what writes its gradient."""
+    batch, queries, source, memory_dim, _ = sizes
+    if score == "concat":
+        return rows(queries, source, memory_dim, is_wide, True, True)
+    if queries == 1 and memory_dim <= STEP_WIDTH:
+        return step(chip, batch, queries, source, memory_dim, 1)
+    if not is_wide and source > SHORT:
+        plan = online(chip, batch, queries, source, memory_dim, True)
+        if plan is not None:
+            return plan
+    return rows(queries, source, memory_dim, is_wide, False, True)
+
+
+def source_gradients(queries: int, source: int, memory_dim: int, is_wide: bool) -> Plan:
+    """dMemory: plain products over the queries."""
+    block_s = min(32 if is_wide else 64, power_of_2(source, 16))
+    block_e = min(64 if is_wide else 128, power_of_2(memory_dim, 16))
+    block_t = min(32, power_of_2(queries, 16))
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
+    return Plan("source", 1, block_s, tiles, 4, 2 if is_wide else 3)
+
+
+def concat_gradients(source: int, score_dim: int) -> Plan:
+    """Gradients of the projections: three sums of 32 elements a thread, 8 rows of a column each."""
+    tiles = {
+        "BLOCK_S": min(32, power_of_2(source, 16)),
+        "BLOCK_A": min(128, power_of_2(score_dim, 16)),
+    }
+    return Plan("concat", 1, tiles["BLOCK_S"], tiles, 4, 1)

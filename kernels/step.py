@@ -1,0 +1,219 @@
+"""One query at a time: a decoding step, where matrix units would idle on 15 rows of 16.
+
+A tile of memory rows goes from memory to registers once, and serves the score and the weighted sum
+there. Every row of the tile keeps a softmax of its own (largest score, sum, accumulator), so that
+the loop has no step that must wait for another row; they are merged after it.
+"""
+
+import triton
+import triton.language as tl
+
+from .concat import TWO_LOG2E, reciprocal
+from .tiles import LN2, LOG2E, inverse_or_zero, load_tile, log2sum, peak_or_zero, row_count
+from .tiles import split_nonfinite
+
+LARGEST_EXPONENT = tl.constexpr(43.0)  # exp(2x) of two such factors stays within float32
+
+
+@triton.jit
+def looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end):
+    """Bool (BLOCK_S,): the positions that query ``t`` may look at; it reads no other."""
+    rows = offs_s < end
+    if mask is not None:
+        at = mask + b.to(tl.int64) * mask_b + t.to(tl.int64) * mask_t
+        rows = rows & (tl.load(at + offs_s.to(tl.int64) * mask_s, mask=rows, other=0) != 0)
+    return rows
+
+
+@triton.jit
+def concat_row_scores(
+    memory_exp, memory_proj, proj_s, exp_s, offs_s, rows, offs_a, A, q, v, v_sum, exp_q, is_small,
+    SPOILED: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Concat scores of a tile of rows for one query, from prepared exponentials where they do.
+
+    ``memory_exp`` holds exp(2m), or -1 where that would leave float32; it may be None. Returns also
+    which rows are not finite, where SPOILED asks for it.
+    """
+    bad = offs_s < 0
+    if memory_exp is not None:
+        exps = load_tile(memory_exp, exp_s, offs_s, rows, offs_a, A).to(tl.float32)
+        plain = is_small & (tl.min(tl.min(exps, axis=1), axis=0) >= 0.0)
+        if SPOILED:
+            plain = plain & (tl.max(tl.max(tl.where(exps >= 0.0, 0, 1), axis=1), axis=0) == 0)
+    else:
+        m = load_tile(memory_proj, proj_s, offs_s, rows, offs_a, A).to(tl.float32)
+        within = tl.abs(m) <= LARGEST_EXPONENT
+        plain = is_small & (tl.max(tl.max(tl.where(within, 0, 1), axis=1), axis=0) == 0)
+        exps = tl.exp2(m * TWO_LOG2E)
+    if plain:
+        r = reciprocal(1.0 + exp_q[None, :] * exps, FAST_RCP)
+    else:
+        m = load_tile(memory_proj, proj_s, offs_s, rows, offs_a, A).to(tl.float32)
+        if SPOILED:
+            m, bad = split_nonfinite(m)
+        r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
+    return v_sum - 2.0 * tl.sum(v[None, :] * r, axis=1), bad
+
+
+@triton.jit
+def step_forward(
+    query, memory, memory_exp, memory_proj, v, lengths, mask, keep,
+    context, weights, logsumexp, scores_out,
+    query_b, query_t, memory_b, memory_s, exp_b, exp_s, proj_b, proj_s,
+    lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, A, scale, keep_scale, splits, segment,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query a program, over ``segment`` rows of memory; arguments as elsewhere.
+
+    SPOILED: the mask differs between queries, so that rows that are not finite need care.
+    """
+    program = tl.program_id(0)
+    t = program % T  # innermost: the queries of a row of the batch share its memory in the cache
+    split = (program // T) % splits
+    b = program // (T * splits)
+    count = row_count(lengths, lengths_stride, b, S)
+    begin = split * segment
+    end = tl.minimum(begin + segment, count)
+    if SPLIT:
+        if begin >= count:
+            return
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_a = tl.arange(0, BLOCK_A)
+    slots = tl.arange(0, BLOCK_S)
+    memory += b.to(tl.int64) * memory_b
+    query += b.to(tl.int64) * query_b + t.to(tl.int64) * query_t
+    if CONCAT:
+        q = tl.load(query + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
+        factor = tl.load(v + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
+        factor_sum = tl.sum(factor, axis=0)
+        exp_q = tl.exp2(q * TWO_LOG2E)
+        is_small = tl.max(tl.where(tl.abs(q) <= LARGEST_EXPONENT, 0, 1), axis=0) == 0
+        memory_proj += b.to(tl.int64) * proj_b
+        if memory_exp is not None:
+            memory_exp += b.to(tl.int64) * exp_b
+    else:
+        q = tl.load(query + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
+    at_pair = (b.to(tl.int64) * T + t) * S
+    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    peak = tl.full((BLOCK_S,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + slots
+        rows = looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+        bad = offs_s < 0
+        if SPOILED:
+            tile, bad = split_nonfinite(tile)
+        tile = tile.to(tl.float32)
+        if CONCAT:
+            score, spoiled = concat_row_scores(
+                memory_exp, memory_proj, proj_s, exp_s, offs_s, rows, offs_a, A,
+                q, factor, factor_sum, exp_q, is_small, SPOILED, FAST_RCP,
+            )  # fmt: skip
+            bad = bad | spoiled
+            score *= LOG2E
+        else:
+            score = tl.sum(tile * q[None, :], axis=1) * (scale * LOG2E)
+        if SPOILED:
+            score = tl.where(bad, float("nan"), score)
+        score = tl.where(rows, score, float("-inf"))
+        if scores_out is not None:
+            tl.store(scores_out + at_pair + offs_s, score, mask=offs_s < end)
+        higher = tl.maximum(peak, score)
+        shift = peak_or_zero(higher)
+        exps = tl.exp2(score - shift)
+        fade = tl.exp2(peak - shift)
+        total = total * fade + exps
+        peak = higher
+        if keep is not None:
+            kept = tl.load(keep + at_pair + offs_s, mask=offs_s < end, other=0) != 0
+            exps = tl.where(kept, exps * keep_scale, 0.0)
+        acc = acc * fade[:, None] + exps[:, None] * tile
+    highest = peak_or_zero(tl.max(peak, axis=0))
+    share = tl.exp2(peak - highest)
+    whole = tl.sum(total * share, axis=0)
+    result = tl.sum(acc * share[:, None], axis=0) * inverse_or_zero(whole)
+    log2 = log2sum(highest, whole)
+    slot = (b.to(tl.int64) * splits + split) * T + t
+    if SPLIT:
+        tl.store(logsumexp + slot, log2)
+    elif logsumexp is not None:
+        tl.store(logsumexp + slot, log2 * LN2)
+    tl.store(context + slot * E + offs_e, result.to(context.dtype.element_ty), mask=offs_e < E)
+
+
+@triton.jit
+def step_backward(
+    grad_context, grad_weights, query, memory, context, weights, logsumexp, lengths, mask, keep,
+    grad_memory, grad_query,
+    seed_b, extra_b, extra_s, query_b, memory_b, memory_s, lengths_stride, mask_b, mask_s,
+    S, E, scale, keep_scale, splits, segment,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROW: tl.constexpr,
+):  # fmt: skip
+    """Backward of the dot score for T = 1: memory is read once and its gradient written once.
+
+    grad_context (B, 1, E) or None, grad_weights (B, 1, S) or None, then with ``weights`` (B, 1, S).
+    grad_query (B, splits, 1, E) in float32 if there are splits.
+    """
+    split = tl.program_id(0) % splits
+    b = tl.program_id(0) // splits
+    wide = b.to(tl.int64)
+    count = row_count(lengths, lengths_stride, b, S)
+    begin = split * segment
+    end = tl.minimum(begin + segment, count)
+    last = tl.minimum(begin + segment, S)
+    offs_e = tl.arange(0, BLOCK_E)
+    columns = offs_e < E
+    slots = tl.arange(0, BLOCK_S)
+    q = tl.load(query + wide * query_b + offs_e, mask=columns, other=0.0).to(tl.float32)
+    seed = tl.zeros((BLOCK_E,), tl.float32)
+    delta = 0.0
+    if grad_context is not None:
+        seed = tl.load(grad_context + wide * seed_b + offs_e, mask=columns, other=0.0)
+        seed = seed.to(tl.float32)
+        result = tl.load(context + wide * E + offs_e, mask=columns, other=0.0).to(tl.float32)
+        delta += tl.sum(seed * result, axis=0)
+    if grad_weights is not None:
+        for start in range(0, count, BLOCK_ROW):
+            at = start + tl.arange(0, BLOCK_ROW)
+            extra = tl.load(grad_weights + wide * extra_b + at * extra_s, mask=at < count, other=0.0)
+            weight = tl.load(weights + wide * S + at, mask=at < count, other=0.0).to(tl.float32)
+            delta += tl.sum(tl.where(weight == 0.0, 0.0, extra.to(tl.float32) * weight), axis=0)
+    log2 = tl.load(logsumexp + b) * LOG2E
+    log2 = tl.where(log2 == float("-inf"), 0.0, log2)
+    memory += wide * memory_b
+    grad_memory += wide * S * E
+    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + slots
+        rows = looked_at(mask, mask_b, 0 * b, mask_s, b, 0 * b, offs_s, end)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E).to(tl.float32)
+        score = tl.sum(tile * q[None, :], axis=1) * (scale * LOG2E)
+        weight = tl.where(rows, tl.exp2(score - log2), 0.0)
+        grad = tl.sum(tile * seed[None, :], axis=1)
+        kept = weight
+        if keep is not None:
+            is_kept = tl.load(keep + wide * S + offs_s, mask=offs_s < end, other=0) != 0
+            factor = tl.where(is_kept, keep_scale, 0.0)
+            grad *= factor
+            kept *= factor
+        if grad_weights is not None:
+            at = grad_weights + wide * extra_b + offs_s * extra_s
+            grad += tl.load(at, mask=offs_s < end, other=0.0).to(tl.float32)
+        grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
+        acc += grad[:, None] * tile
+        written = tl.where(rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0)
+        at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+        inside = (offs_s < end)[:, None] & columns[None, :]
+        tl.store(at, written.to(grad_memory.dtype.element_ty), mask=inside)
+    for start in range(tl.maximum(begin, end), last, BLOCK_S):  # padding
+        offs_s = start + slots
+        at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+        zeros = tl.zeros((BLOCK_S, BLOCK_E), grad_memory.dtype.element_ty)
+        tl.store(at, zeros, mask=(offs_s < last)[:, None] & columns[None, :])
+    slot = wide * splits + split
+    result = tl.sum(acc, axis=0).to(grad_query.dtype.element_ty)
+    tl.store(grad_query + slot * E + offs_e, result, mask=columns)

@@ -1,0 +1,126 @@
+"""Tile primitives that the kernels share: which positions count, loads, products, softmax.
+
+A tile of memory is (BLOCK_S, width), a tile of queries (BLOCK_T, width), a tile of scores
+(BLOCK_T, BLOCK_S). Scores are kept in units of log2, because the hardware has exp2 and no exp.
+``MASK`` says what the mask is: 0 none, 1 the same for all queries, 2 one for each query.
+
+A dot product of bfloat16 is silently wrong in Triton's interpreter: ``WIDEN`` casts operands to
+float32 for it, after they were rounded as the compiled kernel rounds them.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_count(lengths, lengths_stride, b, S):
+    """How many positions of batch row ``b`` lie within its length. Any integer type; clamped."""
+    count = S
+    if lengths is not None:
+        length = tl.load(lengths + b.to(tl.int64) * lengths_stride).to(tl.int32)
+        count = tl.minimum(tl.maximum(length, 0), S)
+    return count
+
+
+@triton.jit
+def readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK: tl.constexpr):
+    """Bool (BLOCK_S,): the memory rows that may be read. Nothing else ever is."""
+    rows = offs_s < count
+    if MASK == 1:
+        at = mask + b.to(tl.int64) * mask_b + offs_s.to(tl.int64) * mask_s
+        rows = rows & (tl.load(at, mask=rows, other=0) != 0)
+    return rows
+
+
+@triton.jit
+def counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK: tl.constexpr):
+    """Bool (BLOCK_T or 1, BLOCK_S): the positions that each query may look at."""
+    counts = rows[None, :]
+    if MASK == 2:
+        at = mask + b.to(tl.int64) * mask_b + offs_t.to(tl.int64)[:, None] * mask_t
+        at += offs_s.to(tl.int64)[None, :] * mask_s
+        inside = counts & (offs_t < T)[:, None]
+        counts = inside & (tl.load(at, mask=inside, other=0) != 0)
+    return counts
+
+
+@triton.jit
+def load_tile(start, row_stride, offs_row, rows, offs_col, width):
+    """The (rows, columns) tile of a matrix whose last dimension has unit stride; 0 elsewhere."""
+    at = start + offs_row.to(tl.int64)[:, None] * row_stride + offs_col[None, :]
+    return tl.load(at, mask=rows[:, None] & (offs_col < width)[None, :], other=0.0)
+
+
+@triton.jit
+def split_nonfinite(tile):
+    """The tile with 0 for what is not finite, and which rows held such a thing.
+
+    Needed where a mask differs between queries: 0 x NaN must not reach those that look elsewhere.
+    """
+    wide = tile.to(tl.float32)
+    finite = tl.abs(wide) < float("inf")  # False for NaN
+    bad = tl.max(tl.where(finite, 0, 1), axis=1)
+    return tl.where(finite, wide, 0.0).to(tile.dtype), bad != 0
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """acc + a @ b in float32, on the matrix units where the dtype has them."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def in_squares(tile):
+    """The same tile, of which each thread then holds squares of 4 x 4.
+
+    Such is the layout of a float32 product, and all that is computed with it takes it over: an outer
+    product then needs 2 loads of 16 bytes a thread for 16 elements. The zeros cost next to nothing.
+    """
+    left = tl.zeros((tile.shape[0], 16), tl.float32)
+    right = tl.zeros((16, tile.shape[1]), tl.float32)
+    return tl.dot(left, right, tile, input_precision="ieee")
+
+
+@triton.jit
+def hide(scores, counts, bad, MASK: tl.constexpr):
+    """Scores with NaN where a query looks at a row that is not finite, -inf where none counts."""
+    if MASK == 2:
+        scores = tl.where(bad[None, :], float("nan"), scores)
+    return tl.where(counts, scores, float("-inf"))
+
+
+@triton.jit
+def peak_or_zero(peak):
+    """A row's largest score, 0 for a row of nothing: exp2(-inf - 0) is 0, and not NaN."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def inverse_or_zero(total):
+    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
+def log2sum(peak, total):
+    """log2 of the sum of exp2(scores); -inf for a row of nothing."""
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@triton.jit
+def kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S):
+    """(BLOCK_T, BLOCK_S): what dropout multiplies each weight of the sum with; keep is (B, T, S)."""
+    at = keep + (b.to(tl.int64) * T + offs_t.to(tl.int64)[:, None]) * S + offs_s[None, :]
+    inside = (offs_t < T)[:, None] & (offs_s < S)[None, :]
+    return tl.where(tl.load(at, mask=inside, other=0) != 0, keep_scale, 0.0)
+
+
+@triton.jit
+def pair_tile(start, b, offs_t, offs_s, T, S):
+    """Pointers (BLOCK_T, BLOCK_S) into a contiguous (B, T, S)."""
+    return start + (b.to(tl.int64) * T + offs_t.to(tl.int64)[:, None]) * S + offs_s[None, :]
