@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from fused_attn.kernels.launch import Chip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_attn.backends.triton import backward, call, forward
-from fused_attn.kernels.launch import Chip
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
@@ -109,7 +107,7 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
 
 
 def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel with its arguments' types, specialised as the first call would, and its options."""
+    """The kernel with its arguments' types, specialised as a call would, and its options."""
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.arguments, strict=False))}
     given |= {name: value for name, value in launch.options.items() if name in names}
@@ -156,7 +154,9 @@ def compile_for(launch: call.Launch, gpu: Gpu) -> Compiled:
     tiles = {k: v for k, v in launch.options.items() if k.isupper() and not isinstance(v, bool)}
     text = " ".join(f"{k}={v}" for k, v in {**tiles, **options}.items() if k != "enable_fp_fusion")
     read = _read_hip if gpu.target.backend == "hip" else _read_cuda
-    return Compiled(launch.kernel.__name__, text, shared=kernel.metadata.shared, **read(kernel, gpu))
+    return Compiled(
+        launch.kernel.__name__, text, shared=kernel.metadata.shared, **read(kernel, gpu)
+    )
 
 
 def _tool(name: str, *arguments: str | Path) -> str:

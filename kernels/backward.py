@@ -2,10 +2,10 @@
 
 Memory rows are 512 to 1024 wide and queries are few, so a (B, T, S) tensor is small against the
 memory, the opposite of self-attention. The first kernel therefore reads the memory once for the
-scores, the gradient of the weights and that of the query, and leaves two such tensors: the weights P
-after dropout, and the gradient dS of the scores. With them the second, `source_gradients`, writes
-dMemory = P^T dO + dS^T Q without reading the memory again. Each program owns rows of memory and meets
-all queries: no atomics, and the same bits every time. The tensors live for this call only.
+scores, the gradient of the weights and that of the query, and leaves two such tensors: the weights
+P after dropout, and the gradient dS of the scores. With them the second, `source_gradients`, writes
+dMemory = P^T dO + dS^T Q without reading the memory again. Each program owns rows of memory and
+meets all queries: no atomics, and the same bits every time. The tensors live for this call only.
 """
 
 import triton
@@ -31,9 +31,10 @@ from .tiles import (
 def weight_deltas(
     grad_context, grad_weights, context, weights, deltas,
     seed_b, seed_t, extra_b, extra_t, extra_s, T, S, E,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """sum_s P dP for a query, which is dO . O and the weights' own part: deltas (B, T) float32."""
+    seed_b, seed_t, E = seed_b * UNIT, seed_t * UNIT, E * UNIT
     row = tl.program_id(0)
     wide = row.to(tl.int64)
     b = wide // T
@@ -97,7 +98,7 @@ def rows_backward(
     T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
     CONCAT: tl.constexpr, MASK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
 
@@ -105,6 +106,11 @@ def rows_backward(
     query gets its gradient from `concat_gradients`. ``deltas`` (B, T) is None where the weights got
     no gradient: then delta = dO . O is made here.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     split = program % splits
     t_blocks = tl.cdiv(T, BLOCK_T)
@@ -184,12 +190,16 @@ def online_backward(
     extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
     T, S, E, scale, keep_scale, splits, segment,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Long rows: each tile of memory, all columns of it, is loaded once and serves three products.
 
     A program walks ``segment`` rows. Arguments as in `rows_backward`.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    E = E * UNIT
     program = tl.program_id(0)
     t_blocks = tl.cdiv(T, BLOCK_T)
     t_block = program % t_blocks  # innermost: programs that share memory run at the same time
@@ -249,12 +259,15 @@ def source_gradients(
     kept, grad_scores, grad_context, query, lengths, mask, grad_memory,
     seed_b, seed_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dMemory = P^T dO + dS^T Q of BLOCK_S rows and BLOCK_E columns, written once.
 
     grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
     s_blocks = tl.cdiv(S, BLOCK_S)
     program = tl.program_id(0)
@@ -287,9 +300,7 @@ def source_gradients(
 
 
 @triton.jit
-def merge_sum(
-    partial, lengths, total, lengths_stride, R, S, splits, segment, BLOCK: tl.constexpr
-):
+def merge_sum(partial, lengths, total, lengths_stride, R, S, splits, segment, BLOCK: tl.constexpr):
     """Sum the splits of a batch row in their order: partial (B, splits, R) to total (B, R).
 
     Splits of padding alone were not written, and are not read.

@@ -1,14 +1,14 @@
 """The concat score v . tanh(q + m) by factored exponentials, without a (B, T, S, A) tensor.
 
-With x = 1 + exp(2q) exp(2m) and r = 1 / x:  tanh(q + m) = 1 - 2r  and  1 - tanh^2 = 4 (r - r^2). The
-exponentials are made once for each of the T + S rows; the T S A inner loop is one multiply-add, a
-share of a reciprocal and two more operations. Two terms share one reciprocal,
+With x = 1 + exp(2q) exp(2m) and r = 1 / x:  tanh(q + m) = 1 - 2r  and  1 - tanh^2 = 4 (r - r^2).
+The exponentials are made once for each of the T + S rows; the T S A inner loop is one multiply-add,
+a share of a reciprocal and two more operations. Two terms share one reciprocal,
 v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1): the special-function unit, which gives 16 a clock
 where multiply-adds come at 128, is then no longer the limit.
 
-The product of two x overflows when q + m exceeds 22, one exponential when |q| or |m| exceeds 43. So
-`concat_exponentials` leaves the largest |x| of each block, and a tile beyond PAIR_LIMIT takes a loop
-with the exponential of the sum, which is right for any number.
+The product of two x overflows when q + m exceeds 22, one exponential when |q| or |m| exceeds 43.
+So `concat_exponentials` leaves the largest |x| of each block, and a tile beyond PAIR_LIMIT takes a
+loop with the exponential of the sum, which is right for any number.
 """
 
 import triton
@@ -36,7 +36,7 @@ def concat_exponentials(
     proj, lengths, mask, exps, peaks,
     proj_b, proj_r, lengths_stride, mask_b, mask_t, mask_r,
     R, T, A, exp_width, exp_rows,
-    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """exp(2 x) of a projection (B, R, A), laid out (B, exp_width, exp_rows) for reading by columns.
 
@@ -44,6 +44,7 @@ def concat_exponentials(
     (B, exp_rows / BLOCK_R) receives each block's largest |x|, inf if it holds what is not finite.
     The lengths and the mask are those of a memory; a query has neither.
     """
+    proj_b, proj_r, A = proj_b * UNIT, proj_r * UNIT, A * UNIT
     blocks = exp_rows // BLOCK_R
     b = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -51,11 +52,11 @@ def concat_exponentials(
     count = row_count(lengths, lengths_stride, b, R)
     rows = readable_rows(mask, mask_b, mask_r, b, offs_r, count, MASK)
     if MASK == 2:  # a row that no query looks at may hold anything, and must not move the peak
-        at = mask + b.to(tl.int64) * mask_b + offs_r.to(tl.int64) * mask_r
+        looks = mask + b.to(tl.int64) * mask_b + offs_r.to(tl.int64) * mask_r
         wanted = tl.zeros((BLOCK_R,), tl.int32)
         for _ in range(0, T):
-            wanted |= tl.load(at, mask=rows, other=0).to(tl.int32)
-            at += mask_t
+            wanted |= tl.load(looks, mask=rows, other=0).to(tl.int32)
+            looks += mask_t
         rows = rows & (wanted != 0)
     proj += b.to(tl.int64) * proj_b
     exps += b.to(tl.int64) * exp_width * exp_rows
@@ -126,7 +127,7 @@ def concat_gradients(
     query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
     T, S, A, query_blocks, memory_blocks,
     MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCKS: tl.constexpr, FAST_RCP: tl.constexpr,
+    BLOCKS: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both projections and of v from those of the scores, grad_scores (B, T, S).
 
@@ -134,6 +135,9 @@ def concat_gradients(
     so that two terms share a reciprocal: grad_memory_proj is written once. It leaves its part of
     the query's gradient, partial_query (B, blocks, T, A), and of v's, partial_v (B blocks, A).
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    A = A * UNIT
     a_blocks = tl.cdiv(A, BLOCK_A)
     s_blocks = tl.cdiv(S, BLOCK_S)
     program = tl.program_id(0)

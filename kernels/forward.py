@@ -43,7 +43,7 @@ def rows_forward(
     T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
     CONCAT: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of scores that fit on chip: two sweeps over the columns of BLOCK_S memory rows.
 
@@ -52,9 +52,14 @@ def rows_forward(
     kilobytes again, from the cache. Concat scores come from `concat_scores` instead of a product.
 
     query (B, T, K), memory (B, S, E). Without SPLIT one program has all of S, and writes context
-    (B, T, E), weights (B, T, S) or None, logsumexp (B, T) or None. With SPLIT the three hold splits:
-    context (B, splits, T, E) and logsumexp (B, splits, T) float32; scores_out (B, T, S) or None.
+    (B, T, E), weights (B, T, S) or None, logsumexp (B, T) or None. With SPLIT these hold splits,
+    context (B, splits, T, E) and logsumexp (B, splits, T) in float32, and no weights but the scores
+    are written: scores_out (B, T, S) or None. Strides and widths come in units of UNIT elements.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     split = program % splits
     t_blocks = tl.cdiv(T, BLOCK_T)
@@ -85,7 +90,9 @@ def rows_forward(
         scores *= LOG2E
         if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
             for e in range(0, E, BLOCK_E):
-                _, spoiled = split_nonfinite(load_tile(memory, memory_s, offs_s, rows, e + offs_e, E))
+                _, spoiled = split_nonfinite(
+                    load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+                )
                 bad = bad | spoiled
     else:
         scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
@@ -138,7 +145,7 @@ def online_forward(
     T, S, E, scale, keep_scale, splits, segment,
     MASK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Long rows: a softmax that is corrected as tiles of memory come by, each loaded once.
 
@@ -146,6 +153,9 @@ def online_forward(
     walks ``segment`` rows of memory. Arguments as in `rows_forward`; weights are written by
     `merge_forward` from scores_out, since their sum is known last.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    E = E * UNIT
     program = tl.program_id(0)
     t_blocks = tl.cdiv(T, BLOCK_T)
     t_block = program % t_blocks  # innermost: programs that share memory run at the same time
@@ -203,12 +213,13 @@ def online_forward(
 def merge_forward(
     partial, partial_log2, scores, lengths, context, weights, logsumexp,
     lengths_stride, T, S, E, splits, segment,
-    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query in their order, and turn its scores into weights.
 
     partial (B, splits, T, E), partial_log2 (B, splits, T), scores (B, T, S) or None.
     """
+    E = E * UNIT
     row = tl.program_id(0)
     b = row // T
     t = row % T
@@ -216,9 +227,7 @@ def merge_forward(
     live = tl.cdiv(count, segment)  # the splits that had something to do
     index = tl.arange(0, BLOCK_SPLITS)
     first = b.to(tl.int64) * splits
-    logs = tl.load(
-        partial_log2 + (first + index) * T + t, mask=index < live, other=float("-inf")
-    )
+    logs = tl.load(partial_log2 + (first + index) * T + t, mask=index < live, other=float("-inf"))
     peak = peak_or_zero(tl.max(logs, axis=0))
     total = tl.sum(tl.exp2(logs - peak), axis=0)
     log2 = log2sum(peak, total)

@@ -21,6 +21,15 @@ class Chip:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What else than sizes decides about tiles."""
+
+    is_wide: bool  # float32: products without matrix units
+    is_aligned: bool  # loads of 16 bytes
+    is_cube: bool  # a mask of its own for every query
+
+
+@dataclass(frozen=True)
 class Plan:
     """One row of the table. Splits divide S into segments of so many rows."""
 
@@ -80,20 +89,23 @@ _ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (32, 32, 8), 1024: 
 
 
 def online(
-    chip: Chip, batch: int, queries: int, source: int, memory_dim: int, backward: bool
+    chip: Chip, batch: int, queries: int, source: int, memory_dim: int, kind: Kind, backward: bool
 ) -> Plan | None:
     """Tiles of all columns in shared memory, 16-bit types; None where the chip has too little."""
     width = power_of_2(memory_dim, 16)
     table = _ONLINE_BACKWARD if backward else _ONLINE_FORWARD
-    if width > max(table):
+    if width > max(table) or not kind.is_aligned:
         return None
     most_t, block_s, warps = table[max(width, 128)]
+    if kind.is_cube:  # rows are looked through for what is not finite, in registers
+        most_t = max(most_t // 2, 16)
     block_t = min(most_t, power_of_2(queries, 16))
     held = block_t * (2 if backward else 1)
+    free = chip.shared_memory - 16384
     stages = 3
-    while stages > 1 and 2 * width * (held + stages * block_s) > chip.shared_memory - 16384:
+    while stages > 1 and 2 * width * (held + stages * block_s) > free:
         stages -= 1
-    if 2 * width * (held + stages * block_s) > chip.shared_memory - 16384:
+    if 2 * width * (held + stages * block_s) > free:
         return None
     programs = batch * cdiv(queries, block_t)
     # A split leaves a partial result of 4 bytes an element where memory has 2: with more than
@@ -105,67 +117,64 @@ def online(
 
 
 def rows(
-    queries: int, source: int, memory_dim: int, is_wide: bool, is_concat: bool, backward: bool
+    queries: int, source: int, memory_dim: int, kind: Kind, is_concat: bool, backward: bool
 ) -> Plan:
-    """Scores of up to SHORT rows on chip, columns in chunks. ``is_wide``: float32 products."""
-    block_s = min(SHORT, power_of_2(source, 16))
-    block_t = min(32 if is_concat or is_wide else 64, power_of_2(queries, 16))
-    if is_concat:
-        block_s = min(block_s, 64)
-    block_e = min(32 if is_wide else 64, power_of_2(memory_dim, 16))
+    """Scores of up to SHORT rows on chip, columns in chunks."""
+    block_s = min(64 if is_concat or (kind.is_wide and backward) else SHORT, power_of_2(source, 16))
+    is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
+    block_t = min(32 if is_small else 64, power_of_2(queries, 16))
+    block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
-    return Plan("rows", cdiv(max(source, 1), block_s), block_s, tiles, 4, 2 if is_wide else 3)
+    # Narrow loads need an address each: more threads, so that each has fewer.
+    warps = 8 if not kind.is_aligned or (backward and block_t * block_s > 2048) else 4
+    stages = 2 if kind.is_wide else 3
+    return Plan("rows", cdiv(max(source, 1), block_s), block_s, tiles, warps, stages)
 
 
-def forward(
-    chip: Chip, score: str, sizes: tuple[int, int, int, int, int], is_wide: bool
-) -> Plan:
-    """The forward plan of (B, T, S, E, K); ``is_wide`` for float32."""
+def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
+    """The forward plan of (B, T, S, E, K)."""
     batch, queries, source, memory_dim, score_dim = sizes
     fits = max(memory_dim, score_dim) <= STEP_WIDTH
     if score == "concat":
         if queries <= 8 and fits:
             return step(chip, batch, queries, source, memory_dim, score_dim)
-        return rows(queries, source, memory_dim, is_wide, True, False)
+        return rows(queries, source, memory_dim, kind, True, False)
     # In float32 the matrix units have nothing exact to offer: few queries go one by one.
-    if fits and queries <= (4 if is_wide else 1):
+    if fits and queries <= (4 if kind.is_wide else 1):
         return step(chip, batch, queries, source, memory_dim, 1)
-    if not is_wide and source > SHORT:
-        plan = online(chip, batch, queries, source, memory_dim, False)
-        if plan is not None:
-            return plan
-    return rows(queries, source, memory_dim, is_wide, False, False)
+    plan = None
+    if not kind.is_wide and source > SHORT:
+        plan = online(chip, batch, queries, source, memory_dim, kind, False)
+    return plan or rows(queries, source, memory_dim, kind, False, False)
 
 
-def backward(
-    chip: Chip, score: str, sizes: tuple[int, int, int, int, int], is_wide: bool
-) -> Plan:
-    """The plan of what reads the memory; `source` has that of what writes its gradient."""
+def backward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
+    """The plan of what reads the memory; `source_gradients` plans what writes its gradient."""
     batch, queries, source, memory_dim, _ = sizes
     if score == "concat":
-        return rows(queries, source, memory_dim, is_wide, True, True)
+        return rows(queries, source, memory_dim, kind, True, True)
     if queries == 1 and memory_dim <= STEP_WIDTH:
         return step(chip, batch, queries, source, memory_dim, 1)
-    if not is_wide and source > SHORT:
-        plan = online(chip, batch, queries, source, memory_dim, True)
-        if plan is not None:
-            return plan
-    return rows(queries, source, memory_dim, is_wide, False, True)
+    plan = None
+    if not kind.is_wide and source > SHORT:
+        plan = online(chip, batch, queries, source, memory_dim, kind, True)
+    return plan or rows(queries, source, memory_dim, kind, False, True)
 
 
-def source_gradients(queries: int, source: int, memory_dim: int, is_wide: bool) -> Plan:
+def source_gradients(queries: int, source: int, memory_dim: int, kind: Kind) -> Plan:
     """dMemory: plain products over the queries."""
-    block_s = min(32 if is_wide else 64, power_of_2(source, 16))
-    block_e = min(64 if is_wide else 128, power_of_2(memory_dim, 16))
+    block_s = min(32 if kind.is_wide else 64, power_of_2(source, 16))
+    block_e = min(64 if kind.is_wide else 128, power_of_2(memory_dim, 16))
     block_t = min(32, power_of_2(queries, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
-    return Plan("source", 1, block_s, tiles, 4, 2 if is_wide else 3)
+    return Plan("source", 1, block_s, tiles, 4, 2 if kind.is_wide else 3)
 
 
-def concat_gradients(source: int, score_dim: int) -> Plan:
+def concat_gradients(source: int, score_dim: int, kind: Kind) -> Plan:
     """Gradients of the projections: three sums of 32 elements a thread, 8 rows of a column each."""
+    most = 128 if kind.is_aligned and not kind.is_wide and not kind.is_cube else 64
     tiles = {
         "BLOCK_S": min(32, power_of_2(source, 16)),
-        "BLOCK_A": min(128, power_of_2(score_dim, 16)),
+        "BLOCK_A": min(most, power_of_2(score_dim, 16)),
     }
     return Plan("concat", 1, tiles["BLOCK_S"], tiles, 4, 1)

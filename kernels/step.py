@@ -9,8 +9,16 @@ import triton
 import triton.language as tl
 
 from .concat import TWO_LOG2E, reciprocal
-from .tiles import LN2, LOG2E, inverse_or_zero, load_tile, log2sum, peak_or_zero, row_count
-from .tiles import split_nonfinite
+from .tiles import (
+    LN2,
+    LOG2E,
+    inverse_or_zero,
+    load_tile,
+    log2sum,
+    peak_or_zero,
+    row_count,
+    split_nonfinite,
+)
 
 LARGEST_EXPONENT = tl.constexpr(43.0)  # exp(2x) of two such factors stays within float32
 
@@ -65,11 +73,17 @@ def step_forward(
     T, S, E, A, scale, keep_scale, splits, segment,
     CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, FAST_RCP: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query a program, over ``segment`` rows of memory; arguments as elsewhere.
 
     SPOILED: the mask differs between queries, so that rows that are not finite need care.
     """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    exp_b, exp_s = exp_b * UNIT, exp_s * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     t = program % T  # innermost: the queries of a row of the batch share its memory in the cache
     split = (program // T) % splits
@@ -151,13 +165,16 @@ def step_backward(
     grad_memory, grad_query,
     seed_b, extra_b, extra_s, query_b, memory_b, memory_s, lengths_stride, mask_b, mask_s,
     S, E, scale, keep_scale, splits, segment,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROW: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Backward of the dot score for T = 1: memory is read once and its gradient written once.
 
     grad_context (B, 1, E) or None, grad_weights (B, 1, S) or None, then with ``weights`` (B, 1, S).
     grad_query (B, splits, 1, E) in float32 if there are splits.
     """
+    seed_b, query_b = seed_b * UNIT, query_b * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    E = E * UNIT
     split = tl.program_id(0) % splits
     b = tl.program_id(0) // splits
     wide = b.to(tl.int64)
@@ -179,7 +196,9 @@ def step_backward(
     if grad_weights is not None:
         for start in range(0, count, BLOCK_ROW):
             at = start + tl.arange(0, BLOCK_ROW)
-            extra = tl.load(grad_weights + wide * extra_b + at * extra_s, mask=at < count, other=0.0)
+            extra = tl.load(
+                grad_weights + wide * extra_b + at * extra_s, mask=at < count, other=0.0
+            )
             weight = tl.load(weights + wide * S + at, mask=at < count, other=0.0).to(tl.float32)
             delta += tl.sum(tl.where(weight == 0.0, 0.0, extra.to(tl.float32) * weight), axis=0)
     log2 = tl.load(logsumexp + b) * LOG2E
@@ -205,7 +224,9 @@ def step_backward(
             grad += tl.load(at, mask=offs_s < end, other=0.0).to(tl.float32)
         grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
         acc += grad[:, None] * tile
-        written = tl.where(rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0)
+        written = tl.where(
+            rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0
+        )
         at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
         inside = (offs_s < end)[:, None] & columns[None, :]
         tl.store(at, written.to(grad_memory.dtype.element_ty), mask=inside)

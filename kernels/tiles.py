@@ -78,8 +78,8 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def in_squares(tile):
     """The same tile, of which each thread then holds squares of 4 x 4.
 
-    Such is the layout of a float32 product, and all that is computed with it takes it over: an outer
-    product then needs 2 loads of 16 bytes a thread for 16 elements. The zeros cost next to nothing.
+    Such is the layout of a float32 product, and what is computed with it takes it over: an outer
+    product then needs 2 loads of 16 bytes for 16 elements. The zeros cost next to nothing.
     """
     left = tl.zeros((tile.shape[0], 16), tl.float32)
     right = tl.zeros((16, tile.shape[1]), tl.float32)
@@ -114,7 +114,7 @@ def log2sum(peak, total):
 
 @triton.jit
 def kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S):
-    """(BLOCK_T, BLOCK_S): what dropout multiplies each weight of the sum with; keep is (B, T, S)."""
+    """(BLOCK_T, BLOCK_S): what dropout multiplies the weights with; keep is (B, T, S)."""
     at = keep + (b.to(tl.int64) * T + offs_t.to(tl.int64)[:, None]) * S + offs_s[None, :]
     inside = (offs_t < T)[:, None] & (offs_s < S)[None, :]
     return tl.where(tl.load(at, mask=inside, other=0) != 0, keep_scale, 0.0)

@@ -15,6 +15,11 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    # The Triton kernels then run in Triton's interpreter, on CPU tensors: the same arithmetic. Read
+    # when the first kernel is defined, here and in processes that tests start.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shared machine has no deadlines. "short": a failure must come back with the same command.
 # "long" draws anew each time, and prints what brings a failure back.
 hypothesis.settings.register_profile("short", deadline=None, derandomize=True)

@@ -23,6 +23,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference"),
+    ("backends.*.*",),
     ("backends.*",),
     ("backends",),
     ("ops",),
@@ -47,7 +48,8 @@ MODULES = {
 
 def layer(module: str) -> int:
     top, _, rest = module.partition(".")
-    place = "backends.*" if top == "backends" and rest else top
+    depth = rest.count(".") + 1 if rest else 0
+    place = ".".join([top, *["*"] * depth]) if top == "backends" else top
     for height, names in enumerate(LAYERS):
         if place in names:
             return height

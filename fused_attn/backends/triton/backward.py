@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, strides, unit
+from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
 from fused_attn.kernels import backward, launch, step
 from fused_attn.kernels import concat as concat_kernels
 from fused_attn.reference import MaskingFields, Saved
@@ -25,18 +25,18 @@ class _Seeds:
         with_deltas: bool = True,
     ) -> None:
         self.context, self.weights, self.logsumexp = saved
-        self.grad_context = None if grad_context is None else unit(grad_context)
+        self.grad_context = grad_context
         self.grad_weights = grad_weights
         self.extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
         self.deltas: Tensor | None = None
         if grad_weights is None or not with_deltas:
             return
-        batch, queries, source, memory_dim, _ = call.sizes
+        batch, queries, source, _, _ = call.sizes
         self.deltas = call.floats(batch, queries)
         tensors = (self.grad_context, grad_weights, self.context, self.weights, self.deltas)
-        sizes = (*strides(self.grad_context), *self.extra, queries, source, memory_dim)
+        sizes = (*call.strides(grad_context), *self.extra, queries, source, call.widths[0])
         programs = (batch * queries,)
-        enqueue(backward.weight_deltas, programs, (*tensors, *sizes), BLOCK=512)
+        enqueue(backward.weight_deltas, programs, (*tensors, *sizes), BLOCK=512, **call.unit)
 
 
 def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,14 @@ def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[T
             *(seeds.grad_context, seeds.grad_weights, query, memory),
             *(seeds.context, seeds.weights, seeds.logsumexp),
             *(masks.lengths, masks.mask, masks.keep, grad_memory, part),
-            *(strides(seeds.grad_context)[0], seeds.extra[0], seeds.extra[2]),
-            *(query.stride(0), *strides(memory), masks.lengths_stride),
-            *(masks.strides[0], masks.strides[2], source, memory_dim),
+            *(call.strides(seeds.grad_context)[0], seeds.extra[0], seeds.extra[2]),
+            *(call.strides(query)[0], *call.strides(memory), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], source, call.widths[0]),
             *(float(scale), float(masks.keep_scale), plan.splits, plan.segment),
         ),
         BLOCK_ROW=512,
         **plan.options,
+        **call.unit,
     )
     if is_split:
         # Splits of padding alone left zeros.
@@ -71,40 +72,48 @@ def _read_memory(
     call: Call, plan: launch.Plan, seeds: _Seeds, scale: float, inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Factors]:
     """One pass over the memory: the weights P, the gradient dS, and for dot that of the query."""
-    batch, queries, source, memory_dim, width = call.sizes
+    batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
     kept = memory.new_empty((batch, queries, source))
     is_concat = inputs is not None
     # Of concat dS is no operand of a product: it is kept in full.
     grad_scores = call.floats(batch, queries, source) if is_concat else torch.empty_like(kept)
-    grad_query = part = None
+    grad_query: Tensor | None = None
+    part: Tensor | None = None
     if not is_concat:
         grad_query = part = memory.new_empty((batch, queries, memory_dim))
         if plan.splits > 1:
             part = call.floats(batch, plan.splits, queries, memory_dim)
     back = (seeds.grad_context, seeds.grad_weights, seeds.context, seeds.deltas, seeds.logsumexp)
     results = (kept, grad_scores, part)
-    where = (*strides(seeds.grad_context), *seeds.extra, masks.lengths_stride, *masks.strides)
+    where = (*call.strides(seeds.grad_context), *seeds.extra, masks.lengths_stride, *masks.strides)
     scales = (float(scale), float(masks.keep_scale), plan.splits)
     programs = (batch * -(-queries // block_t) * plan.splits,)
     masking = (masks.lengths, masks.mask, masks.keep)
-    ends = (*strides(call.query), *strides(memory))
+    ends = call.strides(call.query, memory)
     factors = Factors()
+    options = {"MASK": masks.kind, **plan.options, **call.unit, **call.precision}
     if plan.regime == "online":
-        sizes = (queries, source, memory_dim, *scales, plan.segment)
+        sizes = (queries, source, call.widths[0], *scales, plan.segment)
         arguments = (call.query, memory, *masking, *back, *results, *ends, *where, *sizes)
-        options = {**plan.options, **call.precision}
-        enqueue(backward.online_backward, programs, arguments, MASK=masks.kind, **options)
+        enqueue(backward.online_backward, programs, arguments, **options)
     else:
         proj, v = inputs or (None, None)
-        if is_concat:
+        if proj is not None:
             factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"])
-        sizes = (queries, source, memory_dim, width, *factors.sizes, *scales)
-        arguments = (call.query, memory, *factors.tensors, proj, v, *masking, *back, *results)
-        options = {**plan.options, **call.precision, **call.fast, "CONCAT": is_concat}
-        arguments = (*arguments, *ends, *strides(proj), *where, *sizes)
-        enqueue(backward.rows_backward, programs, arguments, MASK=masks.kind, **options)
-    if grad_query is not None and plan.splits > 1:
+        enqueue(
+            backward.rows_backward,
+            programs,
+            (
+                *(call.query, memory, *factors.tensors, proj, v, *masking, *back, *results),
+                *(*ends, *call.strides(proj), *where),
+                *(queries, source, *call.widths, *factors.sizes, *scales),
+            ),
+            CONCAT=is_concat,
+            **options,
+            **call.fast,
+        )
+    if grad_query is not None and part is not None and plan.splits > 1:
         call.merge_sum(part, grad_query, plan.splits, plan.segment)
     return kept, grad_scores, grad_query, factors
 
@@ -112,7 +121,7 @@ def _read_memory(
 def _grad_memory(call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None) -> Tensor:
     batch, queries, source, memory_dim, _ = call.sizes
     masks, query = call.masks, None if grad_scores is None else call.query
-    plan = launch.source_gradients(queries, source, memory_dim, call.is_wide)
+    plan = launch.source_gradients(queries, source, memory_dim, call.kind)
     grad_memory = call.memory.new_empty((batch, source, memory_dim))
     blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
     enqueue(
@@ -120,11 +129,12 @@ def _grad_memory(call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | 
         (batch * blocks,),
         (
             *(kept, grad_scores, seeds.grad_context, query, masks.lengths, masks.mask, grad_memory),
-            *(*strides(seeds.grad_context), *strides(query), masks.lengths_stride),
-            *(masks.strides[0], masks.strides[2], queries, source, memory_dim),
+            *(*call.strides(seeds.grad_context), *call.strides(query), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], queries, source, call.widths[0]),
         ),
         MASK=masks.kind,
         **plan.options,
+        **call.unit,
         **call.precision,
     )
     return grad_memory
@@ -140,8 +150,9 @@ def dot(
     saved: Saved,
 ) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(memory):
-        call = Call(query, memory, masking, "dot")
-        plan = launch.backward(call.chip, "dot", call.sizes, call.is_wide)
+        grad_context = None if grad_context is None else unit(grad_context)
+        call = Call(query, memory, masking, "dot", (grad_context,))
+        plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
         if plan.regime == "step":
             seeds = _Seeds(call, grad_context, grad_weights, saved, with_deltas=False)
             return _step(call, plan, seeds, scale)
@@ -156,7 +167,7 @@ def _concat_grads(
 ) -> tuple[Tensor, ...]:
     """Gradients of both projections and of v from those of the scores."""
     batch, queries, source, _, width = call.sizes
-    masks, plan = call.masks, launch.concat_gradients(source, width)
+    masks, plan = call.masks, launch.concat_gradients(source, width, call.kind)
     blocks = -(-source // plan.segment)
     partial_query = call.floats(batch, blocks, queries, width)
     partial_v = call.floats(batch * blocks, width)
@@ -170,12 +181,13 @@ def _concat_grads(
         (
             *(grad_scores, call.query, memory_proj, v, factors.query_peak, factors.memory_peak),
             *(masks.lengths, masks.mask, grad_proj, partial_query, partial_v),
-            *(*strides(call.query), *strides(memory_proj), masks.lengths_stride),
-            *(masks.strides[0], masks.strides[2], queries, source, width, *peaks),
+            *(*call.strides(call.query), *call.strides(memory_proj), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], queries, source, call.widths[1], *peaks),
         ),
         MASK=masks.kind,
         BLOCKS=launch.power_of_2(max(peaks)),
         **plan.options,
+        **call.unit,
         **call.fast,
     )
     call.merge_sum(partial_query, grad_query, blocks, plan.segment)
@@ -193,9 +205,10 @@ def concat(
     saved: Saved,
 ) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(memory):
-        call = Call(query_proj, memory, masking, "concat")
+        grad_context = None if grad_context is None else unit(grad_context)
         memory_proj, v = unit(memory_proj), v.contiguous()
-        plan = launch.backward(call.chip, "concat", call.sizes, call.is_wide)
+        call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
+        plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved)
         inputs = (memory_proj, v)
         kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs)

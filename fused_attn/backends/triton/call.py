@@ -99,19 +99,28 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
-
-
 class Call:
     """What forward and backward share: sizes, the chip, precision and the masks."""
 
-    def __init__(self, query: Tensor, memory: Tensor, masking: MaskingFields, score: str) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        masking: MaskingFields,
+        score: str,
+        others: tuple[Tensor | None, ...] = (),
+    ) -> None:
         self.query, self.memory = unit(query), unit(memory)
         check_lengths(masking[0], memory)
         batch, queries, score_dim = query.shape
         _, source, memory_dim = memory.shape
         self.sizes = (batch, queries, source, memory_dim, score_dim)
+        # Loads of 16 bytes need widths and strides that the compiler can see to be multiples.
+        vector = 16 // memory.element_size()
+        rows = (self.query, self.memory, *others)
+        lengths = [length for x in rows if x is not None for length in x.stride()[:2]]
+        is_aligned = not any(length % vector for length in (*lengths, memory_dim, score_dim))
+        self.unit = {"UNIT": vector if is_aligned else 1}
         self.masks, self.score = masks_of(masking), score
         self.chip = chip(memory.device)
         self.is_wide = memory.dtype == torch.float32
@@ -120,7 +129,20 @@ class Call:
             "PRECISION": "tf32" if tf32 else "ieee",
             "WIDEN": backend.INTERPRETED and not self.is_wide,
         }
+        self.kind = launch.Kind(self.is_wide, self.unit["UNIT"] > 1, self.masks.kind == 2)
         self.fast = {"FAST_RCP": self.chip.is_nvidia and not backend.INTERPRETED}
+
+    def strides(self, *tensors: Tensor | None) -> list[int]:
+        """Of the batch and the rows of each, in units; as the kernels take widths too."""
+        unit = self.unit["UNIT"]
+        pairs = ((0, 0) if x is None else x.stride()[:2] for x in tensors)
+        return [stride // unit for pair in pairs for stride in pair]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """E and the width of the score, in units."""
+        unit = self.unit["UNIT"]
+        return self.sizes[3] // unit, self.sizes[4] // unit
 
     def floats(self, *shape: int) -> Tensor:
         return self.memory.new_empty(shape, dtype=torch.float32)
@@ -161,9 +183,9 @@ def factors_of(call: Call, memory_proj: Tensor, block_t: int, block_s: int) -> F
     ):
         lengths, stride, mask, mask_strides, kind = masking
         exps, peaks = call.floats(batch, even, blocked), call.floats(batch, blocked // block)
-        arguments = (proj, lengths, mask, exps, peaks, *strides(proj), stride, *mask_strides)
-        sizes = (rows, queries, width, even, blocked)
-        tiles = {"MASK": kind, "BLOCK_R": block, "BLOCK_A": 32}
+        arguments = (proj, lengths, mask, exps, peaks, *call.strides(proj), stride, *mask_strides)
+        sizes = (rows, queries, call.widths[1], even, blocked)
+        tiles = {"MASK": kind, "BLOCK_R": block, "BLOCK_A": 32, **call.unit}
         programs = (batch * (blocked // block),)
         enqueue(concat.concat_exponentials, programs, (*arguments, *sizes), **tiles)
         made += [exps, peaks]

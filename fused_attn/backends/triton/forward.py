@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, strides, unit
+from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
 from fused_attn.kernels import forward, launch, step
 from fused_attn.reference import MaskingFields, Outputs
 
@@ -20,22 +20,21 @@ def _forward(
     return_logsumexp: bool,
 ) -> Outputs:
     batch, queries, source, memory_dim, _ = call.sizes
-    plan = launch.forward(call.chip, call.score, call.sizes, call.is_wide)
+    plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
     memory = call.memory
     context = memory.new_empty((batch, queries, memory_dim))
     weights = memory.new_empty((batch, queries, source)) if return_weights else None
     logsumexp = call.floats(batch, queries) if return_logsumexp else None
     # A softmax that ends with the last tile cannot write weights on its way: the merge does.
     is_split = plan.splits > 1 or (return_weights and plan.regime != "rows")
+    run = _FORWARD[plan.regime]
     if not is_split:
-        results = (context, weights, logsumexp, None)
-        _FORWARD[plan.regime](call, plan, scale, concat_inputs, results, False)
+        run(call, plan, scale, concat_inputs, (context, weights, logsumexp, None), False)
         return context, weights, logsumexp
     partial = call.floats(batch, plan.splits, queries, memory_dim)
     log2 = call.floats(batch, plan.splits, queries)
     scores = call.floats(batch, queries, source) if return_weights else None
-    results = (partial, None, log2, scores)
-    _FORWARD[plan.regime](call, plan, scale, concat_inputs, results, True)
+    run(call, plan, scale, concat_inputs, (partial, None, log2, scores), True)
     _merge(call, plan, (partial, log2, scores), (context, weights, logsumexp))
     return context, weights, logsumexp
 
@@ -44,30 +43,31 @@ def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ..
     batch, queries, source, memory_dim, _ = call.sizes
     masks, width = call.masks, max(memory_dim, source if parts[2] is not None else 0)
     block = min(1024, launch.power_of_2(width, 16))
-    sizes = (masks.lengths_stride, queries, source, memory_dim, plan.splits, plan.segment)
+    sizes = (masks.lengths_stride, queries, source, call.widths[0], plan.splits, plan.segment)
     enqueue(
         forward.merge_forward,
         (batch * queries, -(-width // block)),
         (parts[0], parts[1], parts[2], masks.lengths, *results, *sizes),
         BLOCK_SPLITS=launch.power_of_2(plan.splits),
         BLOCK=block,
+        **call.unit,
     )
 
 
 def _step_forward(
     call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...], is_split: bool
 ) -> None:
-    batch, queries, source, memory_dim, width = call.sizes
+    batch, queries, source, _, width = call.sizes
     masks = call.masks
     proj, exps, v = inputs or (None, None, None)
     arguments = (call.query, call.memory, exps, proj, v, masks.lengths, masks.mask, masks.keep)
-    steps = (*strides(call.query), *strides(call.memory), *strides(exps), *strides(proj))
+    steps = call.strides(call.query, call.memory, exps, proj)
     enqueue(
         step.step_forward,
         (batch * queries * plan.splits,),
         (
             *(*arguments, *results, *steps, masks.lengths_stride, *masks.strides),
-            *(queries, source, memory_dim, width, float(scale), float(masks.keep_scale)),
+            *(queries, source, *call.widths, float(scale), float(masks.keep_scale)),
             *(plan.splits, plan.segment),
         ),
         CONCAT=inputs is not None,
@@ -75,6 +75,7 @@ def _step_forward(
         SPLIT=is_split,
         BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
         **plan.options,
+        **call.unit,
         **call.fast,
     )
 
@@ -82,24 +83,27 @@ def _step_forward(
 def _rows_forward(
     call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...], is_split: bool
 ) -> None:
-    batch, queries, source, memory_dim, width = call.sizes
+    batch, queries, source, _, _ = call.sizes
     masks, block_t = call.masks, plan.tiles["BLOCK_T"]
     proj, _, v = inputs or (None, None, None)
-    factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"]) if inputs else Factors()
-    steps = (*strides(call.query), *strides(call.memory), *strides(proj), masks.lengths_stride)
+    factors = Factors()
+    if proj is not None:
+        factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"])
+    steps = (*call.strides(call.query, call.memory, proj), masks.lengths_stride)
     enqueue(
         forward.rows_forward,
         (batch * -(-queries // block_t) * plan.splits,),
         (
             *(call.query, call.memory, *factors.tensors, proj, v),
             *(masks.lengths, masks.mask, masks.keep, *results, *steps, *masks.strides),
-            *(queries, source, memory_dim, width, *factors.sizes),
+            *(queries, source, *call.widths, *factors.sizes),
             *(float(scale), float(masks.keep_scale), plan.splits),
         ),
         CONCAT=inputs is not None,
         MASK=masks.kind,
         SPLIT=is_split,
         **plan.options,
+        **call.unit,
         **call.precision,
         **call.fast,
     )
@@ -108,10 +112,10 @@ def _rows_forward(
 def _online_forward(
     call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...], is_split: bool
 ) -> None:
-    batch, queries, source, memory_dim, _ = call.sizes
+    batch, queries, source, _, _ = call.sizes
     masks = call.masks
-    steps = (*strides(call.query), *strides(call.memory), masks.lengths_stride, *masks.strides)
-    sizes = (queries, source, memory_dim, float(scale), float(masks.keep_scale))
+    steps = (*call.strides(call.query, call.memory), masks.lengths_stride, *masks.strides)
+    sizes = (queries, source, call.widths[0], float(scale), float(masks.keep_scale))
     enqueue(
         forward.online_forward,
         (batch * -(-queries // plan.tiles["BLOCK_T"]) * plan.splits,),
@@ -122,6 +126,7 @@ def _online_forward(
         MASK=masks.kind,
         SPLIT=is_split,
         **plan.options,
+        **call.unit,
         **call.precision,
     )
 
@@ -153,7 +158,7 @@ def concat(
     return_logsumexp: bool,
 ) -> Outputs:
     with torch.cuda.device_of(memory):
-        call = Call(query_proj, memory, masking, "concat")
         exps = None if memory_exp is None else unit(memory_exp)
         inputs = (unit(memory_proj), exps, v.contiguous())
+        call = Call(query_proj, memory, masking, "concat", inputs[:2])
         return _forward(call, 1.0, inputs, return_weights, return_logsumexp)
