@@ -1,4 +1,4 @@
-"""csrc/cuda on a machine without a GPU: its kernels, compiled by the host's compiler, on CPU tensors.
+"""csrc/cuda without a GPU: its kernels, compiled by the host's compiler, on CPU tensors.
 
 See tests/native/cuda_on_host.h for what stands in for the GPU, and what that catches.
 """
@@ -9,8 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int32, c_int64, c_size_t
-from ctypes import c_uint64, c_void_p  # fmt: skip
+from ctypes import POINTER, Structure, c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -73,15 +72,15 @@ def library(directory: Path) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(out))
     for name in ("size_of_params", "take_counters"):
-        getattr(loaded, name).restype = c_size_t if name == "size_of_params" else c_int64
+        getattr(loaded, name).restype = ctypes.c_size_t if name == "size_of_params" else c_int64
     for name in ("guarded_alloc", "guarded_data", "new_counters"):
         getattr(loaded, name).restype = c_void_p
     loaded.run_call.restype = ctypes.c_char_p
-    loaded.run_call.argtypes = (POINTER(Params), c_int, c_int, c_uint64)
-    loaded.guarded_alloc.argtypes = (c_size_t,)
+    loaded.run_call.argtypes = (POINTER(Params), c_int, c_int, ctypes.c_uint64)
+    loaded.guarded_alloc.argtypes = (ctypes.c_size_t,)
     for name in ("guarded_data", "guarded_free", "delete_counters"):
         getattr(loaded, name).argtypes = (c_void_p,)
-    loaded.take_counters.argtypes = (c_void_p, c_uint64, c_bool, c_int64)
+    loaded.take_counters.argtypes = (c_void_p, ctypes.c_uint64, c_bool, c_int64)
     assert loaded.size_of_params() == ctypes.sizeof(Params)
     return loaded
 
@@ -151,7 +150,7 @@ class Call:
 
     def plan(self, p: Params) -> Plan:
         fields = (c_int64 * len(Plan._fields))()
-        self.library.plan_call(byref(p), self.multiprocessors, fields)
+        self.library.plan_call(ctypes.byref(p), self.multiprocessors, fields)
         return Plan(*fields)
 
     def run(
@@ -177,6 +176,8 @@ class Call:
         logsumexp = empty(batch, queries, dtype=torch.float32) if return_logsumexp else None
         outputs = (context, weights, logsumexp)
         p = self.params(operands, scale, masking, outputs)
-        failure = self.library.run_call(byref(p), self.multiprocessors, self.splits, self.seed)
+        failure = self.library.run_call(
+            ctypes.byref(p), self.multiprocessors, self.splits, self.seed
+        )
         assert failure is None, failure.decode()
         return tuple(None if tensor is None else tensor.clone() for tensor in outputs)

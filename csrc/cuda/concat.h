@@ -17,7 +17,7 @@
 namespace fused_attn {
 namespace {
 
-constexpr float kLargestFactor = 43.0f;      // exp(2 * 43) < 3.4e38; attention.py marks beyond it
+constexpr float kLargestFactor = 43.0f;       // exp(2 * 43) < 3.4e38; attention.py marks beyond it
 constexpr float kLargestTerm = 1.099512e12f;  // 2^40
 
 template <class C>
@@ -92,7 +92,8 @@ __device__ __forceinline__ void concat_parts(const Decode& d,
     if (d.wide_exp) {
 #pragma unroll
       for (int r = 0; r < C::rows; ++r)
-        raw[r] = load_wide<P>(rows_exp + r * d.p.memory_exp.row_stride, at, needed >> r & 1 ? K : 0);
+        raw[r] =
+            load_wide<P>(rows_exp + r * d.p.memory_exp.row_stride, at, needed >> r & 1 ? K : 0);
     } else {
 #pragma unroll
       for (int r = 0; r < C::rows; ++r)

@@ -4,7 +4,8 @@
 // so that no call has to clear its own. Two launches that may run at once must not share any:
 //
 // - Launches on one stream run one after the other: a stream has a range for all its calls.
-// - A call that is captured into a graph runs wherever and whenever the graph is launched: it gets a
+// - A call that is captured into a graph runs wherever and whenever the graph is launched: it gets
+// a
 //   range of its own, for good. (One graph's launches run one after the other.)
 //
 // Once all are given away, a call clears counters in its workspace, at the price of one more

@@ -124,8 +124,7 @@ __device__ __forceinline__ void add_rows(const uint4 (&raw)[C::rows][C::pieces],
 // Scores of the rows at s, of which every lane gets the one it owns.
 template <class C>
 __device__ __forceinline__ float score_rows(const Decode& d, const Queries& queries, int s,
-                                            unsigned needed,
-                                            const uint4 (&raw)[C::rows][C::pieces],
+                                            unsigned needed, const uint4 (&raw)[C::rows][C::pieces],
                                             const float* operands, float sum_v, unsigned without) {
   float parts[C::values];
   if constexpr (C::kind == Score::dot) {
@@ -134,8 +133,7 @@ __device__ __forceinline__ float score_rows(const Decode& d, const Queries& quer
   } else {
     unsigned marks;
     const auto* rows_exp = static_cast<const typename C::Exp::Storage*>(d.p.memory_exp.data) +
-                           queries.b * d.p.memory_exp.batch_stride +
-                           s * d.p.memory_exp.row_stride;
+                           queries.b * d.p.memory_exp.batch_stride + s * d.p.memory_exp.row_stride;
     concat_parts<C>(d, rows_exp, needed, operands, parts, marks);
     marks = __reduce_or_sync(kAllLanes, marks);
     const float score = sum_v - 2.0f * sum_over_lanes<C::values>(parts);
@@ -172,8 +170,7 @@ __device__ __forceinline__ void attend(const Decode& d, const Queries& queries, 
     }
     uint4 raw[C::rows][C::pieces];
     load_rows<C>(d, queries.b, s, needed, raw);
-    const float kept =
-        mine && keeps(p, queries.b, t, s + own.row) ? float(p.keep_scale) : 0.0f;
+    const float kept = mine && keeps(p, queries.b, t, s + own.row) ? float(p.keep_scale) : 0.0f;
     const unsigned spoiled = p.mask_t != 0 ? zero_spoiled<C>(raw) : 0;
     float score = score_rows<C>(d, queries, s, needed, raw, operands, sum_v, without);
     if (spoiled >> own.row & 1) score = NAN;
@@ -227,13 +224,13 @@ __device__ void write_results(const Decode& d, const Queries& queries, const Sum
 }
 
 template <class X, int Elements, int AtOnce, Score kScore>
-__global__ void __launch_bounds__(kMostWarps * kLanes,
-                                  blocks_per_multiprocessor(Elements, AtOnce))
+__global__ void __launch_bounds__(kMostWarps* kLanes, blocks_per_multiprocessor(Elements, AtOnce))
     decode(const __grid_constant__ Decode d) {
   using C = Shape<X, Elements, AtOnce, kScore>;
   // Groups of queries of the same positions are neighbours: the later ones find the rows in L2.
   const int group = int(blockIdx.x % d.groups);
-  const int split = int(blockIdx.x / d.groups % d.splits), b = int(blockIdx.x / d.groups / d.splits);
+  const int split = int(blockIdx.x / d.groups % d.splits),
+            b = int(blockIdx.x / d.groups / d.splits);
   const Span span = span_of(d, b, split, int(blockDim.x) / kLanes * C::rows);
   if (split >= span.blocks) return;
   const int first = group * C::queries, left = int(d.p.T) - first;

@@ -109,7 +109,8 @@ __device__ __forceinline__ uint4 load_narrow(const typename X::Storage* row, int
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int j = 0; j < kVector<X>; ++j) {
-    if (d + j < width) words[j / kPerWord] |= uint32_t(row[d + j]) << (32 / kPerWord * (j % kPerWord));
+    if (d + j < width)
+      words[j / kPerWord] |= uint32_t(row[d + j]) << (32 / kPerWord * (j % kPerWord));
   }
   return {words[0], words[1], words[2], words[3]};
 }

@@ -197,8 +197,7 @@ template <class C>
 __device__ bool merge_blocks(Sums<C>& sums, float* partials, int split, int count,
                              unsigned* counter, float* shared) {
   int* is_last = reinterpret_cast<int*>(shared + kSharedHeader - 1);
-  if (threadIdx.x < kLanes)
-    store_partial<C>(sums, partials + split * C::partial);
+  if (threadIdx.x < kLanes) store_partial<C>(sums, partials + split * C::partial);
   __threadfence();  // of every thread: scores were written by all
   __syncthreads();
   if (threadIdx.x == 0) *is_last = atomicInc(counter, count - 1) == unsigned(count - 1);

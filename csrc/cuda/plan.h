@@ -8,7 +8,7 @@
 
 namespace fused_attn {
 
-constexpr int kMostQueries = 8;    // T
+constexpr int kMostQueries = 8;      // T
 constexpr int kLargestWidth = 2048;  // of the memory and of the score
 constexpr int kMostSplits = 128;
 constexpr int kMostWarps = 8;
@@ -22,9 +22,7 @@ constexpr int kSharedHeader = 128;
 // as many) and for a number of queries that it attends with at once. Both are accumulators: their
 // product is at most 64 registers.
 constexpr int kElementClasses[] = {8, 16, 32, 64};
-constexpr int queries_at_once(int elements) {
-  return elements <= 16 ? 4 : elements <= 32 ? 2 : 1;
-}
+constexpr int queries_at_once(int elements) { return elements <= 16 ? 4 : elements <= 32 ? 2 : 1; }
 
 // Rows in flight: 32 registers of memory in each lane, 4 KiB in a warp, but at most four rows.
 constexpr int rows_at_once(int elements, int bytes) {
@@ -49,8 +47,8 @@ struct Decode {
   AttentionParams p;
   int groups, splits;
   bool wide_memory, wide_exp, wide_context;  // may be read or written 16 bytes at a time
-  float* partials;    // (B, groups, splits) of partial_floats(), or null for one split
-  float* scores;      // (B, T, S), or null where no weights are wanted
+  float* partials;     // (B, groups, splits) of partial_floats(), or null for one split
+  float* scores;       // (B, T, S), or null where no weights are wanted
   unsigned* counters;  // (B, groups), 0 between launches, or null for one split
 };
 
@@ -100,10 +98,11 @@ inline Plan plan_decode(const AttentionParams& p, int multiprocessors) {
   return plan;
 }
 
-// Floats of workspace: partial results, then scores.
+// Floats of workspace: partial results, scores, and counters for a call that gets no others.
 inline int64_t workspace_floats(const AttentionParams& p, const Plan& plan) {
-  const int64_t blocks = plan.splits > 1 ? p.B * plan.groups * plan.splits : 0;
-  return blocks * partial_floats(plan.elements, plan.queries) + (p.weights ? p.B * p.T * p.S : 0);
+  const int64_t rows = plan.splits > 1 ? p.B * plan.groups : 0;
+  return rows * plan.splits * partial_floats(plan.elements, plan.queries) +
+         (p.weights ? p.B * p.T * p.S : 0) + rows;
 }
 
 inline bool is_wide(const Rows& rows, int64_t width, int bytes) {

@@ -1,5 +1,5 @@
-// Stands in for the CUDA compiler: runs a kernel's very source on the CPU, one block at a time, each
-// CUDA thread on a stack of its own (a fiber), switched where threads wait for one another.
+// Stands in for the CUDA compiler: runs a kernel's very source on the CPU, one block at a time,
+// each CUDA thread on a stack of its own (a fiber), switched where threads wait for one another.
 //
 // What a GPU would let pass, or hang on, is an error here: a warp that does not meet at the same
 // collective operation, a barrier that not all threads reach, a misaligned wide load. Shared memory
