@@ -103,7 +103,8 @@ class Call:
         strides = zip(tensor.shape, tensor.stride(), strict=True)
         elements = 1 + sum((size - 1) * stride for size, stride in strides)
         flat = self.memory(elements * tensor.element_size()).view(tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        flat.copy_(tensor.as_strided((elements,), (1,)))  # and what lies between
+        return flat.as_strided(tensor.shape, tensor.stride())
 
     def memory(self, count: int) -> Tensor:
         """``count`` bytes in front of a page that must not be touched, as uint8."""
