@@ -45,7 +45,7 @@ class Target:
         with self._settings():
             try:
                 yield
-            except ValueError as error:
+            except Exception as error:  # torch's opcheck wraps it in one of its own
                 if self.backend not in FORWARD_ONLY or "no backend can do" not in str(error):
                     raise
                 pytest.skip(str(error))

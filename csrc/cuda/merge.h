@@ -99,7 +99,6 @@ __device__ void merge_warps(Sums<C>& sums, float* shared) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int warps = int(blockDim.x) / kLanes;
   sums.sum = Owned<C>::sum(sums.sum);
-  __syncthreads();
   float* stats = shared;  // largest score and sum, of each warp and query
   if (own.row == 0 && own.first) {
     stats[2 * (warp * C::queries + own.query)] = sums.max;
@@ -173,7 +172,10 @@ __device__ void gather_partials(Sums<C>& sums, const float* partials, int count)
   }
   sums.clear();
   sums.sum = 0.0f;
-#pragma unroll 1
+  // Several partials in flight, within 64 registers: the loads are all that takes time here.
+  [[maybe_unused]] constexpr int kInFlight =
+      C::queries * C::elements <= 16 ? 4 : 64 / (C::queries * C::elements);
+#pragma unroll kInFlight
   for (int i = warp; i < count; i += warps) {
     const float* partial = partials + i * step;
 #pragma unroll
