@@ -200,12 +200,16 @@ __device__ bool merge_blocks(Sums<C>& sums, float* partials, int split, int coun
                              unsigned* counter, float* shared) {
   int* is_last = reinterpret_cast<int*>(shared + kSharedHeader - 1);
   if (threadIdx.x < kLanes) store_partial<C>(sums, partials + split * C::partial);
-  __threadfence();  // of every thread: scores were written by all
+  // As cooperative_groups synchronises a grid: the barriers order the threads of a block, and the
+  // fences of one thread, which hold for what it has seen, order the blocks.
   __syncthreads();
-  if (threadIdx.x == 0) *is_last = atomicInc(counter, count - 1) == unsigned(count - 1);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *is_last = atomicInc(counter, count - 1) == unsigned(count - 1);
+    __threadfence();
+  }
   __syncthreads();
   if (!*is_last) return false;
-  __threadfence();
   gather_partials<C>(sums, partials, count);
   merge_warps<C>(sums, shared);
   return true;
