@@ -4,7 +4,7 @@
 // What a GPU would let pass, or hang on, is an error here: a warp that does not meet at the same
 // collective operation, a barrier that not all threads reach, a misaligned wide load. Shared memory
 // starts as NaN, and like the workspace it ends at a page that must not be touched. The order in
-// which blocks and threads run comes from a seed.
+// which blocks and warps run, and how far one gets while others stand still, come from a seed.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <list>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -74,6 +76,8 @@ struct Warp {
   uint32_t given[32], results[32];
 };
 
+constexpr size_t kStack = 64 << 10;
+
 struct Fiber {
   Index thread;
   ucontext_t start;
@@ -81,25 +85,37 @@ struct Fiber {
   bool started = false, done = false;
   const uint64_t* awaited = nullptr;  // runs on when this is no longer `seen`
   uint64_t seen = 0;
-  std::vector<char> stack = std::vector<char>(64 << 10);
+  std::unique_ptr<char[]> stack{new char[kStack]};
+
+  bool can_run() const { return !done && !(awaited && *awaited == seen); }
 };
 
-// All state of the block that runs; the calls of one thread at a time.
-struct Machine {
+struct Block {
+  Block(unsigned index, unsigned threads, size_t shared_bytes)
+      : fibers(threads), warps(threads / 32), shared(shared_bytes) {
+    this->index.x = index;
+    for (unsigned i = 0; i < threads; ++i) fibers[i].thread.x = i;
+  }
+  Index index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Fiber* current = nullptr;
-  Index block_index, block_size;
-  char* shared = nullptr;
-  std::function<void()> kernel;
-  jmp_buf scheduler;
-  std::string error;
+  Guarded shared;
   int at_barrier = 0;
   uint64_t barrier_generation = 0;
   int or_so_far = 0, or_result = 0;
+};
+
+// All state of what runs; the calls of one thread at a time.
+struct Machine {
+  Fiber* current = nullptr;
+  Block* block = nullptr;
+  Index block_size;
+  std::function<void()> kernel;
+  jmp_buf scheduler;
+  std::string error;
 
   void fail(const std::string& what) {
-    error = what + " (block " + std::to_string(block_index.x) + ", thread " +
+    error = what + " (block " + std::to_string(block->index.x) + ", thread " +
             std::to_string(current->thread.x) + ")";
     _longjmp(scheduler, 1);
   }
@@ -112,7 +128,7 @@ struct Machine {
 
   // Hands in a value; afterwards `results` of the warp holds those of all its lanes.
   const uint32_t* meet(Meeting meeting, unsigned mask, uint32_t value) {
-    Warp& warp = warps[current->thread.x / 32];
+    Warp& warp = block->warps[current->thread.x / 32];
     if (mask != 0xffffffffu) fail("a collective operation of less than a warp");
     if (warp.arrived == 0) warp.meeting = meeting;
     if (warp.meeting != meeting) fail("lanes of a warp meet at different operations");
@@ -128,20 +144,39 @@ struct Machine {
   }
 
   int barrier(int value) {
-    or_so_far |= value;
-    if (++at_barrier == int(fibers.size())) {
-      at_barrier = 0;
-      or_result = or_so_far;
-      or_so_far = 0;
-      ++barrier_generation;
+    Block& here = *block;
+    here.or_so_far |= value;
+    if (++here.at_barrier == int(here.fibers.size())) {
+      here.at_barrier = 0;
+      here.or_result = here.or_so_far;
+      here.or_so_far = 0;
+      ++here.barrier_generation;
     } else {
-      wait(&barrier_generation);
+      wait(&here.barrier_generation);
     }
-    return or_result;
+    return here.or_result;
+  }
+
+  // Runs a thread until it waits or is done.
+  void run(Block& its_block, Fiber& fiber) {
+    block = &its_block;
+    current = &fiber;
+    fiber.awaited = nullptr;
+    if (_setjmp(scheduler)) {
+      if (!error.empty()) throw std::runtime_error(error);
+      return;
+    }
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, &Machine::enter, 0);
+    setcontext(&fiber.start);
   }
 
   static void enter();
-  void run_block(unsigned index, const std::vector<int>& order);
 };
 
 inline Machine machine;
@@ -152,64 +187,47 @@ inline void Machine::enter() {
   _longjmp(machine.scheduler, 1);
 }
 
-inline void Machine::run_block(unsigned index, const std::vector<int>& order) {
-  block_index.x = index;
-  at_barrier = or_so_far = 0;
-  error.clear();
-  warps.assign(warps.size(), Warp());
-  for (Fiber& fiber : fibers) {
-    fiber.started = fiber.done = false;
-    fiber.awaited = nullptr;
-  }
-  static size_t place, left;  // kept across the jumps
-  static bool moved;
-  static const std::vector<int>* places;
-  places = &order;
-  for (left = 1; left > 0;) {
-    left = 0;
-    moved = false;
-    for (place = 0; place < fibers.size(); ++place) {
-      current = &fibers[size_t((*places)[place])];
-      if (current->done) continue;
-      ++left;
-      if (current->awaited && *current->awaited == current->seen) continue;
-      current->awaited = nullptr;
+// Runs the threads of a block that can; returns whether there were any. If `random` is given it
+// leaves out some warps, and now and then some lanes of a warp.
+inline bool advance(Block& block, std::mt19937_64* random) {
+  bool moved = false;
+  for (size_t warp = 0; warp < block.warps.size(); ++warp) {
+    const uint64_t drawn = random ? (*random)() : 0;
+    const auto lanes = drawn % 8 == 1 ? uint32_t(drawn >> 32) : drawn % 4 == 2 ? 0 : 0xffffffffu;
+    for (size_t lane = 0; lane < 32; ++lane) {
+      Fiber& fiber = block.fibers[warp * 32 + lane];
+      if (!(lanes >> lane & 1) || !fiber.can_run()) continue;
       moved = true;
-      if (_setjmp(scheduler)) {
-        if (!error.empty()) throw std::runtime_error(error);
-        continue;
-      }
-      if (current->started) _longjmp(current->resume, 1);
-      current->started = true;
-      getcontext(&current->start);
-      current->start.uc_stack.ss_sp = current->stack.data();
-      current->start.uc_stack.ss_size = current->stack.size();
-      current->start.uc_link = nullptr;
-      makecontext(&current->start, &Machine::enter, 0);
-      setcontext(&current->start);
+      machine.run(block, fiber);
     }
-    if (left > 0 && !moved) throw std::runtime_error("threads wait for one another for ever");
   }
+  return moved;
 }
 
-// Runs the blocks in an order that comes from the seed; in their own for seed 0.
+inline bool is_done(const Block& block) {
+  return std::all_of(block.fibers.begin(), block.fibers.end(), [](auto& f) { return f.done; });
+}
+
+// Runs the blocks one after the other; or, for a seed other than 0, in an order that comes from it,
+// three at a time, of which now these threads run and now those.
 inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed,
                    std::function<void()> kernel) {
-  Guarded shared(shared_bytes);
-  machine.fibers = std::vector<Fiber>(threads);
-  machine.warps = std::vector<Warp>(threads / 32);
   machine.block_size.x = threads;
-  machine.shared = shared.data;
   machine.kernel = std::move(kernel);
-  std::vector<int> order(threads), sequence(blocks);
-  for (unsigned i = 0; i < threads; ++i) machine.fibers[i].thread.x = unsigned(order[i] = int(i));
-  for (unsigned i = 0; i < blocks; ++i) sequence[i] = int(i);
+  machine.error.clear();
+  std::vector<unsigned> sequence(blocks);
+  for (unsigned i = 0; i < blocks; ++i) sequence[i] = i;
   std::mt19937_64 random(seed);
   if (seed != 0) std::shuffle(sequence.begin(), sequence.end(), random);
-  for (int block : sequence) {
-    if (seed != 0) std::shuffle(order.begin(), order.end(), random);
-    shared.poison();
-    machine.run_block(unsigned(block), order);
+  std::list<Block> running;
+  for (auto next = sequence.begin(); next != sequence.end() || !running.empty();) {
+    while (next != sequence.end() && running.size() < (seed != 0 ? 3 : 1))
+      running.emplace_back(*next++, threads, shared_bytes);
+    bool moved = false;
+    for (Block& block : running) moved |= advance(block, seed != 0 ? &random : nullptr);
+    for (Block& block : running) moved = moved || advance(block, nullptr);
+    if (!moved) throw std::runtime_error("threads wait for one another for ever");
+    running.remove_if(is_done);
   }
 }
 
@@ -224,7 +242,7 @@ To bits_as(From from) {
 }  // namespace on_host
 
 #define threadIdx (on_host::machine.current->thread)
-#define blockIdx (on_host::machine.block_index)
+#define blockIdx (on_host::machine.block->index)
 #define blockDim (on_host::machine.block_size)
 
 inline uint32_t __float_as_uint(float x) { return on_host::bits_as<uint32_t>(x); }
@@ -292,7 +310,9 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | ((exponent + 14) * 1024 + units));
 }
 
-inline float* shared_memory() { return reinterpret_cast<float*>(on_host::machine.shared); }
+inline float* shared_memory() {
+  return reinterpret_cast<float*>(on_host::machine.block->shared.data);
+}
 
 }  // namespace
 }  // namespace fused_attn
