@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SETUP_STAMP = .venv/.setup-stamp
 BUILD_STAMP = build/.native-stamp
 NATIVE_SOURCES = CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # A compiler that is there must succeed; where there is none, the eager backend does the work.
 NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 # Without the root of the checkout on sys.path, `import kernels` is not ours, as in an install.

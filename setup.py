@@ -72,6 +72,7 @@ def run_cmake(install_prefix: Path) -> None:
         f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DFUSED_ATTN_CUDA=AUTO",  # or a build that failed with CUDA would leave it off for ever
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     try:
@@ -81,8 +82,25 @@ def run_cmake(install_prefix: Path) -> None:
             raise
         shutil.rmtree(build_dir)  # its cache may name a compiler or a checkout that has moved
         run_step("configuring", configure)
-    run_step("compiling", [program, "--build", build_dir])
+    compile_step = [program, "--build", build_dir]
+    try:
+        run_step("compiling", compile_step)
+    except CompileError:
+        if not compiles_cuda_by_chance(build_dir):
+            raise
+        # nvcc passed CMake's test and failed on the sources. The CPU must not suffer from it.
+        why = "compiling with it failed; the output of the build says how"
+        run_step(
+            "configuring", [*configure, "-DFUSED_ATTN_CUDA=OFF", f"-DFUSED_ATTN_CUDA_WHY={why}"]
+        )
+        run_step("compiling", compile_step)
     run_step("installing", [program, "--install", build_dir, "--prefix", install_prefix])
+
+
+def compiles_cuda_by_chance(build_dir: Path) -> bool:
+    """Whether the build uses nvcc because it is there, and not because someone asked for it."""
+    cache = (build_dir / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
+    return {"FUSED_ATTN_CUDA:STRING=AUTO", "FUSED_ATTN_CUDA_MISSING:INTERNAL="} <= set(cache)
 
 
 def run_step(step: str, command: list[str | Path]) -> None:

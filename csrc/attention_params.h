@@ -34,7 +34,7 @@ struct AttentionParams {
   Rows memory_exp;          // (B, S, K), concat, or null: exp(2 memory_proj), -1 where too large
   const void* v = nullptr;  // (K), concat
 
-  const int64_t* lengths = nullptr;  // (B), or null: all S
+  const int64_t* lengths = nullptr;  // (B), or null: all S; in the caller's memory, for the CPU
   const uint8_t* mask = nullptr;     // (B, 1 or T, S), non-zero = attend, or null
   int64_t mask_b = 0, mask_t = 0, mask_s = 0;
   const uint8_t* keep = nullptr;  // (B, T, S) contiguous, zero = dropped, or null
@@ -43,7 +43,17 @@ struct AttentionParams {
   // Written by the forward pass, read by the backward one. Contiguous.
   void* context = nullptr;    // (B, T, E)
   void* weights = nullptr;    // (B, T, S), or null
-  void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double
+  void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double; on a GPU
+                              // null where nobody asked for it
+
+  // On a GPU only.
+  int device = 0;                        // its number; all other pointers point into its memory
+  void* stream = nullptr;                // where the work is enqueued; null is the default stream
+  const void* device_lengths = nullptr;  // (B), or null: all S. Clamped to 0..S where they are read
+  int64_t length_stride = 1;
+  int length_bytes = 8;            // of each: 1, 2, 4 or 8
+  bool lengths_are_signed = true;  // bytes may be either, the rest are
+  float* workspace = nullptr;      // as many as cuda_workspace() says; uninitialised
 
   // Backward only.
   Rows grad_context;                 // (B, T, E)

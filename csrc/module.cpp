@@ -12,7 +12,11 @@
 #include "attention_params.h"
 #include "cpu/driver.h"
 #include "cpu/isa.h"
+#include "cuda_build.h"
 #include "tensor_exchange.h"
+#ifdef FUSED_ATTN_CUDA
+#include "cuda/driver.h"
+#endif
 
 using namespace fused_attn;
 
@@ -27,7 +31,8 @@ double number(PyObject* object) {
 // One call: the parameters, and what must live until it is over.
 class Call {
  public:
-  Call(PyObject* query, PyObject* memory) : query_("query", query), memory_("memory", memory) {
+  Call(PyObject* query, PyObject* memory, Device device = {})
+      : memory_("memory", memory, device), query_("query", query, memory_.device()) {
     if (query_.ndim() != 3 || memory_.ndim() != 3) {
       throw py::value_error("query and memory must have shapes (B, T, K) and (B, S, E), got " +
                             query_.shape() + " and " + memory_.shape());
@@ -38,7 +43,12 @@ class Call {
     p.E = memory_.size(2);
     p.T = query_.size(1);
     p.K = query_.size(2);
-    p.threads = torch_threads();
+    if (on_gpu()) {
+      p.device = memory_.device().id;
+      p.stream = current_stream(memory_.device());
+    } else {
+      p.threads = torch_threads();
+    }
     query_.check_shape({p.B, p.T, p.K}).check_dtype(p.dtype);
     p.query = query_.make_unit_stride().rows();
     p.memory = memory_.make_unit_stride().rows();
@@ -51,16 +61,21 @@ class Call {
 
   void concat(PyObject* memory_proj, PyObject* memory_exp, PyObject* v) {
     p.score = Score::concat;
-    proj_ = Argument("memory_proj", memory_proj);
+    proj_ = argument("memory_proj", memory_proj);
     p.memory_proj = rows(proj_, {p.B, p.S, p.K}, p.dtype);
     if (memory_exp != Py_None) {
-      exp_ = Argument("memory_exp", memory_exp);
+      exp_ = argument("memory_exp", memory_exp);
       p.exp_dtype = exp_.dtype();
-      const bool is_short = p.dtype != DType::f64 && p.exp_dtype == DType::bf16;
-      if (!is_short) exp_.check_dtype(p.dtype == DType::f64 ? DType::f64 : DType::f32);
+      // A GPU's kernels are compiled for what fused_attn.attention.exponentials makes of a type.
+      const bool is_short = p.dtype == DType::bf16, may_be_short = !on_gpu() || is_short;
+      const DType whole = p.dtype == DType::f64  ? DType::f64
+                          : on_gpu() && is_short ? DType::bf16
+                                                 : DType::f32;
+      if (whole == DType::f64 || p.exp_dtype != DType::bf16 || !may_be_short)
+        exp_.check_dtype(whole);
       p.memory_exp = rows(exp_, {p.B, p.S, p.K}, p.exp_dtype);
     }
-    v_ = Argument("v", v);
+    v_ = argument("v", v);
     p.v = v_.check_shape({p.K}).check_dtype(p.dtype).make_contiguous().data();
   }
 
@@ -73,9 +88,12 @@ class Call {
     PyObject* mask = PyTuple_GET_ITEM(fields, 1);
     PyObject* keep = PyTuple_GET_ITEM(fields, 2);
     p.keep_scale = number(PyTuple_GET_ITEM(fields, 3));
-    if (lengths != Py_None) take_lengths(Argument("memory_lengths", lengths));
+    if (lengths != Py_None) {
+      const Argument given = argument("memory_lengths", lengths);
+      on_gpu() ? take_device_lengths(given) : take_lengths(given);
+    }
     if (mask != Py_None) {
-      Argument view("memory_mask", mask);
+      Argument view = argument("memory_mask", mask);
       const bool cube = view.ndim() == 3;
       const int64_t queries = cube && view.size(1) != 1 ? p.T : 1;
       (cube ? view.check_shape({p.B, queries, p.S}) : view.check_shape({p.B, p.S})).check_bool();
@@ -85,7 +103,7 @@ class Call {
       p.mask_s = view.stride(cube ? 2 : 1);
     }
     if (keep != Py_None) {
-      keep_ = Argument("keep_mask", keep);
+      keep_ = argument("keep_mask", keep);
       keep_.check_shape({p.B, p.T, p.S}).check_bool();
       p.keep = static_cast<const uint8_t*>(keep_.make_contiguous().data());
     }
@@ -97,13 +115,13 @@ class Call {
     Argument context = new_empty(memory_, {p.B, p.T, p.E}), weights, logsumexp;
     p.context = context.data();
     if (with_weights) p.weights = (weights = new_empty(memory_, {p.B, p.T, p.S})).data();
-    std::unique_ptr<double[]> unwanted;  // the kernels write it always
+    std::unique_ptr<double[]> unwanted;  // the CPU's kernels write it always
     if (with_logsumexp) {
       p.logsumexp = (logsumexp = new_empty(memory_, {p.B, p.T}, statistics)).data();
-    } else {
+    } else if (!on_gpu()) {
       p.logsumexp = (unwanted = std::unique_ptr<double[]>(new double[p.B * p.T])).get();
     }
-    run(cpu_forward);
+    on_gpu() ? run_on_gpu() : run(cpu_forward);
     py::tuple results(3);
     results[0] = context.release();
     results[1] = with_weights ? weights.release() : py::none();
@@ -158,6 +176,39 @@ class Call {
     return argument.check_shape(sizes).check_dtype(dtype).make_unit_stride().rows();
   }
 
+  bool on_gpu() const { return memory_.device().type == kCuda; }
+
+  Argument argument(const char* name, PyObject* object) const {
+    return Argument(name, object, memory_.device());
+  }
+
+  // They stay where they are, and nobody waits for them: kernels clamp them to 0..S.
+  void take_device_lengths(Argument given) {
+    given.check_shape({p.B});
+    check_integer(given);
+    p.device_lengths = given.data();
+    p.length_stride = given.stride(0);
+    p.length_bytes = given.bits() / 8;
+    p.lengths_are_signed = given.code() == TypeCode::integer;
+  }
+
+  static void check_integer(const Argument& tensor) {
+    const bool byte = tensor.code() == TypeCode::natural && tensor.bits() == 8;
+    if (tensor.code() != TypeCode::integer && !byte)
+      throw py::type_error("memory_lengths must be an integer Tensor");
+  }
+
+  void run_on_gpu() {
+#ifdef FUSED_ATTN_CUDA
+    Argument workspace;
+    if (const int64_t floats = cuda_workspace(p)) {
+      workspace = new_empty(memory_, {floats}, DType::f32);
+      p.workspace = static_cast<float*>(workspace.data());
+    }
+    run(cuda_forward);
+#endif
+  }
+
   // Checks a copy: the kernels would read out of bounds if another thread changed it afterwards.
   void take_lengths(Argument given) {
     given.check_shape({p.B});
@@ -173,16 +224,14 @@ class Call {
   }
 
   static int64_t integer_at(const Argument& tensor, int64_t index) {
+    check_integer(tensor);
     const int64_t at = index * tensor.stride(0);
     const bool is_signed = tensor.code() == TypeCode::integer;
     if (is_signed && tensor.bits() == 64) return static_cast<const int64_t*>(tensor.data())[at];
     if (is_signed && tensor.bits() == 32) return static_cast<const int32_t*>(tensor.data())[at];
     if (is_signed && tensor.bits() == 16) return static_cast<const int16_t*>(tensor.data())[at];
     if (is_signed && tensor.bits() == 8) return static_cast<const int8_t*>(tensor.data())[at];
-    if (tensor.code() == TypeCode::natural && tensor.bits() == 8) {
-      return static_cast<const uint8_t*>(tensor.data())[at];
-    }
-    throw py::type_error("memory_lengths must be an integer Tensor");
+    return static_cast<const uint8_t*>(tensor.data())[at];
   }
 
   void run(void (*compute)(const AttentionParams&)) {
@@ -190,7 +239,7 @@ class Call {
     compute(p);
   }
 
-  Argument query_, memory_, proj_, exp_, v_, keep_;
+  Argument memory_, query_, proj_, exp_, v_, keep_;
   std::vector<int64_t> lengths_;
 };
 
@@ -217,8 +266,9 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 bool flag(PyObject* object) { return object == Py_True; }
 
+template <int32_t device>
 PyObject* dot_forward(PyObject* const* a) {
-  Call call(a[0], a[1]);
+  Call call(a[0], a[1], {device, device == kCpu ? 0 : -1});
   call.dot(number(a[2]));
   call.masking(a[3]);
   return call.forward(flag(a[4]), flag(a[5]));
@@ -231,8 +281,9 @@ PyObject* dot_backward(PyObject* const* a) {
   return call.backward(a[0], a[1], a[6]);
 }
 
+template <int32_t device>
 PyObject* concat_forward(PyObject* const* a) {
-  Call call(a[0], a[4]);
+  Call call(a[0], a[4], {device, device == kCpu ? 0 : -1});
   call.concat(a[1], a[2], a[3]);
   call.masking(a[5]);
   return call.forward(flag(a[6]), flag(a[7]));
@@ -249,16 +300,34 @@ template <Py_ssize_t count, PyObject* (*body)(PyObject* const*)>
 PyMethodDef method(const char* name) {
   const auto function = reinterpret_cast<PyCFunction>(
       reinterpret_cast<void (*)()>(&entry<count, body>));  // as METH_FASTCALL is meant to be set
-  return {name, function, METH_FASTCALL, "See fused_attn.backends.cpu."};
+  return {name, function, METH_FASTCALL, "See fused_attn.backends.Backend."};
 }
 
 PyMethodDef kCalls[] = {
-    method<6, dot_forward>("dot_forward"),
+    method<6, dot_forward<kCpu>>("dot_forward"),
     method<7, dot_backward>("dot_backward"),
-    method<8, concat_forward>("concat_forward"),
+    method<8, concat_forward<kCpu>>("concat_forward"),
     method<9, concat_backward>("concat_backward"),
+#ifdef FUSED_ATTN_CUDA
+    method<6, dot_forward<kCuda>>("cuda_dot_forward"),
+    method<8, concat_forward<kCuda>>("cuda_concat_forward"),
+#endif
     {},
 };
+
+py::dict cuda_build() {
+  py::dict facts;
+  facts["missing"] = py::none();
+  facts["toolkit"] = py::none();
+#ifdef FUSED_ATTN_CUDA
+  const int version = cuda_toolkit();
+  facts["toolkit"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+#else
+  facts["missing"] = kCudaMissing;
+#endif
+  facts["architectures"] = py::str(kCudaArchitectures).attr("split")();
+  return facts;
+}
 
 }  // namespace
 
@@ -272,5 +341,7 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Do multiply-adds in registers, the yardstick of the benchmarks; returns how many\n"
         "floating-point operations that was.");
+  m.def("cuda_build", &cuda_build,
+        "The CUDA toolkit and architectures this was compiled with, or what was missing.");
   if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();
 }

@@ -6,7 +6,7 @@ namespace fused_attn {
 
 namespace {
 
-// DLPack's DLPackExchangeAPI, version 1; of its functions only the one in use has a type here.
+// DLPack's DLPackExchangeAPI, version 1; of its functions only those in use have a type here.
 struct ExchangeTable {
   uint32_t major;
   uint32_t minor;
@@ -15,10 +15,9 @@ struct ExchangeTable {
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*view_of_py_object)(void* object, TensorView* out);  // borrows; -1 and a Python error
-  void* current_work_stream;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
 const char* const kDTypeNames[] = {"float32", "float64", "bfloat16", "float16"};  // by DType
 
 // Never released: at exit the interpreter may be gone before the destructors of this module.
@@ -57,7 +56,7 @@ Argument call_new_empty(const Argument& like, Sizes sizes, PyObject* dtype) {
                                        dtype ? torch_api.dtype_keyword : nullptr);
   for (size_t i = 2; i < count; ++i) Py_XDECREF(arguments[i]);
   if (!made) throw py::error_already_set();
-  return Argument("output", py::reinterpret_steal<py::object>(made));
+  return Argument("output", py::reinterpret_steal<py::object>(made), like.device());
 }
 
 }  // namespace
@@ -93,10 +92,23 @@ int torch_threads() {
   return py::reinterpret_steal<py::int_>(count);
 }
 
-Argument::Argument(const char* name, PyObject* object) : name_(name), object_(object) { look(); }
+void* current_stream(Device device) {
+  void* stream = nullptr;
+  if (!torch_api.table->current_work_stream ||
+      torch_api.table->current_work_stream(device.type, device.id, &stream) != 0) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw std::runtime_error("torch does not tell the current stream of its device");
+  }
+  return stream;
+}
 
-Argument::Argument(const char* name, py::object&& object)
-    : name_(name), object_(object.ptr()), owned_(std::move(object)) {
+Argument::Argument(const char* name, PyObject* object, Device device)
+    : name_(name), wanted_(device), object_(object) {
+  look();
+}
+
+Argument::Argument(const char* name, py::object&& object, Device device)
+    : name_(name), wanted_(device), object_(object.ptr()), owned_(std::move(object)) {
   look();
 }
 
@@ -108,8 +120,12 @@ void Argument::look() {
                          Py_TYPE(object_)->tp_name);
   }
   if (torch_api.table->view_of_py_object(object_, &view_) != 0) throw py::error_already_set();
-  if (view_.device_type != kCpu) {
-    throw py::type_error(std::string(name_) + " must be on the cpu, got a tensor elsewhere");
+  const bool same_id = wanted_.type == kCpu || wanted_.id < 0 || view_.device_id == wanted_.id;
+  if (view_.device_type != wanted_.type || !same_id) {
+    const std::string id = wanted_.id < 0 ? "" : ":" + std::to_string(wanted_.id);
+    throw py::type_error(std::string(name_) + " must be on " +
+                         (wanted_.type == kCpu ? "the cpu" : "cuda" + id) +
+                         ", got a tensor elsewhere");
   }
 }
 
@@ -166,7 +182,8 @@ Argument new_empty(const Argument& like, Sizes sizes, DType dtype) {
 
 Argument new_zeros(const Argument& like) {
   const py::handle tensor = like.object();
-  return Argument("output", py::object(tensor.attr("new_zeros")(tensor.attr("shape"))));
+  return Argument("output", py::object(tensor.attr("new_zeros")(tensor.attr("shape"))),
+                  like.device());
 }
 
 }  // namespace fused_attn

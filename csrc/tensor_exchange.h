@@ -37,19 +37,29 @@ enum class TypeCode : uint8_t { integer = 0, natural = 1, real = 2, bfloat = 4, 
 
 using Sizes = std::initializer_list<int64_t>;
 
+constexpr int32_t kCpu = 1, kCuda = 2;  // types of a device in DLPack
+
+struct Device {
+  int32_t type = kCpu;
+  int32_t id = 0;  // -1: any of the type
+};
+
 // Take from the module `torch` what the functions below use. Throws ImportError if that torch has
 // no table of functions, or one of another major version.
 void bind_torch(const py::module_& torch);
 
 int torch_threads();  // torch.get_num_threads()
 
+// torch.cuda.current_stream(device), as the runtime of CUDA takes it.
+void* current_stream(Device device);
+
 // A tensor that a caller passed, or a contiguous copy of it. The name is for messages.
 class Argument {
  public:
   Argument() = default;
-  // Throws TypeError unless `object` is a tensor on the CPU. It must outlive this.
-  Argument(const char* name, PyObject* object);
-  Argument(const char* name, py::object&& object);  // keeps it alive
+  // Throws TypeError unless `object` is a tensor on that device. It must outlive this.
+  Argument(const char* name, PyObject* object, Device device = {});
+  Argument(const char* name, py::object&& object, Device device = {});  // keeps it alive
 
   Argument& check_shape(Sizes sizes);  // ValueError
   Argument& check_dtype(DType dtype);  // TypeError
@@ -66,6 +76,7 @@ class Argument {
   int bits() const { return view_.bits; }
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   Rows rows() const { return {data(), stride(0), stride(1)}; }  // of a (B, rows, width) tensor
+  Device device() const { return {view_.device_type, view_.device_id}; }
   std::string shape() const;
   const char* name() const { return name_; }
   PyObject* object() const { return object_; }
@@ -75,6 +86,7 @@ class Argument {
   void look();
 
   const char* name_ = "";
+  Device wanted_;
   PyObject* object_ = nullptr;
   py::object owned_;  // holds object_ where the caller does not
   TensorView view_ = {};

@@ -1,16 +1,23 @@
 """The native module: csrc/module.cpp."""
 
 from types import ModuleType
+from typing import TypedDict
 
 from torch import Tensor
 
 from fused_attn.reference import MaskingFields, Outputs, Saved
+
+class CudaBuild(TypedDict):
+    missing: str | None  # why there is no CUDA in it
+    toolkit: str | None
+    architectures: list[str]  # as CMake names them
 
 def bind_torch(torch: ModuleType) -> None: ...
 def cpu_isa() -> str: ...
 def cpu_isas_supported() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def multiply_adds(rounds: int, threads: int) -> int: ...
+def cuda_build() -> CudaBuild: ...
 def dot_forward(
     query: Tensor,
     memory: Tensor,
@@ -53,3 +60,25 @@ def concat_backward(
     saved: Saved,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+# Only where cuda_build()["missing"] is None.
+def cuda_dot_forward(
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
+    /,
+) -> Outputs: ...
+def cuda_concat_forward(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    return_weights: bool,
+    return_logsumexp: bool,
+    /,
+) -> Outputs: ...

@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "instruction_set": _instruction_set(),
+        "native_cuda": _native_cuda(),
         "backends": {name: _unavailable_reasons(name) for name in backends.BACKENDS},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
@@ -67,6 +68,15 @@ def _instruction_set() -> dict[str, Any]:
     return {"in_use": in_use, "supported": _C.cpu_isas_supported()}
 
 
+def _native_cuda() -> dict[str, Any]:
+    """What the native module was compiled with for GPUs, or why it was not."""
+    try:
+        from fused_attn import _C
+    except ImportError:
+        return {"missing": "the native module is not there", "toolkit": None, "architectures": []}
+    return dict(_C.cuda_build())
+
+
 def _unavailable_reasons(name: str) -> list[str]:
     try:
         return backends.unavailable_reasons(name)
@@ -99,6 +109,13 @@ def report() -> str:
         rows["instruction set"] = f"{isa['in_use'] or 'none'} (possible here: {possible})"
     else:
         rows["instruction set"] = "none: the native module is not there"
+    cuda = facts["native_cuda"]
+    architectures = ", ".join(cuda["architectures"])
+    rows["native CUDA"] = (
+        f"none: {cuda['missing']}"
+        if cuda["missing"]
+        else f"toolkit {cuda['toolkit']}, for {architectures}"
+    )
     usable = {
         name: "not usable: " + "\n".join(reasons) if reasons else "usable"
         for name, reasons in facts["backends"].items()

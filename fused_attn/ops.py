@@ -120,7 +120,7 @@ def _concat_forward(
     backend: str = "auto",
 ) -> Outputs:
     prepared = memory_exp is not None
-    chosen = _select(query_proj, memory, "concat", backend, False, prepared)
+    chosen = _select(query_proj, memory, "concat", backend, prepared=prepared)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     return chosen.concat_forward(*inputs, masking, return_weights, return_logsumexp)
@@ -144,7 +144,7 @@ def _concat_backward(
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     prepared = memory_exp is not None
-    chosen = _select(query_proj, memory, "concat", backend, True, prepared)
+    chosen = _select(query_proj, memory, "concat", backend, backward=True, prepared=prepared)
     masking = (memory_lengths, memory_mask, keep_mask, keep_scale)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     saved = (context, weights, logsumexp)

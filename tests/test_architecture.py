@@ -37,7 +37,7 @@ LAYERS = (
 )
 # May use what the extras install; everything else runs with torch alone.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")
-IMPORTS_NATIVE = {"backends.cpu", "info"}
+IMPORTS_NATIVE = {"backends.cpu", "backends.cuda", "info"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -118,7 +118,7 @@ def test_the_reference_imports_torch_only() -> None:
     assert external("reference", path) == {"torch"}
 
 
-def test_only_the_cpu_backend_and_info_import_the_native_module() -> None:
+def test_only_native_backends_and_info_import_the_native_module() -> None:
     users = {module for module, path in MODULES.items() if "_C" in internal(module, path)}
     assert users <= IMPORTS_NATIVE
 

@@ -265,7 +265,11 @@ BAD_OPTIONS = [
     ({"score": "concat", "scale": 2.0}, ValueError, "scale belongs to the scores 'dot' and"),
     ({"scale": "big"}, TypeError, "scale must be a number, got 'big'"),
     ({"dropout": 1.1}, ValueError, "dropout must be a probability in 0..1, got 1.1"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'cpu', 'eager', got 'gpu'"),
+    (
+        {"backend": "gpu"},
+        ValueError,
+        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got 'gpu'",
+    ),
     ({"scale": "learned"}, NotImplementedError, "scale='learned' is not implemented yet"),
     ({"local": "monotonic"}, NotImplementedError, "local attention is not implemented yet"),
     ({"local": "predictive"}, NotImplementedError, "got local='predictive'"),

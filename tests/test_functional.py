@@ -81,8 +81,18 @@ BAD_TENSORS = [
     ("dropout_p", -0.1, ValueError, "dropout_p must be a probability in 0..1, got -0.1"),
     ("dropout_p", 1.5, ValueError, "dropout_p must be a probability in 0..1, got 1.5"),
     ("dropout_p", torch.nan, ValueError, "dropout_p must be a probability in 0..1, got nan"),
-    ("backend", "cuda9", ValueError, "backend must be one of 'auto', 'cpu', 'eager', got 'cuda9'"),
-    ("backend", None, ValueError, "backend must be one of 'auto', 'cpu', 'eager', got None"),
+    (
+        "backend",
+        "cuda9",
+        ValueError,
+        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got 'cuda9'",
+    ),
+    (
+        "backend",
+        None,
+        ValueError,
+        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got None",
+    ),
     ("window", 3, NotImplementedError, "window (local attention) is not implemented yet"),
 ]
 BAD_PARAMETERS = {

@@ -50,13 +50,14 @@ def test_report_names_what_is_usable(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_several_lines_of_a_reason_stay_under_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = {"cpu": ["no module: compiling failed\n  error: expected ';'"], "eager": []}
+    reasons = {name: [] for name in backends.BACKENDS}
+    reasons["cpu"] = ["no module: compiling failed\n  error: expected ';'"]
     monkeypatch.setattr(backends, "unavailable_reasons", reasons.__getitem__)
     lines = info.report().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("  cpu"))
     assert lines[at] == "  cpu    not usable: no module: compiling failed"
     assert lines[at + 1] == "           error: expected ';'"
-    assert lines[at + 2] == "  eager  usable"
+    assert lines[at + 2] == "  cuda   usable"
 
 
 def test_report_shows_the_environment_and_a_forced_instruction_set() -> None:
@@ -85,3 +86,26 @@ def test_report_survives_a_missing_native_module() -> None:
     assert "instruction set  none" in done.stdout
     assert "cpu    not usable: the native module" in done.stdout
     assert "eager  usable" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        (
+            {"missing": None, "toolkit": "13.0", "architectures": ["80-real", "90"]},
+            "native CUDA      toolkit 13.0, for 80-real, 90",
+        ),
+        (
+            {"missing": "no nvcc", "toolkit": None, "architectures": []},
+            "native CUDA      none: no nvcc",
+        ),
+    ],
+    ids=["with", "without"],
+)
+def test_report_says_what_the_native_module_has_of_cuda(
+    facts: dict[str, object], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = pytest.importorskip("fused_attn._C", exc_type=ImportError)
+    monkeypatch.setattr(native, "cuda_build", lambda: facts)
+    assert info.collect()["native_cuda"] == facts
+    assert line in info.report().splitlines()

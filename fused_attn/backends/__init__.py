@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_attn.problem import AttentionProblem
 from fused_attn.reference import MaskingFields, Outputs, Saved
 
-BACKENDS = ("cpu", "triton", "eager")  # in the order "auto" tries them
+BACKENDS = ("cpu", "cuda", "triton", "eager")  # in the order "auto" tries them
 REQUESTS = ("auto", *BACKENDS)
 
 
