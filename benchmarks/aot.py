@@ -1,206 +1,192 @@
-"""Compile what the Triton backend would launch, for GPUs that are not here, and read the result.
+"""What the Triton kernels become on GPUs that are not here: registers, spills, instructions.
 
-The backend itself is called on meta tensors, so what is compiled is what a GPU would run: the same
-plan of the launch table, the same specialisation on strides and sizes.
+Every row of the launch table is compiled ahead of time and held against its promises: little stack,
+shared memory that the chip has, matrix instructions, loads of 16 bytes, half a reciprocal for each
+element of the concat loop.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-from dataclasses import dataclass
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-from fused_attn.kernels.launch import Chip
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fused_attn.backends.triton import backward, call, forward
+from benchmarks import table
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
+if TYPE_CHECKING:
+    from benchmarks.aot_compile import Case, Compiled, Gpu
+    from fused_attn.backends.triton.call import Launch
+
+STACK = {"cuda": 64, "hip": 128}  # bytes a thread may spill
+STACK_OF_FLAGS = 256  # with dropout or a gradient of the weights, which few calls have
+WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048)
+SHAPES = ((1, 1024), (4, 1024), (16, 1024), (64, 1024), (50, 50), (128, 8192))  # (T, S)
+MATRIX = ("online_forward", "online_backward", "rows_forward", "rows_backward", "source_gradients")
+WIDE = (*MATRIX, "step_forward", "step_backward")
+PAIRED = ("rows_forward", "rows_backward", "concat_gradients")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A target of the compiler, with the chip that the launch table is asked about."""
+def cases(quick: bool) -> Iterator[Case]:
+    """A call for every row of the launch table, and some with every flag."""
+    from benchmarks.aot_compile import Case
 
-    name: str
-    target: GPUTarget
-    chip: Chip
-
-
-GPUS = {
-    "sm_80": Gpu("sm_80", GPUTarget("cuda", 80, 32), Chip(108, 166912)),
-    "sm_90": Gpu("sm_90", GPUTarget("cuda", 90, 32), Chip(132, 232448)),
-    "gfx942": Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Chip(304, 65536, False)),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of the public operators, forward and backward."""
-
-    score: str
-    dtype: torch.dtype
-    queries: int
-    source: int
-    width: int
-    batch: int = 64
-    flags: str = ""  # of "lengths", "mask", "cube", "keep", "weights"
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"B{self.batch} T{self.queries} S{self.source} D{self.width}"
-        return " ".join(filter(None, (self.score, dtype, sizes, self.flags)))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    shapes, widths, heavy = SHAPES, WIDTHS, ((1, 1024), (64, 1024), (50, 50))
+    if quick:
+        dtypes, shapes, widths, heavy = dtypes[::2], ((1, 1024), (64, 1024)), (512,), ((64, 200),)
+    for dtype, width, (queries, source) in itertools.product(dtypes, widths, shapes):
+        for score in ("dot", "concat"):
+            yield Case(score, dtype, queries, source, width, flags="lengths")
+    for (queries, source), score in itertools.product(heavy, ("dot", "concat")):
+        for mask in ("mask", "cube"):
+            flags = f"lengths {mask} keep weights"
+            yield Case(score, torch.bfloat16, queries, source, 512, flags=flags)
+    if not quick:
+        for score in ("dot", "concat"):  # no load of 16 bytes
+            yield Case(score, torch.bfloat16, 50, 300, 999, flags="lengths")
 
 
-def _masking(case: Case) -> tuple[Any, ...]:
-    shape = (case.batch, case.queries, case.source)
-    lengths = mask = keep = None
-    if "lengths" in case.flags:
-        lengths = torch.empty(case.batch, dtype=torch.int64, device="meta")
-    if "mask" in case.flags:
-        mask = torch.empty(case.batch, case.source, dtype=torch.bool, device="meta")
-    if "cube" in case.flags:
-        mask = torch.empty(shape, dtype=torch.bool, device="meta")
-    if "keep" in case.flags:
-        keep = torch.empty(shape, dtype=torch.bool, device="meta")
-    return lengths, mask, keep, 1.0 if keep is None else 1.25
+def promises(result: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
+    """What ``result`` was to be and is not, in sentences."""
+    broken = []
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    has_flags = given.get("keep") is not None or given.get("grad_weights") is not None
+    most = STACK_OF_FLAGS if has_flags else STACK[gpu.target.backend]
+    tiles, is_aligned = result.tiles, result.tiles.get("UNIT", 1) > 1
+    dtypes = {x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)}
+    is_short = bool(dtypes & {torch.bfloat16, torch.float16})
+    if is_aligned and result.spills > most:
+        broken.append(f"{result.spills} bytes of stack, at most {most} expected")
+    if result.shared > gpu.chip.shared_memory:
+        chip = gpu.chip.shared_memory
+        broken.append(f"{result.shared} bytes of shared memory, the chip has {chip}")
+    if is_short and result.kernel in MATRIX and not result.matrix:
+        broken.append("no matrix instruction")
+    if gpu.name == "sm_90" and result.kernel == "online_forward" and tiles["BLOCK_T"] == 64:
+        if result.matrix != "wgmma":
+            broken.append("64 queries and no WGMMA")
+    if is_aligned and result.kernel in WIDE and not result.wide_loads:
+        broken.append("no load of 16 bytes")
+    is_concat = tiles.get("CONCAT", 1) and result.kernel in PAIRED
+    is_loop = is_concat and result.loop_elements >= 32 and given["T"] != 1  # one query: no loop
+    if gpu.target.backend == "cuda" and is_loop:
+        share = result.loop_reciprocals / result.loop_elements
+        if not 0.0 < share <= 0.51:
+            broken.append(f"{share:.2f} reciprocals for an element of the concat loop, expected .5")
+    return broken
 
 
-def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launch]]:
-    """What the forward and the backward of ``case`` launch."""
+def jobs(gpu: Gpu, quick: bool) -> list[tuple[str, Launch]]:
+    """Each kernel that the cases would launch, specialised, once: (case, launch)."""
+    from benchmarks.aot_compile import launches, source_of
 
-    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    batch, queries, source, width = case.batch, case.queries, case.source, case.width
-    query, memory = empty(batch, queries, width), empty(batch, source, width)
-    weights = empty(batch, queries, source) if "weights" in case.flags else None
-    saved = (empty(batch, queries, width), weights, empty(batch, queries, dtype=torch.float32))
-    grads, masking = (empty(batch, queries, width), weights), _masking(case)
-    wanted = (weights is not None, True)
-    with call.recording(chip) as forwards:
-        if case.score == "dot":
-            forward.dot(query, memory, 1.0, masking, *wanted)
-        else:
-            exps = empty(*memory.shape) if queries == 1 else None
-            inputs = (query, memory, exps, empty(width), memory)
-            forward.concat(*inputs, masking, *wanted)
-    with call.recording(chip) as backwards:
-        if case.score == "dot":
-            backward.dot(*grads, query, memory, 1.0, masking, saved)
-        else:
-            backward.concat(*grads, query, memory, empty(width), memory, masking, saved)
-    return forwards, backwards
+    found: dict[str, tuple[str, Launch]] = {}
+    for case in cases(quick):
+        for pass_, made in zip(("forward", "backward"), launches(case, gpu.chip), strict=True):
+            for launch in made:
+                source, options = source_of(launch)
+                found.setdefault(f"{source.hash()} {options}", (f"{case} {pass_}", launch))
+    return list(found.values())
 
 
-def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel with its arguments' types, specialised as a call would, and its options."""
-    names = launch.kernel.arg_names
-    given = {**dict(zip(names, launch.arguments, strict=False))}
-    given |= {name: value for name, value in launch.options.items() if name in names}
-    options = {name: value for name, value in launch.options.items() if name not in names}
-    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(names):
-        value = given[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in constant or value is None or (value == 1 and isinstance(value, int)):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes), options
+def run(gpu: Gpu, quick: bool) -> tuple[list[dict[str, Any]], int]:
+    """Compile all of a GPU's kernels: rows of what came of them, and how many broke a promise."""
+    from benchmarks.aot_compile import compile_for
+
+    def one(job: tuple[str, Launch]) -> dict[str, Any]:
+        case, launch = job
+        try:
+            result = compile_for(launch, gpu)
+        except Exception as error:  # the compiler raises anything
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = f"does not compile: {lines[0][:200]}"
+            return {"case": case, "kernel": launch.kernel.__name__, "broken": [reason]}
+        broken = promises(result, launch, gpu)
+        return {"case": case, **asdict(result), "elements": result.loop_elements, "broken": broken}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(one, jobs(gpu, quick)))
+    return rows, sum(bool(row["broken"]) for row in rows)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of one kernel."""
-
-    kernel: str
-    tiles: str
-    registers: int
-    spills: int  # bytes of stack
-    shared: int  # bytes
-    matrix: str  # "wgmma", "mma", "mfma" or ""
-    wide_loads: int
-    narrow_loads: int
-    reciprocals: int
-    local: int = 0  # instructions that read or write the stack
-
-
-def compile_for(launch: call.Launch, gpu: Gpu) -> Compiled:
-    source, options = source_of(launch)
-    if gpu.target.backend == "hip":
-        options = {**options, "num_stages": min(options.get("num_stages", 2), 2)}
-    kernel = triton.compile(source, target=gpu.target, options=options)
-    tiles = {k: v for k, v in launch.options.items() if k.isupper() and not isinstance(v, bool)}
-    text = " ".join(f"{k}={v}" for k, v in {**tiles, **options}.items() if k != "enable_fp_fusion")
-    read = _read_hip if gpu.target.backend == "hip" else _read_cuda
-    return Compiled(
-        launch.kernel.__name__, text, shared=kernel.metadata.shared, **read(kernel, gpu)
-    )
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "tiles" not in row:
+        return [row["kernel"], *[""] * 7, "; ".join(row["broken"]), row["case"]]
+    names = {k.removeprefix("BLOCK_").lower(): v for k, v in row["tiles"].items()}
+    tiles = " ".join(f"{name}={value}" for name, value in names.items())
+    per_element = ""
+    if row["loop_reciprocals"] and row["kernel"] in PAIRED and row["elements"]:
+        reciprocals = row["loop_reciprocals"] / row["elements"]
+        per_element = f"{reciprocals:.2f} of {row['loop_instructions'] / row['elements']:.1f}"
+    return [
+        *(row["kernel"], f"{tiles} warps={row['num_warps']} stages={row['num_stages']}"),
+        *(str(row[name]) for name in ("registers", "spills", "shared")),
+        *(row["matrix"], f"{row['wide_loads']}/{row['narrow_loads']}", per_element),
+        *("; ".join(row["broken"]) or "ok", row["case"]),
+    ]
 
 
-def _tool(name: str, *arguments: str | Path) -> str:
-    command = [TOOLS / name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+HEADER = [
+    *("kernel", "tiles", "registers", "stack", "shared", "matrix", "16-byte/other loads"),
+    *("reciprocals of instructions an element", "verdict", "first seen in"),
+]
 
 
-def _read_cuda(kernel: Any, gpu: Gpu) -> dict[str, Any]:
-    import tempfile
+def main(arguments: list[str]) -> int:
+    """Compile, print the table, and return 1 if a promise is broken."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
+    parser.add_argument("--gpu", action="append", help="sm_80, sm_90 or gfx942; all if not given")
+    parser.add_argument("--quick", action="store_true", help="one width and few shapes")
+    parser.add_argument("--output", type=Path, help="a directory for GPU.json and GPU.txt")
+    parser.add_argument("--verbose", action="store_true", help="print the rows that are fine too")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: interpreted kernels have no compiler")
+    try:
+        import triton
+    except ImportError:
+        parser.error("the package triton is not installed")
+    from benchmarks.aot_compile import GPUS
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*", sass)
-    wide = sum(".128" in load for load in loads)
-    matrix = "wgmma" if "HGMMA" in sass else "mma" if "HMMA" in sass else ""
-    return {
-        "registers": registers,
-        "spills": stack,
-        "matrix": matrix,
-        "wide_loads": wide,
-        "narrow_loads": len(loads) - wide,
-        "reciprocals": sass.count("MUFU.RCP"),
-        "local": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-    }
+    names = options.gpu or list(GPUS)
+    if unknown := set(names) - GPUS.keys():
+        parser.error(f"--gpu must be one of {', '.join(GPUS)}, got {', '.join(sorted(unknown))}")
+    failures = 0
+    for name in names:
+        began = time.monotonic()
+        rows, broken = run(GPUS[name], options.quick)
+        shown = [row for row in rows if row["broken"] or options.verbose]
+        if shown:
+            print(table.render(HEADER, [_cells(row) for row in shown], text_columns=2))
+        seconds = time.monotonic() - began
+        made = f"{name}, triton {triton.__version__}: {len(rows)} kernels in {seconds:.0f} s"
+        print(f"{made}, {broken} with a broken promise", flush=True)
+        if options.output:
+            _write(options.output, name, triton.__version__, rows)
+        failures += broken
+    return 1 if failures else 0
 
 
-def _read_hip(kernel: Any, gpu: Gpu) -> dict[str, Any]:
-    text = kernel.asm["amdgcn"]
+def _write(directory: Path, name: str, version: str, rows: list[dict[str, Any]]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    text = table.render(HEADER, [_cells(row) for row in rows], text_columns=2)
+    head = f"{name}, triton {version}, compiled ahead of time; nothing here was run on a GPU.\n\n"
+    for suffix, content in ((".json", json.dumps(rows, indent=1)), (".txt", head + text)):
+        target = directory / f"{name}-triton-{version}{suffix}"
+        partial = target.with_suffix(suffix + ".partial")
+        partial.write_text(content + "\n", encoding="utf-8")
+        partial.replace(target)
 
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
-    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
-    loads = len(re.findall(r"(?:global|buffer)_load_\w+", text))
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") * 4,
-        "matrix": "mfma" if "v_mfma" in text else "",
-        "wide_loads": wide,
-        "narrow_loads": loads - wide,
-        "reciprocals": text.count("v_rcp_f32"),
-    }
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

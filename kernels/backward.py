@@ -14,8 +14,8 @@ import triton.language as tl
 from .concat import concat_scores
 from .forward import store_rows
 from .tiles import (
-    LOG2E,
     counted_positions,
+    exp,
     hide,
     kept_factor,
     load_tile,
@@ -60,15 +60,17 @@ def score_gradients(
     scores, grads, delta, counts, queries, b, offs_t, offs_s,
     grad_weights, logsumexp, keep, kept, grad_scores,
     extra_b, extra_t, extra_s, T, S, end, scale, keep_scale,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Weights from the log-sum-exp, then dS = P (dP - delta): stored, and returned, times scale.
 
-    scores in units of log2, grads = dO . memory, both (BLOCK_T, BLOCK_S).
+    scores and grads = dO . memory, both (BLOCK_T, BLOCK_S). WHOLE: the tile has all
+    positions, so that delta = sum_s P dP is at hand, without the rounding of dO . O.
     """
-    log2 = tl.load(logsumexp + b.to(tl.int64) * T + offs_t, mask=queries, other=0.0) * LOG2E
-    log2 = tl.where(log2 == float("-inf"), 0.0, log2)
+    log = tl.load(logsumexp + b.to(tl.int64) * T + offs_t, mask=queries, other=0.0)
+    log = tl.where(log == float("-inf"), 0.0, log)
     counts = counts & queries[:, None]
-    weight = tl.where(counts, tl.exp2(scores - log2[:, None]), 0.0)
+    weight = tl.where(counts, exp(scores - log[:, None]), 0.0)
     summed = weight
     if keep is not None:
         factor = kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
@@ -78,6 +80,8 @@ def score_gradients(
         at = grad_weights + b.to(tl.int64) * extra_b + offs_t.to(tl.int64)[:, None] * extra_t
         at += offs_s.to(tl.int64)[None, :] * extra_s
         grads += tl.load(at, mask=counts, other=0.0).to(tl.float32)
+    if WHOLE:
+        delta = tl.sum(tl.where(counts, weight * grads, 0.0), axis=1)
     grad = tl.where(counts, weight * (grads - delta[:, None]), 0.0) * scale
     inside = queries[:, None] & (offs_s < end)[None, :]
     at = pair_tile(kept, b, offs_t, offs_s, T, S)
@@ -96,15 +100,15 @@ def rows_backward(
     query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t,
     extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
     T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
-    CONCAT: tl.constexpr, MASK: tl.constexpr,
+    CONCAT: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
 
     kept and grad_scores (B, T, S): P and dS. grad_query (B, splits, T, E), None for concat, whose
-    query gets its gradient from `concat_gradients`. ``deltas`` (B, T) is None where the weights got
-    no gradient: then delta = dO . O is made here.
+    query gets its gradient from `concat_gradients`. With SPLIT ``deltas`` (B, T) is None where the
+    weights got no gradient: then delta = dO . O is made here.
     """
     query_b, query_t = query_b * UNIT, query_t * UNIT
     memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
@@ -122,8 +126,8 @@ def rows_backward(
     offs_e = tl.arange(0, BLOCK_E)
     queries = offs_t < T
     count = row_count(lengths, lengths_stride, b, S)
-    if split > 0:
-        if split * BLOCK_S >= count:
+    if SPLIT:
+        if split * BLOCK_S >= count and split > 0:
             return  # padding only
     rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
     counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
@@ -143,7 +147,6 @@ def rows_backward(
             query_t, proj_s, A, exp_width, exp_queries, exp_source,
             MASK, BLOCK_T, BLOCK_S, FAST_RCP,
         )  # fmt: skip
-        scores *= LOG2E
     else:
         scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
     for e in range(0, E, BLOCK_E):
@@ -158,17 +161,17 @@ def rows_backward(
             at = grad_context + wide * seed_b
             seed = load_tile(at, seed_t, offs_t, queries, e + offs_e, E)
             grads = product(seed, tl.trans(tile), grads, PRECISION, WIDEN)
-            if deltas is None:
+            if SPLIT and deltas is None:
                 result = load_tile(context + wide * T * E, E, offs_t, queries, e + offs_e, E)
                 delta += tl.sum(seed.to(tl.float32) * result.to(tl.float32), axis=1)
     if not CONCAT:
-        scores *= scale * LOG2E
+        scores *= scale
 
     scores = hide(scores, counts, bad, MASK)
     grad = score_gradients(
         scores, grads, delta, counts, queries, b, offs_t, offs_s,
         grad_weights, logsumexp, keep, kept, grad_scores,
-        extra_b, extra_t, extra_s, T, S, count, scale, keep_scale,
+        extra_b, extra_t, extra_s, T, S, count, scale, keep_scale, not SPLIT,
     ).to(memory.dtype.element_ty)  # fmt: skip
     if not CONCAT:
         grad_query += (wide * splits + split) * T * E
@@ -240,7 +243,7 @@ def online_backward(
         if MASK == 2:
             tile, bad = split_nonfinite(tile)
         zero = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * (scale * LOG2E)
+        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * scale
         scores = hide(scores, counts, bad, MASK)
         grads = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         if grad_context is not None:
@@ -248,7 +251,7 @@ def online_backward(
         grad = score_gradients(
             scores, grads, delta, counts, queries, b, offs_t, offs_s,
             grad_weights, logsumexp, keep, kept, grad_scores,
-            extra_b, extra_t, extra_s, T, S, end, scale, keep_scale,
+            extra_b, extra_t, extra_s, T, S, end, scale, keep_scale, False,
         )  # fmt: skip
         acc = product(grad.to(memory.dtype.element_ty), tile, acc, PRECISION, WIDEN)
     store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)

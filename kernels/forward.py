@@ -1,8 +1,8 @@
 """Forward kernels of the dot score: one query, short rows, long rows; and the merge of splits.
 
 Every program reads its part of the memory once for the score and the weighted sum. Where S is
-split, a program leaves a normalised context and its log2-sum, and `merge_forward` combines them in
-the order of the splits, so that results repeat bit for bit.
+split, a program leaves a normalised context and its log-sum-exp, and `merge_forward` combines them
+in the order of the splits, so that results repeat bit for bit.
 """
 
 import triton
@@ -10,14 +10,13 @@ import triton.language as tl
 
 from .concat import concat_scores
 from .tiles import (
-    LN2,
-    LOG2E,
     counted_positions,
+    exp,
     hide,
     inverse_or_zero,
     kept_factor,
     load_tile,
-    log2sum,
+    log_sum,
     pair_tile,
     peak_or_zero,
     product,
@@ -87,7 +86,6 @@ def rows_forward(
             query_t, proj_s, A, exp_width, exp_queries, exp_source,
             MASK, BLOCK_T, BLOCK_S, FAST_RCP,
         )  # fmt: skip
-        scores *= LOG2E
         if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
             for e in range(0, E, BLOCK_E):
                 _, spoiled = split_nonfinite(
@@ -103,25 +101,25 @@ def rows_forward(
                 bad = bad | spoiled
             heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
             scores = product(heads, tl.trans(tile), scores, PRECISION, WIDEN)
-        scores *= scale * LOG2E
+        scores *= scale
 
     scores = hide(scores, counts, bad, MASK)
     peak = peak_or_zero(tl.max(scores, axis=1))
-    exps = tl.exp2(scores - peak[:, None])
+    exps = exp(scores - peak[:, None])
     total = tl.sum(exps, axis=1)
     normal = exps * inverse_or_zero(total)[:, None]
-    log2 = log2sum(peak, total)
+    log = log_sum(peak, total)
     inside = queries[:, None] & (offs_s < S)[None, :]
     if SPLIT:
         slot = b.to(tl.int64) * splits + split
-        tl.store(logsumexp + slot * T + offs_t, log2, mask=queries)
+        tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
         context += slot * T * E
         if scores_out is not None:
             tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
     else:
         context += b.to(tl.int64) * T * E
         if logsumexp is not None:
-            tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log2 * LN2, mask=queries)
+            tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log, mask=queries)
         if weights is not None:
             at = pair_tile(weights, b, offs_t, offs_s, T, S)
             tl.store(at, normal.to(weights.dtype.element_ty), mask=inside)
@@ -184,15 +182,15 @@ def online_forward(
         if MASK == 2:
             tile, bad = split_nonfinite(tile)
         zero = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * (scale * LOG2E)
+        scores = product(heads, tl.trans(tile), zero, PRECISION, WIDEN) * scale
         scores = hide(scores, counts, bad, MASK)
         if scores_out is not None:
             inside = queries[:, None] & (offs_s < end)[None, :]
             tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         shift = peak_or_zero(higher)
-        exps = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(peak - shift)
+        exps = exp(scores - shift[:, None])
+        fade = exp(peak - shift)
         total = total * fade + tl.sum(exps, axis=1)
         peak = higher
         if keep is not None:
@@ -200,24 +198,24 @@ def online_forward(
         exps = exps.to(memory.dtype.element_ty)
         acc = product(exps, tile, acc * fade[:, None], PRECISION, WIDEN)
     acc *= inverse_or_zero(total)[:, None]
-    log2 = log2sum(peak_or_zero(peak), total)
+    log = log_sum(peak_or_zero(peak), total)
     slot = b.to(tl.int64) * splits + split
     if SPLIT:
-        tl.store(logsumexp + slot * T + offs_t, log2, mask=queries)
+        tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
     elif logsumexp is not None:
-        tl.store(logsumexp + slot * T + offs_t, log2 * LN2, mask=queries)
+        tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
     store_rows(acc, context + slot * T * E, offs_t, T, offs_e, E)
 
 
 @triton.jit
 def merge_forward(
-    partial, partial_log2, scores, lengths, context, weights, logsumexp,
+    partial, partial_log, scores, lengths, context, weights, logsumexp,
     lengths_stride, T, S, E, splits, segment,
     BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query in their order, and turn its scores into weights.
 
-    partial (B, splits, T, E), partial_log2 (B, splits, T), scores (B, T, S) or None.
+    partial (B, splits, T, E), partial_log (B, splits, T), scores (B, T, S) or None.
     """
     E = E * UNIT
     row = tl.program_id(0)
@@ -227,24 +225,24 @@ def merge_forward(
     live = tl.cdiv(count, segment)  # the splits that had something to do
     index = tl.arange(0, BLOCK_SPLITS)
     first = b.to(tl.int64) * splits
-    logs = tl.load(partial_log2 + (first + index) * T + t, mask=index < live, other=float("-inf"))
+    logs = tl.load(partial_log + (first + index) * T + t, mask=index < live, other=float("-inf"))
     peak = peak_or_zero(tl.max(logs, axis=0))
-    total = tl.sum(tl.exp2(logs - peak), axis=0)
-    log2 = log2sum(peak, total)
-    shift = tl.where(log2 == float("-inf"), 0.0, log2)
+    total = tl.sum(exp(logs - peak), axis=0)
+    log = log_sum(peak, total)
+    shift = tl.where(log == float("-inf"), 0.0, log)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, live):
-        log = tl.load(partial_log2 + (first + split) * T + t)
+        part_log = tl.load(partial_log + (first + split) * T + t)
         at = partial + ((first + split) * T + t) * E + offs
         part = tl.load(at, mask=offs < E, other=0.0)
-        share = tl.exp2(log - shift)
+        share = exp(part_log - shift)
         acc += tl.where(share == 0.0, 0.0, share * part)
     place = row.to(tl.int64)
     tl.store(context + place * E + offs, acc.to(context.dtype.element_ty), mask=offs < E)
     if logsumexp is not None:
-        tl.store(logsumexp + place, log2 * LN2, mask=tl.program_id(1) == 0)
+        tl.store(logsumexp + place, log, mask=tl.program_id(1) == 0)
     if weights is not None:
         score = tl.load(scores + place * S + offs, mask=offs < count, other=float("-inf"))
-        weight = tl.exp2(score - shift)
+        weight = exp(score - shift)
         tl.store(weights + place * S + offs, weight.to(weights.dtype.element_ty), mask=offs < S)

@@ -82,10 +82,14 @@ def step(
 
 # Columns of the tile: (queries, rows of memory, warps). Forward holds the queries, a context of the
 # same shape in registers, and `stages` tiles of memory; backward holds dO as well.
-_ONLINE_FORWARD = {128: (64, 64, 4), 256: (64, 64, 4), 512: (64, 32, 8), 1024: (32, 16, 8),
-                   2048: (16, 16, 8)}  # fmt: skip
-_ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (32, 32, 8), 1024: (32, 16, 8),
-                    2048: (16, 16, 8)}  # fmt: skip
+_ONLINE_FORWARD = {
+    128: (64, 64, 4),
+    256: (64, 64, 4),
+    512: (64, 32, 8),
+    1024: (32, 16, 8),
+    2048: (16, 16, 8),
+}
+_ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (32, 32, 8), 1024: (32, 16, 8)}
 
 
 def online(
@@ -94,10 +98,12 @@ def online(
     """Tiles of all columns in shared memory, 16-bit types; None where the chip has too little."""
     width = power_of_2(memory_dim, 16)
     table = _ONLINE_BACKWARD if backward else _ONLINE_FORWARD
-    if width > max(table) or not kind.is_aligned:
+    # With a mask for each query rows are looked through for what is not finite, in registers.
+    widest = 256 if kind.is_cube else max(table)
+    if width > widest or not kind.is_aligned:
         return None
     most_t, block_s, warps = table[max(width, 128)]
-    if kind.is_cube:  # rows are looked through for what is not finite, in registers
+    if kind.is_cube:
         most_t = max(most_t // 2, 16)
     block_t = min(most_t, power_of_2(queries, 16))
     held = block_t * (2 if backward else 1)
@@ -120,7 +126,8 @@ def rows(
     queries: int, source: int, memory_dim: int, kind: Kind, is_concat: bool, backward: bool
 ) -> Plan:
     """Scores of up to SHORT rows on chip, columns in chunks."""
-    block_s = min(64 if is_concat or (kind.is_wide and backward) else SHORT, power_of_2(source, 16))
+    is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
+    block_s = min(64 if is_crowded else SHORT, power_of_2(source, 16))
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
     block_t = min(32 if is_small else 64, power_of_2(queries, 16))
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))

@@ -10,11 +10,10 @@ import triton.language as tl
 
 from .concat import TWO_LOG2E, reciprocal
 from .tiles import (
-    LN2,
-    LOG2E,
+    exp,
     inverse_or_zero,
     load_tile,
-    log2sum,
+    log_sum,
     peak_or_zero,
     row_count,
     split_nonfinite,
@@ -128,9 +127,8 @@ def step_forward(
                 q, factor, factor_sum, exp_q, is_small, SPOILED, FAST_RCP,
             )  # fmt: skip
             bad = bad | spoiled
-            score *= LOG2E
         else:
-            score = tl.sum(tile * q[None, :], axis=1) * (scale * LOG2E)
+            score = tl.sum(tile * q[None, :], axis=1) * scale
         if SPOILED:
             score = tl.where(bad, float("nan"), score)
         score = tl.where(rows, score, float("-inf"))
@@ -138,8 +136,8 @@ def step_forward(
             tl.store(scores_out + at_pair + offs_s, score, mask=offs_s < end)
         higher = tl.maximum(peak, score)
         shift = peak_or_zero(higher)
-        exps = tl.exp2(score - shift)
-        fade = tl.exp2(peak - shift)
+        exps = exp(score - shift)
+        fade = exp(peak - shift)
         total = total * fade + exps
         peak = higher
         if keep is not None:
@@ -147,15 +145,15 @@ def step_forward(
             exps = tl.where(kept, exps * keep_scale, 0.0)
         acc = acc * fade[:, None] + exps[:, None] * tile
     highest = peak_or_zero(tl.max(peak, axis=0))
-    share = tl.exp2(peak - highest)
+    share = exp(peak - highest)
     whole = tl.sum(total * share, axis=0)
     result = tl.sum(acc * share[:, None], axis=0) * inverse_or_zero(whole)
-    log2 = log2sum(highest, whole)
+    log = log_sum(highest, whole)
     slot = (b.to(tl.int64) * splits + split) * T + t
     if SPLIT:
-        tl.store(logsumexp + slot, log2)
+        tl.store(logsumexp + slot, log)
     elif logsumexp is not None:
-        tl.store(logsumexp + slot, log2 * LN2)
+        tl.store(logsumexp + slot, log)
     tl.store(context + slot * E + offs_e, result.to(context.dtype.element_ty), mask=offs_e < E)
 
 
@@ -201,8 +199,8 @@ def step_backward(
             )
             weight = tl.load(weights + wide * S + at, mask=at < count, other=0.0).to(tl.float32)
             delta += tl.sum(tl.where(weight == 0.0, 0.0, extra.to(tl.float32) * weight), axis=0)
-    log2 = tl.load(logsumexp + b) * LOG2E
-    log2 = tl.where(log2 == float("-inf"), 0.0, log2)
+    log = tl.load(logsumexp + b)
+    log = tl.where(log == float("-inf"), 0.0, log)
     memory += wide * memory_b
     grad_memory += wide * S * E
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
@@ -210,8 +208,8 @@ def step_backward(
         offs_s = start + slots
         rows = looked_at(mask, mask_b, 0 * b, mask_s, b, 0 * b, offs_s, end)
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E).to(tl.float32)
-        score = tl.sum(tile * q[None, :], axis=1) * (scale * LOG2E)
-        weight = tl.where(rows, tl.exp2(score - log2), 0.0)
+        score = tl.sum(tile * q[None, :], axis=1) * scale
+        weight = tl.where(rows, exp(score - log), 0.0)
         grad = tl.sum(tile * seed[None, :], axis=1)
         kept = weight
         if keep is not None:

@@ -1,7 +1,7 @@
 """Tile primitives that the kernels share: which positions count, loads, products, softmax.
 
 A tile of memory is (BLOCK_S, width), a tile of queries (BLOCK_T, width), a tile of scores
-(BLOCK_T, BLOCK_S). Scores are kept in units of log2, because the hardware has exp2 and no exp.
+(BLOCK_T, BLOCK_S).
 ``MASK`` says what the mask is: 0 none, 1 the same for all queries, 2 one for each query.
 
 A dot product of bfloat16 is silently wrong in Triton's interpreter: ``WIDEN`` casts operands to
@@ -95,8 +95,17 @@ def hide(scores, counts, bad, MASK: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """For differences of scores, which are scaled as such: the hardware has exp2 only.
+
+    Scores kept in units of log2 would be rounded once more, an error of exponents if they are large.
+    """
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def peak_or_zero(peak):
-    """A row's largest score, 0 for a row of nothing: exp2(-inf - 0) is 0, and not NaN."""
+    """A row's largest score, 0 for a row of nothing: exp(-inf - 0) is 0, and not NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
@@ -106,10 +115,10 @@ def inverse_or_zero(total):
 
 
 @triton.jit
-def log2sum(peak, total):
-    """log2 of the sum of exp2(scores); -inf for a row of nothing."""
+def log_sum(peak, total):
+    """Logarithm of the sum of exp(scores), from their peak on; -inf for a row of nothing."""
     empty = total == 0.0
-    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)) * LN2)
 
 
 @triton.jit

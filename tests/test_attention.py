@@ -268,7 +268,7 @@ BAD_OPTIONS = [
     (
         {"backend": "gpu"},
         ValueError,
-        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got 'gpu'",
+        "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager', got 'gpu'",
     ),
     ({"scale": "learned"}, NotImplementedError, "scale='learned' is not implemented yet"),
     ({"local": "monotonic"}, NotImplementedError, "local attention is not implemented yet"),

@@ -35,7 +35,7 @@ def test_repeats_bit_for_bit(score: str, size: str, masked: bool, target: Target
     options = {"lengths": True, "mask": "cube", "keep": True} if masked else {}
     inputs = target.inputs(Case(score, **SIZES[size], **options))
     first = target.run(inputs)
-    for _ in range(3):
+    for _ in range(1 if target.is_interpreted else 3):
         assert_same_bits(target.run(inputs), first)
 
 

@@ -85,13 +85,13 @@ BAD_TENSORS = [
         "backend",
         "cuda9",
         ValueError,
-        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got 'cuda9'",
+        "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager', got 'cuda9'",
     ),
     (
         "backend",
         None,
         ValueError,
-        "backend must be one of 'auto', 'cpu', 'cuda', 'eager', got None",
+        "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager', got None",
     ),
     ("window", 3, NotImplementedError, "window (local attention) is not implemented yet"),
 ]

@@ -22,7 +22,7 @@ class _Seeds:
         grad_context: Tensor | None,
         grad_weights: Tensor | None,
         saved: Saved,
-        with_deltas: bool = True,
+        with_deltas: bool,
     ) -> None:
         self.context, self.weights, self.logsumexp = saved
         self.grad_context = grad_context
@@ -37,6 +37,11 @@ class _Seeds:
         sizes = (*call.strides(grad_context), *self.extra, queries, source, call.widths[0])
         programs = (batch * queries,)
         enqueue(backward.weight_deltas, programs, (*tensors, *sizes), BLOCK=512, **call.unit)
+
+
+def _needs_deltas(plan: launch.Plan) -> bool:
+    """Whether a program sees a part of the positions only, and none that could sum over all."""
+    return plan.regime == "online" or (plan.regime == "rows" and plan.splits > 1)
 
 
 def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[Tensor, Tensor]:
@@ -110,6 +115,7 @@ def _read_memory(
                 *(queries, source, *call.widths, *factors.sizes, *scales),
             ),
             CONCAT=is_concat,
+            SPLIT=plan.splits > 1,
             **options,
             **call.fast,
         )
@@ -153,10 +159,9 @@ def dot(
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
+        seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
-            seeds = _Seeds(call, grad_context, grad_weights, saved, with_deltas=False)
             return _step(call, plan, seeds, scale)
-        seeds = _Seeds(call, grad_context, grad_weights, saved)
         kept, grad_scores, grad_query, _ = _read_memory(call, plan, seeds, scale, None)
         assert grad_query is not None
         return grad_query, _grad_memory(call, seeds, kept, grad_scores)
@@ -209,7 +214,7 @@ def concat(
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
-        seeds = _Seeds(call, grad_context, grad_weights, saved)
+        seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)
         kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs)
         grads = _concat_grads(call, memory_proj, v, grad_scores, factors)

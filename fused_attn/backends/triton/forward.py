@@ -32,10 +32,10 @@ def _forward(
         run(call, plan, scale, concat_inputs, (context, weights, logsumexp, None), False)
         return context, weights, logsumexp
     partial = call.floats(batch, plan.splits, queries, memory_dim)
-    log2 = call.floats(batch, plan.splits, queries)
+    logs = call.floats(batch, plan.splits, queries)
     scores = call.floats(batch, queries, source) if return_weights else None
-    run(call, plan, scale, concat_inputs, (partial, None, log2, scores), True)
-    _merge(call, plan, (partial, log2, scores), (context, weights, logsumexp))
+    run(call, plan, scale, concat_inputs, (partial, None, logs, scores), True)
+    _merge(call, plan, (partial, logs, scores), (context, weights, logsumexp))
     return context, weights, logsumexp
 
 
