@@ -1,6 +1,7 @@
 """The one-way flow of the package, read from its imports: nothing points back up.
 
-seq2seq -> attention -> functional -> ops -> backends -> each backend -> reference, _C, kernels
+seq2seq -> attention -> functional -> {checks, ops} -> backends -> each backend -> {reference, _C,
+kernels}
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LAYERS = (
     ("problem", "reference"),
     ("backends.*",),
     ("backends",),
-    ("ops",),
+    ("checks", "ops"),
     ("functional",),
     ("attention",),
     ("interop",),
