@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn import functional
+from fused_attn import checks, functional
 from fused_attn.problem import SCORES
 from fused_attn.reference import Masking, MaskingFields, arithmetic_dtype, zero_uncounted_rows
 
@@ -109,7 +109,7 @@ class LuongAttention(nn.Module):
         sizes |= {"attn_dim": attn_dim} if attn_dim is not None else {}
         sizes |= {"output_dim": output_dim} if output_dim is not None else {}
         _check_options(sizes, score, attn_dim, bias, scale, local, dropout)
-        functional.check_backend(backend)
+        checks.check_backend(backend)
         self.query_dim = query_dim
         self.memory_dim = memory_dim
         self.score = score
@@ -148,12 +148,12 @@ class LuongAttention(nn.Module):
 
         Arguments as in `forward`. Returns a `PreparedMemory` to pass in place of the memory.
         """
-        (memory,) = functional.autocast(memory)
+        (memory,) = checks.autocast(memory)
         self._check_memory(memory)
-        lengths = functional.check_lengths(memory_lengths, memory)
+        lengths = checks.check_lengths(memory_lengths, memory)
         cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
         queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
-        mask = functional.check_mask(memory_mask, memory, queries)
+        mask = checks.check_mask(memory_mask, memory, queries)
         lengths = None if lengths is None else lengths.to(torch.int64)
         mask = mask.unsqueeze(1) if mask is not None and not cube else mask
         if self.score != "concat":
@@ -194,16 +194,16 @@ class LuongAttention(nn.Module):
         v = self.v if self.score == "concat" else None
         masking: MaskingFields
         if (
-            functional.is_usual(query, states, memory_lengths, memory_mask, None, dropout_p)
+            checks.is_usual(query, states, memory_lengths, memory_mask, None, dropout_p)
             and query.shape[-1] == self.query_dim
             and states.shape[2] == self.memory_dim
         ):
             masking = (memory_lengths, memory_mask, None, 1.0)
         else:
-            query, states, memory_proj, v = functional.autocast(query, states, memory_proj, v)
+            query, states, memory_proj, v = checks.autocast(query, states, memory_proj, v)
             self._check_memory(states)
-            functional.check_query(query, states, "query_dim", self.query_dim)
-            masking = functional.check_masking(
+            checks.check_query(query, states, "query_dim", self.query_dim)
+            masking = checks.check_masking(
                 query, states, memory_lengths, memory_mask, None, dropout_p
             )
         rest = (masking, return_weights, self.backend)
@@ -220,7 +220,7 @@ class LuongAttention(nn.Module):
         return context, weights
 
     def _check_memory(self, memory: Tensor) -> None:
-        functional.check_memory(memory)
+        checks.check_memory(memory)
         if memory.shape[2] != self.memory_dim:
             raise ValueError(
                 f"memory must have shape (B, S, {self.memory_dim}), got {tuple(memory.shape)}"

@@ -98,7 +98,7 @@ def hide(scores, counts, bad, MASK: tl.constexpr):
 def exp(x):
     """For differences of scores, which are scaled as such: the hardware has exp2 only.
 
-    Scores kept in units of log2 would be rounded once more, an error of exponents if they are large.
+    Scores in units of log2 would be rounded once more: an error of the exponent if they are large.
     """
     return tl.exp2(x * LOG2E)
 

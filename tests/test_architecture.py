@@ -1,6 +1,7 @@
 """The one-way flow of the package, read from its imports: nothing points back up.
 
-seq2seq -> attention -> functional -> ops -> backends -> each backend -> reference, _C, kernels
+seq2seq -> attention -> functional -> {checks, ops} -> backends -> each backend -> {reference, _C,
+kernels}
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LAYERS = (
     ("backends.*.*",),
     ("backends.*",),
     ("backends",),
-    ("ops",),
+    ("checks", "ops"),
     ("functional",),
     ("attention",),
     ("interop",),

@@ -1,0 +1,245 @@
+"""Every check of an argument: what it may be, and the sentence that says what it was instead.
+
+A call that is as it mostly is passes `is_usual` at once; any other goes through the checks, which
+raise TypeError or ValueError and name the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import backends
+from fused_attn.reference import Masking
+
+_KNOWN_BACKENDS = frozenset(backends.REQUESTS)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, whose attributes may be anything
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_usual(
+    query: Tensor,
+    memory: Tensor,
+    memory_lengths: Tensor | None,
+    memory_mask: Tensor | None,
+    window: None,
+    dropout_p: float,
+) -> bool:
+    """Whether the checks below would accept these, widths aside, and change nothing.
+
+    They say what is wrong, and together take as long as a decoding step of eager attention; this
+    takes a fifth of that, written out for the two tensors because calls would double it. False
+    decides nothing: the checks must follow.
+    """
+    if not (
+        type(query) is Tensor
+        and type(memory) is Tensor
+        and memory.dim() == 3
+        and query.dim() in (2, 3)
+        and memory.dtype in _FLOATS
+        and query.dtype is memory.dtype
+        and memory.is_cpu
+        and query.is_cpu
+        and memory.layout is torch.strided
+        and query.layout is torch.strided
+        and window is None
+        and dropout_p == 0.0
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    batch, source, width = memory.shape
+    sizes = query.shape
+    queries = sizes[1] if len(sizes) == 3 else 1
+    return (
+        sizes[0] == batch
+        and width > 0
+        and sizes[-1] > 0
+        and (memory_lengths is None or _is_lengths(memory_lengths, batch))
+        and (memory_mask is None or _is_mask(memory_mask, batch, queries, source))
+    )
+
+
+def _is_lengths(lengths: Tensor, batch: int) -> bool:
+    is_integer = isinstance(lengths, Tensor) and lengths.dtype in _INTEGERS
+    return is_integer and is_plain(lengths, lengths.dtype, 1) and lengths.shape[0] == batch
+
+
+def _is_mask(mask: Tensor, batch: int, queries: int, source: int) -> bool:
+    if not (is_plain(mask, torch.bool, 2) or is_plain(mask, torch.bool, 3)):
+        return False
+    return mask.shape in ((batch, source), (batch, 1, source), (batch, queries, source))
+
+
+def is_plain(tensor: Tensor, dtype: torch.dtype, dims: int) -> bool:
+    """Whether this is an ordinary tensor on the CPU, of that dtype and number of dimensions."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.dim() == dims
+    )
+
+
+def autocast(*tensors: Any) -> Any:
+    """Cast floating tensors to the autocast dtype, if autocast is on; float64 stays as it is."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def check_backend(backend: object) -> None:
+    """Refuse an unknown backend name."""
+    if backend not in _KNOWN_BACKENDS:
+        backends.check_request(backend)
+
+
+def check_scale(scale: object) -> None:
+    """Refuse a scale that is neither a number nor a tensor of one element."""
+    if type(scale) is float:
+        return
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be a number or one element, got shape {_shape(scale)}")
+    elif not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or a Tensor of one element, got {scale!r}")
+
+
+def _check_float(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) Tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _FLOATS:
+        expected = ", ".join(_short(dtype) for dtype in _FLOATS)
+        raise TypeError(
+            f"{name} must have one of the dtypes {expected}, got {_short(tensor.dtype)}"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, memory: Tensor) -> None:
+    if tensor.dtype != memory.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of memory, {_short(memory.dtype)}, "
+            f"got {_short(tensor.dtype)}"
+        )
+    _check_device(name, tensor, memory)
+
+
+def _check_device(name: str, tensor: Tensor, memory: Tensor) -> None:
+    if tensor.device != memory.device:
+        raise ValueError(
+            f"{name} must be on the device of memory, {memory.device}, got {tensor.device}"
+        )
+
+
+def _kind(value: object) -> str:
+    return _short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_memory(memory: Tensor) -> None:
+    """Refuse a memory that is not a floating (B, S, E) with E of at least 1."""
+    _check_float("memory", memory)
+    if memory.dim() != 3 or memory.shape[2] == 0:
+        raise ValueError(f"memory must have shape (B, S, E) with E >= 1, got {_shape(memory)}")
+
+
+def check_parameter(
+    name: str, tensor: Tensor, memory: Tensor, shape: tuple[int | None, ...], letters: str
+) -> None:
+    """Refuse a weight whose shape differs from ``shape``, in which None stands for any size."""
+    _check_float(name, tensor)
+    fits = tensor.dim() == len(shape) and all(
+        size >= 1 and wanted in (None, size)
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ["any" if size is None else str(size) for size in shape]
+        wanted_shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+        raise ValueError(f"{name} must have shape {letters} = {wanted_shape}, got {_shape(tensor)}")
+    _check_like(name, tensor, memory)
+
+
+def check_query(query: Tensor, memory: Tensor, partner: str, width: int) -> None:
+    """Refuse a query that is not (B, T, width) or (B, width), with memory's B, dtype and device."""
+    _check_float("query", query)
+    if query.dim() not in (2, 3) or query.shape[-1] != width or query.shape[0] != memory.shape[0]:
+        batch = memory.shape[0]
+        raise ValueError(
+            f"query must have shape ({batch}, T, {width}) or ({batch}, {width}) "
+            f"to go with memory {_shape(memory)} and the width of {partner}, got {_shape(query)}"
+        )
+    _check_like("query", query, memory)
+
+
+def check_masking(
+    query: Tensor,
+    memory: Tensor,
+    memory_lengths: Tensor | None,
+    memory_mask: Tensor | None,
+    window: None,
+    dropout_p: float,
+) -> Masking:
+    """Check what decides which positions count, and draw the dropout of the weights."""
+    if window is not None:
+        raise NotImplementedError("window (local attention) is not implemented yet; use None")
+    lengths = check_lengths(memory_lengths, memory)
+    queries = query.shape[1] if query.dim() == 3 else 1
+    mask = check_mask(memory_mask, memory, queries)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability in 0..1, got {dropout_p}")
+    if dropout_p == 0.0:
+        return Masking(lengths, mask)
+    batch, source, _ = memory.shape
+    keep = torch.rand(batch, queries, source, device=memory.device) >= dropout_p
+    return Masking(lengths, mask, keep, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+
+
+def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | None:
+    """Return the lengths, int (B,). Values outside 0..S are refused when the call runs."""
+    if memory_lengths is None:
+        return None
+    if not isinstance(memory_lengths, Tensor) or memory_lengths.dtype not in _INTEGERS:
+        raise TypeError(f"memory_lengths must be an integer Tensor, got {_kind(memory_lengths)}")
+    if memory_lengths.shape != memory.shape[:1]:
+        raise ValueError(
+            f"memory_lengths must have shape (B,) = ({memory.shape[0]},), "
+            f"got {_shape(memory_lengths)}"
+        )
+    _check_device("memory_lengths", memory_lengths, memory)
+    return memory_lengths
+
+
+def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tensor | None:
+    """Return the mask, bool (B, S) or (B, 1 or T, S)."""
+    if memory_mask is None:
+        return None
+    if not isinstance(memory_mask, Tensor) or memory_mask.dtype != torch.bool:
+        kind = _kind(memory_mask)
+        raise TypeError(f"memory_mask must be a bool Tensor (True = attend), got {kind}")
+    batch, source, _ = memory.shape
+    if memory_mask.shape not in ((batch, source), (batch, 1, source), (batch, queries, source)):
+        raise ValueError(
+            f"memory_mask must have shape (B, S) = ({batch}, {source}), (B, 1, S) or (B, T, S) = "
+            f"({batch}, {queries}, {source}), got {_shape(memory_mask)}"
+        )
+    _check_device("memory_mask", memory_mask, memory)
+    return memory_mask
