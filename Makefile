@@ -16,7 +16,7 @@ NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
+.PHONY: help setup build demo test aot test-triton-oldest test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
         bench clean
 
 help: ## list the targets
@@ -74,6 +74,22 @@ configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 # libstdc++ is preloaded too, or AddressSanitizer cannot intercept the exceptions of a module that
 # is loaded late. Python leaks on purpose at exit. --capture=sys lets a report through to the
 # terminal.
+# A directory of its own before .venv on the path. Its interpreter cannot count loops with NumPy 2.4.
+OLDEST = triton==3.6.0
+OLDEST_SITE = build/$(subst ==,-,$(OLDEST))
+
+$(OLDEST_SITE): | setup
+	$(PIP) install --no-deps --target $@ '$(OLDEST)' 'numpy<2.4'
+
+test-triton-oldest: setup build $(OLDEST_SITE) ## run the Triton tests with the oldest version supported
+	PYTHONPATH=$(OLDEST_SITE) $(TEST_ENV) $(BIN)/pytest -n 2 -k triton $(wildcard tests/test_backends*.py) tests/test_triton_aot.py
+
+AOT = benchmarks/results/aot
+
+aot: setup build ## compile every GPU kernel ahead of time and check what became of it
+	$(BIN)/python -m benchmarks aot --output $(AOT)
+	$(TEST_ENV) $(BIN)/pytest tests/test_cuda_build.py
+
 test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(call configure,build/asan,address$(comma)undefined,-O1)
 	@$(BIN)/cmake --build build/asan

@@ -43,7 +43,7 @@ def cases(quick: bool) -> Iterator[Case]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     shapes, widths, heavy = SHAPES, WIDTHS, ((1, 1024), (64, 1024), (50, 50))
     if quick:
-        dtypes, shapes, widths, heavy = dtypes[::2], ((1, 1024), (64, 1024)), (512,), ((64, 200),)
+        dtypes, shapes, widths, heavy = dtypes[:1], ((1, 1024), (64, 1024)), (512,), ((64, 200),)
     for dtype, width, (queries, source) in itertools.product(dtypes, widths, shapes):
         for score in ("dot", "concat"):
             yield Case(score, dtype, queries, source, width, flags="lengths")

@@ -219,6 +219,46 @@ class LuongAttention(nn.Module):
             context = torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
         return context, weights
 
+    def warm_up(
+        self,
+        query: Tensor,
+        memory: Tensor | PreparedMemory,
+        memory_lengths: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        *,
+        return_weights: bool = True,
+    ) -> None:
+        """Run once what calls of these shapes run, so that a CUDA graph can capture the next one.
+
+        Arguments as in `forward`, on the device where it will run. Compiles and loads kernels for
+        the forward and, where gradients would flow, for the backward. The results are dropped:
+        no gradient is accumulated and no random state moves.
+        """
+
+        leaves: list[Tensor] = []
+
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value  # forward says what is wrong with it
+            leaves.append(value.detach().requires_grad_(value.requires_grad))
+            return leaves[-1]
+
+        if isinstance(memory, PreparedMemory):
+            states, proj = leaf(memory.memory), leaf(memory.memory_proj)
+            memory = replace(memory, memory=states, memory_proj=proj)
+        else:
+            memory = leaf(memory)
+        query = leaf(query)
+        on_gpu = isinstance(query, Tensor) and query.is_cuda
+        with torch.random.fork_rng(devices=[query.device] if on_gpu else []):
+            rest = (memory_lengths, memory_mask)
+            output, weights = self(query, memory, *rest, return_weights=return_weights)
+        inputs = [x for x in (*leaves, *self.parameters()) if x.requires_grad]
+        roots = [x for x in (output, weights) if x is not None and x.requires_grad]
+        for count in range(1, len(roots) + 1):  # a loss may use the weights, or not
+            seeds = [torch.ones_like(root) for root in roots[:count]]
+            torch.autograd.grad(roots[:count], inputs, seeds, retain_graph=True, allow_unused=True)
+
     def _check_memory(self, memory: Tensor) -> None:
         checks.check_memory(memory)
         if memory.shape[2] != self.memory_dim:

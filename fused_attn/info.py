@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import textwrap
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from fused_attn import __version__, backends
+from fused_attn.problem import AttentionProblem
 
 ENVIRONMENT = ("FUSED_ATTN_BACKEND", "FUSED_ATTN_CPU_ISA")
 
@@ -125,6 +128,56 @@ def report() -> str:
     }
     lines = [*_table(rows), "", "backends", *_table(usable, "  ")]
     return "\n".join([*lines, "", "environment", *_table(environment, "  ")])
+
+
+def support_table() -> str:
+    """Return what each backend can do, where it is usable, as a Markdown table.
+
+    Asked of `not_supported_reasons`, so that it says what a call would find.
+    """
+    lines = [
+        "| backend | device | dtypes | dot, general | concat | gradients | queries T | widths |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_support_row, backends.BACKENDS)])
+
+
+def _support_row(name: str) -> str:
+    backend = backends.load(name)
+    absent = set(backend.unavailable_reasons())
+
+    def can(device: str, **changes: Any) -> bool:
+        asked: dict[str, Any] = {"score": "dot", "queries": 1, "memory_dim": 1} | changes
+        sizes = (1, asked.pop("queries"), 1, asked["memory_dim"], asked.pop("memory_dim"))
+        score, dtype = asked.pop("score"), asked.pop("dtype", torch.float32)
+        problem = AttentionProblem(score, *sizes, dtype, device, **asked)
+        return set(backend.not_supported_reasons(problem)) <= absent
+
+    devices = [device for device in ("cpu", "cuda") if can(device)]
+    on = devices[-1]
+    dtypes = [
+        str(dtype).removeprefix("torch.")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if can(on, dtype=dtype)
+    ]
+    concat = "yes" if can(on, score="concat") else "no"
+    if concat == "no" and can(on, score="concat", prepared=True):
+        concat = "prepared memory"
+    cells = [
+        *(f"`{name}`", "any" if len(devices) == 2 else on, ", ".join(dtypes)),
+        *("yes" if can(on) else "no", concat),
+        "yes" if can(on, backward=True) else "no",
+        _largest(lambda size: can(on, queries=size)),
+        _largest(lambda size: can(on, memory_dim=size)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _largest(can: Callable[[int], bool]) -> str:
+    """Up to which size ``can`` holds; "any" if up to a size that no model has."""
+    if can(1 << 20):
+        return "any"
+    return f"up to {next(n for n in itertools.count(1) if not can(n + 1))}"
 
 
 def main() -> int:

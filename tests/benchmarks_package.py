@@ -23,7 +23,8 @@ def imported() -> Iterator[SimpleNamespace]:
     before = dict(sys.modules)
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)
-    names = [path.stem for path in LOCATION.glob("*.py") if path.stem != "__init__"]
+    absent = {"__init__"} | (set() if importlib.util.find_spec("triton") else {"aot_compile"})
+    names = [path.stem for path in LOCATION.glob("*.py") if path.stem not in absent]
     loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
     yield SimpleNamespace(package=package, main=loaded.pop("__main__"), **loaded)
     for name in set(sys.modules) - set(before):

@@ -90,9 +90,9 @@ class Target:
         if self.is_interpreted:  # sizes that pass through the same code, and are still odd
             case = replace(
                 case,
-                queries=min(case.queries, 35),
-                source=min(case.source, 300),
-                memory_dim=min(case.memory_dim, 150),
+                queries=min(case.queries, 20),
+                source=min(case.source, 170),
+                memory_dim=min(case.memory_dim, 70),
                 attn_dim=min(case.attn_dim, 37),
             )
         return testing.make_inputs(case, seed, self.device)

@@ -12,7 +12,7 @@ import torch
 from targets import Target, every_target
 from torch import Tensor
 
-from fused_attn import LuongAttention, PreparedMemory
+from fused_attn import LuongAttention, PreparedMemory, backends
 from fused_attn.testing import FLOORS
 
 B, T, S, D, E, A = 3, 4, 6, 8, 16, 32
@@ -240,3 +240,37 @@ def test_mask_per_step_must_fit_the_steps() -> None:
     module(query, prepared)
     with pytest.raises(ValueError, match="memory_mask must have shape"):
         module(query[:, 0], prepared)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_warming_up_runs_everything_and_changes_nothing(
+    score: str, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    backend = backends.load("eager")
+    for name in ("dot_forward", "dot_backward", "concat_forward", "concat_backward"):
+        run = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda *a, n=name, f=run: (ran.append(n), f(*a))[1])
+    module = LuongAttention(6, score=score, dropout=0.5, output_dim=5, backend="eager")
+    query, memory = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 4, 6)
+    lengths = torch.tensor([4, 2])
+    arguments = (module.prepare_memory(memory, lengths),) if prepared else (memory, lengths)
+    state = torch.get_rng_state()
+    module.warm_up(query, *arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert query.grad is None and all(p.grad is None for p in module.parameters())
+    kind = "concat" if score == "concat" else "dot"
+    assert ran == [f"{kind}_forward", f"{kind}_backward", f"{kind}_backward"]
+    ran.clear()
+    with torch.no_grad():
+        module.warm_up(query, *arguments, return_weights=False)
+    assert ran == [f"{kind}_forward"]
+
+
+def test_warming_up_refuses_what_forward_refuses() -> None:
+    module = LuongAttention(6)
+    with pytest.raises(ValueError, match="query must have shape"):
+        module.warm_up(torch.randn(2, 3, 7), torch.randn(2, 4, 6))
+    with pytest.raises(TypeError, match="memory must be a Tensor, got str"):
+        module.warm_up(torch.randn(2, 3, 6), "memory")

@@ -1,0 +1,77 @@
+"""The launch table: a pure function of the problem, within what chips and Triton allow."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fused_attn.kernels import launch
+from fused_attn.kernels.launch import Chip, Kind
+
+H200, A100, MI300 = Chip(132, 232448), Chip(108, 166912), Chip(304, 65536, False)
+SIZES = (1, 2, 7, 8, 9, 17, 64, 100)
+
+
+def plans(chip: Chip) -> object:
+    for queries, source, width in itertools.product(
+        SIZES, (0, 1, 37, 128, 129, 1024, 8192), (1, 17, 512, 640, 2048, 3000)
+    ):
+        for score, is_wide, is_cube in itertools.product(("dot", "concat"), (0, 1), (0, 1)):
+            kind = Kind(bool(is_wide), width % 8 == 0, bool(is_cube))
+            sizes = (3, queries, source, width, width)
+            for choose in (launch.forward, launch.backward):
+                yield sizes, kind, choose(chip, score, sizes, kind), score
+
+
+@pytest.mark.parametrize("chip", [H200, A100, MI300], ids=["h200", "a100", "mi300"])
+def test_every_plan_covers_the_source_and_fits(chip: Chip) -> None:
+    for (_, _, source, width, _), kind, plan, _ in plans(chip):
+        assert plan.splits >= 1
+        assert (plan.splits - 1) * plan.segment < max(source, 1) <= plan.splits * plan.segment
+        assert plan.segment % plan.tiles["BLOCK_S"] == 0
+        assert all(size & (size - 1) == 0 for size in plan.tiles.values())
+        if plan.regime in ("step", "online"):
+            assert plan.tiles["BLOCK_E"] >= width
+        if plan.regime == "online":
+            assert not kind.is_wide and kind.is_aligned and source > launch.SHORT
+            tile = plan.tiles["BLOCK_S"] * plan.num_stages + plan.tiles["BLOCK_T"]
+            assert 2 * tile * plan.tiles["BLOCK_E"] < chip.shared_memory
+        if plan.regime == "rows":
+            assert plan.segment == plan.tiles["BLOCK_S"] <= launch.SHORT
+
+
+def test_regimes() -> None:
+    def regime(
+        queries: int, source: int, width: int, score: str = "dot", wide: bool = False
+    ) -> str:
+        sizes = (64, queries, source, width, width)
+        return launch.forward(H200, score, sizes, Kind(wide, True, False)).regime
+
+    assert regime(1, 8192, 512) == "step"
+    assert regime(8, 1024, 512) == "online"
+    assert regime(64, 1024, 1024) == "online"
+    assert regime(50, 50, 512) == "rows"
+    assert regime(64, 1024, 512, wide=True) == "rows"
+    assert regime(4, 1024, 512, wide=True) == "step"
+    assert regime(8, 1024, 512, "concat") == "step"
+    assert regime(9, 1024, 512, "concat") == "rows"
+    assert regime(1, 1024, 2049) == "rows"
+
+
+def test_one_row_of_the_batch_is_split_over_the_chip_and_many_are_not() -> None:
+    kind = Kind(False, True, False)
+    alone = launch.forward(H200, "dot", (1, 1, 16384, 512, 512), kind)
+    assert alone.splits >= 132
+    assert launch.forward(H200, "dot", (4096, 1, 1024, 512, 512), kind).splits == 1
+    assert launch.forward(H200, "dot", (132, 64, 1024, 512, 512), kind).splits == 1
+    # A partial result of 64 queries costs as much as 256 rows of memory.
+    assert launch.forward(H200, "dot", (1, 64, 1024, 512, 512), kind).splits <= 2
+
+
+def test_a_chip_with_little_shared_memory_gets_narrow_tiles() -> None:
+    sizes, kind = (64, 64, 1024, 512, 512), Kind(False, True, False)
+    assert launch.forward(A100, "dot", sizes, kind).num_stages < 3
+    assert launch.forward(MI300, "dot", sizes, kind).regime == "rows"
