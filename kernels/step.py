@@ -204,6 +204,7 @@ def step_backward(
     memory += wide * memory_b
     grad_memory += wide * S * E
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    excess = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(begin, end, BLOCK_S):
         offs_s = start + slots
         rows = looked_at(mask, mask_b, 0 * b, mask_s, b, 0 * b, offs_s, end)
@@ -222,6 +223,7 @@ def step_backward(
             grad += tl.load(at, mask=offs_s < end, other=0.0).to(tl.float32)
         grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
         acc += grad[:, None] * tile
+        excess += grad
         written = tl.where(
             rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0
         )
@@ -234,5 +236,8 @@ def step_backward(
         zeros = tl.zeros((BLOCK_S, BLOCK_E), grad_memory.dtype.element_ty)
         tl.store(at, zeros, mask=(offs_s < last)[:, None] & columns[None, :])
     slot = wide * splits + split
-    result = tl.sum(acc, axis=0).to(grad_query.dtype.element_ty)
-    tl.store(grad_query + slot * E + offs_e, result, mask=columns)
+    total = tl.sum(acc, axis=0)
+    if keep is None:  # see `without_excess` in backward.py
+        whole = tl.load(context + wide * E + offs_e, mask=columns, other=0.0).to(tl.float32)
+        total -= tl.sum(excess, axis=0) * whole
+    tl.store(grad_query + slot * E + offs_e, total.to(grad_query.dtype.element_ty), mask=columns)
