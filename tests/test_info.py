@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fused_attn
 from fused_attn import backends, info
+from fused_attn.problem import AttentionProblem
 
 
 def run_info(**environment: str) -> str:
@@ -109,3 +111,22 @@ def test_report_says_what_the_native_module_has_of_cuda(
     monkeypatch.setattr(native, "cuda_build", lambda: facts)
     assert info.collect()["native_cuda"] == facts
     assert line in info.report().splitlines()
+
+
+def test_the_readme_has_the_table_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is where nothing is interpreted, on any machine."""
+    monkeypatch.setattr(backends.load("triton"), "INTERPRETED", False)
+    readme = Path(__file__).parent.parent / "README.md"
+    assert info.support_table() in readme.read_text(encoding="utf-8")
+
+
+def test_a_table_says_what_a_call_would_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reasons(problem: AttentionProblem) -> list[str]:
+        refused = problem.queries > 3 or problem.dtype == torch.float64
+        return ["asleep", *(["too much"] if refused else [])]
+
+    eager = backends.load("eager")
+    monkeypatch.setattr(eager, "unavailable_reasons", lambda: ["asleep"])
+    monkeypatch.setattr(eager, "not_supported_reasons", reasons)
+    row = "| `eager` | any | float32, bfloat16, float16 | yes | yes | yes | up to 3 | any |"
+    assert info.support_table().splitlines()[-1] == row
