@@ -46,7 +46,7 @@ def test_report_names_what_is_usable(capsys: pytest.CaptureFixture[str]) -> None
     report = capsys.readouterr().out
     for line in (f"torch {torch.__version__}", f"fused_attn {fused_attn.__version__}"):
         assert line in " ".join(report.split())
-    assert "eager  usable" in report
+    assert "eager   usable" in report
     for variable in info.ENVIRONMENT:
         assert variable in report
 
@@ -57,9 +57,9 @@ def test_several_lines_of_a_reason_stay_under_the_first(monkeypatch: pytest.Monk
     monkeypatch.setattr(backends, "unavailable_reasons", reasons.__getitem__)
     lines = info.report().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("  cpu"))
-    assert lines[at] == "  cpu    not usable: no module: compiling failed"
-    assert lines[at + 1] == "           error: expected ';'"
-    assert lines[at + 2] == "  cuda   usable"
+    assert lines[at] == "  cpu     not usable: no module: compiling failed"
+    assert lines[at + 1] == "            error: expected ';'"
+    assert lines[at + 2] == "  cuda    usable"
 
 
 def test_report_shows_the_environment_and_a_forced_instruction_set() -> None:
@@ -86,8 +86,8 @@ def test_report_survives_a_missing_native_module() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "instruction set  none" in done.stdout
-    assert "cpu    not usable: the native module" in done.stdout
-    assert "eager  usable" in done.stdout
+    assert "cpu     not usable: the native module" in done.stdout
+    assert "eager   usable" in done.stdout
 
 
 @pytest.mark.parametrize(
