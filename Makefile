@@ -16,7 +16,7 @@ NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test aot test-triton-oldest test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
+.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
         bench clean
 
 help: ## list the targets
@@ -134,6 +134,10 @@ format: setup ## lay out the sources as `make lint` wants them
 
 wheel: setup ## build the sdist, and from it the wheel, into dist/
 	FUSED_ATTN_REQUIRE_NATIVE=1 $(BIN)/python -m build --outdir dist
+
+# With that interpreter as it is: no virtual environment, and nothing is downloaded.
+gpu-check: ## on a machine with a GPU: build, test and measure there, in 8 minutes
+	@$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
 
 bench: setup build ## measure the named problems against the baselines
 	$(BIN)/python -m benchmarks
