@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -147,7 +146,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
     parser.add_argument("--gpu", action="append", help="sm_80, sm_90 or gfx942; all if not given")
     parser.add_argument("--quick", action="store_true", help="one width and few shapes")
-    parser.add_argument("--output", type=Path, help="a directory for GPU.json and GPU.txt")
+    parser.add_argument(
+        "--output", type=Path, help="a directory for the tables, one file for each GPU"
+    )
     parser.add_argument("--verbose", action="store_true", help="print the rows that are fine too")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -181,11 +182,10 @@ def _write(directory: Path, name: str, version: str, rows: list[dict[str, Any]])
     directory.mkdir(parents=True, exist_ok=True)
     text = table.render(HEADER, [_cells(row) for row in rows], text_columns=2)
     head = f"{name}, triton {version}, compiled ahead of time; nothing here was run on a GPU.\n\n"
-    for suffix, content in ((".json", json.dumps(rows, indent=1)), (".txt", head + text)):
-        target = directory / f"{name}-triton-{version}{suffix}"
-        partial = target.with_suffix(suffix + ".partial")
-        partial.write_text(content + "\n", encoding="utf-8")
-        partial.replace(target)
+    target = directory / f"{name}-triton-{version}.txt"
+    partial = target.with_suffix(".partial")
+    partial.write_text(head + text + "\n", encoding="utf-8")
+    partial.replace(target)
 
 
 if __name__ == "__main__":

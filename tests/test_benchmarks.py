@@ -41,7 +41,7 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
 def test_an_unknown_name_is_refused() -> None:
     done = run("dmeo")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, cpu\n"
+    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, cpu, aot, gpu\n"
 
 
 def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
@@ -72,7 +72,9 @@ def test_demo_prints_both_tables(
         assert row[1:3] == [score, "fused"] and len(row) == 3 + count
         assert all(float(error) < 1e-5 for error in row[3:])
     assert [row[1] for row in speeds] == list(results)
-    assert all(row[-1].endswith("x") and float(row[-1][:-1]) > 0 for row in speeds)
+    assert all(row[-1].endswith("x") for row in speeds)
+    if backend != "triton":  # interpreted, it may take so long that the ratio is shown as 0.00
+        assert all(float(row[-1][:-1]) > 0 for row in speeds)
     assert "FAILED" not in text and "withheld" not in text
 
 

@@ -123,15 +123,18 @@ def test_what_it_takes(dtype: torch.dtype, gpu: Callable[..., None]) -> None:
     assert refusals(**largest, score="concat", prepared=True) == []
 
 
-def test_auto_prefers_it_to_eager_and_leaves_it_the_backward(
-    gpu: Callable[..., None],
+@pytest.mark.parametrize("others", [[], ["triton is not here"]], ids=["triton", "eager"])
+def test_auto_prefers_it_and_leaves_the_backward_to_others(
+    others: list[str], gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu((9, 0))
+    monkeypatch.setattr(backends.load("triton"), "not_supported_reasons", lambda problem: others)
     backends.select.cache_clear()
     call = ("cuda", torch.float32, "dot", "auto")
+    rest = backends.load("eager" if others else "triton")
     assert backends.select(*call, (1, 64, 64)) is cuda
-    assert backends.select(*call, (1, 64, 64), backward=True) is backends.load("eager")
-    assert backends.select(*call, (20, 64, 64)) is backends.load("eager")
+    assert backends.select(*call, (1, 64, 64), backward=True) is rest
+    assert backends.select(*call, (20, 64, 64)) is rest
     backends.select.cache_clear()
 
 

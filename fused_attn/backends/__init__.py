@@ -122,7 +122,9 @@ def select(
         prepared=prepared,
     )
     objections = {}
-    for name in BACKENDS if requested == "auto" else (requested,):
+    # On a CPU Triton's kernels are interpreted, which is for tests: only a request brings that.
+    order = sorted(BACKENDS, key=lambda name: name == "triton" and device_type == "cpu")
+    for name in order if requested == "auto" else (requested,):
         backend = load(name)
         objections[name] = backend.not_supported_reasons(problem)
         if not objections[name]:
