@@ -109,7 +109,7 @@ def online(
     held = block_t * (2 if backward else 1)
     free = chip.shared_memory - 16384
     stages = 3
-    while stages > 1 and 2 * width * (held + stages * block_s) > free:
+    while stages > 2 and 2 * width * (held + stages * block_s) > free:
         stages -= 1
     if 2 * width * (held + stages * block_s) > free:
         return None

@@ -86,6 +86,11 @@ class Target:
         """Whether every operation of a kernel is a call from Python."""
         return self.backend == "triton" and self.device == "cpu"
 
+    def needs_speed(self) -> None:
+        """Skip a test that adds sizes only, where every operation takes as long as a call."""
+        if self.is_interpreted:
+            pytest.skip("without a GPU the Triton kernels are interpreted, and other sizes are run")
+
     def inputs(self, case: Case, seed: int = 0) -> Inputs:
         if self.is_interpreted:  # sizes that pass through the same code, and are still odd
             case = replace(
