@@ -47,7 +47,7 @@ def _needs_deltas(plan: launch.Plan) -> bool:
 def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[Tensor, Tensor]:
     batch, _, source, memory_dim, _ = call.sizes
     query, memory, masks = call.query, call.memory, call.masks
-    grad_memory, grad_query = torch.empty_like(memory, memory_format=torch.contiguous_format), None
+    grad_memory = memory.new_empty((batch, source, memory_dim))
     grad_query = memory.new_empty((batch, 1, memory_dim))
     is_split = plan.splits > 1
     part = call.floats(batch, plan.splits, 1, memory_dim) if is_split else grad_query

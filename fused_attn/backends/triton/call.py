@@ -124,7 +124,8 @@ class Call:
         self.masks, self.score = masks_of(masking), score
         self.chip = chip(memory.device)
         self.is_wide = memory.dtype == torch.float32
-        tf32 = self.is_wide and torch.backends.cuda.matmul.allow_tf32
+        # Not allow_tf32: reading that raises once the newer setting has been used.
+        tf32 = self.is_wide and torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.precision = {
             "PRECISION": "tf32" if tf32 else "ieee",
             "WIDEN": backend.INTERPRETED and not self.is_wide,

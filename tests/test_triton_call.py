@@ -1,0 +1,87 @@
+"""What the Triton backend asks of its kernels: precision, units, launches by shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fused_attn.kernels.launch import Chip
+
+from fused_attn.backends.triton import backward, call, forward
+from fused_attn.reference import Masking
+
+H200 = Chip(132, 232448)
+
+
+@pytest.fixture
+def tf32() -> Iterator[object]:
+    """torch's setting for float32 products, put back afterwards."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def made(query: torch.Tensor, memory: torch.Tensor) -> call.Call:
+    with call.recording(H200):
+        return call.Call(query, memory, Masking(), "dot")
+
+
+def test_float32_products_follow_torch(tf32: object) -> None:
+    single = [meta(2, 3, 8, dtype=torch.float32), meta(2, 5, 8, dtype=torch.float32)]
+    short = [meta(2, 3, 8), meta(2, 5, 8)]
+    for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+        tf32.fp32_precision = setting
+        assert made(*single).precision["PRECISION"] == expected
+        assert made(*short).precision["PRECISION"] == "ieee"  # of 16-bit types it says nothing
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "row", "unit"),
+    [
+        (torch.bfloat16, 1000, 1000, 8),
+        (torch.float16, 512, 520, 8),
+        (torch.float32, 36, 36, 4),
+        (torch.bfloat16, 36, 36, 1),
+        (torch.bfloat16, 512, 513, 1),
+    ],
+    ids=str,
+)
+def test_units_divide_widths_and_strides(
+    dtype: torch.dtype, width: int, row: int, unit: int
+) -> None:
+    memory = meta(2, 5, row, dtype=dtype)[:, :, :width]
+    found = made(meta(2, 3, width, dtype=dtype), memory)
+    assert found.unit == {"UNIT": unit}
+    assert found.widths == (width // unit, width // unit)
+    assert found.strides(memory) == [5 * row // unit, row // unit]
+
+
+@pytest.mark.parametrize(("queries", "source"), [(1, 1024), (8, 1024), (64, 1024), (50, 50)])
+@pytest.mark.parametrize("score", ["dot", "concat"])
+def test_a_graph_can_capture_what_is_launched(score: str, queries: int, source: int) -> None:
+    """Lengths are data: on a device that has none, nothing fails, and nothing else is launched."""
+    query, memory, v = meta(4, queries, 64), meta(4, source, 64), meta(64)
+    saved = (meta(4, queries, 64), None, meta(4, queries, dtype=torch.float32))
+    found = []
+    for lengths in (None, meta(4, dtype=torch.int64)):
+        masking = Masking(lengths)
+        with call.recording(H200) as launches:
+            if score == "dot":
+                forward.dot(query, memory, 1.0, masking, True, True)
+                backward.dot(query, None, query, memory, 1.0, masking, saved)
+            else:
+                forward.concat(query, memory, None, v, memory, masking, True, True)
+                backward.concat(query, None, query, memory, v, memory, masking, saved)
+        found.append([(one.kernel.__name__, one.programs, one.options) for one in launches])
+    assert found[0] == found[1]
+    assert 2 <= len(found[0]) <= 10
+    assert all(programs > 0 for _, grid, _ in found[0] for programs in grid)
