@@ -79,7 +79,7 @@ def _masking(case: Case) -> tuple[Any, ...]:
         mask = torch.empty(shape, dtype=torch.bool, device="meta")
     if "keep" in case.flags:
         keep = torch.empty(shape, dtype=torch.bool, device="meta")
-    return lengths, mask, keep, 1.0 if keep is None else 1.25
+    return lengths, mask, keep, 1.0 if keep is None else 1.25, None
 
 
 def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launch]]:

@@ -25,7 +25,7 @@ from benchmarks.cpu_rows import Row
 from benchmarks.measure import Call
 from benchmarks.problems import with_lengths
 from fused_attn import functional, testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import Case, Inputs, Tensors, Verdict
 

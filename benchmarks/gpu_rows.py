@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import functional, testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.problem import AttentionProblem
 from fused_attn.reference import Masking
 from fused_attn.testing import Inputs

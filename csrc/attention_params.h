@@ -39,12 +39,20 @@ struct AttentionParams {
   int64_t mask_b = 0, mask_t = 0, mask_s = 0;
   const uint8_t* keep = nullptr;  // (B, T, S) contiguous, zero = dropped, or null
   double keep_scale = 1.0;
+  const int64_t* bounds = nullptr;  // (B, T, 2), or null: each query's window of positions, from
+                                    // the first to the one after the last, lengths included
+  const void* centers = nullptr;    // (B, T) in the type of logsumexp, or null: weights within a
+  double rate = 0.0;                // window are multiplied with exp(-((s - center) rate)^2 / 2)
 
   // Written by the forward pass, read by the backward one. Contiguous.
   void* context = nullptr;    // (B, T, E)
   void* weights = nullptr;    // (B, T, S), or null
   void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double; on a GPU
                               // null where nobody asked for it
+
+  // Concat scores alone, without a softmax: memory is not there, and E is 0.
+  void* raw_scores = nullptr;             // (B, T, S) in the type of logsumexp, or null
+  const void* raw_grad_scores = nullptr;  // their gradient, contiguous; 0 where nothing counts
 
   // On a GPU only.
   int device = 0;                        // its number; all other pointers point into its memory
@@ -62,6 +70,7 @@ struct AttentionParams {
   void* grad_memory = nullptr;       // (B, S, E)
   void* grad_memory_proj = nullptr;  // (B, S, K), concat
   void* grad_v = nullptr;            // (K), concat
+  void* grad_centers = nullptr;      // (B, T) in the type of centers, with these
 };
 
 }  // namespace fused_attn

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -81,8 +82,8 @@ class Call {
 
   // The fields of fused_attn.reference.Masking.
   void masking(PyObject* fields) {
-    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) {
-      throw py::type_error("masking must be a tuple (lengths, mask, keep, keep_scale)");
+    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 5) {
+      throw py::type_error("masking must be a tuple (lengths, mask, keep, keep_scale, window)");
     }
     PyObject* lengths = PyTuple_GET_ITEM(fields, 0);
     PyObject* mask = PyTuple_GET_ITEM(fields, 1);
@@ -107,17 +108,17 @@ class Call {
       keep_.check_shape({p.B, p.T, p.S}).check_bool();
       p.keep = static_cast<const uint8_t*>(keep_.make_contiguous().data());
     }
+    if (PyObject* window = PyTuple_GET_ITEM(fields, 4); window != Py_None) take_window(window);
   }
 
   // Returns (context, weights, logsumexp), with None for what is not asked for.
   PyObject* forward(bool with_weights, bool with_logsumexp) {
-    const DType statistics = p.dtype == DType::f64 ? DType::f64 : DType::f32;
     Argument context = new_empty(memory_, {p.B, p.T, p.E}), weights, logsumexp;
     p.context = context.data();
     if (with_weights) p.weights = (weights = new_empty(memory_, {p.B, p.T, p.S})).data();
     std::unique_ptr<double[]> unwanted;  // the CPU's kernels write it always
     if (with_logsumexp) {
-      p.logsumexp = (logsumexp = new_empty(memory_, {p.B, p.T}, statistics)).data();
+      p.logsumexp = (logsumexp = new_empty(memory_, {p.B, p.T}, statistics())).data();
     } else if (!on_gpu()) {
       p.logsumexp = (unwanted = std::unique_ptr<double[]>(new double[p.B * p.T])).get();
     }
@@ -127,6 +128,29 @@ class Call {
     results[1] = with_weights ? weights.release() : py::none();
     results[2] = with_logsumexp ? logsumexp.release() : py::none();
     return results.release().ptr();
+  }
+
+  // The call's memory is the projection itself here, of which only the shape is used.
+  PyObject* scores() {
+    p.E = 0;
+    Argument scores = new_empty(memory_, {p.B, p.T, p.S}, statistics());
+    p.raw_scores = scores.data();
+    run(cpu_forward);
+    return scores.release().release().ptr();
+  }
+
+  PyObject* scores_backward(PyObject* grad_scores) {
+    p.E = 0;
+    Argument grad("grad_scores", grad_scores);
+    grad.check_shape({p.B, p.T, p.S}).check_dtype(statistics());
+    p.raw_grad_scores = grad.make_contiguous().data();
+    Argument query = new_empty(memory_, {p.B, p.T, p.K});
+    Argument proj = new_empty(memory_, {p.B, p.S, p.K}), v = new_empty(memory_, {p.K});
+    p.grad_query = query.data();
+    p.grad_memory_proj = proj.data();
+    p.grad_v = v.data();
+    run(cpu_backward);
+    return py::make_tuple(query.release(), proj.release(), v.release()).release().ptr();
   }
 
   // `saved` is (context, weights or None, logsumexp). Returns the gradients in the inputs' order.
@@ -147,24 +171,29 @@ class Call {
       weights.check_shape({p.B, p.T, p.S}).check_dtype(p.dtype);
       p.weights = weights.make_contiguous().data();
     }
-    Argument statistics("logsumexp", PyTuple_GET_ITEM(saved, 2));
-    statistics.check_shape({p.B, p.T});
-    statistics.check_dtype(p.dtype == DType::f64 ? DType::f64 : DType::f32);
-    p.logsumexp = statistics.make_contiguous().data();
+    Argument logsumexp("logsumexp", PyTuple_GET_ITEM(saved, 2));
+    logsumexp.check_shape({p.B, p.T}).check_dtype(statistics());
+    p.logsumexp = logsumexp.make_contiguous().data();
 
     Argument query = new_empty(memory_, {p.B, p.T, p.K});
     Argument memory = new_empty(memory_, {p.B, p.S, p.E});
     p.grad_query = query.data();
     p.grad_memory = memory.data();
+    py::object centers = py::none();
+    if (p.centers) {
+      Argument grad = new_empty(memory_, {p.B, p.T}, statistics());
+      p.grad_centers = grad.data();
+      centers = grad.release();
+    }
     if (p.score == Score::dot) {
       run(cpu_backward);
-      return py::make_tuple(query.release(), memory.release()).release().ptr();
+      return py::make_tuple(query.release(), memory.release(), centers).release().ptr();
     }
     Argument proj = new_empty(memory_, {p.B, p.S, p.K}), v = new_empty(memory_, {p.K});
     p.grad_memory_proj = proj.data();
     p.grad_v = v.data();
     run(cpu_backward);
-    return py::make_tuple(query.release(), proj.release(), v.release(), memory.release())
+    return py::make_tuple(query.release(), proj.release(), v.release(), memory.release(), centers)
         .release()
         .ptr();
   }
@@ -181,6 +210,41 @@ class Call {
   Argument argument(const char* name, PyObject* object) const {
     return Argument(name, object, memory_.device());
   }
+
+  // `window` is (centers, half_width, gaussian). The bounds are those of reference.window_bounds,
+  // in the same arithmetic.
+  void take_window(PyObject* window) {
+    if (!PyTuple_Check(window) || PyTuple_GET_SIZE(window) != 3) {
+      throw py::type_error("window must be a tuple (centers, half_width, gaussian)");
+    }
+    if (on_gpu()) throw py::value_error("the cuda backend has no windows");
+    centers_ = argument("window.centers", PyTuple_GET_ITEM(window, 0));
+    centers_.check_shape({p.B, p.T}).check_dtype(statistics()).make_contiguous();
+    const double half_width = number(PyTuple_GET_ITEM(window, 1));
+    bounds_.resize(2 * p.B * p.T);
+    statistics() == DType::f64 ? cut_windows<double>(half_width) : cut_windows<float>(half_width);
+    p.bounds = bounds_.data();
+    if (!PyObject_IsTrue(PyTuple_GET_ITEM(window, 2))) return;
+    p.centers = centers_.data();
+    p.rate = 2.0 / half_width;  // 1 / sigma
+  }
+
+  template <class A>
+  void cut_windows(double half_width) {
+    const A* centers = static_cast<const A*>(centers_.data());
+    for (int64_t row = 0; row < p.B * p.T; ++row) {
+      const A low = std::ceil(centers[row] - A(half_width));
+      const A high = std::floor(centers[row] + A(half_width)) + A(1);
+      const int64_t stop = p.lengths ? p.lengths[row / p.T] : p.S;
+      // Written so that NaN gives the whole row.
+      const int64_t first = low > A(0) ? low < A(stop) ? int64_t(low) : stop : 0;
+      const int64_t last = high < A(stop) ? high > A(first) ? int64_t(high) : first : stop;
+      bounds_[2 * row] = first;
+      bounds_[2 * row + 1] = last;
+    }
+  }
+
+  DType statistics() const { return p.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
   // They stay where they are, and nobody waits for them: kernels clamp them to 0..S.
   void take_device_lengths(Argument given) {
@@ -239,8 +303,8 @@ class Call {
     compute(p);
   }
 
-  Argument memory_, query_, proj_, exp_, v_, keep_;
-  std::vector<int64_t> lengths_;
+  Argument memory_, query_, proj_, exp_, v_, keep_, centers_;
+  std::vector<int64_t> lengths_, bounds_;
 };
 
 // Runs `body` for a function of CPython: exceptions become Python's.
@@ -296,6 +360,20 @@ PyObject* concat_backward(PyObject* const* a) {
   return call.backward(a[0], a[1], a[8]);
 }
 
+PyObject* concat_scores(PyObject* const* a) {
+  Call call(a[0], a[1]);
+  call.concat(a[1], a[2], a[3]);
+  call.masking(a[4]);
+  return call.scores();
+}
+
+PyObject* concat_scores_backward(PyObject* const* a) {
+  Call call(a[1], a[2]);
+  call.concat(a[2], a[3], a[4]);
+  call.masking(a[5]);
+  return call.scores_backward(a[0]);
+}
+
 template <Py_ssize_t count, PyObject* (*body)(PyObject* const*)>
 PyMethodDef method(const char* name) {
   const auto function = reinterpret_cast<PyCFunction>(
@@ -308,6 +386,8 @@ PyMethodDef kCalls[] = {
     method<7, dot_backward>("dot_backward"),
     method<8, concat_forward<kCpu>>("concat_forward"),
     method<9, concat_backward>("concat_backward"),
+    method<5, concat_scores>("concat_scores"),
+    method<6, concat_scores_backward>("concat_scores_backward"),
 #ifdef FUSED_ATTN_CUDA
     method<6, dot_forward<kCuda>>("cuda_dot_forward"),
     method<8, concat_forward<kCuda>>("cuda_concat_forward"),

@@ -12,24 +12,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fused_attn.attention import LuongAttention, PreparedMemory
+    from fused_attn.attention import LuongAttention
+    from fused_attn.composed import coverage_loss, sparsemax
     from fused_attn.functional import concat_attention, dot_attention, general_attention
+    from fused_attn.prepared import PreparedMemory
+    from fused_attn.reference import LocalWindow
+    from fused_attn.scores import concat_scores, dot_scores, general_scores
 
 _HOME = {
+    "LocalWindow": "fused_attn.reference",
     "LuongAttention": "fused_attn.attention",
-    "PreparedMemory": "fused_attn.attention",
+    "PreparedMemory": "fused_attn.prepared",
     "concat_attention": "fused_attn.functional",
+    "concat_scores": "fused_attn.scores",
+    "coverage_loss": "fused_attn.composed",
     "dot_attention": "fused_attn.functional",
+    "dot_scores": "fused_attn.scores",
     "general_attention": "fused_attn.functional",
+    "general_scores": "fused_attn.scores",
+    "sparsemax": "fused_attn.composed",
 }
 
 __all__ = [
+    "LocalWindow",
     "LuongAttention",
     "PreparedMemory",
     "__version__",
     "concat_attention",
+    "concat_scores",
+    "coverage_loss",
     "dot_attention",
+    "dot_scores",
     "general_attention",
+    "general_scores",
+    "sparsemax",
 ]
 
 

@@ -6,62 +6,26 @@ Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Mach
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_attn import checks, functional
-from fused_attn.problem import SCORES
-from fused_attn.reference import Masking, MaskingFields, arithmetic_dtype, zero_uncounted_rows
-
-# Beyond this a projection is so large that exp(2x) leaves float32; see `exponentials`.
-_LARGEST_EXPONENT = 43.0
-
-
-def exponentials(memory_proj: Tensor) -> Tensor:
-    """Return ``exp(2 m)`` for a memory projection m (B, S, A), and -1 where that would overflow.
-
-    With E = exp(2q) exp(2m), tanh(q + m) = 1 - 2 / (1 + E): a decoding step then needs no
-    exponential of the memory. A kernel that meets the mark -1 reads m itself instead. Held in
-    bfloat16 for bfloat16 (its range is float32's, and a relative error of the exponential is an
-    absolute error of m), in float32 for float32 and float16.
-    """
-    dtype = memory_proj.dtype
-    wide = memory_proj.detach().to(arithmetic_dtype(dtype))
-    exp = torch.where(wide.abs() <= _LARGEST_EXPONENT, torch.exp(2.0 * wide), -1.0)
-    return exp if dtype == torch.float16 else exp.to(dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedMemory:
-    """A memory with everything that does not depend on the query, made by `prepare_memory`.
-
-    An immutable value: pass it to `LuongAttention.forward` in place of the memory, as often as the
-    decoder steps. Gradients flow through it. Nothing is kept on the module.
-    """
-
-    score: str
-    memory: Tensor  # (B, S, E)
-    memory_proj: Tensor | None = None  # (B, S, A), concat only
-    memory_exp: Tensor | None = None  # (B, S, A), `exponentials` of memory_proj
-    memory_lengths: Tensor | None = None  # int64 (B,)
-    memory_mask: Tensor | None = None  # bool (B, 1 or T, S)
-
-    def index_select(self, rows: Tensor) -> PreparedMemory:
-        """Return the rows ``rows`` (int, (N,)) of the batch, as a reordered batch needs them.
-
-        Beams of one sentence need no copy of its memory: give them as a query (B, K, D).
-        """
-        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.is_floating_point():
-            raise TypeError(f"rows must be an integer Tensor of shape (N,), got {rows!r}")
-        names = ("memory", "memory_proj", "memory_exp", "memory_lengths", "memory_mask")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(
-            self,
-            **{k: t.index_select(0, rows) for k, t in tensors.items() if t is not None},
-        )
+from fused_attn import checks, composed, functional, scores, warm_up
+from fused_attn import layer_options as options
+from fused_attn.layer_parts import (
+    AlignmentHistory,
+    PredictedPosition,
+    fold_history,
+    monotonic_centers,
+)
+from fused_attn.prepared import PreparedMemory, exponentials
+from fused_attn.reference import (
+    LocalWindow,
+    Masking,
+    MaskingFields,
+    zero_uncounted_rows,
+)
 
 
 class LuongAttention(nn.Module):
@@ -70,20 +34,33 @@ class LuongAttention(nn.Module):
     Args:
         query_dim: width D of the query, the decoder state h_t.
         memory_dim: width E of the memory, the encoder states h_s; query_dim if None.
-        score: "dot" (needs D = E), "general" or "concat".
+        score: "dot" (needs D = E), "general", "concat", or "location", softmax(W_a h_t), which does
+            not look at the memory (eq. 8 and the text below it).
         attn_dim: width A of the concat score; memory_dim if None.
         output_dim: None returns the context c_t. A width returns the attentional state
             h~_t = tanh(W_c [c_t; h_t]) of that width (eq. 5 of the paper).
-        bias: give the query projection of "general" or "concat" a bias.
-        scale: number the scores of "dot" and "general" are multiplied with.
-        local, window: local attention; only local=None so far.
+        bias: give the query projection of "general", "concat" or "location" a bias.
+        scale: number the scores are multiplied with, 1 over a temperature; "learned" makes it a
+            parameter that starts at 1.
+        local: None looks at all positions; "monotonic" at a window around p_t = t (local-m);
+            "predictive" around p_t = S sigmoid(v_p^T tanh(W_p h_t)), with the weights times a
+            Gaussian of sigma = window / 2 (local-p, eq. 9 and 10).
+        window: half-width D of local attention, in positions.
         dropout: probability of dropping an alignment weight while training.
+        normalizer: "softmax", or "sparsemax" for weights that are exactly 0 where little counts.
+        weight_norm: concat with ``g v / |v|`` for v (Salimans & Kingma 2016), as the normalised
+            Bahdanau attention of TensorFlow and GNMT has it, there with bias=True.
+        coverage: concat with a term of the sum of the weights so far (See et al. 2017, eq. 11).
+        conv_channels, conv_width: concat with a term of a convolution of the previous weights
+            (location-aware, Chorowski et al. 2015, eq. 8 and 9); 0 channels for none.
+        max_source: the longest source that score "location" may meet.
         backend: "auto", or the name of a backend.
         device, dtype: of the parameters.
 
     Parameters: ``query_proj.weight`` (general: (E, D), so that W_a is its transpose; concat:
-    (A, D)), ``memory_proj.weight`` (concat: (A, E)), ``v`` (concat: (A,)) and
-    ``output_proj.weight`` (output_dim, E + D).
+    (A, D); location: (max_source, D)), ``memory_proj.weight`` (concat: (A, E)), ``v`` (concat:
+    (A,)) and ``output_proj.weight`` (output_dim, E + D); with the options ``scale`` (), ``g`` (),
+    ``position.*`` (`PredictedPosition`) and ``history.*`` (`AlignmentHistory`).
     """
 
     def __init__(
@@ -97,46 +74,77 @@ class LuongAttention(nn.Module):
         bias: bool = False,
         scale: float | str = 1.0,
         local: str | None = None,
-        window: int = 10,
+        window: float = 10,
         dropout: float = 0.0,
+        normalizer: str = "softmax",
+        weight_norm: bool = False,
+        coverage: bool = False,
+        conv_channels: int = 0,
+        conv_width: int = 31,
+        max_source: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         memory_dim = query_dim if memory_dim is None else memory_dim
-        sizes = {"query_dim": query_dim, "memory_dim": memory_dim}
-        sizes |= {"attn_dim": attn_dim} if attn_dim is not None else {}
-        sizes |= {"output_dim": output_dim} if output_dim is not None else {}
-        _check_options(sizes, score, attn_dim, bias, scale, local, dropout)
+        sizes = {"attn_dim": attn_dim, "output_dim": output_dim, "max_source": max_source}
+        options.check_sizes(query_dim=query_dim, memory_dim=memory_dim, **sizes)
+        options.check_score(score, query_dim, memory_dim, attn_dim, bias, max_source)
+        options.check_scale(scale)
+        options.check_local(local, window)
+        options.check_concat_parts(score, weight_norm, coverage, conv_channels, conv_width)
+        options.check_normalizer(normalizer, dropout)
         checks.check_backend(backend)
         self.query_dim = query_dim
         self.memory_dim = memory_dim
         self.score = score
         self.attn_dim = (attn_dim or memory_dim) if score == "concat" else None
         self.output_dim = output_dim
-        self.scale = float(scale)
+        self.local = local
+        self.window = window
         self.dropout = dropout
+        self.normalizer = normalizer
+        self.max_source = max_source
         self.backend = backend
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        if score == "general":
-            self.query_proj = nn.Linear(query_dim, memory_dim, bias=bias, **where)
-        elif self.attn_dim is not None:
-            self.query_proj = nn.Linear(query_dim, self.attn_dim, bias=bias, **where)
+        self.scale: float | nn.Parameter
+        if scale == "learned":
+            self.scale = nn.Parameter(torch.empty((), **where))
+        else:
+            self.scale = float(scale)
+        scored = {"general": memory_dim, "concat": self.attn_dim, "location": max_source}.get(score)
+        if scored is not None:
+            self.query_proj = nn.Linear(query_dim, scored, bias=bias, **where)
+        if self.attn_dim is not None:
             self.memory_proj = nn.Linear(memory_dim, self.attn_dim, bias=False, **where)
             self.v = nn.Parameter(torch.empty(self.attn_dim, **where))
+        self.g = nn.Parameter(torch.empty((), **where)) if weight_norm else None
+        self.position = PredictedPosition(query_dim, **where) if local == "predictive" else None
+        self.history: AlignmentHistory | None = None
+        if self.attn_dim is not None and (coverage or conv_channels):
+            shape = (self.attn_dim, coverage, conv_channels, conv_width)
+            self.history = AlignmentHistory(*shape, **where)
         if output_dim is not None:
             self.output_proj = nn.Linear(memory_dim + query_dim, output_dim, bias=False, **where)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters again: the projections as `nn.Linear` does, v as one row of it."""
-        for name in ("query_proj", "memory_proj", "output_proj"):
-            if hasattr(self, name):
-                getattr(self, name).reset_parameters()
+        """Draw the parameters again: the projections as `nn.Linear` does, v as one row of it.
+
+        A learned scale starts at 1, the gain of a normalised v at 1 / sqrt(A).
+        """
+        for name in ("query_proj", "memory_proj", "output_proj", "position", "history"):
+            part = getattr(self, name, None)
+            if part is not None:
+                part.reset_parameters()
         if self.attn_dim is not None:
             bound = 1.0 / math.sqrt(self.attn_dim)
             nn.init.uniform_(self.v, -bound, bound)
+            if self.g is not None:
+                nn.init.constant_(self.g, bound)
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.ones_(self.scale)
 
     def prepare_memory(
         self,
@@ -168,6 +176,9 @@ class LuongAttention(nn.Module):
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
         *,
+        positions: int | Tensor | None = None,
+        coverage: Tensor | None = None,
+        previous_weights: Tensor | None = None,
         return_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -176,12 +187,19 @@ class LuongAttention(nn.Module):
         memory: (B, S, E) encoder states, or what `prepare_memory` made of them.
         memory_lengths: int (B,), 0..S; memory_mask: bool (B, S), (B, 1, S) or (B, T, S),
             **True = attend**. Neither goes with a prepared memory, which holds its own.
+        positions: for local="monotonic", the step t of each query, from 0: an int for all, or a
+            tensor that broadcasts to (B, T). None counts the queries of a (B, T, D).
+        coverage, previous_weights: for the options of that name, (B, S) of a step or (B, T, S) of a
+            history for each query: the sum of the weights of all steps before, and those of the
+            step before. None before the first step.
         return_weights: whether to return the alignment weights.
 
         Returns the context (B, T, E), or the attentional state (B, T, output_dim), and the weights
         (B, T, S) or None; without the T for a 2-D query. Raises TypeError or ValueError that names
         the argument, what was expected and what came.
         """
+        memory_exp: Tensor | None
+        memory_proj: Tensor | None
         memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
             self._check_prepared(memory, memory_lengths, memory_mask)
@@ -190,34 +208,164 @@ class LuongAttention(nn.Module):
             states = memory.memory
         else:
             states = memory
+        if positions is not None and self.local != "monotonic":
+            raise ValueError("positions belong to local='monotonic', got them without it")
         dropout_p = self.dropout if self.training else 0.0
-        v = self.v if self.score == "concat" else None
+        v = self._vector() if self.score == "concat" else None
         masking: MaskingFields
         if (
-            checks.is_usual(query, states, memory_lengths, memory_mask, None, dropout_p)
+            self.local is None
+            and checks.is_usual(query, states, memory_lengths, memory_mask, None, dropout_p)
             and query.shape[-1] == self.query_dim
             and states.shape[2] == self.memory_dim
         ):
-            masking = (memory_lengths, memory_mask, None, 1.0)
+            masking = (memory_lengths, memory_mask, None, 1.0, None)
         else:
             query, states, memory_proj, v = checks.autocast(query, states, memory_proj, v)
             self._check_memory(states)
             checks.check_query(query, states, "query_dim", self.query_dim)
+            window = self._window(query, states, memory_lengths, positions)
             masking = checks.check_masking(
-                query, states, memory_lengths, memory_mask, None, dropout_p
+                query, states, memory_lengths, memory_mask, window, dropout_p
             )
-        rest = (masking, return_weights, self.backend)
-        if v is None:
-            scored = query if self.score == "dot" else self.query_proj(query)
-            context, weights = functional.attend_dot(scored, states, self.scale, *rest)
-        else:
-            if memory_proj is None:
-                memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
-            inputs = (self.query_proj(query), memory_proj, memory_exp, v, states)
-            context, weights = functional.attend_concat(*inputs, *rest)
+        if v is not None and memory_proj is None:
+            memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
+        operands = (self._scored(query, states), memory_proj, memory_exp, v, states, masking)
+        context, weights = self._attend(operands, coverage, previous_weights, return_weights)
         if self.output_dim is not None:
             context = torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
         return context, weights
+
+    def scores(
+        self,
+        query: Tensor,
+        memory: Tensor | PreparedMemory,
+        memory_lengths: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        *,
+        positions: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores before the normaliser, and their log-sum-exp.
+
+        Arguments as in `forward`. Returns scores (B, T, S), scaled, -inf where a position does not
+        count, and log-sum-exp (B, T), in the dtype of the arithmetic; without the T for a 2-D
+        query. No history: see `forward` for a layer that has one.
+        """
+        prepared = memory if isinstance(memory, PreparedMemory) else None
+        if prepared is not None:
+            self._check_prepared(prepared, memory_lengths, memory_mask)
+            memory_lengths, memory_mask = prepared.memory_lengths, prepared.memory_mask
+        states = memory.memory if isinstance(memory, PreparedMemory) else memory
+        v = self._vector() if self.score == "concat" else None
+        query, states, v = checks.autocast(query, states, v)
+        self._check_memory(states)
+        checks.check_query(query, states, "query_dim", self.query_dim)
+        window = self._window(query, states, memory_lengths, positions)
+        masking = checks.check_masking(query, states, memory_lengths, memory_mask, window, 0.0)
+        proj = exp = None
+        if v is not None and prepared is not None:
+            proj, exp = prepared.memory_proj, prepared.memory_exp
+        elif v is not None:
+            proj = self.memory_proj(zero_uncounted_rows(states, masking))
+        found = self._scores(self._scored(query, states), proj, exp, v, states, masking)
+        log = composed.log_sum_exp(found)
+        return (found, log) if query.dim() == 3 else (found.squeeze(1), log.squeeze(1))
+
+    def _attend(
+        self,
+        operands: tuple[Any, ...],
+        coverage: Tensor | None,
+        previous_weights: Tensor | None,
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        scored, _, _, v, states, masking = operands
+        queries = None
+        if coverage is not None or previous_weights is not None:
+            if self.history is None:
+                raise ValueError(
+                    "coverage and previous_weights belong to a layer made with coverage=True or "
+                    "conv_channels, got them without it"
+                )
+            operands, queries = fold_history(self.history, operands, coverage, previous_weights)
+            scored, _, _, v, states, masking = operands
+        if self.score == "location" or self.normalizer != "softmax":
+            found = self._scores(*operands)
+            normalized = (masking, self.normalizer, return_weights)
+            context, weights = composed.attend_scores(found, states, *normalized)
+            if scored.dim() == 2:
+                context, weights = functional.one_step(context, weights)
+        elif v is None:
+            rest = (masking, return_weights, self.backend)
+            context, weights = functional.attend_dot(scored, states, self.scale, *rest)
+        else:
+            arguments: tuple[Any, ...] = (*operands, return_weights, self.backend)
+            context, weights = functional.attend_concat(*arguments)
+        if queries is None:
+            return context, weights
+        unfolded = None if weights is None else weights.reshape(-1, queries, weights.shape[-1])
+        return context.reshape(-1, queries, context.shape[-1]), unfolded
+
+    def _scored(self, query: Tensor, states: Tensor) -> Tensor:
+        """What is scored in place of the query: its projection, where the score has one.
+
+        Of the location score these are the scores, of which the first S count.
+        """
+        if self.score == "dot":
+            return query
+        if self.max_source is None:
+            return self.query_proj(query)
+        source = states.shape[1]
+        if source > self.max_source:
+            raise ValueError(
+                f"memory must have S <= max_source = {self.max_source}, got S={source}"
+            )
+        bias = self.query_proj.bias
+        rows = (self.query_proj.weight[:source], None if bias is None else bias[:source])
+        return nn.functional.linear(query, *rows)
+
+    def _scores(
+        self,
+        scored: Tensor,
+        memory_proj: Tensor | None,
+        memory_exp: Tensor | None,
+        v: Tensor | None,
+        states: Tensor,
+        masking: MaskingFields,
+    ) -> Tensor:
+        """Scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+        if scored.dim() == 2:
+            scored = scored.unsqueeze(1)
+        if v is not None:
+            assert memory_proj is not None
+            return scores.of_concat(scored, memory_proj, memory_exp, v, masking, self.backend)
+        if self.score == "location":
+            return scores.counted(self._scaled(scored), states, masking)
+        return scores.of_dot(scored, states, self.scale, masking)
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            return tensor * scale.to(tensor.dtype)
+        return tensor if scale == 1.0 else tensor * scale
+
+    def _vector(self) -> Tensor:
+        """v of the concat score, with its gain and scale: ``scale g v / |v|``."""
+        v = self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
+        return self._scaled(v)
+
+    def _window(
+        self,
+        query: Tensor,
+        states: Tensor,
+        lengths: Tensor | None,
+        positions: int | Tensor | None,
+    ) -> LocalWindow | None:
+        if self.local is None:
+            return None
+        if self.position is not None:
+            centers = self.position(query, lengths, states.shape[1])
+            return LocalWindow(centers, self.window, gaussian=True)
+        return LocalWindow(monotonic_centers(query, positions), self.window)
 
     def warm_up(
         self,
@@ -226,6 +374,7 @@ class LuongAttention(nn.Module):
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
         *,
+        positions: int | Tensor | None = None,
         return_weights: bool = True,
     ) -> None:
         """Run once what calls of these shapes run, so that a CUDA graph can capture the next one.
@@ -234,30 +383,8 @@ class LuongAttention(nn.Module):
         the forward and, where gradients would flow, for the backward. The results are dropped:
         no gradient is accumulated and no random state moves.
         """
-
-        leaves: list[Tensor] = []
-
-        def leaf(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value  # forward says what is wrong with it
-            leaves.append(value.detach().requires_grad_(value.requires_grad))
-            return leaves[-1]
-
-        if isinstance(memory, PreparedMemory):
-            states, proj = leaf(memory.memory), leaf(memory.memory_proj)
-            memory = replace(memory, memory=states, memory_proj=proj)
-        else:
-            memory = leaf(memory)
-        query = leaf(query)
-        on_gpu = isinstance(query, Tensor) and query.is_cuda
-        with torch.random.fork_rng(devices=[query.device] if on_gpu else []):
-            rest = (memory_lengths, memory_mask)
-            output, weights = self(query, memory, *rest, return_weights=return_weights)
-        inputs = [x for x in (*leaves, *self.parameters()) if x.requires_grad]
-        roots = [x for x in (output, weights) if x is not None and x.requires_grad]
-        for count in range(1, len(roots) + 1):  # a loss may use the weights, or not
-            seeds = [torch.ones_like(root) for root in roots[:count]]
-            torch.autograd.grad(roots[:count], inputs, seeds, retain_graph=True, allow_unused=True)
+        wanted = {"positions": positions, "return_weights": return_weights}
+        warm_up.run(self, query, memory, (memory_lengths, memory_mask), wanted)
 
     def _check_memory(self, memory: Tensor) -> None:
         checks.check_memory(memory)
@@ -286,49 +413,18 @@ class LuongAttention(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.query_dim}, {self.memory_dim}, score={self.score!r}"]
-        if self.scale != 1.0:
+        if isinstance(self.scale, Tensor):
+            parts.append("scale='learned'")
+        elif self.scale != 1.0:
             parts.append(f"scale={self.scale:g}")
+        if self.local is not None:
+            parts.append(f"local={self.local!r}, window={self.window:g}")
+        if self.g is not None:
+            parts.append("weight_norm=True")
+        if self.normalizer != "softmax":
+            parts.append(f"normalizer={self.normalizer!r}")
         if self.dropout:
             parts.append(f"dropout={self.dropout:g}")
         if self.backend != "auto":
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
-
-
-def _check_options(
-    sizes: dict[str, int],
-    score: str,
-    attn_dim: int | None,
-    bias: bool,
-    scale: float | str,
-    local: str | None,
-    dropout: float,
-) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive int, got {size!r}")
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
-    if score == "dot" and sizes["query_dim"] != sizes["memory_dim"]:
-        raise ValueError(
-            "score 'dot' needs query_dim == memory_dim, "
-            f"got {sizes['query_dim']} and {sizes['memory_dim']}"
-        )
-    if attn_dim is not None and score != "concat":
-        raise ValueError(
-            f"attn_dim belongs to score 'concat', got attn_dim={attn_dim} for {score!r}"
-        )
-    if bias and score == "dot":
-        raise ValueError("bias needs a query projection (score 'general' or 'concat'), got 'dot'")
-    if scale == "learned":
-        raise NotImplementedError("scale='learned' is not implemented yet; use a number")
-    if not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    if score == "concat" and scale != 1.0:
-        raise ValueError(
-            f"scale belongs to the scores 'dot' and 'general', got {scale!r} for concat"
-        )
-    if local is not None:
-        raise NotImplementedError(f"local attention is not implemented yet, got local={local!r}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be a probability in 0..1, got {dropout!r}")

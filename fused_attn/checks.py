@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import backends
-from fused_attn.reference import Masking
+from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype
 
 _KNOWN_BACKENDS = frozenset(backends.REQUESTS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +25,7 @@ def is_usual(
     memory: Tensor,
     memory_lengths: Tensor | None,
     memory_mask: Tensor | None,
-    window: None,
+    window: LocalWindow | None,
     dropout_p: float,
 ) -> bool:
     """Whether the checks below would accept these, widths aside, and change nothing.
@@ -190,27 +190,71 @@ def check_query(query: Tensor, memory: Tensor, partner: str, width: int) -> None
     _check_like("query", query, memory)
 
 
+def check_concat(
+    query: Tensor,
+    memory: Tensor,
+    query_weight: Tensor,
+    memory_weight: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Refuse operands of the concat score that do not go together."""
+    check_memory(memory)
+    check_parameter("v", v, memory, (None,), "(A,)")
+    width = v.shape[0]
+    check_parameter("query_weight", query_weight, memory, (width, None), "(A, D)")
+    check_parameter("memory_weight", memory_weight, memory, (width, memory.shape[2]), "(A, E)")
+    if bias is not None:
+        check_parameter("bias", bias, memory, (width,), "(A,)")
+    check_query(query, memory, "query_weight", query_weight.shape[1])
+
+
 def check_masking(
     query: Tensor,
     memory: Tensor,
     memory_lengths: Tensor | None,
     memory_mask: Tensor | None,
-    window: None,
+    window: LocalWindow | None,
     dropout_p: float,
 ) -> Masking:
     """Check what decides which positions count, and draw the dropout of the weights."""
-    if window is not None:
-        raise NotImplementedError("window (local attention) is not implemented yet; use None")
     lengths = check_lengths(memory_lengths, memory)
     queries = query.shape[1] if query.dim() == 3 else 1
     mask = check_mask(memory_mask, memory, queries)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a probability in 0..1, got {dropout_p}")
+    if window is not None:
+        window = check_window(window, query, memory)
     if dropout_p == 0.0:
-        return Masking(lengths, mask)
+        return Masking(lengths, mask, window=window)
     batch, source, _ = memory.shape
     keep = torch.rand(batch, queries, source, device=memory.device) >= dropout_p
-    return Masking(lengths, mask, keep, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+    scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return Masking(lengths, mask, keep, scale, window)
+
+
+def check_window(window: object, query: Tensor, memory: Tensor) -> LocalWindow:
+    """Return the window with centers (B, T) in the dtype of the arithmetic."""
+    if not isinstance(window, LocalWindow):
+        raise TypeError(f"window must be a LocalWindow or None, got {type(window).__name__}")
+    centers, half_width, gaussian = window
+    if not isinstance(centers, Tensor) or not centers.is_floating_point():
+        raise TypeError(f"window.centers must be a floating-point Tensor, got {_kind(centers)}")
+    if centers.shape != query.shape[:-1]:
+        raise ValueError(
+            f"window.centers must have shape {tuple(query.shape[:-1])}, one for each query, "
+            f"got {_shape(centers)}"
+        )
+    _check_device("window.centers", centers, memory)
+    if not isinstance(half_width, int | float) or isinstance(half_width, bool):
+        raise TypeError(f"window.half_width must be a number, got {half_width!r}")
+    least = "positive (its sigma is half_width / 2)" if gaussian else "at least 0"
+    if not (0 < half_width < float("inf") or (half_width == 0 and not gaussian)):
+        raise ValueError(f"window.half_width must be finite and {least}, got {half_width}")
+    centers = centers.to(arithmetic_dtype(memory.dtype))
+    if query.dim() == 2:
+        centers = centers.unsqueeze(1)
+    return LocalWindow(centers, float(half_width), bool(gaussian))
 
 
 def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | None:

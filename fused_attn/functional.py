@@ -9,7 +9,8 @@ Arguments that all functions share
     memory_mask: bool (B, S), (B, 1, S) or (B, T, S). **True = attend**, as in
         `scaled_dot_product_attention`; `nn.MultiheadAttention` means the opposite. With lengths
         given too, a position counts when both allow it.
-    window: reserved for local attention; only None so far.
+    window: a `LocalWindow`: local attention (section 3.2). Positions outside a query's window do
+        not count and are not read, so that the cost goes by the window and not by S.
     dropout_p: probability of dropping a weight from the weighted sum, 0..1.
     return_weights: also return the alignment weights (before dropout).
     backend: "auto", or the name of a backend, which then must be able to do the call.
@@ -30,10 +31,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fused_attn import ops
+from fused_attn import autograd
 from fused_attn.checks import (
     autocast,
     check_backend,
+    check_concat,
     check_masking,
     check_memory,
     check_parameter,
@@ -42,7 +44,7 @@ from fused_attn.checks import (
     is_plain,
     is_usual,
 )
-from fused_attn.reference import MaskingFields, zero_uncounted_rows
+from fused_attn.reference import LocalWindow, MaskingFields, zero_uncounted_rows
 
 
 def dot_attention(
@@ -52,7 +54,7 @@ def dot_attention(
     scale: float | Tensor = 1.0,
     memory_lengths: Tensor | None = None,
     memory_mask: Tensor | None = None,
-    window: None = None,
+    window: LocalWindow | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     backend: str = "auto",
@@ -73,7 +75,7 @@ def dot_attention(
         is_usual(query, memory, memory_lengths, memory_mask, window, dropout_p)
         and query.shape[-1] == memory.shape[2]
     ):
-        masking = (memory_lengths, memory_mask, None, 1.0)
+        masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
         query, memory = autocast(query, memory)
         check_memory(memory)
@@ -90,7 +92,7 @@ def general_attention(
     scale: float | Tensor = 1.0,
     memory_lengths: Tensor | None = None,
     memory_mask: Tensor | None = None,
-    window: None = None,
+    window: LocalWindow | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     backend: str = "auto",
@@ -111,7 +113,7 @@ def general_attention(
         and is_plain(weight, memory.dtype, 2)
         and weight.shape == (query.shape[-1], memory.shape[2])
     ):
-        masking = (memory_lengths, memory_mask, None, 1.0)
+        masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
         query, memory, weight = autocast(query, memory, weight)
         check_memory(memory)
@@ -131,7 +133,7 @@ def concat_attention(
     *,
     memory_lengths: Tensor | None = None,
     memory_mask: Tensor | None = None,
-    window: None = None,
+    window: LocalWindow | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     backend: str = "auto",
@@ -159,19 +161,12 @@ def concat_attention(
         and memory_weight.shape == (v.shape[0], memory.shape[2])
         and (bias is None or (is_plain(bias, memory.dtype, 1) and bias.shape == v.shape))
     ):
-        masking = (memory_lengths, memory_mask, None, 1.0)
+        masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
         query, memory, query_weight, memory_weight, v, bias = autocast(
             query, memory, query_weight, memory_weight, v, bias
         )
-        check_memory(memory)
-        check_parameter("v", v, memory, (None,), "(A,)")
-        width = v.shape[0]
-        check_parameter("query_weight", query_weight, memory, (width, None), "(A, D)")
-        check_parameter("memory_weight", memory_weight, memory, (width, memory.shape[2]), "(A, E)")
-        if bias is not None:
-            check_parameter("bias", bias, memory, (width,), "(A,)")
-        check_query(query, memory, "query_weight", query_weight.shape[1])
+        check_concat(query, memory, query_weight, memory_weight, v, bias)
         masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
     query_proj = linear(query, query_weight, bias)
     memory_proj = linear(zero_uncounted_rows(memory, masking), memory_weight)
@@ -192,10 +187,12 @@ def attend_dot(
         # A learned scale gets its gradient through the query, which is small.
         query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     if query.dim() == 3:
-        return ops.dot_attention(query, memory, float(scale), *masking, return_weights, backend)
+        return autograd.dot_attention(
+            query, memory, float(scale), *masking, return_weights, backend
+        )
     query = query.unsqueeze(1)
-    return _one_step(
-        *ops.dot_attention(query, memory, float(scale), *masking, return_weights, backend)
+    return one_step(
+        *autograd.dot_attention(query, memory, float(scale), *masking, return_weights, backend)
     )
 
 
@@ -210,12 +207,12 @@ def attend_concat(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the concat operator on checked arguments; query_proj (B, T, A) or (B, A)."""
-    rest = (memory_proj, memory_exp, v, memory)
+    rest = (memory_proj, memory_exp, v, memory, *masking, return_weights, backend)
     if query_proj.dim() == 3:
-        return ops.concat_attention(query_proj, *rest, *masking, return_weights, backend)
-    query_proj = query_proj.unsqueeze(1)
-    return _one_step(*ops.concat_attention(query_proj, *rest, *masking, return_weights, backend))
+        return autograd.concat_attention(query_proj, *rest)
+    return one_step(*autograd.concat_attention(query_proj.unsqueeze(1), *rest))
 
 
-def _one_step(context: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def one_step(context: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Results of a query (B, 1, D) as those of (B, D)."""
     return context.squeeze(1), None if weights is None else weights.squeeze(1)

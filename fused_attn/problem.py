@@ -28,6 +28,7 @@ class AttentionProblem:
     return_weights: bool = False
     backward: bool = False  # the backward operator is asked for, and not the forward one
     prepared: bool = False  # concat: the exponentials of the memory are there
+    windowed: bool = False  # local attention: each query looks at a window of positions
 
     @property
     def pairs(self) -> int:

@@ -23,13 +23,14 @@ from torch.nn.functional import linear
 from torch.utils import deterministic
 
 from fused_attn import functional, reference
-from fused_attn.reference import Masking
+from fused_attn.reference import LocalWindow, Masking
 
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(FLOORS)
 # "projected" is the concat score over finished projections, as the operator takes it.
 SCORES = ("dot", "general", "concat", "projected")
 MASKS = ("none", "shared", "row", "cube")  # none, (B, S), (B, 1, S), (B, T, S)
+WINDOWS = ("none", "hard", "gaussian")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")
 
 # Arguments without a batch dimension; their gradients are sums over the batch.
@@ -52,6 +53,7 @@ class Case:
     attn_dim: int = 16  # A
     lengths: bool = False  # rows of S, 0, and lengths between
     mask: str = "none"  # one of MASKS
+    window: str = "none"  # one of WINDOWS
     keep: bool = False  # dropout on the weights
     bias: bool = False  # of the concat score
     layout: str = "contiguous"  # one of LAYOUTS, of every tensor
@@ -66,6 +68,7 @@ class Case:
         flags = [name for name in ("lengths", "keep", "bias") if getattr(self, name)]
         flags += [] if self.weights else ["no_weights"]
         flags += [f"{self.mask}_mask"] if self.mask != "none" else []
+        flags += [f"{self.window}_window"] if self.window != "none" else []
         flags += [self.layout] if self.layout != "contiguous" else []
         return "-".join([self.score, str(self.dtype).removeprefix("torch."), sizes, *flags])
 
@@ -101,7 +104,17 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 def _each(masking: Masking, change: Callable[[Tensor], Tensor]) -> Masking:
     """Apply ``change`` to the tensors of a masking."""
     lengths, mask, keep = (None if tensor is None else change(tensor) for tensor in masking[:3])
-    return Masking(lengths, mask, keep, masking.keep_scale)
+    window = masking.window
+    if window is not None:
+        window = window._replace(centers=change(window.centers))
+    return Masking(lengths, mask, keep, masking.keep_scale, window)
+
+
+def _differentiable(masking: Masking, tensors: Tensors) -> Masking:
+    """The masking with the centers that take a gradient, if there are such."""
+    if masking.window is None or "centers" not in tensors:
+        return masking
+    return masking._replace(window=masking.window._replace(centers=tensors["centers"]))
 
 
 def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
@@ -115,7 +128,19 @@ def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
         mask[-1:, -1:] = False
         mask = mask[:, 0] if case.mask == "shared" else mask
     keep = draw(batch, queries, source) > -0.5 if case.keep else None
-    return Masking(lengths, mask, keep, 1.5 if case.keep else 1.0)
+    return Masking(lengths, mask, keep, 1.5 if case.keep else 1.0, _window(case, draw))
+
+
+def _window(case: Case, draw: Callable[..., Tensor]) -> LocalWindow | None:
+    """Windows of about a third of the source; some end at its edges, the first lies outside."""
+    if case.window == "none":
+        return None
+    centers = draw(case.batch, case.queries, size=0.3 * case.source) + 0.5 * case.source
+    if case.window == "hard":
+        centers = centers.round()
+    centers[:1, :1] = -2.0 * case.source
+    half_width = max(1.0, case.source // 6) if case.window == "hard" else case.source / 6 + 0.4
+    return LocalWindow(centers, half_width, case.window == "gaussian")
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
@@ -145,14 +170,20 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     if case.bias and case.score == "concat":
         tensors["bias"] = draw(attn_dim)
     masking = _masking(case, draw)
+    if masking.window is not None:  # positions are never narrower than the arithmetic
+        wide = masking.window.centers.to(device, reference.arithmetic_dtype(case.dtype))
+        masking = masking._replace(window=masking.window._replace(centers=wide))
     seeds = [draw(batch, queries, memory_dim), draw(batch, queries, source)]
 
     def place(tensor: Tensor) -> Tensor:
         return lay_out(tensor.to(device, case.dtype), case.layout)
 
+    placed = {name: place(tensor) for name, tensor in tensors.items()}
+    if masking.window is not None and masking.window.gaussian:
+        placed["centers"] = masking.window.centers
     return Inputs(
         score=case.score,
-        tensors={name: place(tensor) for name, tensor in tensors.items()},
+        tensors=placed,
         masking=_each(masking, lambda tensor: lay_out(tensor.to(device), case.layout)),
         scale=0.75 if case.score in ("dot", "general") else 1.0,
         grad_context=place(seeds[0]),
@@ -214,6 +245,12 @@ def plain_attention(
     if counts is not None:
         scores = scores.masked_fill(~counts, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
+    if masking.window is not None and masking.window.gaussian:
+        centers, half_width, _ = masking.window
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        sigma = half_width / 2
+        factor = torch.exp(-((positions - centers[..., None]) ** 2) / (2 * sigma**2))
+        weights = weights * factor.to(weights.dtype)
     summed = weights
     if masking.keep_mask is not None:
         summed = weights * masking.keep_mask * masking.keep_scale
@@ -245,8 +282,10 @@ def fused(inputs: Inputs, backend: str = "auto") -> Tensors:
             scaled = {} if inputs.score == "concat" else {"scale": scale}
             function = getattr(functional, f"{inputs.score}_attention")
             rest = {"return_weights": wanted, "backend": backend}
-            return function(**tensors, **scaled, memory_lengths=lengths, memory_mask=mask, **rest)
-        whole, memory = _cubed(masking), tensors["memory"]
+            rest["window"] = _differentiable(masking, tensors).window
+            operands = {name: t for name, t in tensors.items() if name != "centers"}
+            return function(**operands, **scaled, memory_lengths=lengths, memory_mask=mask, **rest)
+        whole, memory = _differentiable(_cubed(masking), tensors), tensors["memory"]
         query, keys = _projections(inputs.score, tensors, whole)
         if inputs.score in ("dot", "general"):
             return functional.attend_dot(query, memory, scale, whole, wanted, backend)
@@ -263,7 +302,8 @@ def plain(inputs: Inputs) -> Tensors:
     masking = _cubed(inputs.masking)
 
     def call(tensors: Tensors) -> tuple[Tensor, Tensor]:
-        context, weights = plain_attention(inputs.score, tensors, inputs.scale, counts, masking)
+        local = _differentiable(masking, tensors)
+        context, weights = plain_attention(inputs.score, tensors, inputs.scale, counts, local)
         return context.masked_fill(empty, 0), weights.masked_fill(~counts, 0)
 
     return evaluate(call, inputs)
@@ -292,11 +332,12 @@ def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
 
     def call(tensors: Tensors) -> tuple[Tensor, Tensor]:
         query, keys = _projections(score, tensors, masking)
+        local = _differentiable(masking, tensors)
         if score in ("dot", "general"):
-            result = reference.dot_attention(query, tensors["memory"], scale, masking)
+            result = reference.dot_attention(query, tensors["memory"], scale, local)
         else:
             memory, v = tensors["memory"], tensors["v"]
-            result = reference.concat_attention(query, keys, v, memory, masking)
+            result = reference.concat_attention(query, keys, v, memory, local)
         return result.context, result.weights
 
     wide = {

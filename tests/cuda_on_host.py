@@ -40,12 +40,15 @@ class Params(Structure):
         ("v", c_void_p), ("lengths", c_void_p), ("mask", c_void_p),
         ("mask_b", c_int64), ("mask_t", c_int64), ("mask_s", c_int64),
         ("keep", c_void_p), ("keep_scale", c_double),
+        ("bounds", c_void_p), ("centers", c_void_p), ("rate", c_double),
         ("context", c_void_p), ("weights", c_void_p), ("logsumexp", c_void_p),
+        ("raw_scores", c_void_p), ("raw_grad_scores", c_void_p),
         ("device", c_int), ("stream", c_void_p), ("device_lengths", c_void_p),
         ("length_stride", c_int64), ("length_bytes", c_int), ("lengths_are_signed", c_bool),
         ("workspace", c_void_p),
         ("grad_context", Rows), ("grad_weights", Rows), ("grad_query", c_void_p),
         ("grad_memory", c_void_p), ("grad_memory_proj", c_void_p), ("grad_v", c_void_p),
+        ("grad_centers", c_void_p),
     ]  # fmt: skip
 
 

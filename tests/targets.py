@@ -78,7 +78,8 @@ class Target:
         score = "concat" if case.score == "projected" else case.score
         score_dim = case.attn_dim if score == "concat" else case.memory_dim
         sizes = (case.batch, case.queries, case.source, case.memory_dim, score_dim)
-        problem = AttentionProblem(score, *sizes, case.dtype, self.device, case.weights)
+        flags = {"return_weights": case.weights, "windowed": case.window != "none"}
+        problem = AttentionProblem(score, *sizes, case.dtype, self.device, **flags)
         return backends.load(self.backend).not_supported_reasons(problem)
 
     @property

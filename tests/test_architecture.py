@@ -1,7 +1,7 @@
 """The one-way flow of the package, read from its imports: nothing points back up.
 
-seq2seq -> attention -> functional -> {checks, ops} -> backends -> each backend -> {reference, _C,
-kernels}
+seq2seq -> attention -> functional -> {checks, autograd -> ops} -> backends -> each backend
+-> {reference, _C, kernels}
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference"),
+    ("composed", "prepared"),
     ("backends.*.*",),
     ("backends.*",),
     ("backends",),
     ("checks", "ops"),
-    ("functional",),
+    ("autograd",),
+    ("functional", "scores", "layer_options", "layer_parts", "warm_up"),
     ("attention",),
     ("interop",),
     ("seq2seq",),

@@ -10,7 +10,7 @@ from targets import Target, cancelled_sizes, every_target
 from torch import Tensor
 
 from fused_attn import functional, testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.testing import DTYPES, Case, Inputs, Tensors
 
 # What is added to W_q h_t and to W_m h_s. Around 22 the exponentials of a pair of terms overflow

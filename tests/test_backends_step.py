@@ -9,7 +9,7 @@ import torch
 from targets import Target, every_target
 
 from fused_attn import functional, testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import Case, Inputs, Tensors
 

@@ -16,7 +16,7 @@ from cuda_on_host import Call
 from torch import Tensor
 
 from fused_attn import testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import Case, Inputs
 

@@ -93,7 +93,7 @@ BAD_TENSORS = [
         ValueError,
         "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager', got None",
     ),
-    ("window", 3, NotImplementedError, "window (local attention) is not implemented yet"),
+    ("window", 3, TypeError, "window must be a LocalWindow or None, got int"),
 ]
 BAD_PARAMETERS = {
     "general": [

@@ -17,7 +17,7 @@ from targets import TARGETS, Target
 from torch import Tensor
 
 from fused_attn import functional, testing
-from fused_attn.attention import exponentials
+from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import DTYPES, MASKS, SCORES, Case, Inputs, Tensors
 
@@ -60,7 +60,7 @@ class Call:
 
     def inputs(self) -> Inputs:
         drawn = testing.make_inputs(self.case, self.seed)
-        _, mask, keep, keep_scale = drawn.masking
+        _, mask, keep, keep_scale, window = drawn.masking
         if mask is not None:
             generator = torch.Generator().manual_seed(self.seed)
             mask = torch.rand(mask.shape, generator=generator) < self.density
@@ -69,7 +69,7 @@ class Call:
         return replace(
             drawn,
             tensors={name: self.laid_out(name, t) for name, t in drawn.tensors.items()},
-            masking=Masking(*map(self.laid_out, OTHERS, masks), keep_scale),
+            masking=Masking(*map(self.laid_out, OTHERS, masks), keep_scale, window),
             grad_context=self.laid_out("grad_context", drawn.grad_context),
             grad_weights=self.laid_out("grad_weights", drawn.grad_weights),
         )
@@ -120,6 +120,7 @@ def calls(draw: st.DrawFn, score: str, mask: str | None = None) -> Call:
         draw(WIDTHS),
         draw(WIDTHS),
         mask=mask or draw(st.sampled_from(MASKS)),
+        window="none" if mask else draw(st.sampled_from(("none", "none", "hard"))),
         **options,
     )
     lengths = st.lists(st.integers(0, case.source), min_size=case.batch, max_size=case.batch)
@@ -162,7 +163,7 @@ def gradient_sizes(inputs: Inputs, weights: Tensor) -> dict[str, float]:
     count, where all rows are equal, or by chance in a width of one; its terms still round.
     """
     tensors = {name: tensor.double().abs() for name, tensor in inputs.tensors.items()}
-    keep, keep_scale = inputs.masking[2:]
+    keep, keep_scale = inputs.masking[2:4]
     summed = weights if keep is None else weights * keep * keep_scale
     # Over equal rows the terms cancel as a whole: plain sums.
     rows = [inputs.tensors[name] for name in ("memory", "memory_proj") if name in tensors]

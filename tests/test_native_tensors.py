@@ -23,7 +23,7 @@ native: Any = pytest.importorskip("fused_attn._C", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(
     bool(backends.unavailable_reasons("cpu")), reason="the cpu backend is not usable here"
 )
-NOTHING = (None, None, None, 1.0)
+NOTHING = (None, None, None, 1.0, None)
 
 
 def attend(query: Tensor, memory: Tensor, **options: Any) -> Tensor:
@@ -111,9 +111,21 @@ WRONG = [  # what replaces an argument of dot_forward, and what the error says
     ({3: (torch.ones(2), *NOTHING[1:])}, TypeError, "memory_lengths must be an integer Tensor"),
     ({3: (torch.tensor([5, 6]), *NOTHING[1:])}, ValueError, r"must lie in 0\.\.5 .* got 6"),
     ({3: (torch.tensor([-1, 5]), *NOTHING[1:])}, ValueError, r"must lie in 0\.\.5 .* got -1"),
-    ({3: (None, torch.ones(2, 2, 5).bool(), None, 1.0)}, ValueError, r"memory_mask .*\(2, 3, 5\)"),
-    ({3: (None, torch.ones(2, 5), None, 1.0)}, TypeError, "memory_mask must be a bool Tensor"),
-    ({3: (None, None, torch.ones(2, 1, 5).bool(), 1.0)}, ValueError, r"keep_mask .*\(2, 3, 5\)"),
+    (
+        {3: (None, torch.ones(2, 2, 5).bool(), None, 1.0, None)},
+        ValueError,
+        r"memory_mask .*\(2, 3, 5\)",
+    ),
+    (
+        {3: (None, torch.ones(2, 5), None, 1.0, None)},
+        TypeError,
+        "memory_mask must be a bool Tensor",
+    ),
+    (
+        {3: (None, None, torch.ones(2, 1, 5).bool(), 1.0, None)},
+        ValueError,
+        r"keep_mask .*\(2, 3, 5\)",
+    ),
 ]
 
 
@@ -182,14 +194,14 @@ def test_ten_thousand_calls_leave_nothing_behind(case: str) -> None:
 
     def call() -> None:
         if case == "forward":
-            native.dot_forward(query, memory, 1.0, (lengths, None, None, 1.0), True, True)
+            native.dot_forward(query, memory, 1.0, (lengths, None, None, 1.0, None), True, True)
         elif case == "backward":
             native.dot_backward(None, weights, query, memory, 1.0, NOTHING, saved)
         elif case == "copied":
             native.dot_forward(query, strided, 1.0, NOTHING, False, False)
         else:
             with pytest.raises(ValueError, match="memory_lengths"):
-                native.dot_forward(query, strided, 1.0, (bad, None, None, 1.0), False, False)
+                native.dot_forward(query, strided, 1.0, (bad, None, None, 1.0, None), False, False)
 
     for _ in range(500):
         call()

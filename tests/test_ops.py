@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_attn import LuongAttention, functional, ops
-from fused_attn.attention import exponentials
+from fused_attn import LuongAttention, autograd, functional
+from fused_attn.prepared import exponentials
 from fused_attn.testing import Case, make_inputs
 
 NAMES = (
@@ -27,7 +27,11 @@ NAMES = (
 )
 SCORES = ("dot", "general", "concat")
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
-MASKED = {"whole": {}, "masked": {"lengths": True, "mask": "cube", "keep": True}}
+MASKED = {
+    "whole": {},
+    "masked": {"lengths": True, "mask": "cube", "keep": True},
+    "windowed": {"lengths": True, "window": "gaussian"},
+}
 
 
 def op(name: str) -> Any:
@@ -57,7 +61,7 @@ def operands(
         exp = exponentials(tensors["memory_proj"]) if prepared else None
         arguments = (tensors["query_proj"], tensors["memory_proj"], exp)
         arguments, scale = (*arguments, tensors["v"], tensors["memory"]), ()
-    positions, options = masking[:2], (*scale, *masking[2:], backend)
+    positions, options = masking[:2], (*scale, *masking[2:4], backend, *(masking.window or ()))
     if not name.endswith("backward"):
         return (*arguments, *positions, return_weights, return_logsumexp, *options)
     forward = (*arguments, *positions, return_weights, True, *options)
@@ -158,7 +162,8 @@ def test_operators_refuse_a_length_out_of_range(
         target.active(),
         pytest.raises(ValueError, match=rf"memory_lengths must lie in 0\.\.9 .* got {bad}"),
     ):
-        ops.dot_attention(query, memory, 1.0, lengths, None, None, 1.0, False, target.backend)
+        masking = (lengths, None, None, 1.0, None)
+        autograd.dot_attention(query, memory, 1.0, *masking, False, target.backend)
 
 
 def module_and_inputs(score: str, source: int = 7) -> tuple[LuongAttention, tuple[Tensor, ...]]:

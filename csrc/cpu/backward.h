@@ -20,8 +20,8 @@ struct BackwardTask {
   const Plan& plan;
   const Shared& shared;
   int64_t memory_width, score_width, ld;  // padded
-  A *query, *memory, *grad_context, *scores, *grads, *kept, *grad_memory, *delta, *base;
-  int64_t* index;
+  A *query, *memory, *grad_context, *scores, *grads, *kept, *grad_memory, *delta, *base, *bell;
+  int64_t *index, *place;
   uint8_t* spoiled;
   // concat only
   ConcatOperands<X> concat;
@@ -42,13 +42,16 @@ struct BackwardTask {
     grad_context = c.take<A>(plan.t_block * memory_width);
     scores = c.take<A>(plan.t_block * ld);
     grads = c.take<A>(plan.t_block * ld);
-    kept = p.keep ? c.take<A>(plan.t_block * ld) : scores;
+    kept = p.keep || p.centers ? c.take<A>(plan.t_block * ld) : scores;
+    bell = c.take<A>(p.centers ? ld : 0);
+    place = c.take<int64_t>(p.bounds ? plan.chunk : 0);
     grad_memory = c.take<A>(plan.chunk * memory_width);
     delta = c.take<A>(p.T);
     base = c.take<A>(p.T);
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
-    if (kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && p.E % 32 == 0) {
+    if (kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && !p.bounds &&
+        p.E % 32 == 0) {
       stored = c.take<X>(plan.chunk * p.E);
       packed_memory = c.take<X>((plan.chunk + 1) * p.E);
       packed_query = c.take<X>(plan.t_blocks * packed_size());
@@ -72,6 +75,7 @@ struct BackwardTask {
   A* query_sum(int64_t task) const {
     return static_cast<A*>(shared.grad_query) + task * p.T * score_width;
   }
+  A* center_sum(int64_t task) const { return static_cast<A*>(shared.grad_centers) + task * p.T; }
   A* v_sum(int64_t task) const { return static_cast<A*>(shared.grad_v) + task * score_width; }
 
   void run(int64_t task) {
@@ -80,14 +84,21 @@ struct BackwardTask {
     const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
     const int64_t length = length_of(p, b);
     const int64_t stop = end < length ? end : length;
-    clear_gradients(b, p.mask || p.T == 0 || stop < begin ? begin : stop, end);
+    const bool scattered = p.mask || p.bounds || p.T == 0;
+    clear_gradients(b, scattered || stop < begin ? begin : stop, end);
     memset(query_sum(task), 0, size_t(p.T * score_width) * sizeof(A));
     if (p.score == Score::concat) memset(v_sum(task), 0, size_t(score_width) * sizeof(A));
+    if (p.centers) memset(center_sum(task), 0, size_t(p.T) * sizeof(A));
     if (begin >= stop || p.T == 0) return;
     prepare(b);
     Picked picked{index, 0, 0, true};
     for (int64_t s = begin; s < stop; s += plan.chunk) {
-      pick(p, b, 0, p.T, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
+      const int64_t last = s + plan.chunk < stop ? s + plan.chunk : stop;
+      if (p.bounds) {
+        window_chunk(b, task, s, last);
+        continue;
+      }
+      pick(p, b, 0, p.T, s, last, picked);
       if (picked.count) stored ? chunk_pairs(b, task, picked) : chunk(b, task, picked);
     }
   }
@@ -95,8 +106,10 @@ struct BackwardTask {
   // Rows that nobody reads have gradient 0. With a mask they lie anywhere: clear all, then write.
   void clear_gradients(int64_t b, int64_t from, int64_t to) const {
     if (from >= to) return;
-    X* memory_rows = static_cast<X*>(p.grad_memory) + (b * p.S + from) * p.E;
-    memset(memory_rows, 0, size_t((to - from) * p.E) * sizeof(X));
+    if (p.E) {
+      X* memory_rows = static_cast<X*>(p.grad_memory) + (b * p.S + from) * p.E;
+      memset(memory_rows, 0, size_t((to - from) * p.E) * sizeof(X));
+    }
     if (p.score == Score::dot) return;
     X* proj_rows = static_cast<X*>(p.grad_memory_proj) + (b * p.S + from) * p.K;
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
@@ -104,7 +117,7 @@ struct BackwardTask {
 
   // delta and the log-sum-exp of every query, and the factors of all queries for concat.
   void prepare(int64_t b) {
-    for (int64_t t = 0; t < p.T; ++t) {
+    for (int64_t t = 0; t < p.T && !p.raw_grad_scores; ++t) {
       const int64_t row = b * p.T + t;
       const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
       base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
@@ -112,8 +125,7 @@ struct BackwardTask {
       const X* grad = static_cast<const X*>(p.grad_context.data) + b * p.grad_context.batch_stride +
                       t * p.grad_context.row_stride;
       delta[t] = inner(output, grad, p.E);
-      if (p.grad_weights.data)
-        delta[t] += inner(static_cast<const X*>(p.weights) + row * p.S, weight_grads(b, t), p.S);
+      if (p.grad_weights.data) delta[t] += weights_delta(b, t);
     }
     if (stored) pack_queries(b);
     if (p.score == Score::dot) return;
@@ -123,6 +135,14 @@ struct BackwardTask {
       extents[block] = Extent<A>{};
       concat.query_factors(p, b, t0, rows_at(t0), factors_of(block), block_size(), extents[block]);
     }
+  }
+
+  A weights_delta(int64_t b, int64_t t) const {
+    const int64_t row = b * p.T + t;
+    const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
+    if (!p.bounds) return inner(weights, grads, p.S);
+    const int64_t first = p.bounds[2 * row], n = p.bounds[2 * row + 1] - first;
+    return inner(weights + first, grads + first, n);
   }
 
   int64_t block_size() const { return Layout<A>::size(plan.t_block, score_width); }
@@ -227,6 +247,104 @@ struct BackwardTask {
     }
   }
 
+  // The rows s0 .. s1 - 1 for local attention: those that some window covers are read, and then met
+  // query by query, so that the work goes by the windows. A mask cuts a window into runs.
+  void window_chunk(int64_t b, int64_t task, int64_t s0, int64_t s1) {
+    const Picked picked = pick_windows(b, s0, s1);
+    if (picked.count == 0) return;
+    const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
+    memset(grad_memory, 0, size_t(picked.count * memory_width) * sizeof(A));
+    Extent<A> m_extent;
+    Factors<A> m_factors{};
+    if (p.score == Score::concat) {
+      m_factors = concat.chunk_factors(p, b, picked, m_extent);
+      memset(grad_proj, 0, size_t(plan.chunk * score_width) * sizeof(A));
+    }
+    for (int64_t t = 0; t < p.T; ++t) {
+      int64_t s = p.bounds[2 * (b * p.T + t)], end = p.bounds[2 * (b * p.T + t) + 1];
+      s = s > s0 ? s : s0;
+      end = end < s1 ? end : s1;
+      while (s < end) {
+        if (p.mask && !allowed(p, b, t, s)) {
+          ++s;
+          continue;
+        }
+        int64_t stop = p.mask ? s + 1 : end;
+        while (stop < end && allowed(p, b, t, stop)) ++stop;
+        window_run(b, task, t, {nullptr, s, stop - s, true}, place[s - s0], m, m_factors, m_extent);
+        s = stop;
+      }
+    }
+    write_chunk(b, picked);
+  }
+
+  // What a window covers, and in `place` where it lies among that.
+  Picked pick_windows(int64_t b, int64_t s0, int64_t s1) {
+    for (int64_t s = s0; s < s1; ++s) place[s - s0] = -1;
+    for (int64_t t = 0; t < p.T; ++t) {
+      const int64_t* bounds = p.bounds + 2 * (b * p.T + t);
+      const int64_t last = bounds[1] < s1 ? bounds[1] : s1;
+      for (int64_t s = bounds[0] > s0 ? bounds[0] : s0; s < last; ++s)
+        if (!p.mask || allowed(p, b, t, s)) place[s - s0] = 0;
+    }
+    Picked picked{index, 0, 0, false};
+    for (int64_t s = s0; s < s1; ++s) {
+      if (place[s - s0] < 0) continue;
+      place[s - s0] = picked.count;
+      index[picked.count++] = s;
+    }
+    if (picked.count == 0) return picked;
+    picked.first = index[0];
+    picked.dense = index[picked.count - 1] - index[0] + 1 == picked.count;
+    return picked;
+  }
+
+  // One query against a run of rows, which are those from `at` on of the chunk.
+  void window_run(int64_t b, int64_t task, int64_t t, const Picked& run, int64_t at,
+                  const Block<A>& chunk, Factors<A> m_factors, const Extent<A>& m_extent) {
+    const Block<A> m{chunk.data + at * chunk.stride, chunk.stride};
+    const Block<A> grad =
+        read_range<X, A>(p.grad_context, b, t, 1, p.E, memory_width, grad_context);
+    A* grad_rows = grad_memory + at * memory_width;
+    A* moment = p.centers ? center_sum(task) + t : nullptr;
+    Block<A> q{};
+    Factors<A> q_factors{};
+    Range range{};
+    if (p.score == Score::dot) {
+      q = read_range<X, A>(p.query, b, t, 1, p.K, score_width, query);
+      if (!weights_at_hand())
+        rows_dot_rows(q.data, q.stride, 1, m.data, m.stride, run.count, score_width, scores, ld);
+    } else {
+      const int64_t block = t / plan.t_block, i = t % plan.t_block * concat.query_layout.row;
+      q_factors = {factors_of(block) + i, factors_of(block) + block_size() + i,
+                   concat.query_layout.row, concat.query_layout.step};
+      m_factors.data += at * m_factors.row;
+      range = range_of(extents[block], m_extent, concat.v_largest);
+      if (range == Range::exact) {
+        q_factors = concat.exact_queries(p, b, t, 1);
+        m_factors = concat.exact_chunk(p, b, run, nullptr);
+      }
+      if (!weights_at_hand())
+        concat_scores_in<true>(range, q_factors, 1, m_factors, run.count, concat.v, score_width,
+                               concat.v_sum, scores, ld);
+    }
+    rows_dot_rows(grad.data, grad.stride, 1, m.data, m.stride, run.count, memory_width, grads, ld);
+    score_gradients(b, t, 1, run, nullptr, moment);
+    add_scaled_rows<A>({kept, 1, ld}, run.count, grad.data, grad.stride, 1, memory_width, grad_rows,
+                       memory_width, {true, nullptr});
+    if (p.score == Score::dot) {
+      add_scaled_rows<A>({grads, 1, ld}, run.count, q.data, q.stride, 1, score_width, grad_rows,
+                         memory_width, {true, nullptr});
+      add_scaled_rows<A>({grads, ld, 1}, 1, m.data, m.stride, run.count, memory_width,
+                         query_sum(task) + t * score_width, score_width, {true, nullptr});
+    } else {
+      concat_backward_in(range, q_factors, 1, m_factors, run.count, grads, ld, score_width,
+                         query_sum(task) + t * kLanes<A>, p.T * kLanes<A>,
+                         grad_proj + at * kLanes<A>, plan.chunk * kLanes<A>, v_sum(task));
+      add_v_constant(task, 1, run);
+    }
+  }
+
   void concat_block(int64_t b, int64_t task, int64_t t0, int64_t rows, const Picked& picked,
                     const uint8_t* marks, const Block<A>& grad, const Block<A>& m,
                     Factors<A> m_factors, const Extent<A>& m_extent, bool first) {
@@ -238,23 +356,38 @@ struct BackwardTask {
       q = concat.exact_queries(p, b, t0, rows);
       m_factors = concat.exact_chunk(p, b, picked, marks);
     }
-    if (!weights_at_hand())
-      concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
-                             concat.v_sum, scores, ld);
-    rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width, grads,
-                  ld);
-    score_gradients(b, t0, rows, picked, marks);
-    add_to_memory(rows, picked, grad, first);
+    if (p.raw_grad_scores) {
+      take_score_gradients(b, t0, rows, picked);
+    } else {
+      if (!weights_at_hand())
+        concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
+                               concat.v_sum, scores, ld);
+      rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
+                    grads, ld);
+      score_gradients(b, t0, rows, picked, marks);
+      add_to_memory(rows, picked, grad, first);
+    }
     concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,
                        query_sum(task) + t0 * kLanes<A>, p.T * kLanes<A>, grad_proj,
                        plan.chunk * kLanes<A>, v_sum(task));
     add_v_constant(task, rows, picked);
   }
 
+  void take_score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* row = static_cast<const A*>(p.raw_grad_scores) + (b * p.T + t0 + i) * p.S;
+      A* g = grads + i * ld;
+      for (int64_t j = 0; j < picked.count; ++j)
+        g[j] = mask_varies(p) && !allowed(p, b, t0 + i, picked[j]) ? A(0) : row[picked[j]];
+      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
+    }
+  }
+
   // `scores` become P, and `grads`, which are dP, the gradients of the scores; `kept` are the
   // weights after dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
-                       const uint8_t* marks) const {
+                       const uint8_t* marks, A* moment = nullptr) const {
     if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
     const int64_t width = round_up(picked.count, kLanes<A>);
     const A scale = p.score == Score::dot ? A(p.scale) : A(1);
@@ -266,11 +399,18 @@ struct BackwardTask {
       else
         for (int64_t j = 0; j < width; j += kLanes<A>)
           store(weight + j, exponential(load(weight + j) - base[t0 + i]));
+      if (p.centers) {
+        bell_factors(p, b * p.T + t0 + i, picked, bell);
+        for (int64_t j = 0; j < width; j += kLanes<A>)
+          store(kept + i * ld + j, load(weight + j) * load(bell + j));
+      } else if (p.keep) {
+        memcpy(kept + i * ld, weight, size_t(width) * sizeof(A));
+      }
       if (p.keep) {
         const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
         for (int64_t j = 0; j < picked.count; ++j) {
           const A factor = keep[picked[j]] ? A(p.keep_scale) : A(0);
-          kept[i * ld + j] = weight[j] * factor;
+          kept[i * ld + j] *= factor;
           g[j] *= factor;
         }
       }
@@ -278,6 +418,7 @@ struct BackwardTask {
         const X* extra = weight_grads(b, t0 + i);
         for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
       }
+      if (p.centers) center_gradient(b * p.T + t0 + i, picked, weight, g, moment);
       for (int64_t j = 0; j < width; j += kLanes<A>)
         store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
       if (!marks) continue;
@@ -287,8 +428,19 @@ struct BackwardTask {
     }
   }
 
+  // With a factor g after the softmax, dP = g dW, and the center gets sum W dW (s - center) rate^2.
+  void center_gradient(int64_t row, const Picked& picked, const A* weight, A* g, A* moment) const {
+    const A center = static_cast<const A*>(p.centers)[row];
+    A sum = 0;
+    for (int64_t j = 0; j < picked.count; ++j) {
+      g[j] *= bell[j];
+      sum += weight[j] * g[j] * (A(picked[j]) - center);
+    }
+    *moment += sum * A(p.rate * p.rate);
+  }
+
   // Not where they were rounded to a shorter type: dS would carry that error.
-  bool weights_at_hand() const { return __is_same(X, A) && p.weights; }
+  bool weights_at_hand() const { return __is_same(X, A) && p.weights && !p.centers; }
 
   void take_weights(int64_t b, int64_t t, const Picked& picked, A* out, int64_t width) const {
     const A* row = static_cast<const A*>(p.weights) + (b * p.T + t) * p.S;
@@ -318,8 +470,9 @@ struct BackwardTask {
   void write_chunk(int64_t b, const Picked& picked) const {
     for (int64_t j = 0; j < picked.count; ++j) {
       const int64_t row = b * p.S + picked[j];
-      narrow_row(grad_memory + j * memory_width, A(1), p.E,
-                 static_cast<X*>(p.grad_memory) + row * p.E);
+      if (p.E)
+        narrow_row(grad_memory + j * memory_width, A(1), p.E,
+                   static_cast<X*>(p.grad_memory) + row * p.E);
       if (p.score == Score::dot) continue;
       gather(grad_proj + j * kLanes<A>, plan.chunk * kLanes<A>, score_width, grad_row);
       scale_by_v(concat.v, score_width, grad_row);
@@ -344,6 +497,12 @@ struct BackwardTask {
     A* base = static_cast<A*>(shared.grad_query) + b * plan.segments * p.T * width;
     A* first = base + t * (blocked ? kLanes<A> : width);
     X* out = static_cast<X*>(p.grad_query) + row * p.K;
+    if (p.centers && plan.segments > 1) {
+      const A* moments = static_cast<const A*>(shared.grad_centers) + b * plan.segments * p.T + t;
+      A sum = 0;
+      for (int64_t s = 0; s < plan.segments; ++s) sum += moments[s * p.T];
+      static_cast<A*>(p.grad_centers)[row] = sum;
+    }
     for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
       Vec<A> sum = load(first + k * step);
       for (int64_t s = 1; s < plan.segments; ++s) sum += load(first + k * step + s * p.T * width);

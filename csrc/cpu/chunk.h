@@ -75,6 +75,19 @@ FA_INLINE void pick(const AttentionParams& p, int64_t b, int64_t t0, int64_t t1,
   }
 }
 
+// The weights' factor exp(-((s - center) rate)^2 / 2) at the picked positions of a query, padded.
+template <class A>
+FA_INLINE void bell_factors(const AttentionParams& p, int64_t row, const Picked& picked, A* out) {
+  const A center = static_cast<const A*>(p.centers)[row], rate = A(p.rate);
+  const int64_t width = round_up(picked.count, kLanes<A>);
+  for (int64_t j = 0; j < picked.count; ++j) out[j] = (A(picked[j]) - center) * rate;
+  for (int64_t j = picked.count; j < width; ++j) out[j] = A(0);
+  for (int64_t j = 0; j < width; j += kLanes<A>) {
+    const Vec<A> x = load(out + j);
+    store(out + j, exponential(A(-0.5) * x * x));
+  }
+}
+
 FA_INLINE int64_t length_of(const AttentionParams& p, int64_t b) {
   return p.lengths ? p.lengths[b] : p.S;
 }

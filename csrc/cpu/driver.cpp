@@ -57,6 +57,11 @@ Plan forward_plan(const AttentionParams& p) {
   const int64_t element = chunk_element(p);
   plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes, element);
   cut_segments(p, p.B * plan.t_blocks, 4, plan);
+  if (p.bounds) {  // a query alone walks its own window, and reads nothing else
+    plan.t_block = plan.segments = 1;
+    plan.t_blocks = p.T;
+    plan.segment_rows = std::max<int64_t>(p.S, 1);
+  }
   return plan;
 }
 
@@ -149,7 +154,14 @@ void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
 
 int threads_for(const AttentionParams& p) {
   const int64_t per_pair = p.score == Score::concat ? 4 * p.K + p.E : 2 * p.E;
-  const double work = double(p.B) * double(p.T) * double(p.S) * double(per_pair);
+  double pairs = double(p.B) * double(p.T) * double(p.S);
+  if (p.bounds) {
+    pairs = 0;
+    for (int64_t row = 0; row < p.B * p.T; ++row) {
+      pairs += double(std::max<int64_t>(p.bounds[2 * row + 1] - p.bounds[2 * row], 0));
+    }
+  }
+  const double work = pairs * double(per_pair);
   return work < double(kThreadedWork) ? 1 : p.threads;
 }
 
@@ -163,9 +175,10 @@ void cpu_forward(const AttentionParams& p) {
   const int64_t tasks = p.B * plan.t_blocks * plan.segments, queries = p.B * p.T;
   prefer_large_pages(p.context, queries * p.E * stored_bytes(p));
   prefer_large_pages(p.weights, queries * p.S * stored_bytes(p));
+  prefer_large_pages(p.raw_scores, queries * p.S * size);
   Shared shared;
   Buffer partial, scores;
-  if (plan.segments > 1) {
+  if (plan.segments > 1 && !p.raw_scores) {
     partial = allocate(tasks * plan.t_block * (round_up(p.E, lanes) + 2) * size);
     shared.partial = partial.get();
   }
@@ -176,7 +189,7 @@ void cpu_forward(const AttentionParams& p) {
   for_each(tasks, threads, table.forward_scratch(p, plan), [&](int64_t task, void* scratch) {
     table.forward_task(p, plan, shared, task, scratch);
   });
-  if (plan.segments > 1)
+  if (plan.segments > 1 && !p.raw_scores)
     for_each(queries, threads, 0,
              [&](int64_t row, void*) { table.forward_merge(p, plan, shared, row); });
 }
@@ -199,6 +212,8 @@ void cpu_backward(const AttentionParams& p) {
   const Buffer grad_v = allocate(concat ? tasks * width * size : 0);
   shared.grad_query = in_place ? p.grad_query : grad_query.get();
   shared.grad_v = grad_v.get();
+  const Buffer grad_centers = allocate(p.centers && plan.segments > 1 ? tasks * p.T * size : 0);
+  shared.grad_centers = plan.segments > 1 ? grad_centers.get() : p.grad_centers;
   for_each(tasks, threads, table.backward_scratch(p, plan), [&](int64_t task, void* scratch) {
     table.backward_task(p, plan, shared, task, scratch);
   });

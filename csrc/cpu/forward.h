@@ -16,7 +16,7 @@ struct ForwardTask {
   const Plan& plan;
   const Shared& shared;
   int64_t memory_width, score_width, ld;  // padded
-  A *query, *memory, *scores, *context, *row_max, *row_sum, *rescale, *factors;
+  A *query, *memory, *scores, *context, *row_max, *row_sum, *rescale, *factors, *bell;
   int64_t* index;
   uint8_t* spoiled;
   ConcatOperands<X> concat;
@@ -26,7 +26,8 @@ struct ForwardTask {
 
   ForwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
       : p(params), plan(plan_), shared(shared_) {
-    const bool pairs = kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p);
+    const bool pairs =
+        kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && !p.bounds;
     memory_width = pairs ? round_up(p.E, 32) : padded_memory_width<A>(p);
     score_width = pairs ? memory_width : padded_score_width<A>(p);
     ld = padded_chunk<A>(plan);
@@ -44,6 +45,7 @@ struct ForwardTask {
     rescale = c.take<A>(plan.t_block);
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
+    bell = c.take<A>(p.centers ? ld : 0);
     if (p.score == Score::dot) return;
     factors = c.take<A>(2 * Layout<A>::size(plan.t_block, score_width));
     concat.query_layout = concat.memory_layout = Layout<A>::by_rows(score_width);
@@ -52,6 +54,7 @@ struct ForwardTask {
 
   // Scores are kept for the weights in the weights themselves when these have the type for it.
   A* kept_scores() const {
+    if (p.raw_scores) return static_cast<A*>(p.raw_scores);
     if (!p.weights) return nullptr;
     return static_cast<A*>(__is_same(X, A) ? p.weights : shared.scores);
   }
@@ -61,10 +64,14 @@ struct ForwardTask {
     const int64_t t0 = task / plan.segments % plan.t_blocks * plan.t_block;
     const int64_t b = task / plan.segments / plan.t_blocks;
     const int64_t rows = p.T - t0 < plan.t_block ? p.T - t0 : plan.t_block;
-    const int64_t begin = segment * plan.segment_rows;
-    const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
+    int64_t begin = segment * plan.segment_rows;
+    int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
     const int64_t length = length_of(p, b);
-    const int64_t stop = end < length ? end : length;
+    int64_t stop = end < length ? end : length;
+    if (p.bounds) {
+      begin = p.bounds[2 * (b * p.T + t0)];
+      end = stop = p.bounds[2 * (b * p.T + t0) + 1];
+    }
     if (A* kept = kept_scores())
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t s = begin; s < end; ++s) kept[(b * p.T + t0 + i) * p.S + s] = -kInfinity<A>;
@@ -74,7 +81,7 @@ struct ForwardTask {
     }
     bool fresh = true;
     if (begin < stop && is_step()) {
-      step(b, begin, stop);
+      step(b, t0, begin, stop);
       fresh = false;
     } else if (begin < stop && stored) {
       attend_pairs(b, t0, rows, begin, stop, fresh);
@@ -82,6 +89,7 @@ struct ForwardTask {
       attend(b, t0, rows, begin, stop, fresh);
     }
     if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
+    if (p.raw_scores) return;
     if (plan.segments > 1)
       leave_partial(task, rows);
     else
@@ -92,14 +100,15 @@ struct ForwardTask {
 
   // Whether `attend_step` can do it: one query that looks at every row, and no remainders.
   bool is_step() const {
-    if (p.T != 1 || p.mask || p.E % Behind<X>::kColumns != 0) return false;
+    if (plan.t_block != 1 || p.mask || p.raw_scores || p.E % Behind<X>::kColumns != 0) return false;
     return p.score == Score::dot || (p.memory_exp.data && p.K % (4 * kLanes<A>) == 0);
   }
 
-  void step(int64_t b, int64_t begin, int64_t stop) {
+  void step(int64_t b, int64_t t, int64_t begin, int64_t stop) {
     StepSoftmax<X> result;
     if (p.score == Score::dot) {
-      const X* q = static_cast<const X*>(p.query.data) + b * p.query.batch_stride;
+      const X* q =
+          static_cast<const X*>(p.query.data) + b * p.query.batch_stride + t * p.query.row_stride;
       for (int64_t d = 0; d < p.E; d += 2 * kLanes<A>) {
         Vec<A> x, y;
         load_pair(q + d, x, y);
@@ -108,10 +117,10 @@ struct ForwardTask {
       }
       const X* memory_rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
       const DotStep<X> dot{memory_rows, p.memory.row_stride, p.E, query, A(p.scale)};
-      result = attend_step<X>(p, b, begin, stop, dot, context, kept_scores());
+      result = attend_step<X>(p, b, t, begin, stop, dot, context, kept_scores());
     } else {
-      result = short_factors() ? concat_step<ShortFactor>(b, begin, stop)
-                               : concat_step<A>(b, begin, stop);
+      result = short_factors() ? concat_step<ShortFactor>(b, t, begin, stop)
+                               : concat_step<A>(b, t, begin, stop);
     }
     row_max[0] = result.max;
     row_sum[0] = result.sum;
@@ -122,13 +131,13 @@ struct ForwardTask {
   bool short_factors() const { return __is_same(A, float) && p.exp_dtype == DType::bf16; }
 
   template <class P>
-  StepSoftmax<X> concat_step(int64_t b, int64_t begin, int64_t stop) {
+  StepSoftmax<X> concat_step(int64_t b, int64_t t, int64_t begin, int64_t stop) {
     Extent<A> extent;
     concat.read_v(p);
-    const Factors<A> q = concat.query_factors(p, b, 0, 1, factors,
+    const Factors<A> q = concat.query_factors(p, b, t, 1, factors,
                                               Layout<A>::size(plan.t_block, score_width), extent);
-    const ConcatStep<X, P> step{p, b, concat, q, extent};
-    return attend_step<X>(p, b, begin, stop, step, context, kept_scores());
+    const ConcatStep<X, P> step{p, b, t, concat, q, extent};
+    return attend_step<X>(p, b, t, begin, stop, step, context, kept_scores());
   }
 
   void attend(int64_t b, int64_t t0, int64_t rows, int64_t begin, int64_t stop, bool& fresh) {
@@ -168,6 +177,11 @@ struct ForwardTask {
         }
         concat_scores_in<false>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
                                 concat.v_sum, scores, ld);
+      }
+      if (p.raw_scores) {
+        finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+        keep_scores(b, t0, rows, picked);
+        continue;
       }
       weigh(b, t0, rows, picked, marks);
       add_scaled_rows<A>({scores, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
@@ -236,6 +250,11 @@ struct ForwardTask {
       }
       row_sum[i] = row_sum[i] * rescale[i] + sum_lanes<A>(sum);
       row_max[i] = top;
+      if (p.centers) {
+        bell_factors(p, b * p.T + t0 + i, picked, bell);
+        for (int64_t j = 0; j < width; j += kLanes<A>)
+          store(row + j, load(row + j) * load(bell + j));
+      }
       if (p.keep) {
         const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
         for (int64_t j = 0; j < picked.count; ++j)
@@ -264,13 +283,30 @@ struct ForwardTask {
     const A* from = kept + row * p.S;
     X* to = static_cast<X*>(p.weights) + row * p.S;
     const A base = empty ? A(0) : max;
-    int64_t s = 0;
-    A lanes[kLanes<A>];
-    for (; s + kLanes<A> <= p.S; s += kLanes<A>) {
+    int64_t s = 0, end = p.S;
+    if (p.bounds) {  // no scores were left outside of the window
+      s = p.bounds[2 * row];
+      end = p.bounds[2 * row + 1] > s ? p.bounds[2 * row + 1] : s;
+      memset(to, 0, size_t(s) * sizeof(X));
+      memset(to + end, 0, size_t(p.S - end) * sizeof(X));
+    }
+    A lanes[kLanes<A>], bells[kLanes<A>];
+    for (; s + kLanes<A> <= end; s += kLanes<A>) {
       store(lanes, exponential(load(from + s) - base));
+      if (p.centers) {
+        bell_factors(p, row, {nullptr, s, kLanes<A>, true}, bells);
+        store(lanes, load(lanes) * load(bells));
+      }
       narrow_row(lanes, inverse, kLanes<A>, to + s);
     }
-    for (; s < p.S; ++s) narrow(exp_of(from[s] - base) * inverse, to[s]);
+    for (; s < end; ++s) {
+      A weight = exp_of(from[s] - base) * inverse;
+      if (p.centers) {
+        bell_factors(p, row, {nullptr, s, 1, true}, bells);
+        weight *= bells[0];
+      }
+      narrow(weight, to[s]);
+    }
   }
 
   // Merges the segments of one query, in their order. `row` is b T + t.

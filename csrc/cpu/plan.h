@@ -18,8 +18,9 @@ struct Plan {
 struct Shared {
   void* partial = nullptr;  // forward, segments > 1: A (tasks, t_block, Ep + 2): context, max, sum
   void* scores = nullptr;   // A (B, T, S) when weights are wanted and their dtype is not A
-  void* grad_query = nullptr;  // backward: A (B, segments, T, Kp)
-  void* grad_v = nullptr;      // backward, concat: A (B, segments, Kp)
+  void* grad_query = nullptr;    // backward: A (B, segments, T, Kp)
+  void* grad_v = nullptr;        // backward, concat: A (B, segments, Kp)
+  void* grad_centers = nullptr;  // backward, with centers: A (B, segments, T)
 };
 
 struct AttentionParams;

@@ -1,9 +1,10 @@
-// One query: a decoding step. With nothing to reuse a row for, the pass is bound by reading memory,
-// so the weighted sum must not hold up the reading: while a group of rows is read for its scores,
-// the same loop adds the group before it (for the dot score still in the first-level cache) to the
-// context. Two loops in turn would leave memory idle during the second. Rows are read one after the
-// other, because the hardware prefetches one long stream better than several that end with every
-// row; and groups are small, so that old and fresh rows do not evict one another.
+// One query: a decoding step, or one of local attention. With nothing to reuse a row for, the pass
+// is bound by reading memory, so the weighted sum must not hold up the reading: while a group of
+// rows is read for its scores, the same loop adds the group before it (for the dot score still in
+// the first-level cache) to the context. Two loops in turn would leave memory idle during the
+// second. Rows are read one after the other, because the hardware prefetches one long stream better
+// than several that end with every row; and groups are small, so that old and fresh rows do not
+// evict one another.
 #pragma once
 
 #include "operands.h"
@@ -115,7 +116,7 @@ template <class X, class P>
 struct ConcatStep {
   using A = Arithmetic<X>;
   const AttentionParams& p;
-  int64_t b;
+  int64_t b, t;
   const ConcatOperands<X>& operands;
   Factors<A> query;
   const Extent<A>& query_extent;
@@ -157,7 +158,7 @@ struct ConcatStep {
     Factors<A> q = query, m = operands.chunk_factors(p, b, one, extent);
     const Range range = range_of(query_extent, extent, operands.v_largest);
     if (range == Range::exact) {
-      q = operands.exact_queries(p, b, 0, 1);
+      q = operands.exact_queries(p, b, t, 1);
       m = operands.exact_chunk(p, b, one, nullptr);
     }
     A result;
@@ -194,15 +195,16 @@ struct StepSoftmax {
   }
 };
 
-// Rows [begin, stop) of batch b, all of which count. The context is left undivided.
+// Rows [begin, stop) of batch b for its query t, all of which count. The context is left undivided.
 template <class X, class Step>
-FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_t begin,
+FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_t t, int64_t begin,
                                      int64_t stop, const Step& step, Arithmetic<X>* context,
                                      Arithmetic<X>* kept) {
   using A = Arithmetic<X>;
   constexpr int64_t kColumns = Behind<X>::kColumns;
   const X* rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
-  const uint8_t* keep = p.keep ? p.keep + b * p.S : nullptr;
+  const int64_t pair = (b * p.T + t) * p.S;
+  const uint8_t* keep = p.keep ? p.keep + pair : nullptr;
   StepSoftmax<X> softmax;
   Behind<X> behind;
   behind.stride = p.memory.row_stride;
@@ -219,8 +221,13 @@ FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_
                               : step.template score<false>(s + i, behind, 0, 0);
     }
     if (kept)
-      for (int64_t i = 0; i < n; ++i) kept[b * p.S + s + i] = scores[i];
+      for (int64_t i = 0; i < n; ++i) kept[pair + s + i] = scores[i];
     behind.rescale = softmax.add(scores, n);
+    if (p.centers) {
+      A bells[16];
+      bell_factors(p, b * p.T + t, {nullptr, s, n, true}, bells);
+      for (int64_t i = 0; i < n; ++i) scores[i] *= bells[i];
+    }
     for (int64_t i = 0; i < n; ++i)
       behind.weights[i] = !keep || keep[s + i] ? scores[i] * (keep ? A(p.keep_scale) : A(1)) : A(0);
     behind.rows = rows + s * behind.stride;

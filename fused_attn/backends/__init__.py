@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.problem import AttentionProblem
-from fused_attn.reference import MaskingFields, Outputs, Saved
+from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")  # in the order "auto" tries them
 REQUESTS = ("auto", *BACKENDS)
@@ -22,7 +22,8 @@ class Backend(Protocol):
 
     Forward returns context, weights and log-sum-exp, None for what is not asked for, and refuses a
     length outside 0..S (those on a GPU are not read back to check them). Backward receives what was
-    ``saved``, and returns a gradient for each differentiable input, in the inputs' order.
+    ``saved``, and returns a gradient for each differentiable input, in the inputs' order, and then
+    that of the centers of a Gaussian window or None.
     """
 
     def unavailable_reasons(self) -> list[str]:
@@ -50,7 +51,7 @@ class Backend(Protocol):
         scale: float,
         masking: MaskingFields,
         saved: Saved,
-    ) -> tuple[Tensor, ...]: ...
+    ) -> Gradients: ...
 
     def concat_forward(
         self,
@@ -75,7 +76,28 @@ class Backend(Protocol):
         memory: Tensor,
         masking: MaskingFields,
         saved: Saved,
-    ) -> tuple[Tensor, ...]: ...
+    ) -> Gradients: ...
+
+    def concat_scores(
+        self,
+        query_proj: Tensor,
+        memory_proj: Tensor,
+        memory_exp: Tensor | None,
+        v: Tensor,
+        masking: MaskingFields,
+    ) -> Tensor:
+        """Scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+
+    def concat_scores_backward(
+        self,
+        grad_scores: Tensor,
+        query_proj: Tensor,
+        memory_proj: Tensor,
+        memory_exp: Tensor | None,
+        v: Tensor,
+        masking: MaskingFields,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the two projections and of v."""
 
 
 def load(name: str) -> Backend:
@@ -105,12 +127,14 @@ def select(
     sizes: tuple[int, int, int] = (1, 1, 1),
     backward: bool = False,
     prepared: bool = False,
+    windowed: bool = False,
 ) -> Backend:
     """Return the backend for such a call. A request by name never falls back to another one.
 
     ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend without a reason
     against the problem. The variable is read once per kind of call, not on every call. ``sizes``
-    are T, E and the width of the score; no backend asks for them on a CPU.
+    are T, E and the width of the score; no backend asks for them on a CPU. ``score`` may be
+    "scores": those of concat without a softmax.
     """
     if requested == "auto":
         asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
@@ -120,6 +144,7 @@ def select(
         *(score, 1, queries, 1, memory_dim, score_dim, dtype, device_type),
         backward=backward,
         prepared=prepared,
+        windowed=windowed,
     )
     objections = {}
     # On a CPU Triton's kernels are interpreted, which is for tests: only a request brings that.

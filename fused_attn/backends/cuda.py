@@ -84,6 +84,10 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     for name, width in (("memory", problem.memory_dim), ("score", problem.score_dim)):
         if width > LARGEST_WIDTH:
             reasons.append(f"the {name} is {width} wide, and it takes up to {LARGEST_WIDTH}")
+    if problem.score == "scores":
+        reasons.append("it has no scores without a softmax")
+    if problem.windowed:
+        reasons.append("it has no windows (local attention)")
     if problem.score == "concat" and not problem.prepared:
         reasons.append("concat needs a prepared memory, with its exponentials")
     return reasons
@@ -93,7 +97,7 @@ def dot_backward(*arguments: Any) -> Any:
     raise NotImplementedError("the cuda backend has no backward")
 
 
-concat_backward = dot_backward
+concat_backward = concat_scores = concat_scores_backward = dot_backward
 # The functions of the native module are the backend's: one of Python between takes 0.15 us.
 dot_forward = getattr(native, "cuda_dot_forward", None)
 concat_forward = getattr(native, "cuda_concat_forward", None)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fused_attn.attention import LuongAttention, PreparedMemory
+from fused_attn.attention import LuongAttention
+from fused_attn.prepared import PreparedMemory
 from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.vocabulary import PAD
 

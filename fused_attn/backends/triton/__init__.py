@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.problem import AttentionProblem
-from fused_attn.reference import MaskingFields, Outputs, Saved
+from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
@@ -45,6 +45,10 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         reasons.append(f"dtype {problem.dtype} is none of {names}")
+    if problem.windowed:
+        reasons.append("it has no windows (local attention)")
+    if problem.score == "scores":
+        reasons.append("it has no scores without a softmax")
     return reasons
 
 
@@ -72,7 +76,7 @@ def dot_backward(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     from fused_attn.backends.triton import backward
 
     return backward.dot(grad_context, grad_weights, query, memory, scale, masking, saved)
@@ -104,7 +108,7 @@ def concat_backward(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     from fused_attn.backends.triton import backward
 
     grads = (grad_context, grad_weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
 from fused_attn.kernels import backward, launch, step
 from fused_attn.kernels import concat as concat_kernels
-from fused_attn.reference import MaskingFields, Saved
+from fused_attn.reference import Gradients, MaskingFields, Saved
 
 
 class _Seeds:
@@ -154,17 +154,17 @@ def dot(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
-            return _step(call, plan, seeds, scale)
+            return *_step(call, plan, seeds, scale), None
         kept, grad_scores, grad_query, _ = _read_memory(call, plan, seeds, scale, None)
         assert grad_query is not None
-        return grad_query, _grad_memory(call, seeds, kept, grad_scores)
+        return grad_query, _grad_memory(call, seeds, kept, grad_scores), None
 
 
 def _concat_grads(
@@ -208,7 +208,7 @@ def concat(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
         memory_proj, v = unit(memory_proj), v.contiguous()
@@ -218,4 +218,4 @@ def concat(
         inputs = (memory_proj, v)
         kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs)
         grads = _concat_grads(call, memory_proj, v, grad_scores, factors)
-        return *grads, _grad_memory(call, seeds, kept, None)
+        return *grads, _grad_memory(call, seeds, kept, None), None

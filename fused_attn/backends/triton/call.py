@@ -83,7 +83,7 @@ class Masks(NamedTuple):
 
 
 def masks_of(masking: MaskingFields) -> Masks:
-    lengths, mask, keep, keep_scale = masking
+    lengths, mask, keep, keep_scale, _ = masking
     kind, strides, bits = 0, (0, 0, 0), None
     if mask is not None:
         bits = (mask if mask.dim() == 3 else mask.unsqueeze(1)).view(torch.uint8)

@@ -1,0 +1,90 @@
+"""What is composed of tensor operations, because nothing in it is worth a kernel.
+
+Another normaliser than softmax, a score that does not look at the memory, and scores for people to
+look at work on (B, T, S), which is small beside the memory. The scores of concat come from their
+own operator even here: eagerly they would take (B, T, S, A).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_attn import reference
+from fused_attn.reference import MaskingFields
+
+NORMALIZERS = ("softmax", "sparsemax")
+
+
+def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Project ``scores`` (..., S) onto the simplex: sums to 1, with exact zeros.
+
+    Martins & Astudillo 2016, "From Softmax to Sparsemax", eq. 2. ``counts``, bool that broadcasts
+    to scores, says which positions take part; a row without any is 0. Differentiable twice: within
+    a support the result is linear in the scores, ``z - (sum z - 1) / size``.
+    """
+    with torch.no_grad():
+        visible = scores if counts is None else scores.masked_fill(~counts, -torch.inf)
+        ranked = visible.sort(dim=-1, descending=True).values
+        ranked = ranked - ranked[..., :1].clamp(min=torch.finfo(scores.dtype).min)
+        sizes = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+        size = (1 + sizes * ranked > ranked.cumsum(dim=-1)).sum(dim=-1, keepdim=True)
+        # The support is the first ``size`` of the ranking: all that is not below its last one.
+        last = visible.sort(dim=-1, descending=True).values.gather(-1, (size - 1).clamp(min=0))
+        support = (visible >= last) & (size > 0)
+        size = support.sum(dim=-1, keepdim=True).clamp(min=1)
+        spoiled = visible.isnan().any(dim=-1, keepdim=True)
+    chosen = scores.masked_fill(~support, 0.0)
+    excess = (chosen.sum(dim=-1, keepdim=True) - 1.0) / size
+    result = (chosen - excess).masked_fill(~support, 0.0)
+    return result.masked_fill(spoiled if counts is None else spoiled & counts, torch.nan)
+
+
+def attend_scores(
+    scores: Tensor, memory: Tensor, masking: MaskingFields, normalizer: str, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise ``scores`` (B, T, S) over the positions that count, and sum memory (B, S, E).
+
+    Returns the context and the weights in the dtype of memory, as the operators do.
+    """
+    masks = reference.as_masking(masking)
+    counts = reference.counted_positions(memory, masks).expand_as(scores)
+    clean, present = reference.readable(memory, counts)
+    scores = reference.hide_absent(scores, present, counts)
+    if normalizer == "softmax":
+        weights, _ = reference.masked_softmax(scores, counts)
+    else:
+        weights = sparsemax(scores, counts)
+    weights = reference.windowed(weights, counts, masks)
+    summed = weights
+    if masks.keep_mask is not None:
+        summed = weights * masks.keep_mask * masks.keep_scale
+    context = summed.to(memory.dtype) @ clean
+    return context, weights.to(memory.dtype) if return_weights else None
+
+
+def log_sum_exp(scores: Tensor) -> Tensor:
+    """Logarithm of the sum of exp(scores) over the last dimension; -inf for a row of nothing."""
+    return reference.masked_softmax(scores, ~scores.isneginf())[1]
+
+
+def coverage_loss(weights: Tensor, coverage: Tensor | None = None) -> Tensor:
+    """How much a decoder looks again at what it has seen: ``sum_s min(a_ts, c_ts)``.
+
+    See, Liu & Manning 2017, "Get To The Point", eq. 12; the coverage c_t is the sum of the weights
+    of all steps before t (eq. 10).
+
+    weights: (B, T, S) of T steps. coverage: (B, S) of what came before them; 0 if None.
+    Returns (B, T), one loss for each step; rows of padding are 0.
+    """
+    if weights.dim() != 3:
+        raise ValueError(f"weights must have shape (B, T, S), got {tuple(weights.shape)}")
+    before = weights.cumsum(dim=1) - weights
+    if coverage is not None:
+        if coverage.shape != (weights.shape[0], weights.shape[2]):
+            raise ValueError(
+                f"coverage must have shape (B, S) = ({weights.shape[0]}, {weights.shape[2]}), "
+                f"got {tuple(coverage.shape)}"
+            )
+        before = before + coverage[:, None]
+    return torch.minimum(weights, before).sum(dim=-1)

@@ -1,0 +1,81 @@
+"""Which options of `LuongAttention` go together, and the sentence for those that do not."""
+
+from __future__ import annotations
+
+from fused_attn.composed import NORMALIZERS
+
+SCORES = ("dot", "general", "concat", "location")
+LOCALS = ("monotonic", "predictive")
+
+
+def check_sizes(**sizes: object) -> None:
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+
+
+def check_score(
+    score: object, query_dim: int, memory_dim: int, attn_dim: object, bias: bool, max_source: object
+) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+    if score == "dot" and query_dim != memory_dim:
+        raise ValueError(
+            f"score 'dot' needs query_dim == memory_dim, got {query_dim} and {memory_dim}"
+        )
+    if attn_dim is not None and score != "concat":
+        raise ValueError(
+            f"attn_dim belongs to score 'concat', got attn_dim={attn_dim} for {score!r}"
+        )
+    if bias and score == "dot":
+        raise ValueError("bias needs a query projection (not score 'dot'), got bias=True")
+    if (max_source is None) == (score == "location"):
+        expected = "the longest source it may meet" if score == "location" else "None"
+        raise ValueError(f"max_source must be {expected} for score {score!r}, got {max_source!r}")
+
+
+def check_scale(scale: object) -> None:
+    if scale == "learned":
+        return
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or 'learned', got {scale!r}")
+
+
+def check_local(local: object, window: object) -> None:
+    if local is None:
+        return
+    if local not in LOCALS:
+        names = ", ".join(map(repr, LOCALS))
+        raise ValueError(f"local must be None or one of {names}, got {local!r}")
+    if not isinstance(window, int | float) or isinstance(window, bool):
+        raise TypeError(f"window must be a number, got {window!r}")
+    if not 0 < window < float("inf"):
+        raise ValueError(f"window must be positive and finite, got {window!r}")
+
+
+def check_concat_parts(
+    score: str, weight_norm: bool, coverage: bool, conv_channels: object, conv_width: object
+) -> None:
+    for name, value, is_set in (
+        ("weight_norm", weight_norm, weight_norm),
+        ("coverage", coverage, coverage),
+        ("conv_channels", conv_channels, conv_channels != 0),
+    ):
+        if is_set and score != "concat":
+            raise ValueError(
+                f"{name} belongs to score 'concat', got {name}={value!r} for {score!r}"
+            )
+    if not isinstance(conv_channels, int) or isinstance(conv_channels, bool) or conv_channels < 0:
+        raise ValueError(f"conv_channels must be an int of at least 0, got {conv_channels!r}")
+    if not isinstance(conv_width, int) or conv_width < 1 or conv_width % 2 == 0:
+        raise ValueError(f"conv_width must be a positive odd int, got {conv_width!r}")
+
+
+def check_normalizer(normalizer: object, dropout: float) -> None:
+    if normalizer not in NORMALIZERS:
+        names = ", ".join(map(repr, NORMALIZERS))
+        raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability in 0..1, got {dropout!r}")

@@ -1,0 +1,135 @@
+"""A memory with everything that does not depend on the query, as an immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fused_attn.reference import arithmetic_dtype
+
+# Beyond this a projection is so large that exp(2x) leaves float32; see `exponentials`.
+_LARGEST_EXPONENT = 43.0
+
+
+def exponentials(memory_proj: Tensor) -> Tensor:
+    """Return ``exp(2 m)`` for a memory projection m (B, S, A), and -1 where that would overflow.
+
+    With E = exp(2q) exp(2m), tanh(q + m) = 1 - 2 / (1 + E): a decoding step then needs no
+    exponential of the memory. A kernel that meets the mark -1 reads m itself instead. Held in
+    bfloat16 for bfloat16 (its range is float32's, and a relative error of the exponential is an
+    absolute error of m), in float32 for float32 and float16.
+    """
+    dtype = memory_proj.dtype
+    wide = memory_proj.detach().to(arithmetic_dtype(dtype))
+    exp = torch.where(wide.abs() <= _LARGEST_EXPONENT, torch.exp(2.0 * wide), -1.0)
+    return exp if dtype == torch.float16 else exp.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PreparedMemory:
+    """A memory with everything that does not depend on the query, made by `prepare_memory`.
+
+    An immutable value: pass it to `LuongAttention.forward` in place of the memory, as often as the
+    decoder steps. Gradients flow through it. Nothing is kept on the module. It is a pytree, so it
+    goes through torch.compile and torch.export as an argument.
+    """
+
+    score: str
+    memory: Tensor  # (B, S, E)
+    memory_proj: Tensor | None = None  # (B, S, A), concat only
+    memory_exp: Tensor | None = None  # (B, S, A), `exponentials` of memory_proj
+    memory_lengths: Tensor | None = None  # int64 (B,)
+    memory_mask: Tensor | None = None  # bool (B, 1 or T, S)
+
+    def __len__(self) -> int:
+        """The number of rows B of the batch."""
+        return self.memory.shape[0]
+
+    def __repr__(self) -> str:
+        parts = [f"score={self.score!r}"]
+        parts += [f"{name}={tuple(t.shape)}" for name, t in self._tensors().items()]
+        kind = str(self.memory.dtype).removeprefix("torch.")
+        return f"PreparedMemory({', '.join(parts)}, dtype={kind}, device={self.memory.device})"
+
+    def index_select(self, rows: Tensor) -> PreparedMemory:
+        """Return the rows ``rows`` (int, (N,)) of the batch, as a reordered batch needs them.
+
+        Beams of one sentence need no copy of its memory: give them as a query (B, K, D).
+        """
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in _INDICES:
+            raise TypeError(f"rows must be an integer Tensor of shape (N,), got {_told(rows)}")
+        return self._map(lambda tensor: tensor.index_select(0, rows))
+
+    def __getitem__(self, rows: slice | Tensor) -> PreparedMemory:
+        """Rows of the batch: a slice (of views), an integer Tensor (N,), or a bool Tensor (B,)."""
+        if isinstance(rows, slice):
+            return self._map(lambda tensor: tensor[rows])
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == (len(self),):
+            return self.index_select(rows.nonzero()[:, 0])
+        if isinstance(rows, Tensor) and rows.dtype in _INDICES and rows.dim() == 1:
+            return self.index_select(rows)
+        raise TypeError(
+            f"a PreparedMemory of {len(self)} rows takes a slice, an integer Tensor (N,) or a bool "
+            f"Tensor ({len(self)},), got {_told(rows)}"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> PreparedMemory:
+        """As `Tensor.to`; lengths and mask move and keep their dtype."""
+        memory = self.memory.to(*args, **kwargs)
+        moved = self._map(lambda tensor: tensor.to(memory.device))
+        proj = self.memory_proj
+        if proj is None or proj.dtype == memory.dtype:
+            return replace(moved, memory=memory)
+        proj = proj.to(memory)  # exponentials of what it is now: they must agree
+        exp = None if self.memory_exp is None else exponentials(proj)
+        return replace(moved, memory=memory, memory_proj=proj, memory_exp=exp)
+
+    def detach(self) -> PreparedMemory:
+        """The same values, through which no gradient flows."""
+        return self._map(Tensor.detach)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = (field.name for field in fields(self))
+        return {name: t for name in names if isinstance(t := getattr(self, name), Tensor)}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PreparedMemory:
+        changed: dict[str, Any] = {name: change(t) for name, t in self._tensors().items()}
+        return replace(self, **changed)
+
+
+_INDICES = (torch.int64, torch.int32)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} Tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
+_CHILDREN = ("memory", "memory_proj", "memory_exp", "memory_lengths", "memory_mask")
+
+
+def _flatten(value: PreparedMemory) -> tuple[list[Any], str]:
+    return [getattr(value, name) for name in _CHILDREN], value.score
+
+
+def _flatten_with_keys(value: PreparedMemory) -> tuple[list[Any], str]:
+    return [(pytree.GetAttrKey(name), getattr(value, name)) for name in _CHILDREN], value.score
+
+
+def _unflatten(children: Any, score: Any) -> PreparedMemory:
+    return PreparedMemory(score, *children)
+
+
+pytree.register_pytree_node(
+    PreparedMemory,
+    _flatten,
+    _unflatten,
+    serialized_type_name="fused_attn.PreparedMemory",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
