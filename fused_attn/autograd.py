@@ -2,7 +2,8 @@
 
 One plain `autograd.Function` per operator. Saved for backward are the inputs, the context, the
 log-sum-exp, and the weights if they were returned; without those the scores are computed again.
-Second derivatives come from the reference.
+Second derivatives come from the reference. So does everything under a transform of torch.func, in
+forward mode and in an export to ONNX: what these need is a composition of ATen operators.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_attn import ops, reference
 from fused_attn.reference import Masking, Outputs
@@ -22,6 +24,23 @@ _CONCAT = torch.ops.fused_attn.concat_attention.default
 _CONCAT_BACKWARD = torch.ops.fused_attn.concat_attention_backward.default
 _SCORES = torch.ops.fused_attn.concat_scores.default
 _SCORES_BACKWARD = torch.ops.fused_attn.concat_scores_backward.default
+
+# Whether a transform of torch.func (vmap, grad, jvp) is under way: the top of its stack, or None.
+_transform: Any = torch._C._functorch.peek_interpreter_stack
+
+
+def _composes() -> bool:
+    """Whether the call has to be made of ATen operators. Takes 0.25 us."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return _transform() is not None or forward_ad._current_level >= 0
+
+
+def _composed(
+    result: reference.Attention, dtype: torch.dtype, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    return result.context.to(dtype), result.weights.to(dtype) if return_weights else None
+
 
 Window = tuple[Tensor, float, bool] | None
 
@@ -160,6 +179,10 @@ def dot_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot attention on checked arguments: (context, weights or None)."""
+    if _composes():
+        fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
+        whole = reference.dot_attention(query, memory, scale, reference.as_masking(fields))
+        return _composed(whole, memory.dtype, return_weights)
     if torch.is_grad_enabled() and (
         query.requires_grad or memory.requires_grad or (window and window[0].requires_grad)
     ):
@@ -196,6 +219,11 @@ def concat_attention(
 
     ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
     """
+    if _composes():
+        fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
+        operands = (query_proj, memory_proj, v, memory)
+        whole = reference.concat_attention(*operands, reference.as_masking(fields))
+        return _composed(whole, memory.dtype, return_weights)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     centers, *shape = window or (None, 0.0, False)
     if torch.is_grad_enabled() and any(
@@ -257,6 +285,9 @@ def concat_scores(
 
     -inf where a position does not count.
     """
+    if _composes():
+        masking = Masking(memory_lengths, memory_mask)
+        return reference.counted_concat_scores(query_proj, memory_proj, v, masking)[0]
     inputs = (query_proj, memory_proj, memory_exp, v, memory_lengths, memory_mask)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
         return _ConcatScores.apply(*inputs, backend)

@@ -277,4 +277,4 @@ def test_a_normalised_vector() -> None:
     layer(query, memory)[0].square().sum().backward()
     assert float(layer.g.grad) != 0
     # |v| is free: no gradient along it.
-    assert abs(float(layer.v.grad @ layer.v)) < 1e-12
+    assert abs((layer.v.grad @ layer.v).item()) < 1e-12
