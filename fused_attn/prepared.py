@@ -94,8 +94,8 @@ class PreparedMemory:
         return self._map(Tensor.detach)
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = (field.name for field in fields(self))
-        return {name: t for name in names if isinstance(t := getattr(self, name), Tensor)}
+        names = (field.name for field in fields(self) if field.name != "score")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PreparedMemory:
         changed: dict[str, Any] = {name: change(t) for name, t in self._tensors().items()}
@@ -111,19 +111,21 @@ def _told(value: object) -> str:
     return repr(value)
 
 
-_CHILDREN = ("memory", "memory_proj", "memory_exp", "memory_lengths", "memory_mask")
-
-
 def _flatten(value: PreparedMemory) -> tuple[list[Any], str]:
-    return [getattr(value, name) for name in _CHILDREN], value.score
+    tensors = value._tensors()
+    return list(tensors.values()), " ".join((value.score, *tensors))
 
 
 def _flatten_with_keys(value: PreparedMemory) -> tuple[list[Any], str]:
-    return [(pytree.GetAttrKey(name), getattr(value, name)) for name in _CHILDREN], value.score
+    tensors = value._tensors()
+    # Not GetAttrKey: torch.export's guards replace names as text, and .memory begins .memory_proj.
+    keyed = [(pytree.MappingKey(name), tensor) for name, tensor in tensors.items()]
+    return keyed, " ".join((value.score, *tensors))
 
 
-def _unflatten(children: Any, score: Any) -> PreparedMemory:
-    return PreparedMemory(score, *children)
+def _unflatten(children: Any, context: str) -> PreparedMemory:
+    score, *names = context.split()
+    return PreparedMemory(score, **dict(zip(names, children, strict=True)))
 
 
 pytree.register_pytree_node(
@@ -133,3 +135,4 @@ pytree.register_pytree_node(
     serialized_type_name="fused_attn.PreparedMemory",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+torch.serialization.add_safe_globals([PreparedMemory])  # tensors and a word, as a file of weights

@@ -101,7 +101,7 @@ def window_bounds(centers: Tensor, half_width: float, source: int) -> Tensor:
     """
     first = torch.ceil(centers.detach() - half_width)
     last = torch.floor(centers.detach() + half_width)
-    bounds = torch.stack((first.nan_to_num(nan=0.0), last.nan_to_num(nan=float(source)) + 1), -1)
+    bounds = torch.stack((first.nan_to_num(nan=0.0), last.nan_to_num(nan=torch.inf) + 1), -1)
     return bounds.clamp(0, source).to(torch.int64)
 
 

@@ -268,7 +268,7 @@ def test_a_normalised_vector() -> None:
     torch.manual_seed(0)
     options = {"attn_dim": A, "weight_norm": True, "bias": True, "scale": 2.0}
     layer = LuongAttention(D, E, "concat", **options, dtype=torch.float64)
-    assert float(layer.g) == pytest.approx(A**-0.5)
+    assert layer.g.item() == pytest.approx(A**-0.5)
     query, memory = draw(B, T, D), draw(B, S, E, seed=1)
     v = layer.g * layer.v / layer.v.square().sum().sqrt()
     hidden = layer.query_proj(query)[:, :, None] + (memory @ layer.memory_proj.weight.T)[:, None]
