@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_attn import checks, composed, functional, scores, warm_up
 from fused_attn import layer_options as options
@@ -148,7 +149,7 @@ class LuongAttention(nn.Module):
 
     def prepare_memory(
         self,
-        memory: Tensor,
+        memory: Tensor | PackedSequence,
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> PreparedMemory:
@@ -156,23 +157,24 @@ class LuongAttention(nn.Module):
 
         Arguments as in `forward`. Returns a `PreparedMemory` to pass in place of the memory.
         """
-        (memory,) = checks.autocast(memory)
-        self._check_memory(memory)
-        lengths = checks.check_lengths(memory_lengths, memory)
+        states, memory_lengths = checks.padded(memory, memory_lengths)
+        (states,) = checks.autocast(states)
+        self._check_memory(states)
+        lengths = checks.check_lengths(memory_lengths, states)
         cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
         queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
-        mask = checks.check_mask(memory_mask, memory, queries)
+        mask = checks.check_mask(memory_mask, states, queries)
         lengths = None if lengths is None else lengths.to(torch.int64)
         mask = mask.unsqueeze(1) if mask is not None and not cube else mask
         if self.score != "concat":
-            return PreparedMemory(self.score, memory, None, None, lengths, mask)
-        proj = self.memory_proj(zero_uncounted_rows(memory, Masking(lengths, mask)))
-        return PreparedMemory(self.score, memory, proj, exponentials(proj), lengths, mask)
+            return PreparedMemory(self.score, states, None, None, lengths, mask)
+        proj = self.memory_proj(zero_uncounted_rows(states, Masking(lengths, mask)))
+        return PreparedMemory(self.score, states, proj, exponentials(proj), lengths, mask)
 
     def forward(
         self,
         query: Tensor,
-        memory: Tensor | PreparedMemory,
+        memory: Tensor | PackedSequence | PreparedMemory,
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
         *,
@@ -184,7 +186,8 @@ class LuongAttention(nn.Module):
         """Attend.
 
         query: (B, T, D) decoder states, or (B, D) for one step, or (B, K, D) for K beams.
-        memory: (B, S, E) encoder states, or what `prepare_memory` made of them.
+        memory: (B, S, E) encoder states, or what `prepare_memory` made of them; or a
+            `PackedSequence` or jagged nested tensor, which bring their lengths.
         memory_lengths: int (B,), 0..S; memory_mask: bool (B, S), (B, 1, S) or (B, T, S),
             **True = attend**. Neither goes with a prepared memory, which holds its own.
         positions: for local="monotonic", the step t of each query, from 0: an int for all, or a
@@ -200,6 +203,7 @@ class LuongAttention(nn.Module):
         """
         memory_exp: Tensor | None
         memory_proj: Tensor | None
+        states: Any
         memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
             self._check_prepared(memory, memory_lengths, memory_mask)
@@ -208,6 +212,8 @@ class LuongAttention(nn.Module):
             states = memory.memory
         else:
             states = memory
+            if type(memory) is not Tensor or memory.is_nested:
+                states, memory_lengths = checks.padded(memory, memory_lengths)
         if positions is not None and self.local != "monotonic":
             raise ValueError("positions belong to local='monotonic', got them without it")
         dropout_p = self.dropout if self.training else 0.0
@@ -224,6 +230,7 @@ class LuongAttention(nn.Module):
             query, states, memory_proj, v = checks.autocast(query, states, memory_proj, v)
             self._check_memory(states)
             checks.check_query(query, states, "query_dim", self.query_dim)
+            memory_lengths = checks.check_lengths(memory_lengths, states)
             window = self._window(query, states, memory_lengths, positions)
             masking = checks.check_masking(
                 query, states, memory_lengths, memory_mask, window, dropout_p
@@ -239,7 +246,7 @@ class LuongAttention(nn.Module):
     def scores(
         self,
         query: Tensor,
-        memory: Tensor | PreparedMemory,
+        memory: Tensor | PackedSequence | PreparedMemory,
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
         *,
@@ -251,15 +258,19 @@ class LuongAttention(nn.Module):
         count, and log-sum-exp (B, T), in the dtype of the arithmetic; without the T for a 2-D
         query. No history: see `forward` for a layer that has one.
         """
+        states: Any
         prepared = memory if isinstance(memory, PreparedMemory) else None
         if prepared is not None:
             self._check_prepared(prepared, memory_lengths, memory_mask)
             memory_lengths, memory_mask = prepared.memory_lengths, prepared.memory_mask
-        states = memory.memory if isinstance(memory, PreparedMemory) else memory
+            states = prepared.memory
+        else:
+            states, memory_lengths = checks.padded(memory, memory_lengths)
         v = self._vector() if self.score == "concat" else None
         query, states, v = checks.autocast(query, states, v)
         self._check_memory(states)
         checks.check_query(query, states, "query_dim", self.query_dim)
+        memory_lengths = checks.check_lengths(memory_lengths, states)
         window = self._window(query, states, memory_lengths, positions)
         masking = checks.check_masking(query, states, memory_lengths, memory_mask, window, 0.0)
         proj = exp = None
@@ -370,7 +381,7 @@ class LuongAttention(nn.Module):
     def warm_up(
         self,
         query: Tensor,
-        memory: Tensor | PreparedMemory,
+        memory: Tensor | PackedSequence | PreparedMemory,
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
         *,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fused_attn import backends
 from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype
@@ -44,6 +45,7 @@ def is_usual(
         and memory.is_cpu
         and query.is_cpu
         and memory.layout is torch.strided
+        and not memory.is_nested
         and query.layout is torch.strided
         and window is None
         and dropout_p == 0.0
@@ -82,6 +84,29 @@ def is_plain(tensor: Tensor, dtype: torch.dtype, dims: int) -> bool:
         and tensor.layout is torch.strided
         and tensor.dim() == dims
     )
+
+
+def padded(memory: Any, memory_lengths: Tensor | None) -> tuple[Any, Tensor | None]:
+    """Return a memory of rows of different lengths as (B, S, E) and lengths; any other as it is.
+
+    Such is a `PackedSequence`, as torch.nn's recurrent layers return it (its order undone), and a
+    nested tensor of jagged layout (B, j, E).
+    """
+    is_packed = isinstance(memory, PackedSequence)
+    if not is_packed and not (isinstance(memory, Tensor) and memory.is_nested):
+        return memory, memory_lengths
+    kind = "a PackedSequence" if is_packed else "a nested Tensor"
+    if memory_lengths is not None:
+        raise ValueError(f"memory_lengths must be None with {kind} as memory, which has its own")
+    if is_packed:
+        rows, lengths = pad_packed_sequence(memory, batch_first=True)
+        return rows, lengths.to(rows.device)
+    if memory.layout is not torch.jagged or memory.dim() != 3:
+        raise TypeError(
+            "memory must have the jagged layout and shape (B, j, E) if it is nested, got "
+            f"{memory.layout} and {memory.dim()} dimensions"
+        )
+    return memory.to_padded_tensor(0.0), memory.offsets().diff()
 
 
 def autocast(*tensors: Any) -> Any:

@@ -5,6 +5,8 @@ whichever backend is chosen. Luong, Pham & Manning 2015, "Effective Approaches t
 Neural Machine Translation", section 3.1.
 
 Arguments that all functions share
+    memory: (B, S, E), or rows of different lengths, as a `PackedSequence` or a nested tensor of
+        jagged layout; these bring their lengths, and S is the longest.
     memory_lengths: int (B,), 0..S. Positions at and after a row's length do not count.
     memory_mask: bool (B, S), (B, 1, S) or (B, T, S). **True = attend**, as in
         `scaled_dot_product_attention`; `nn.MultiheadAttention` means the opposite. With lengths
@@ -43,6 +45,7 @@ from fused_attn.checks import (
     check_scale,
     is_plain,
     is_usual,
+    padded,
 )
 from fused_attn.reference import LocalWindow, MaskingFields, zero_uncounted_rows
 
@@ -77,6 +80,7 @@ def dot_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        memory, memory_lengths = padded(memory, memory_lengths)
         query, memory = autocast(query, memory)
         check_memory(memory)
         check_query(query, memory, "memory", memory.shape[2])
@@ -115,6 +119,7 @@ def general_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        memory, memory_lengths = padded(memory, memory_lengths)
         query, memory, weight = autocast(query, memory, weight)
         check_memory(memory)
         check_parameter("weight", weight, memory, (None, memory.shape[2]), "(D, E)")
@@ -163,6 +168,7 @@ def concat_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        memory, memory_lengths = padded(memory, memory_lengths)
         query, memory, query_weight, memory_weight, v, bias = autocast(
             query, memory, query_weight, memory_weight, v, bias
         )

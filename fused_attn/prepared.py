@@ -119,7 +119,7 @@ def _flatten(value: PreparedMemory) -> tuple[list[Any], str]:
 def _flatten_with_keys(value: PreparedMemory) -> tuple[list[Any], str]:
     tensors = value._tensors()
     # Not GetAttrKey: torch.export's guards replace names as text, and .memory begins .memory_proj.
-    keyed = [(pytree.MappingKey(name), tensor) for name, tensor in tensors.items()]
+    keyed: list[Any] = [(pytree.MappingKey(name), tensor) for name, tensor in tensors.items()]
     return keyed, " ".join((value.score, *tensors))
 
 

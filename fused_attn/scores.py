@@ -63,6 +63,7 @@ def dot_scores(
     the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights.
     """
     checks.check_scale(scale)
+    memory, memory_lengths = checks.padded(memory, memory_lengths)
     query, memory = checks.autocast(query, memory)
     checks.check_memory(memory)
     checks.check_query(query, memory, "memory", memory.shape[2])
@@ -82,6 +83,7 @@ def general_scores(
 ) -> tuple[Tensor, Tensor]:
     """The scores of `general_attention` before the softmax; see `dot_scores`."""
     checks.check_scale(scale)
+    memory, memory_lengths = checks.padded(memory, memory_lengths)
     query, memory, weight = checks.autocast(query, memory, weight)
     checks.check_memory(memory)
     checks.check_parameter("weight", weight, memory, (None, memory.shape[2]), "(D, E)")
@@ -108,6 +110,7 @@ def concat_scores(
     Nothing of size (B, T, S, A) is built, unless the eager backend runs the call.
     """
     checks.check_backend(backend)
+    memory, memory_lengths = checks.padded(memory, memory_lengths)
     operands = (query, memory, query_weight, memory_weight, v, bias)
     query, memory, query_weight, memory_weight, v, bias = checks.autocast(*operands)
     checks.check_concat(query, memory, query_weight, memory_weight, v, bias)
