@@ -29,7 +29,7 @@ LAYERS = (
     ("backends.*",),
     ("backends",),
     ("checks", "ops"),
-    ("autograd",),
+    ("autograd", "export"),
     ("functional", "scores", "layer_options", "layer_parts", "warm_up"),
     ("attention",),
     ("interop",),

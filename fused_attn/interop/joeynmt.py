@@ -1,0 +1,115 @@
+"""JoeyNMT: `BahdanauAttention` and `LuongAttention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_attn.functional import attend_concat, attend_dot
+from fused_attn.interop.adapter import Adapter
+from fused_attn.prepared import exponentials
+from fused_attn.reference import Masking
+
+
+class _JoeyAttention(Adapter):
+    signatures = (("query", "mask", "values"),)
+    key_layer: nn.Linear
+
+    def _check(self, query: Tensor, mask: Tensor, values: Tensor, query_size: int) -> Tensor:
+        """Return the mask as bool (B, 1, S); non-zero = attend."""
+        batch, source, key_size = values.shape[0], values.shape[1], self.key_layer.in_features
+        for name, tensor, expected in (
+            ("query", query, (batch, 1, query_size)),
+            ("mask", mask, (batch, 1, source)),
+            ("values", values, (batch, source, key_size)),
+        ):
+            if tensor is None or tuple(tensor.shape) != expected:
+                got = None if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"{name} must have shape {expected}, got {got}")
+        return mask > 0
+
+
+class JoeyBahdanauAttention(_JoeyAttention):
+    """joeynmt.attention.BahdanauAttention: the concat score without a bias.
+
+    `compute_proj_keys(keys)` once for a batch, then forward(query (B, 1, D), mask (B, 1, S) with
+    True = keep, values (B, S, E)) for every step: context (B, 1, E) and weights (B, 1, S). The keys
+    stay on the module, as the peer has it.
+    """
+
+    peer = "JoeyNMT BahdanauAttention"
+    peer_class = "BahdanauAttention"
+
+    def __init__(self, hidden_size: int = 1, key_size: int = 1, query_size: int = 1) -> None:
+        super().__init__()
+        self.key_layer = nn.Linear(key_size, hidden_size, bias=False)
+        self.query_layer = nn.Linear(query_size, hidden_size, bias=False)
+        self.energy_layer = nn.Linear(hidden_size, 1, bias=False)
+        self.proj_keys: Tensor | None = None
+        self.proj_query: Tensor | None = None
+        self._exponentials: Tensor | None = None
+
+    @classmethod
+    def options_of(cls, layer: Any) -> dict[str, Any]:
+        keys, queries = layer.key_layer, layer.query_layer
+        sizes = (keys.out_features, keys.in_features, queries.in_features)
+        return dict(zip(("hidden_size", "key_size", "query_size"), sizes, strict=True))
+
+    def compute_proj_keys(self, keys: Tensor) -> None:
+        self.proj_keys = self.key_layer(keys)
+        self._exponentials = exponentials(self.proj_keys)
+
+    def compute_proj_query(self, query: Tensor) -> None:
+        self.proj_query = self.query_layer(query)
+
+    def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        allowed = self._check(query, mask, values, self.query_layer.in_features)
+        if self.proj_keys is None:
+            raise ValueError("proj_keys must be made by compute_proj_keys before forward")
+        self.compute_proj_query(query)
+        assert self.proj_query is not None
+        operands = (self.proj_query, self.proj_keys, self._exponentials)
+        masking = Masking(memory_mask=allowed)
+        v = self.energy_layer.weight[0]
+        context, weights = attend_concat(*operands, v, values, masking, True, "auto")
+        assert weights is not None
+        return context, weights
+
+
+class JoeyLuongAttention(_JoeyAttention):
+    """joeynmt.attention.LuongAttention: the general score, with the matrix on the memory.
+
+    As `JoeyBahdanauAttention`. `compute_proj_keys` remembers the keys' matrix and not their
+    projection: ``q . (W m) = (W^T q) . m``, so the queries are projected, and not the memory.
+    """
+
+    peer = "JoeyNMT LuongAttention"
+    peer_class = "LuongAttention"
+
+    def __init__(self, hidden_size: int = 1, key_size: int = 1) -> None:
+        super().__init__()
+        self.key_layer = nn.Linear(key_size, hidden_size, bias=False)
+        self.proj_keys: Tensor | None = None
+
+    @classmethod
+    def options_of(cls, layer: Any) -> dict[str, Any]:
+        keys = layer.key_layer
+        return {"hidden_size": keys.out_features, "key_size": keys.in_features}
+
+    def compute_proj_keys(self, keys: Tensor) -> None:
+        self.proj_keys = keys
+
+    def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        allowed = self._check(query, mask, values, self.key_layer.out_features)
+        if self.proj_keys is None:
+            raise ValueError("proj_keys must be made by compute_proj_keys before forward")
+        masking = Masking(memory_mask=allowed)
+        projected = query @ self.key_layer.weight
+        if self.proj_keys is not values:  # keys of their own: the weights come from them
+            _, weights = attend_dot(projected, self.proj_keys, 1.0, masking, True, "auto")
+            assert weights is not None
+            return weights @ values.masked_fill(~allowed.mT, 0), weights
+        context, weights = attend_dot(projected, values, 1.0, masking, True, "auto")
+        assert weights is not None
+        return context, weights

@@ -1,0 +1,118 @@
+"""OpenNMT-py and eole: `GlobalAttention`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fused_attn import composed, functional, scores
+from fused_attn.checks import autocast, check_lengths, check_memory, check_query
+from fused_attn.interop.adapter import Adapter
+from fused_attn.reference import Masking, MaskingFields, zero_uncounted_rows
+
+
+class OpenNMTGlobalAttention(Adapter):
+    """onmt.modules.GlobalAttention: dot, general or mlp, with the output layer.
+
+    forward(source (B, T, dim) or (B, dim), memory_bank (B, S, dim), src_len (B,), coverage (B, S))
+    returns the attentional state (B, T, dim) and the weights (B, T, S), batch first. The output
+    layer takes [context; query]; with "mlp" it has a bias and no tanh. Coverage changes the memory,
+    ``tanh(memory + w c)``, here in a copy: the peer writes into the caller's tensor.
+    """
+
+    peer = "OpenNMT-py GlobalAttention"
+    peer_class = "GlobalAttention"
+    signatures: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("source", "memory_bank", "src_len", "coverage"),
+        ("source", "memory_bank", "memory_lengths", "coverage"),
+    )
+
+    def __init__(
+        self, dim: int, coverage: bool = False, attn_type: str = "dot", attn_func: str = "softmax"
+    ) -> None:
+        super().__init__()
+        if attn_type not in ("dot", "general", "mlp"):
+            raise ValueError(f"attn_type must be 'dot', 'general' or 'mlp', got {attn_type!r}")
+        if attn_func not in composed.NORMALIZERS:
+            raise ValueError(f"attn_func must be 'softmax' or 'sparsemax', got {attn_func!r}")
+        self.dim = dim
+        self.attn_type = attn_type
+        self.attn_func = attn_func
+        if attn_type == "general":
+            self.linear_in = nn.Linear(dim, dim, bias=False)
+        elif attn_type == "mlp":
+            self.linear_context = nn.Linear(dim, dim, bias=False)
+            self.linear_query = nn.Linear(dim, dim, bias=True)
+            self.v = nn.Linear(dim, 1, bias=False)
+        self.linear_out = nn.Linear(2 * dim, dim, bias=attn_type == "mlp")
+        if coverage:
+            self.linear_cover = nn.Linear(1, dim, bias=False)
+
+    @classmethod
+    def options_of(cls, layer: Any) -> dict[str, Any]:
+        names = ("dim", "attn_type", "attn_func")
+        options = {name: getattr(layer, name) for name in names}
+        return options | {"coverage": hasattr(layer, "linear_cover")}
+
+    def forward(
+        self,
+        source: Tensor,
+        memory_bank: Tensor,
+        src_len: Tensor | None = None,
+        coverage: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        source, memory = autocast(source, memory_bank)
+        check_memory(memory)
+        check_query(source, memory, "dim", self.dim)
+        masking = Masking(check_lengths(src_len, memory))
+        if coverage is not None:
+            if not hasattr(self, "linear_cover"):
+                raise ValueError("coverage belongs to a layer made with coverage=True")
+            memory = zero_uncounted_rows(memory, masking)
+            cover = zero_uncounted_rows(coverage[..., None].to(memory.dtype), masking)
+            memory = torch.tanh(memory + self.linear_cover(cover))
+        context, weights = self._attend(source, memory, masking)
+        assert weights is not None
+        state = self.linear_out(torch.cat((context, source), dim=-1))
+        return state if self.attn_type == "mlp" else torch.tanh(state), weights
+
+    def _attend(
+        self, query: Tensor, memory: Tensor, masking: MaskingFields
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.attn_type == "mlp":
+            query, v = self.linear_query(query), self.v.weight[0]
+            proj = self.linear_context(zero_uncounted_rows(memory, masking))
+            query, memory, proj, v = autocast(query, memory, proj, v)
+            if self.attn_func == "softmax":
+                inputs = (query, proj, None, v, memory)
+                return functional.attend_concat(*inputs, masking, True, "auto")
+            found = scores.of_concat(_three(query), proj, None, v, masking, "auto")
+        else:
+            query = self.linear_in(query) if self.attn_type == "general" else query
+            if self.attn_func == "softmax":
+                return functional.attend_dot(query, memory, 1.0, masking, True, "auto")
+            found = scores.of_dot(_three(query), memory, 1.0, masking)
+        result = composed.attend_scores(found, memory, masking, "sparsemax", True)
+        return result if query.dim() == 3 else functional.one_step(*result)
+
+
+def _three(query: Tensor) -> Tensor:
+    return query if query.dim() == 3 else query.unsqueeze(1)
+
+
+class EoleGlobalAttention(OpenNMTGlobalAttention):
+    """eole.modules.GlobalAttention: the same layer, whose forward names its arguments otherwise."""
+
+    peer = "eole GlobalAttention"
+    signatures = (("src", "enc_out", "src_len", "coverage"),)
+
+    def forward(
+        self,
+        src: Tensor,
+        enc_out: Tensor,
+        src_len: Tensor | None = None,
+        coverage: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return super().forward(src, enc_out, src_len, coverage)

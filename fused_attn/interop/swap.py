@@ -1,0 +1,98 @@
+"""Replace the attention layers of an existing model by ours, in place, with their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fused_attn.interop.adapter import Adapter
+from fused_attn.interop.fairseq import FairseqAttentionLayer
+from fused_attn.interop.gnmt import GNMTBahdanauAttention
+from fused_attn.interop.joeynmt import JoeyBahdanauAttention, JoeyLuongAttention
+from fused_attn.interop.opennmt import EoleGlobalAttention, OpenNMTGlobalAttention
+from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareAttention
+from fused_attn.interop.tutorial import TutorialAttn
+
+ADAPTERS: tuple[type[Adapter], ...] = (
+    OpenNMTGlobalAttention,
+    EoleGlobalAttention,
+    JoeyBahdanauAttention,
+    JoeyLuongAttention,
+    FairseqAttentionLayer,
+    GNMTBahdanauAttention,
+    TutorialAttn,
+    ContentBasedAttention,
+    LocationAwareAttention,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """One layer that was replaced."""
+
+    path: str  # in the model, as named_modules has it
+    peer: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `swap` did, and what it left although it has a peer's name."""
+
+    swapped: tuple[Swapped, ...]
+    refused: tuple[tuple[str, str], ...]  # path and reason
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row.path or '(the model)'}: {row.peer} -> {row.adapter}" for row in self.swapped
+        ]
+        lines += [f"{path}: left, {reason}" for path, reason in self.refused]
+        return "\n".join(lines) or "no attention layer that is known"
+
+
+def _find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
+    """The adapter of a layer, or why it has none although its class has a peer's name."""
+    candidates = [adapter for adapter in ADAPTERS if type(layer).__name__ == adapter.peer_class]
+    if not candidates or isinstance(layer, Adapter):
+        return None, None
+    hooks = [name for name in _HOOKS if getattr(layer, name, None)]
+    if hooks:
+        return None, f"it has hooks ({', '.join(hooks)}), which would be lost"
+    reasons = []
+    for adapter in candidates:
+        objection = adapter.objection(layer)
+        if objection is None:
+            return adapter, None
+        reasons.append(f"not the {adapter.peer}: {objection}")
+    return None, "; ".join(reasons)
+
+
+def swap(model: nn.Module) -> Report:
+    """Replace the layers of ``model`` that are a peer's attention, in place.
+
+    A layer is known by its class's name, the arguments of its forward, and the names and shapes of
+    its parameters; no peer is imported. The adapter holds the very same parameters, so optimizers
+    and shared weights stay as they are. A layer that stands at two places stays shared. To replace
+    a model that is such a layer itself, use ``Adapter.adopt``. Returns a `Report`.
+    """
+    swapped: list[Swapped] = []
+    refused: list[tuple[str, str]] = []
+    made: dict[nn.Module, Adapter] = {}
+    for path, parent in list(model.named_modules(remove_duplicate=True)):
+        for name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            place = f"{path}.{name}" if path else name
+            if child not in made:
+                kind, reason = _find(child)
+                if reason is not None:
+                    refused.append((place, reason))
+                if kind is None:
+                    continue
+                made[child] = kind.adopt(child)
+            adapter = made[child]
+            parent._modules[name] = adapter
+            swapped.append(Swapped(place, adapter.peer, type(adapter).__name__))
+    return Report(tuple(swapped), tuple(refused))

@@ -1,0 +1,195 @@
+"""TensorFlow Addons: `LuongAttention` and `BahdanauAttention`, as modules of PyTorch.
+
+The widths of the memory and of a Bahdanau query are seen from the first tensors that come, as in
+TensorFlow. `load_kernels` takes what `layer.get_weights()` of the original returns.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fused_attn.checks import check_lengths, check_mask, check_memory
+from fused_attn.functional import attend_concat, attend_dot
+from fused_attn.interop.adapter import normalised
+from fused_attn.prepared import PreparedMemory, exponentials
+from fused_attn.reference import Masking, zero_uncounted_rows
+
+
+def _dense(units: int) -> nn.LazyLinear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that lazy modules are new
+        return nn.LazyLinear(units, bias=False)
+
+
+class _Mechanism(nn.Module):
+    """What both have: a memory that is set, and steps over it."""
+
+    def __init__(
+        self, units: int, memory: Tensor | None, lengths: Tensor | None, probability_fn: str
+    ) -> None:
+        super().__init__()
+        if probability_fn != "softmax":
+            raise ValueError(f"probability_fn must be 'softmax', got {probability_fn!r}")
+        self.units = units
+        self.memory_layer = _dense(units)
+        self.memory: PreparedMemory | None = None
+        self._first = (memory, lengths)
+
+    def _set_first(self) -> None:
+        memory, lengths = self._first
+        self._first = (None, None)
+        if memory is not None:
+            self.setup_memory(memory, lengths)
+
+    def setup_memory(
+        self,
+        memory: Tensor,
+        memory_sequence_length: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> None:
+        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both."""
+        if memory_sequence_length is not None and memory_mask is not None:
+            raise ValueError("memory_sequence_length and memory_mask must not be given together")
+        check_memory(memory)
+        lengths = check_lengths(memory_sequence_length, memory)
+        mask = check_mask(memory_mask, memory, 1)
+        if mask is not None and mask.dim() == 2:
+            mask = mask.unsqueeze(1)
+        self.memory = self._prepare(memory, Masking(lengths, mask))
+
+    def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
+        raise NotImplementedError
+
+    def _set(self) -> PreparedMemory:
+        if self.memory is None:
+            raise ValueError("the memory must be set by setup_memory before a query comes")
+        return self.memory
+
+    def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (B, E) and alignments (B, S), which the original leaves to AttentionWrapper."""
+        raise NotImplementedError
+
+    def forward(self, inputs: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
+        """[query (B, units), state]: the alignments (B, S), twice; the state is not looked at."""
+        query, _ = inputs
+        _, alignments = self.attend(query)
+        return alignments, alignments
+
+
+class TFALuongAttention(_Mechanism):
+    """tfa.seq2seq.LuongAttention: general, with the matrix on the memory.
+
+    ``g (q . W m) = g (W^T q) . m``: the query is projected. units must be the query's width.
+    ``attention_g`` () is there with ``scale``.
+    """
+
+    peer = "TensorFlow Addons LuongAttention"
+
+    def __init__(
+        self,
+        units: int,
+        memory: Tensor | None = None,
+        memory_sequence_length: Tensor | None = None,
+        scale: bool = False,
+        probability_fn: str = "softmax",
+    ) -> None:
+        super().__init__(units, memory, memory_sequence_length, probability_fn)
+        self.attention_g = nn.Parameter(torch.ones(())) if scale else None
+        self._set_first()
+
+    def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
+        if isinstance(self.memory_layer, nn.LazyLinear):
+            self.memory_layer(memory[:0])  # it takes its width from this
+        return PreparedMemory("general", memory, None, None, masking[0], masking[1])
+
+    def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        held = self._set()
+        scale = 1.0 if self.attention_g is None else self.attention_g
+        masking = Masking(held.memory_lengths, held.memory_mask)
+        projected = query @ self.memory_layer.weight
+        context, alignments = attend_dot(projected, held.memory, scale, masking, True, "auto")
+        assert alignments is not None
+        return context, alignments
+
+    def load_kernels(self, weights: list[Any]) -> None:
+        """From ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
+        _load(self, weights, ["memory_layer.weight", "attention_g"])
+
+
+class TFABahdanauAttention(_Mechanism):
+    """tfa.seq2seq.BahdanauAttention: concat; with ``normalize`` g v / |v| and a bias."""
+
+    peer = "TensorFlow Addons BahdanauAttention"
+
+    def __init__(
+        self,
+        units: int,
+        memory: Tensor | None = None,
+        memory_sequence_length: Tensor | None = None,
+        normalize: bool = False,
+        probability_fn: str = "softmax",
+    ) -> None:
+        super().__init__(units, memory, memory_sequence_length, probability_fn)
+        self.query_layer = _dense(units)
+        bound = math.sqrt(3.0 / units)  # glorot_uniform of a vector
+        self.attention_v = nn.Parameter(torch.empty(units).uniform_(-bound, bound))
+        self.attention_g = nn.Parameter(torch.tensor(units**-0.5)) if normalize else None
+        self.attention_b = nn.Parameter(torch.zeros(units)) if normalize else None
+        self._set_first()
+
+    def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
+        proj = self.memory_layer(zero_uncounted_rows(memory, masking))
+        fields = (proj, exponentials(proj), masking[0], masking[1])
+        return PreparedMemory("concat", memory, *fields)
+
+    def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        held = self._set()
+        if isinstance(self.query_layer, nn.LazyLinear):
+            self.query_layer(query[:0])
+        query_proj = linear(query, self.query_layer.weight, self.attention_b)
+        v = normalised(self.attention_v, self.attention_g)
+        masking = Masking(held.memory_lengths, held.memory_mask)
+        assert held.memory_proj is not None
+        operands = (query_proj, held.memory_proj, held.memory_exp, v, held.memory)
+        context, alignments = attend_concat(*operands, masking, True, "auto")
+        assert alignments is not None
+        return context, alignments
+
+    def load_kernels(self, weights: list[Any]) -> None:
+        """From ``get_weights()``: attention_v, then attention_g and attention_b with
+        ``normalize``, then the kernels of query_layer and memory_layer (in, units).
+        """
+        names = ["attention_v", "attention_g", "attention_b"]
+        _load(self, weights, [*names, "query_layer.weight", "memory_layer.weight"])
+
+
+def _load(layer: nn.Module, weights: list[Any], names: list[str]) -> None:
+    """Fill parameters from arrays; kernels lie transposed in TensorFlow."""
+    present = [name for name in names if getattr(layer, name, True) is not None]
+    if len(weights) != len(present):
+        raise ValueError(f"weights must hold {', '.join(present)}, got {len(weights)} arrays")
+    with torch.no_grad():
+        for name, value in zip(present, weights, strict=True):
+            array = torch.as_tensor(value)
+            if not name.endswith(".weight"):
+                target = getattr(layer, name)
+                if target.shape != array.shape:
+                    raise ValueError(
+                        f"{name} must have shape {tuple(target.shape)}, got {tuple(array.shape)}"
+                    )
+                target.copy_(array)
+                continue
+            dense = getattr(layer, name.removesuffix(".weight"))
+            if array.dim() != 2 or array.shape[1] != dense.out_features:
+                raise ValueError(
+                    f"{name} must come as (in, {dense.out_features}), got {tuple(array.shape)}"
+                )
+            if isinstance(dense, nn.LazyLinear):
+                dense(array.new_zeros(0, array.shape[0], dtype=dense.weight.dtype))
+            dense.weight.copy_(array.T)
