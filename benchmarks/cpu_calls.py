@@ -26,7 +26,7 @@ from benchmarks.measure import Call
 from benchmarks.problems import with_lengths
 from fused_attn import functional, testing
 from fused_attn.prepared import exponentials
-from fused_attn.reference import Masking
+from fused_attn.reference import LocalWindow, Masking
 from fused_attn.testing import Case, Inputs, Tensors, Verdict
 
 Attend = Callable[[Tensors], Tensor]
@@ -44,6 +44,9 @@ def inputs_of(row: Row) -> Inputs:
         query_dim=width, memory_dim=row.memory_dim or width, attn_dim=width, weights=False,
     )  # fmt: skip
     inputs = testing.make_inputs(case)
+    if row.window is not None:
+        local = LocalWindow(torch.rand(batch, queries) * source, row.window)
+        inputs = replace(inputs, masking=inputs.masking._replace(window=local))
     return replace(with_lengths(inputs, torch.full((batch,), source)), scale=1.0)
 
 
@@ -52,7 +55,8 @@ def fused(row: Row, inputs: Inputs) -> Attend:
     lengths = inputs.masking.memory_lengths
     rest = {"memory_lengths": lengths, "backend": "cpu"}
     if row.score == "dot":
-        return lambda t: functional.dot_attention(t["query"], t["memory"], **rest)[0]
+        window = inputs.masking.window
+        return lambda t: functional.dot_attention(t["query"], t["memory"], window=window, **rest)[0]
     if row.score == "general":
         return lambda t: functional.general_attention(t["query"], t["memory"], t["weight"], **rest)[
             0

@@ -56,6 +56,7 @@ class Row:
     memory_dim: int | None = None  # E, where it is not D
     threads: int | None = None  # None: those of the run
     isa: str | None = None  # None: the one in use
+    window: int | None = None  # half-width of local attention
     speedup: float | None = None  # target; None: eager is not timed
     second: Second | None = None
 
@@ -141,7 +142,8 @@ THREAD_ROWS = (
 )
 
 # Measured at these sizes and at three doublings of S, of T and of B.
-GROWTH_ROWS = tuple(
-    Row(case, Sizes(4, 32, 256, 256), score)
-    for case, score in (("dot", "dot"), ("concat score and sum", "projected"))
+GROWTH_ROWS = (
+    Row("dot", Sizes(4, 32, 256, 256), "dot"),
+    Row("concat score and sum", Sizes(4, 32, 256, 256), "projected"),
+    Row("dot, local, 21 positions", Sizes(4, 32, 256, 256), "dot", window=10),
 )
