@@ -31,8 +31,8 @@ STACK_OF_FLAGS = 256  # with dropout or a gradient of the weights, which few cal
 WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048)
 SHAPES = ((1, 1024), (4, 1024), (16, 1024), (64, 1024), (50, 50), (128, 8192))  # (T, S)
 MATRIX = ("online_forward", "online_backward", "rows_forward", "rows_backward", "source_gradients")
-WIDE = (*MATRIX, "step_forward", "step_backward")
-PAIRED = ("rows_forward", "rows_backward", "concat_gradients")
+WIDE = (*MATRIX, "step_forward", "step_backward", "window_backward")
+PAIRED = ("rows_forward", "rows_backward", "concat_scores_only", "concat_gradients")
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -50,6 +50,10 @@ def cases(quick: bool) -> Iterator[Case]:
         for mask in ("mask", "cube"):
             flags = f"lengths {mask} keep weights"
             yield Case(score, torch.bfloat16, queries, source, 512, flags=flags)
+    for dtype, width in itertools.product(dtypes, (512,) if quick else (64, 512, 1024, 2048)):
+        for score in ("dot", "concat"):
+            yield Case(score, dtype, 50, 1000, width, flags="lengths window")
+        yield Case("scores", dtype, 50, 1000, width, flags="lengths")
     if not quick:
         for score in ("dot", "concat"):  # no load of 16 bytes
             yield Case(score, torch.bfloat16, 50, 300, 999, flags="lengths")

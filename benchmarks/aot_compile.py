@@ -54,13 +54,13 @@ GPUS = {
 class Case:
     """A call of the public operators, forward and backward."""
 
-    score: str
+    score: str  # "dot", "concat", or "scores": those of concat without a softmax
     dtype: torch.dtype
     queries: int
     source: int
     width: int
     batch: int = 64
-    flags: str = ""  # of "lengths", "mask", "cube", "keep", "weights"
+    flags: str = ""  # of "lengths", "mask", "cube", "keep", "weights", "window"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -79,7 +79,10 @@ def _masking(case: Case) -> tuple[Any, ...]:
         mask = torch.empty(shape, dtype=torch.bool, device="meta")
     if "keep" in case.flags:
         keep = torch.empty(shape, dtype=torch.bool, device="meta")
-    return lengths, mask, keep, 1.0 if keep is None else 1.25, None
+    window = None
+    if "window" in case.flags:
+        window = (torch.empty(case.batch, case.queries, device="meta"), 10.0, True)
+    return lengths, mask, keep, 1.0 if keep is None else 1.25, window
 
 
 def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launch]]:
@@ -95,14 +98,19 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
     grads, masking = (empty(batch, queries, width), weights), _masking(case)
     wanted = (weights is not None, True)
     with call.recording(chip) as forwards:
-        if case.score == "dot":
+        if case.score == "scores":
+            forward.concat_scores(query, memory, empty(width), masking)
+        elif case.score == "dot":
             forward.dot(query, memory, 1.0, masking, *wanted)
         else:
             exps = empty(*memory.shape) if queries == 1 else None
             inputs = (query, memory, exps, empty(width), memory)
             forward.concat(*inputs, masking, *wanted)
     with call.recording(chip) as backwards:
-        if case.score == "dot":
+        if case.score == "scores":
+            seed = empty(batch, queries, source, dtype=torch.float32)
+            backward.concat_scores(seed, query, memory, empty(width), masking)
+        elif case.score == "dot":
             backward.dot(*grads, query, memory, 1.0, masking, saved)
         else:
             backward.concat(*grads, query, memory, empty(width), memory, masking, saved)

@@ -14,7 +14,16 @@ loop with the exponential of the sum, which is right for any number.
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, in_squares, load_tile, readable_rows, row_count
+from .tiles import (
+    LOG2E,
+    counted_positions,
+    hide,
+    in_squares,
+    load_tile,
+    pair_tile,
+    readable_rows,
+    row_count,
+)
 
 TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
 PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
@@ -118,6 +127,38 @@ def concat_scores(
             total += weight / x
             weight_sum += weight
     return weight_sum - 2.0 * total, bad
+
+
+@triton.jit
+def concat_scores_only(
+    query, memory_proj, exp_query, exp_memory, query_peak, memory_peak, v, lengths, mask, scores,
+    query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, A, exp_width, exp_queries, exp_source, splits,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """A tile of scores (B, T, S) in float32, -inf where nothing counts."""
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    proj_b, proj_s, A = proj_b * UNIT, proj_s * UNIT, A * UNIT
+    program = tl.program_id(0)
+    split = program % splits
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = (program // splits) % t_blocks
+    b = program // (splits * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+    result, bad = concat_scores(
+        exp_query, exp_memory, query_peak, memory_peak, query + b.to(tl.int64) * query_b,
+        memory_proj + b.to(tl.int64) * proj_b, v, b, t_block, split, offs_t, offs_s, queries, rows,
+        query_t, proj_s, A, exp_width, exp_queries, exp_source, MASK, BLOCK_T, BLOCK_S, FAST_RCP,
+    )  # fmt: skip
+    inside = queries[:, None] & (offs_s < S)[None, :]
+    at = pair_tile(scores, b, offs_t, offs_s, T, S)
+    tl.store(at, hide(result, counts, bad, MASK), mask=inside)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .concat import concat_scores
 from .tiles import (
+    bell,
     counted_positions,
     exp,
     hide,
@@ -209,13 +210,14 @@ def online_forward(
 
 @triton.jit
 def merge_forward(
-    partial, partial_log, scores, lengths, context, weights, logsumexp,
-    lengths_stride, T, S, E, splits, segment,
+    partial, partial_log, scores, lengths, bounds, centers, context, weights, logsumexp,
+    lengths_stride, T, S, E, rate, splits, segment,
     BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query in their order, and turn its scores into weights.
 
-    partial (B, splits, T, E), partial_log (B, splits, T), scores (B, T, S) or None.
+    partial (B, splits, T, E), partial_log (B, splits, T), scores (B, T, S) or None. bounds and
+    centers as in `step_forward`.
     """
     E = E * UNIT
     row = tl.program_id(0)
@@ -243,6 +245,12 @@ def merge_forward(
     if logsumexp is not None:
         tl.store(logsumexp + place, log, mask=tl.program_id(1) == 0)
     if weights is not None:
-        score = tl.load(scores + place * S + offs, mask=offs < count, other=float("-inf"))
+        seen = offs < count
+        if bounds is not None:
+            first = tl.load(bounds + 2 * place)
+            seen = seen & (offs >= first) & (offs < tl.load(bounds + 2 * place + 1))
+        score = tl.load(scores + place * S + offs, mask=seen, other=float("-inf"))
         weight = exp(score - shift)
+        if centers is not None:
+            weight = tl.where(seen, weight * bell(offs, tl.load(centers + place), rate), 0.0)
         tl.store(weights + place * S + offs, weight.to(weights.dtype.element_ty), mask=offs < S)

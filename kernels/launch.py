@@ -80,6 +80,22 @@ def step(
     return Plan("step", splits, segment, tiles, warps, num_stages=3)
 
 
+def window(source: int, memory_dim: int, score_dim: int) -> Plan:
+    """Local attention: one query a program, whose window is its one segment."""
+    width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
+    tiles = {"BLOCK_S": max(2, min(32, 4096 // width)), "BLOCK_E": power_of_2(memory_dim, 16)}
+    return Plan("step", 1, max(source, 1), tiles, 8 if width > 2048 else 4, num_stages=2)
+
+
+def window_source(source: int, width: int) -> Plan:
+    """Gradients of what windows lie over: 32 elements a thread."""
+    tiles = {
+        "BLOCK_S": min(32, power_of_2(source, 16)),
+        "BLOCK_E": min(128, power_of_2(width, 16)),
+    }
+    return Plan("source", 1, tiles["BLOCK_S"], tiles, 4, 2)
+
+
 # Columns of the tile: (queries, rows of memory, warps). Forward holds the queries, a context of the
 # same shape in registers, and `stages` tiles of memory; backward holds dO as well.
 _ONLINE_FORWARD = {

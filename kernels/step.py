@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .concat import TWO_LOG2E, reciprocal
 from .tiles import (
+    bell,
     exp,
     inverse_or_zero,
     load_tile,
@@ -65,18 +66,20 @@ def concat_row_scores(
 
 @triton.jit
 def step_forward(
-    query, memory, memory_exp, memory_proj, v, lengths, mask, keep,
+    query, memory, memory_exp, memory_proj, v, lengths, mask, keep, bounds, centers,
     context, weights, logsumexp, scores_out,
     query_b, query_t, memory_b, memory_s, exp_b, exp_s, proj_b, proj_s,
     lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, scale, keep_scale, splits, segment,
+    T, S, E, A, scale, keep_scale, rate, splits, segment,
     CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, FAST_RCP: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query a program, over ``segment`` rows of memory; arguments as elsewhere.
 
-    SPOILED: the mask differs between queries, so that rows that are not finite need care.
+    SPOILED: the mask differs between queries, so that rows that are not finite need care. For
+    local attention ``bounds`` int64 (B, T, 2) holds each query's window, the one segment that it
+    has, and ``centers`` (B, T) those of a Gaussian, or None.
     """
     query_b, query_t = query_b * UNIT, query_t * UNIT
     memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
@@ -90,7 +93,11 @@ def step_forward(
     count = row_count(lengths, lengths_stride, b, S)
     begin = split * segment
     end = tl.minimum(begin + segment, count)
-    if SPLIT:
+    if bounds is not None:
+        at_bounds = bounds + 2 * (b.to(tl.int64) * T + t)
+        begin = tl.load(at_bounds).to(tl.int32)
+        end = tl.minimum(tl.load(at_bounds + 1).to(tl.int32), count)
+    elif SPLIT:
         if begin >= count:
             return
     offs_e = tl.arange(0, BLOCK_E)
@@ -140,6 +147,8 @@ def step_forward(
         fade = exp(peak - shift)
         total = total * fade + exps
         peak = higher
+        if centers is not None:
+            exps *= bell(offs_s, tl.load(centers + b.to(tl.int64) * T + t), rate)
         if keep is not None:
             kept = tl.load(keep + at_pair + offs_s, mask=offs_s < end, other=0) != 0
             exps = tl.where(kept, exps * keep_scale, 0.0)

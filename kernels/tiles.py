@@ -122,6 +122,13 @@ def log_sum(peak, total):
 
 
 @triton.jit
+def bell(offs_s, center, rate):
+    """exp(-((s - center) rate)^2 / 2): what a Gaussian window multiplies the weights with."""
+    distance = (offs_s.to(tl.float32) - center) * rate
+    return tl.exp2(distance * distance * (-0.5 * LOG2E))
+
+
+@triton.jit
 def kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S):
     """(BLOCK_T, BLOCK_S): what dropout multiplies the weights with; keep is (B, T, S)."""
     at = keep + (b.to(tl.int64) * T + offs_t.to(tl.int64)[:, None]) * S + offs_s[None, :]

@@ -20,6 +20,7 @@ from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
+LARGEST_WINDOW_WIDTH = 2048  # a query of a window holds whole rows in registers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -45,10 +46,11 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         reasons.append(f"dtype {problem.dtype} is none of {names}")
-    if problem.windowed:
-        reasons.append("it has no windows (local attention)")
-    if problem.score == "scores":
-        reasons.append("it has no scores without a softmax")
+    widest = max(problem.memory_dim, problem.score_dim)
+    if problem.windowed and widest > LARGEST_WINDOW_WIDTH:
+        reasons.append(
+            f"with a window memory and score may be {LARGEST_WINDOW_WIDTH} wide, not {widest}"
+        )
     return reasons
 
 
@@ -113,3 +115,28 @@ def concat_backward(
 
     grads = (grad_context, grad_weights)
     return backward.concat(*grads, query_proj, memory_proj, v, memory, masking, saved)
+
+
+def concat_scores(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    masking: MaskingFields,
+) -> Tensor:
+    from fused_attn.backends.triton import forward
+
+    return forward.concat_scores(query_proj, memory_proj, v, masking)
+
+
+def concat_scores_backward(
+    grad_scores: Tensor,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    masking: MaskingFields,
+) -> tuple[Tensor, ...]:
+    from fused_attn.backends.triton import backward
+
+    return backward.concat_scores(grad_scores, query_proj, memory_proj, v, masking)

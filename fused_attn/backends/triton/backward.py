@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn import reference
+from fused_attn.backends.triton import window
 from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
 from fused_attn.kernels import backward, launch, step
 from fused_attn.kernels import concat as concat_kernels
@@ -158,6 +160,8 @@ def dot(
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
+        if call.masks.bounds is not None:
+            return window.backward(call, grad_context, grad_weights, scale, None, saved[2])
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
@@ -199,6 +203,25 @@ def _concat_grads(
     return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype)
 
 
+def concat_scores(
+    grad_scores: Tensor,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    v: Tensor,
+    masking: MaskingFields,
+) -> tuple[Tensor, ...]:
+    with torch.cuda.device_of(memory_proj):
+        memory_proj, v = unit(memory_proj), v.contiguous()
+        call = Call(query_proj, memory_proj, masking, "concat", (memory_proj,))
+        _, queries, source, width, _ = call.sizes
+        plan = launch.rows(queries, source, width, call.kind, True, True)
+        # What does not count may hold anything, and has no gradient.
+        hidden = ~reference.counted_positions(memory_proj, masking)
+        grads = grad_scores.masked_fill(hidden, 0.0).contiguous()
+        factors = factors_of(call, memory_proj, plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"])
+        return _concat_grads(call, memory_proj, v, grads, factors)
+
+
 def concat(
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
@@ -213,6 +236,9 @@ def concat(
         grad_context = None if grad_context is None else unit(grad_context)
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
+        if call.masks.bounds is not None:
+            inputs = (memory_proj, v)
+            return window.backward(call, grad_context, grad_weights, 1.0, inputs, saved[2])
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn.backends import triton as backend
 from fused_attn.kernels import backward, concat, launch
-from fused_attn.reference import MaskingFields, check_lengths
+from fused_attn.reference import MaskingFields, check_lengths, window_bounds
 
 
 class Launch(NamedTuple):
@@ -80,10 +80,14 @@ class Masks(NamedTuple):
     kind: int  # 0 no mask, 1 the same for all queries, 2 one for each
     keep: Tensor | None
     keep_scale: float
+    bounds: Tensor | None = None  # int64 (B, T, 2), local attention
+    centers: Tensor | None = None  # (B, T), with a Gaussian
+    rate: float = 0.0  # 1 / sigma of that
+    width: int = 0  # of a window, at most
 
 
-def masks_of(masking: MaskingFields) -> Masks:
-    lengths, mask, keep, keep_scale, _ = masking
+def masks_of(masking: MaskingFields, source: int) -> Masks:
+    lengths, mask, keep, keep_scale, window = masking
     kind, strides, bits = 0, (0, 0, 0), None
     if mask is not None:
         bits = (mask if mask.dim() == 3 else mask.unsqueeze(1)).view(torch.uint8)
@@ -91,7 +95,15 @@ def masks_of(masking: MaskingFields) -> Masks:
         strides = (bits.stride(0), bits.stride(1) if kind == 2 else 0, bits.stride(2))
     kept = None if keep is None else keep.contiguous().view(torch.uint8)
     stride = 0 if lengths is None else lengths.stride(0)
-    return Masks(lengths, stride, bits, strides, kind, kept, keep_scale)
+    fields = (lengths, stride, bits, strides, kind, kept, keep_scale)
+    if window is None:
+        return Masks(*fields)
+    centers, half_width, gaussian = window
+    bounds = window_bounds(centers, half_width, source)
+    width = min(int(2 * half_width) + 2, max(source, 1))  # one more, for edges that were rounded
+    if not gaussian:
+        return Masks(*fields, bounds, None, 0.0, width)
+    return Masks(*fields, bounds, centers.contiguous(), 2.0 / half_width, width)
 
 
 def unit(tensor: Tensor) -> Tensor:
@@ -121,7 +133,7 @@ class Call:
         lengths = [length for x in rows if x is not None for length in x.stride()[:2]]
         is_aligned = not any(length % vector for length in (*lengths, memory_dim, score_dim))
         self.unit = {"UNIT": vector if is_aligned else 1}
-        self.masks, self.score = masks_of(masking), score
+        self.masks, self.score = masks_of(masking, source), score
         self.chip = chip(memory.device)
         self.is_wide = memory.dtype == torch.float32
         # Not allow_tf32: reading that raises once the newer setting has been used.

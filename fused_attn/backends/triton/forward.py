@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
+from fused_attn.kernels import concat as concat_kernels
 from fused_attn.kernels import forward, launch, step
 from fused_attn.reference import MaskingFields, Outputs
 
@@ -19,8 +20,11 @@ def _forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
-    batch, queries, source, memory_dim, _ = call.sizes
-    plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
+    batch, queries, source, memory_dim, width = call.sizes
+    if call.masks.bounds is None:
+        plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
+    else:
+        plan = launch.window(source, memory_dim, width if concat_inputs else 1)
     memory = call.memory
     context = memory.new_empty((batch, queries, memory_dim))
     weights = memory.new_empty((batch, queries, source)) if return_weights else None
@@ -43,11 +47,12 @@ def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ..
     batch, queries, source, memory_dim, _ = call.sizes
     masks, width = call.masks, max(memory_dim, source if parts[2] is not None else 0)
     block = min(1024, launch.power_of_2(width, 16))
-    sizes = (masks.lengths_stride, queries, source, call.widths[0], plan.splits, plan.segment)
+    sizes = (masks.lengths_stride, queries, source, call.widths[0])
+    splits = (float(masks.rate), plan.splits, plan.segment)
     enqueue(
         forward.merge_forward,
         (batch * queries, -(-width // block)),
-        (parts[0], parts[1], parts[2], masks.lengths, *results, *sizes),
+        (*parts, masks.lengths, masks.bounds, masks.centers, *results, *sizes, *splits),
         BLOCK_SPLITS=launch.power_of_2(plan.splits),
         BLOCK=block,
         **call.unit,
@@ -61,14 +66,15 @@ def _step_forward(
     masks = call.masks
     proj, exps, v = inputs or (None, None, None)
     arguments = (call.query, call.memory, exps, proj, v, masks.lengths, masks.mask, masks.keep)
+    local = (masks.bounds, masks.centers)
     steps = call.strides(call.query, call.memory, exps, proj)
     enqueue(
         step.step_forward,
         (batch * queries * plan.splits,),
         (
-            *(*arguments, *results, *steps, masks.lengths_stride, *masks.strides),
+            *(*arguments, *local, *results, *steps, masks.lengths_stride, *masks.strides),
             *(queries, source, *call.widths, float(scale), float(masks.keep_scale)),
-            *(plan.splits, plan.segment),
+            *(float(masks.rate), plan.splits, plan.segment),
         ),
         CONCAT=inputs is not None,
         SPOILED=masks.kind == 2,
@@ -145,6 +151,35 @@ def dot(
     with torch.cuda.device_of(memory):
         call = Call(query, memory, masking, "dot")
         return _forward(call, scale, None, return_weights, return_logsumexp)
+
+
+def concat_scores(
+    query_proj: Tensor, memory_proj: Tensor, v: Tensor, masking: MaskingFields
+) -> Tensor:
+    with torch.cuda.device_of(memory_proj):
+        proj, v = unit(memory_proj), v.contiguous()
+        call = Call(query_proj, proj, masking, "concat", (proj,))
+        batch, queries, source, width, _ = call.sizes
+        masks, plan = call.masks, launch.rows(queries, source, width, call.kind, True, False)
+        block_t, block_s = plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"]
+        factors = factors_of(call, proj, block_t, block_s)
+        scores = call.floats(batch, queries, source)
+        enqueue(
+            concat_kernels.concat_scores_only,
+            (batch * -(-queries // block_t) * plan.splits,),
+            (
+                *(call.query, proj, *factors.tensors, v, masks.lengths, masks.mask, scores),
+                *(*call.strides(call.query, proj), masks.lengths_stride, *masks.strides),
+                *(queries, source, call.widths[1], *factors.sizes, plan.splits),
+            ),
+            MASK=masks.kind,
+            BLOCK_T=block_t,
+            BLOCK_S=block_s,
+            num_warps=plan.num_warps,
+            **call.unit,
+            **call.fast,
+        )
+        return scores
 
 
 def concat(

@@ -1,0 +1,88 @@
+"""Backward calls of local attention; the forward pass is a step for each query."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_attn.backends.triton.call import Call, enqueue
+from fused_attn.kernels import launch
+from fused_attn.kernels import window as kernels
+from fused_attn.reference import Gradients
+
+
+def backward(
+    call: Call,
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    scale: float,
+    inputs: tuple[Tensor, Tensor] | None,
+    logsumexp: Tensor,
+) -> Gradients:
+    """Gradients as `backward.dot` and `backward.concat` return them."""
+    batch, queries, source, memory_dim, width = call.sizes
+    masks, memory = call.masks, call.memory
+    proj, v = inputs or (None, None)
+    plan = launch.window(source, memory_dim, width if inputs else 1)
+    kept = call.floats(batch, queries, masks.width)
+    grads = call.floats(batch, queries, masks.width)
+    grad_query = memory.new_empty((batch, queries, width))
+    grad_centers = None if masks.centers is None else call.floats(batch, queries)
+    partial_v = None if v is None else call.floats(batch * queries, width)
+    extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
+    results = (kept, grads, grad_query, grad_centers, partial_v)
+    enqueue(
+        kernels.window_backward,
+        (batch * queries,),
+        (
+            *(call.query, memory, proj, v, masks.lengths, masks.mask, masks.keep),
+            *(masks.bounds, masks.centers, grad_context, grad_weights, logsumexp, *results),
+            *(*call.strides(call.query, memory, proj, grad_context), *extra),
+            *(masks.lengths_stride, *masks.strides, queries, source, *call.widths),
+            *(float(scale), float(masks.keep_scale), float(masks.rate), masks.width),
+        ),
+        CONCAT=inputs is not None,
+        SPOILED=masks.kind == 2,
+        BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
+        **plan.options,
+        **call.unit,
+    )
+    sums = (call, kept, grads, grad_context)
+    if proj is None or v is None or partial_v is None:
+        return grad_query, _source(*sums, call.query, None, None), grad_centers
+    grad_memory = _source(*sums, None, None, None)
+    grad_proj = _source(*sums, call.query, proj, v)
+    return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype), grad_memory, grad_centers
+
+
+def _source(
+    call: Call,
+    kept: Tensor,
+    grads: Tensor,
+    grad_context: Tensor | None,
+    query: Tensor | None,
+    proj: Tensor | None,
+    v: Tensor | None,
+) -> Tensor:
+    """The gradient of the memory, or that of its projection if this is given."""
+    batch, queries, source, memory_dim, score_dim = call.sizes
+    is_proj, masks = proj is not None, call.masks
+    width = score_dim if is_proj else memory_dim
+    plan = launch.window_source(source, width)
+    out = call.memory.new_empty((batch, source, width))
+    blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-width // plan.tiles["BLOCK_E"])
+    enqueue(
+        kernels.window_source,
+        (batch * blocks,),
+        (
+            *(kept, grads, query, grad_context, proj, v),
+            *(masks.lengths, masks.mask, masks.bounds, out),
+            *(*call.strides(query, grad_context, proj), masks.lengths_stride),
+            *(masks.strides[0], masks.strides[2], queries, source),
+            *(call.widths[1 if is_proj else 0], masks.width),
+        ),
+        PROJ=is_proj,
+        MASK=masks.kind,
+        **plan.options,
+        **call.unit,
+    )
+    return out

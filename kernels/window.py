@@ -1,0 +1,230 @@
+"""Backward of local attention: a program for each query walks its window, twice.
+
+Windows overlap, so the gradient of the memory is a sum over queries. The first kernel leaves what a
+query gives to its positions, the weights after dropout and the gradient of the scores, in tensors
+as wide as a window, (B, T, W). In the second a program owns rows of the memory (or of its
+projection), and adds what the windows that reach them hold: no atomics, the same bits every time.
+The forward pass is `step_forward`.
+"""
+
+import triton
+import triton.language as tl
+
+from .concat import TWO_LOG2E
+from .step import looked_at
+from .tiles import bell, exp, load_tile, readable_rows, row_count, split_nonfinite
+
+
+@triton.jit
+def window_pass(
+    q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
+    b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
+    memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr,
+):  # fmt: skip
+    """Weights P, their factor g, the gradient dW, the memory tile and r of a tile of positions."""
+    rows = looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end)
+    tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+    bad = offs_s < 0
+    if SPOILED:
+        tile, bad = split_nonfinite(tile)
+    tile = tile.to(tl.float32)
+    r = tile
+    if CONCAT:
+        m = load_tile(memory_proj, proj_s, offs_s, rows, offs_a, A)
+        if SPOILED:
+            m, spoiled = split_nonfinite(m)
+            bad = bad | spoiled
+        r = 1.0 / (1.0 + tl.exp2((q[None, :] + m.to(tl.float32)) * TWO_LOG2E))
+        score = tl.sum(factor, axis=0) - 2.0 * tl.sum(factor[None, :] * r, axis=1)
+    else:
+        score = tl.sum(tile * q[None, :], axis=1) * scale
+    if SPOILED:
+        score = tl.where(bad, float("nan"), score)
+    weight = tl.where(rows, exp(score - log), 0.0)
+    share = tl.where(rows, 1.0, 0.0)
+    if center is not None:
+        share *= bell(offs_s, center, rate)
+    kept = weight * share
+    grad = tl.sum(tile * seed[None, :], axis=1)
+    if keep is not None:
+        is_kept = tl.load(keep + at_pair + offs_s, mask=offs_s < end, other=0) != 0
+        drop = tl.where(is_kept, keep_scale, 0.0)
+        grad *= drop
+        kept *= drop
+    if grad_weights is not None:
+        at = grad_weights + extra + offs_s.to(tl.int64) * extra_s
+        grad += tl.load(at, mask=rows, other=0.0).to(tl.float32)
+    return rows, weight, share, kept, grad, tile, r
+
+
+@triton.jit
+def window_backward(
+    query, memory, memory_proj, v, lengths, mask, keep, bounds, centers,
+    grad_context, grad_weights, logsumexp,
+    kept_out, grads_out, grad_query, grad_centers, partial_v,
+    query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t, extra_b, extra_t, extra_s,
+    lengths_stride, mask_b, mask_t, mask_s, T, S, E, A, scale, keep_scale, rate, width,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """What one query gives to its window, its own gradient and that of its center.
+
+    bounds int64 (B, T, 2), centers (B, T) or None. kept_out and grads_out (B, T, W), float32:
+    weights and score gradients (times scale) of the positions from the first of the window on.
+    partial_v (B T, A) for concat. The first walk sums delta = sum_s W dW, the second needs it.
+    """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    E, A = E * UNIT, A * UNIT
+    row = tl.program_id(0)
+    t = row % T
+    b = row // T
+    wide = b.to(tl.int64)
+    at_row = row.to(tl.int64)
+    count = row_count(lengths, lengths_stride, b, S)
+    begin = tl.load(bounds + 2 * at_row).to(tl.int32)
+    end = tl.minimum(tl.load(bounds + 2 * at_row + 1).to(tl.int32), count)
+    end = tl.minimum(end, begin + width)  # a center that is NaN has no window
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_a = tl.arange(0, BLOCK_A)
+    slots = tl.arange(0, BLOCK_S)
+    memory += wide * memory_b
+    query += wide * query_b + t.to(tl.int64) * query_t
+    seed = tl.zeros((BLOCK_E,), tl.float32)
+    if grad_context is not None:
+        at_seed = grad_context + wide * seed_b + t.to(tl.int64) * seed_t + offs_e
+        seed = tl.load(at_seed, mask=offs_e < E, other=0.0).to(tl.float32)
+    if CONCAT:
+        memory_proj += wide * proj_b
+        q = tl.load(query + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
+        factor = tl.load(v + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
+    else:
+        q = tl.load(query + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
+        factor = q
+    center = None
+    if centers is not None:
+        center = tl.load(centers + at_row)
+    log = tl.load(logsumexp + at_row)
+    log = tl.where(log == float("-inf"), 0.0, log)
+    at_pair = at_row * S
+    extra = wide * extra_b + t.to(tl.int64) * extra_t
+    sums = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + slots
+        rows, weight, share, kept, grad, tile, r = window_pass(
+            q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
+            b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
+            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED,
+        )  # fmt: skip
+        sums += tl.where(rows, weight * share * grad, 0.0)
+    delta = tl.sum(sums, axis=0)
+    if CONCAT:
+        acc = tl.zeros((BLOCK_A,), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_E,), tl.float32)
+    part_v = tl.zeros((BLOCK_A,), tl.float32)
+    moment = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        offs_s = start + slots
+        rows, weight, share, kept, grad, tile, r = window_pass(
+            q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
+            b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
+            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED,
+        )  # fmt: skip
+        grad *= share
+        if center is not None:
+            moment += tl.where(rows, weight * grad * (offs_s.to(tl.float32) - center), 0.0)
+        grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
+        if CONCAT:
+            acc += tl.sum(grad[:, None] * (r - r * r), axis=0)
+            part_v += tl.sum(grad[:, None] * (1.0 - 2.0 * r), axis=0)
+        else:
+            acc += tl.sum(grad[:, None] * tile, axis=0)
+        inside = offs_s < end
+        slot = at_row * width + (offs_s - begin)
+        tl.store(kept_out + slot, tl.where(rows, kept, 0.0), mask=inside)
+        tl.store(grads_out + slot, grad, mask=inside)
+    if grad_centers is not None:
+        tl.store(grad_centers + at_row, tl.sum(moment, axis=0) * rate * rate)
+    if CONCAT:
+        acc *= 4.0 * factor
+        at_a = grad_query + at_row * A + offs_a
+        tl.store(at_a, acc.to(grad_query.dtype.element_ty), mask=offs_a < A)
+        tl.store(partial_v + at_row * A + offs_a, part_v, mask=offs_a < A)
+    else:
+        at_e = grad_query + at_row * E + offs_e
+        tl.store(at_e, acc.to(grad_query.dtype.element_ty), mask=offs_e < E)
+
+
+@triton.jit
+def window_source(
+    kept, grads, query, grad_context, memory_proj, v, lengths, mask, bounds, out,
+    query_b, query_t, seed_b, seed_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
+    T, S, E, width,
+    PROJ: tl.constexpr, MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the memory, or with PROJ of its projection: BLOCK_S rows and BLOCK_E columns.
+
+    The memory gets P^T dO, and for dot dS^T Q (query is None for concat). The projection gets
+    4 v sum_t dS (r - r^2). ``E`` is the width of ``out`` (B, S, E).
+    """
+    query_b, query_t = query_b * UNIT, query_t * UNIT
+    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    E = E * UNIT
+    e_blocks = tl.cdiv(E, BLOCK_E)
+    s_blocks = tl.cdiv(S, BLOCK_S)
+    program = tl.program_id(0)
+    e_block = program % e_blocks
+    s_block = (program // e_blocks) % s_blocks
+    b = program // (e_blocks * s_blocks)
+    wide = b.to(tl.int64)
+    offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = offs_e < E
+    count = row_count(lengths, lengths_stride, b, S)
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    m = acc
+    if PROJ:
+        m = load_tile(memory_proj + wide * proj_b, proj_s, offs_s, rows, offs_e, E).to(tl.float32)
+    at_bounds = bounds + wide * T * 2
+    at_query = wide * query_b + offs_e
+    at_seed = wide * seed_b + offs_e
+    at_part = wide * T * width
+    for _ in range(0, T):
+        begin = tl.load(at_bounds).to(tl.int32)
+        end = tl.minimum(tl.load(at_bounds + 1).to(tl.int32), count)
+        end = tl.minimum(end, begin + width)
+        if (begin < (s_block + 1) * BLOCK_S) & (end > s_block * BLOCK_S):
+            inside = (offs_s >= begin) & (offs_s < end)
+            at = at_part + (offs_s - begin)
+            if PROJ:
+                grad = tl.load(grads + at, mask=inside, other=0.0)
+                q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
+                r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
+                # A row that is not finite gives nothing to a query that does not look at it.
+                acc += tl.where(grad[:, None] == 0.0, 0.0, grad[:, None] * (r - r * r))
+            else:
+                if grad_context is not None:
+                    part = tl.load(kept + at, mask=inside, other=0.0)
+                    seed = tl.load(grad_context + at_seed, mask=columns, other=0.0).to(tl.float32)
+                    acc += part[:, None] * seed[None, :]
+                if query is not None:
+                    grad = tl.load(grads + at, mask=inside, other=0.0)
+                    q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
+                    acc += grad[:, None] * q[None, :]
+        at_bounds += 2
+        at_query += query_t
+        at_seed += seed_t
+        at_part += width
+    if PROJ:
+        acc *= 4.0 * tl.load(v + offs_e, mask=columns, other=0.0).to(tl.float32)[None, :]
+    acc = tl.where(rows[:, None], acc, 0.0)
+    at = out + wide * S * E + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+    stored = (offs_s < S)[:, None] & columns[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=stored)
