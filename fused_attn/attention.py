@@ -16,6 +16,7 @@ from fused_attn import checks, composed, functional, scores, warm_up
 from fused_attn import layer_options as options
 from fused_attn.layer_parts import (
     AlignmentHistory,
+    NormedLinear,
     PredictedPosition,
     fold_history,
     monotonic_centers,
@@ -51,6 +52,8 @@ class LuongAttention(nn.Module):
         normalizer: "softmax", or "sparsemax" for weights that are exactly 0 where little counts.
         weight_norm: concat with ``g v / |v|`` for v (Salimans & Kingma 2016), as the normalised
             Bahdanau attention of TensorFlow and GNMT has it, there with bias=True.
+        layer_norm: concat with both projections layer-normalised (Ba et al. 2016) before they are
+            added, as Marian has it.
         coverage: concat with a term of the sum of the weights so far (See et al. 2017, eq. 11).
         conv_channels, conv_width: concat with a term of a convolution of the previous weights
             (location-aware, Chorowski et al. 2015, eq. 8 and 9); 0 channels for none.
@@ -61,6 +64,7 @@ class LuongAttention(nn.Module):
     Parameters: ``query_proj.weight`` (general: (E, D), so that W_a is its transpose; concat:
     (A, D); location: (max_source, D)), ``memory_proj.weight`` (concat: (A, E)), ``v`` (concat:
     (A,)) and ``output_proj.weight`` (output_dim, E + D); with the options ``scale`` (), ``g`` (),
+    ``query_proj.norm.weight``, ``memory_proj.norm.weight`` and ``memory_proj.norm.bias`` (A,),
     ``position.*`` (`PredictedPosition`) and ``history.*`` (`AlignmentHistory`).
     """
 
@@ -79,6 +83,7 @@ class LuongAttention(nn.Module):
         dropout: float = 0.0,
         normalizer: str = "softmax",
         weight_norm: bool = False,
+        layer_norm: bool = False,
         coverage: bool = False,
         conv_channels: int = 0,
         conv_width: int = 31,
@@ -94,7 +99,8 @@ class LuongAttention(nn.Module):
         options.check_score(score, query_dim, memory_dim, attn_dim, bias, max_source)
         options.check_scale(scale)
         options.check_local(local, window)
-        options.check_concat_parts(score, weight_norm, coverage, conv_channels, conv_width)
+        parts = {"weight_norm": weight_norm, "layer_norm": layer_norm, "coverage": coverage}
+        options.check_concat_parts(score, parts, conv_channels, conv_width)
         options.check_normalizer(normalizer, dropout)
         checks.check_backend(backend)
         self.query_dim = query_dim
@@ -115,10 +121,17 @@ class LuongAttention(nn.Module):
         else:
             self.scale = float(scale)
         scored = {"general": memory_dim, "concat": self.attn_dim, "location": max_source}.get(score)
-        if scored is not None:
+        self.layer_norm = layer_norm
+        self.query_proj: nn.Linear
+        self.memory_proj: nn.Linear
+        if layer_norm and self.attn_dim is not None:
+            self.query_proj = NormedLinear(query_dim, self.attn_dim, bias, False, **where)
+            self.memory_proj = NormedLinear(memory_dim, self.attn_dim, False, True, **where)
+        elif scored is not None:
             self.query_proj = nn.Linear(query_dim, scored, bias=bias, **where)
-        if self.attn_dim is not None:
+        if self.attn_dim is not None and not layer_norm:
             self.memory_proj = nn.Linear(memory_dim, self.attn_dim, bias=False, **where)
+        if self.attn_dim is not None:
             self.v = nn.Parameter(torch.empty(self.attn_dim, **where))
         self.g = nn.Parameter(torch.empty((), **where)) if weight_norm else None
         self.position = PredictedPosition(query_dim, **where) if local == "predictive" else None
@@ -206,7 +219,7 @@ class LuongAttention(nn.Module):
         states: Any
         memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
-            self._check_prepared(memory, memory_lengths, memory_mask)
+            options.check_prepared(self, memory, memory_lengths, memory_mask)
             memory_proj, memory_exp = memory.memory_proj, memory.memory_exp
             memory_lengths, memory_mask = memory.memory_lengths, memory.memory_mask
             states = memory.memory
@@ -261,7 +274,7 @@ class LuongAttention(nn.Module):
         states: Any
         prepared = memory if isinstance(memory, PreparedMemory) else None
         if prepared is not None:
-            self._check_prepared(prepared, memory_lengths, memory_mask)
+            options.check_prepared(self, prepared, memory_lengths, memory_mask)
             memory_lengths, memory_mask = prepared.memory_lengths, prepared.memory_mask
             states = prepared.memory
         else:
@@ -404,38 +417,5 @@ class LuongAttention(nn.Module):
                 f"memory must have shape (B, S, {self.memory_dim}), got {tuple(memory.shape)}"
             )
 
-    def _check_prepared(
-        self, memory: PreparedMemory, memory_lengths: object, memory_mask: object
-    ) -> None:
-        if memory_lengths is not None or memory_mask is not None:
-            raise ValueError(
-                "memory_lengths and memory_mask belong to prepare_memory when memory is a "
-                "PreparedMemory, got them in forward"
-            )
-        if memory.score != self.score:
-            raise ValueError(
-                f"memory was prepared for the score {memory.score!r}, expected {self.score!r}"
-            )
-        if memory.memory_proj is not None and memory.memory_proj.shape[2] != self.attn_dim:
-            raise ValueError(
-                f"memory was prepared for attn_dim {memory.memory_proj.shape[2]}, "
-                f"expected {self.attn_dim}"
-            )
-
     def extra_repr(self) -> str:
-        parts = [f"{self.query_dim}, {self.memory_dim}, score={self.score!r}"]
-        if isinstance(self.scale, Tensor):
-            parts.append("scale='learned'")
-        elif self.scale != 1.0:
-            parts.append(f"scale={self.scale:g}")
-        if self.local is not None:
-            parts.append(f"local={self.local!r}, window={self.window:g}")
-        if self.g is not None:
-            parts.append("weight_norm=True")
-        if self.normalizer != "softmax":
-            parts.append(f"normalizer={self.normalizer!r}")
-        if self.dropout:
-            parts.append(f"dropout={self.dropout:g}")
-        if self.backend != "auto":
-            parts.append(f"backend={self.backend!r}")
-        return ", ".join(parts)
+        return options.describe(self)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from fused_attn.composed import NORMALIZERS
+from fused_attn.prepared import PreparedMemory
 
 SCORES = ("dot", "general", "concat", "location")
 LOCALS = ("monotonic", "predictive")
@@ -56,14 +61,11 @@ def check_local(local: object, window: object) -> None:
 
 
 def check_concat_parts(
-    score: str, weight_norm: bool, coverage: bool, conv_channels: object, conv_width: object
+    score: str, parts: dict[str, bool], conv_channels: object, conv_width: object
 ) -> None:
-    for name, value, is_set in (
-        ("weight_norm", weight_norm, weight_norm),
-        ("coverage", coverage, coverage),
-        ("conv_channels", conv_channels, conv_channels != 0),
-    ):
-        if is_set and score != "concat":
+    """``parts``: the options of concat that are on or off, by name."""
+    for name, value in (*parts.items(), ("conv_channels", conv_channels)):
+        if value and score != "concat":
             raise ValueError(
                 f"{name} belongs to score 'concat', got {name}={value!r} for {score!r}"
             )
@@ -79,3 +81,45 @@ def check_normalizer(normalizer: object, dropout: float) -> None:
         raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability in 0..1, got {dropout!r}")
+
+
+def check_prepared(
+    layer: Any, memory: PreparedMemory, memory_lengths: object, memory_mask: object
+) -> None:
+    """Refuse a memory prepared for another layer, and masks beside it."""
+    if memory_lengths is not None or memory_mask is not None:
+        raise ValueError(
+            "memory_lengths and memory_mask belong to prepare_memory when memory is a "
+            "PreparedMemory, got them in forward"
+        )
+    if memory.score != layer.score:
+        raise ValueError(
+            f"memory was prepared for the score {memory.score!r}, expected {layer.score!r}"
+        )
+    if memory.memory_proj is not None and memory.memory_proj.shape[2] != layer.attn_dim:
+        raise ValueError(
+            f"memory was prepared for attn_dim {memory.memory_proj.shape[2]}, "
+            f"expected {layer.attn_dim}"
+        )
+
+
+def describe(layer: Any) -> str:
+    """What ``repr`` shows of a layer beside its parts: sizes, score, what is not the default."""
+    parts = [f"{layer.query_dim}, {layer.memory_dim}, score={layer.score!r}"]
+    if isinstance(layer.scale, Tensor):
+        parts.append("scale='learned'")
+    elif layer.scale != 1.0:
+        parts.append(f"scale={layer.scale:g}")
+    if layer.local is not None:
+        parts.append(f"local={layer.local!r}, window={layer.window:g}")
+    if layer.g is not None:
+        parts.append("weight_norm=True")
+    if layer.layer_norm:
+        parts.append("layer_norm=True")
+    if layer.normalizer != "softmax":
+        parts.append(f"normalizer={layer.normalizer!r}")
+    if layer.dropout:
+        parts.append(f"dropout={layer.dropout:g}")
+    if layer.backend != "auto":
+        parts.append(f"backend={layer.backend!r}")
+    return ", ".join(parts)

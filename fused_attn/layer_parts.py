@@ -75,6 +75,23 @@ def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
     return centers
 
 
+class NormedLinear(nn.Linear):
+    """A projection with layer normalisation behind it; ``norm.weight`` (and bias) are its own."""
+
+    def __init__(self, wide: int, narrow: int, bias: bool, norm_bias: bool, **where: Any) -> None:
+        super().__init__(wide, narrow, bias, **where)
+        self.norm = nn.LayerNorm(narrow, bias=norm_bias, **where)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "norm" in self._modules:  # the constructor of nn.Linear comes here before it is made
+            self.norm.reset_parameters()
+
+    def forward(self, states: Tensor) -> Tensor:
+        projected = super().forward(states)
+        return self.norm(projected).to(projected.dtype)  # autocast leaves a norm in float32
+
+
 class AlignmentHistory(nn.Module):
     """What has been looked at, as a term inside the tanh of the concat score.
 

@@ -42,11 +42,12 @@ class OpenNMT(nn.Module):
         if coverage:
             self.linear_cover = nn.Linear(1, dim, bias=False)
 
-    def forward(
-        self, source: Any, memory_bank: Any, src_len: Any = None, coverage: Any = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, src: Any, enc_out: Any, src_len: Any = None, coverage: Any = None) -> Any:
+        keep = below(src_len, enc_out.shape[1])
+        return self.run(src, enc_out, None if keep is None else keep[:, None], coverage)
+
+    def run(self, source: Any, memory: Any, keep: Any, coverage: Any) -> tuple[Tensor, Tensor]:
         query = source if source.dim() == 3 else source[:, None]
-        memory = memory_bank
         if coverage is not None:
             memory = torch.tanh(memory + coverage[..., None] * self.linear_cover.weight[:, 0])
         if self.attn_type == "mlp":
@@ -55,17 +56,36 @@ class OpenNMT(nn.Module):
         else:
             projected = self.linear_in(query) if self.attn_type == "general" else query
             scores = torch.einsum("btd,bsd->bts", projected, memory)
-        keep = below(src_len, memory.shape[1])
-        weights = softmax(scores, None if keep is None else keep[:, None])
+        weights = softmax(scores, keep)
         context = torch.einsum("bts,bsd->btd", weights, memory)
         state = self.linear_out(torch.cat([context, query], -1))
         state = state if self.attn_type == "mlp" else torch.tanh(state)
         return (state, weights) if source.dim() == 3 else (state[:, 0], weights[:, 0])
 
 
+class OpenNMT2(OpenNMT):
+    """Before 3.0: other names, and sequences come back time first."""
+
+    def forward(
+        self, source: Any, memory_bank: Any, memory_lengths: Any = None, coverage: Any = None
+    ) -> Any:
+        results = super().forward(source, memory_bank, memory_lengths, coverage)
+        return tuple(r.transpose(0, 1) for r in results) if source.dim() == 3 else results
+
+
 class Eole(OpenNMT):
-    def forward(self, src: Any, enc_out: Any, src_len: Any = None, coverage: Any = None) -> Any:
-        return super().forward(src, enc_out, src_len, coverage)
+    """A mask (B, 1, S) in place of lengths, True where there is padding; None for a part unused."""
+
+    def __init__(self, dim: int, coverage: bool, attn_type: str, attn_func: str) -> None:
+        super().__init__(dim, coverage, attn_type, attn_func)
+        if not coverage:
+            self.linear_cover = None
+
+    def forward(
+        self, src: Any, enc_out: Any, src_pad_mask: Any = None, coverage: Any = None
+    ) -> Any:
+        keep = None if src_pad_mask is None else ~src_pad_mask
+        return self.run(src, enc_out, keep, coverage)
 
 
 class JoeyBahdanau(nn.Module):

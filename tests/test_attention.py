@@ -274,6 +274,7 @@ BAD_OPTIONS = [
     ({"local": "monotonic", "window": "2"}, TypeError, "window must be a number, got '2'"),
     ({"normalizer": "relu"}, ValueError, "normalizer must be one of 'softmax', 'sparsemax', got"),
     ({"weight_norm": True}, ValueError, "weight_norm belongs to score 'concat', got weight_norm="),
+    ({"layer_norm": True}, ValueError, "layer_norm belongs to score 'concat', got layer_norm=True"),
     ({"coverage": True}, ValueError, "coverage belongs to score 'concat', got coverage=True"),
     ({"conv_channels": 3}, ValueError, "conv_channels belongs to score 'concat'"),
     ({"score": "concat", "conv_channels": -1}, ValueError, "conv_channels must be an int of at"),

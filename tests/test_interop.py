@@ -55,15 +55,17 @@ def spoil(memory: Tensor, lengths: Tensor, value: float = torch.nan) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("coverage", [False, True])
 @pytest.mark.parametrize("kind", ["dot", "general", "mlp"])
-@pytest.mark.parametrize("toolkit", ["onmt", "eole"])
+@pytest.mark.parametrize("toolkit", ["onmt", "onmt2", "eole"])
 def test_opennmt(toolkit: str, kind: str, coverage: bool, masked: bool, steps: int | None) -> None:
     base, adapter = {
         "onmt": (peers.OpenNMT, interop.OpenNMTGlobalAttention),
+        "onmt2": (peers.OpenNMT2, interop.OpenNMT2GlobalAttention),
         "eole": (peers.Eole, interop.EoleGlobalAttention),
     }[toolkit]
     peer = peers.named("GlobalAttention", base, 6, coverage, kind, "softmax")
     query = draw(B, 6) if steps is None else draw(B, steps, 6)
-    rest = (LENGTHS if masked else None, draw(B, S, seed=3).abs() if coverage else None)
+    masks = (torch.arange(S) >= LENGTHS[:, None])[:, None] if toolkit == "eole" else LENGTHS
+    rest = (masks if masked else None, draw(B, S, seed=3).abs() if coverage else None)
     inputs = [query, draw(B, S, 6, seed=1)]
 
     def call(layer: Any) -> Any:

@@ -41,8 +41,15 @@ LAYERS: dict[str, tuple[Any, Any, str]] = {
     ),
     "eole": (
         lambda: peers.named("GlobalAttention", peers.Eole, 6, False, "general", "softmax"),
-        lambda layer: layer(draw(B, 6), enc_out=draw(B, S, 6, seed=1), src_len=LENGTHS),
+        lambda layer: layer(draw(B, 6), enc_out=draw(B, S, 6, seed=1), src_pad_mask=~KEEP),
         "EoleGlobalAttention",
+    ),
+    "onmt2": (
+        lambda: peers.named("GlobalAttention", peers.OpenNMT2, 6, False, "general", "softmax"),
+        lambda layer: layer(
+            draw(B, T, 6), memory_bank=draw(B, S, 6, seed=1), memory_lengths=LENGTHS
+        ),
+        "OpenNMT2GlobalAttention",
     ),
     "joey_bahdanau": (
         lambda: peers.named("BahdanauAttention", peers.JoeyBahdanau, 5, 8, 6),
@@ -147,10 +154,8 @@ class GlobalAttention(nn.Module):
         super().__init__()
         self.project = nn.Linear(3, 3)
 
-    def forward(
-        self, source: Any, memory_bank: Any, src_len: Any = None, coverage: Any = None
-    ) -> Any:
-        return source
+    def forward(self, src: Any, enc_out: Any, src_len: Any = None, coverage: Any = None) -> Any:
+        return src
 
 
 def test_what_only_has_the_name_is_left() -> None:
@@ -199,7 +204,7 @@ def attended(luong: LuongAttention, name: str) -> tuple[Tensor, Tensor]:
     return luong(draw(B, 6), draw(B, S, 8), LENGTHS)
 
 
-CONVERTED = [name for name in LAYERS if name not in ("onmt_coverage", "eole")]
+CONVERTED = [name for name in LAYERS if name not in ("onmt_coverage", "onmt2", "eole")]
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dot": {"query_dim": E, "score": "dot", "scale": "learned"},
     "general": {"query_dim": D, "memory_dim": E, "output_dim": 7, "bias": True},
     "concat": {"query_dim": D, "memory_dim": E, "score": "concat", "weight_norm": True},
+    "normed": {"query_dim": D, "memory_dim": E, "score": "concat", "layer_norm": True},
     "history": {"query_dim": D, "memory_dim": E, "score": "concat", "conv_channels": 2},
     "location": {"query_dim": D, "memory_dim": E, "score": "location", "max_source": 9},
     "local": {"query_dim": D, "memory_dim": E, "local": "predictive", "window": 3},

@@ -278,3 +278,38 @@ def test_a_normalised_vector() -> None:
     assert float(layer.g.grad) != 0
     # |v| is free: no gradient along it.
     assert abs((layer.v.grad @ layer.v).item()) < 1e-12
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_normalised_projections(masked: bool) -> None:
+    """Both projections by their own mean and variance before the tanh, gains and bias after."""
+    torch.manual_seed(0)
+    options = {"attn_dim": A, "layer_norm": True, "bias": True, "output_dim": 3}
+    layer = LuongAttention(D, E, "concat", **options, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-1, 1)
+    query, memory = draw(B, T, D), draw(B, S, E, seed=1)
+    lengths = torch.tensor([S, 0, 4][:B]) if masked else torch.full((B,), S)
+
+    def normed(x: Tensor, part: torch.nn.Module) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = (
+            part.norm.weight * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        )
+        return scaled if part.norm.bias is None else scaled + part.norm.bias
+
+    on_query = query @ layer.query_proj.weight.T + layer.query_proj.bias
+    hidden = normed(on_query, layer.query_proj)[:, :, None]
+    hidden = hidden + normed(memory @ layer.memory_proj.weight.T, layer.memory_proj)[:, None]
+    counts = (torch.arange(S) < lengths[:, None])[:, None]
+    scores = (torch.tanh(hidden) @ layer.v).masked_fill(~counts, -torch.inf)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    state = torch.tanh(torch.cat((weights @ memory, query), -1) @ layer.output_proj.weight.T)
+    spoiled = memory.masked_fill(~counts.mT, torch.nan)
+    torch.testing.assert_close(layer(query, spoiled, lengths), (state, weights))
+    prepared = layer.prepare_memory(spoiled, lengths)
+    torch.testing.assert_close(layer(query, prepared), (state, weights))
+    layer(query, spoiled, lengths)[0].sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name

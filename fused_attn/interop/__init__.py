@@ -12,7 +12,11 @@ from fused_attn.interop.fairseq import FairseqAttentionLayer
 from fused_attn.interop.gnmt import GNMTBahdanauAttention
 from fused_attn.interop.joeynmt import JoeyBahdanauAttention, JoeyLuongAttention
 from fused_attn.interop.keras import KerasAdditiveAttention, KerasAttention
-from fused_attn.interop.opennmt import EoleGlobalAttention, OpenNMTGlobalAttention
+from fused_attn.interop.opennmt import (
+    EoleGlobalAttention,
+    OpenNMT2GlobalAttention,
+    OpenNMTGlobalAttention,
+)
 from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareAttention
 from fused_attn.interop.swap import Report, Swapped, swap
 from fused_attn.interop.tensorflow import TFABahdanauAttention, TFALuongAttention
@@ -28,6 +32,7 @@ __all__ = [
     "KerasAdditiveAttention",
     "KerasAttention",
     "LocationAwareAttention",
+    "OpenNMT2GlobalAttention",
     "OpenNMTGlobalAttention",
     "Report",
     "Swapped",

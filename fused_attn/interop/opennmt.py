@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import composed, functional, scores
-from fused_attn.checks import autocast, check_lengths, check_memory, check_query
+from fused_attn.checks import autocast, check_lengths, check_mask, check_memory, check_query
 from fused_attn.interop.adapter import Adapter
 from fused_attn.reference import Masking, MaskingFields, zero_uncounted_rows
 
 
 class OpenNMTGlobalAttention(Adapter):
-    """onmt.modules.GlobalAttention: dot, general or mlp, with the output layer.
+    """onmt.modules.GlobalAttention of OpenNMT-py 3: dot, general or mlp, with the output layer.
 
-    forward(source (B, T, dim) or (B, dim), memory_bank (B, S, dim), src_len (B,), coverage (B, S))
+    forward(src (B, T, dim) or (B, dim), enc_out (B, S, dim), src_len (B,), coverage (B, S))
     returns the attentional state (B, T, dim) and the weights (B, T, S), batch first. The output
     layer takes [context; query]; with "mlp" it has a bias and no tanh. Coverage changes the memory,
     ``tanh(memory + w c)``, here in a copy: the peer writes into the caller's tensor.
@@ -24,10 +24,7 @@ class OpenNMTGlobalAttention(Adapter):
 
     peer = "OpenNMT-py GlobalAttention"
     peer_class = "GlobalAttention"
-    signatures: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("source", "memory_bank", "src_len", "coverage"),
-        ("source", "memory_bank", "memory_lengths", "coverage"),
-    )
+    signatures: ClassVar[tuple[tuple[str, ...], ...]] = (("src", "enc_out", "src_len", "coverage"),)
 
     def __init__(
         self, dim: int, coverage: bool = False, attn_type: str = "dot", attn_func: str = "softmax"
@@ -54,19 +51,30 @@ class OpenNMTGlobalAttention(Adapter):
     def options_of(cls, layer: Any) -> dict[str, Any]:
         names = ("dim", "attn_type", "attn_func")
         options = {name: getattr(layer, name) for name in names}
-        return options | {"coverage": hasattr(layer, "linear_cover")}
+        return options | {"coverage": getattr(layer, "linear_cover", None) is not None}
 
     def forward(
         self,
-        source: Tensor,
-        memory_bank: Tensor,
+        src: Tensor,
+        enc_out: Tensor,
         src_len: Tensor | None = None,
         coverage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        source, memory = autocast(source, memory_bank)
+        return self._run(src, enc_out, src_len, None, coverage)
+
+    def _run(
+        self,
+        source: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        coverage: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """mask: bool (B, 1, S), True = attend."""
+        source, memory = autocast(source, memory)
         check_memory(memory)
         check_query(source, memory, "dim", self.dim)
-        masking = Masking(check_lengths(src_len, memory))
+        masking = Masking(check_lengths(lengths, memory), check_mask(mask, memory, 1))
         if coverage is not None:
             if not hasattr(self, "linear_cover"):
                 raise ValueError("coverage belongs to a layer made with coverage=True")
@@ -102,17 +110,44 @@ def _three(query: Tensor) -> Tensor:
     return query if query.dim() == 3 else query.unsqueeze(1)
 
 
+class OpenNMT2GlobalAttention(OpenNMTGlobalAttention):
+    """onmt.modules.GlobalAttention of OpenNMT-py 1 and 2.
+
+    The same layer; forward(source, memory_bank, memory_lengths, coverage) returns the state
+    (T, B, dim) and the weights (T, B, S) of a query (B, T, dim), time first.
+    """
+
+    peer = "OpenNMT-py 2 GlobalAttention"
+    signatures = (("source", "memory_bank", "memory_lengths", "coverage"),)
+
+    def forward(
+        self,
+        source: Tensor,
+        memory_bank: Tensor,
+        memory_lengths: Tensor | None = None,
+        coverage: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        state, weights = self._run(source, memory_bank, memory_lengths, None, coverage)
+        if source.dim() == 3:
+            state, weights = state.transpose(0, 1), weights.transpose(0, 1)
+        return state, weights
+
+
 class EoleGlobalAttention(OpenNMTGlobalAttention):
-    """eole.modules.GlobalAttention: the same layer, whose forward names its arguments otherwise."""
+    """eole.modules.GlobalAttention: the same layer with a mask for lengths.
+
+    forward(src, enc_out, src_pad_mask bool (B, 1, S) with True = ignore, coverage).
+    """
 
     peer = "eole GlobalAttention"
-    signatures = (("src", "enc_out", "src_len", "coverage"),)
+    signatures = (("src", "enc_out", "src_pad_mask", "coverage"),)
 
     def forward(
         self,
         src: Tensor,
         enc_out: Tensor,
-        src_len: Tensor | None = None,
+        src_pad_mask: Tensor | None = None,
         coverage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return super().forward(src, enc_out, src_len, coverage)
+        keep = None if src_pad_mask is None else ~src_pad_mask
+        return self._run(src, enc_out, None, keep, coverage)

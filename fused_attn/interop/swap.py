@@ -10,12 +10,17 @@ from fused_attn.interop.adapter import Adapter
 from fused_attn.interop.fairseq import FairseqAttentionLayer
 from fused_attn.interop.gnmt import GNMTBahdanauAttention
 from fused_attn.interop.joeynmt import JoeyBahdanauAttention, JoeyLuongAttention
-from fused_attn.interop.opennmt import EoleGlobalAttention, OpenNMTGlobalAttention
+from fused_attn.interop.opennmt import (
+    EoleGlobalAttention,
+    OpenNMT2GlobalAttention,
+    OpenNMTGlobalAttention,
+)
 from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareAttention
 from fused_attn.interop.tutorial import TutorialAttn
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     OpenNMTGlobalAttention,
+    OpenNMT2GlobalAttention,
     EoleGlobalAttention,
     JoeyBahdanauAttention,
     JoeyLuongAttention,
