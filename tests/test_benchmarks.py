@@ -41,7 +41,7 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
 def test_an_unknown_name_is_refused() -> None:
     done = run("dmeo")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, cpu, aot, gpu\n"
+    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, swap, cpu, aot, gpu\n"
 
 
 def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
@@ -163,3 +163,26 @@ def test_both_sides_compute_the_same(bench: SimpleNamespace, score: str) -> None
     expected = testing.oracle(inputs)["context"]
     for attend in sides.values():
         torch.testing.assert_close(attend(inputs.tensors), expected)
+
+
+TINY = {"vocab": 11, "dim": 8, "batch": 3, "source": 5, "target": 4}
+
+
+def test_a_swapped_model_agrees(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.swap.main(["--seconds", "0.01"], TINY) == 0
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == ["dot", "general", "mlp"]
+    assert all(row.count(" -> ") == 2 and row.endswith("x") for row in rows)
+
+
+def test_a_model_that_computes_something_else_has_no_speed(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            model.attn.linear_out.weight.mul_(1.01)
+
+    monkeypatch.setattr(bench.swap.interop, "swap", spoil)
+    assert bench.swap.main(["--seconds", "0.01"], TINY) == 1
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert all(row.split()[-4:] == ["withheld"] * 4 for row in rows)
