@@ -1,0 +1,79 @@
+"""What the documents claim: features that have tests, adapters that exist, links that lead on."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from fused_attn import interop
+
+ROOT = Path(__file__).resolve().parent.parent
+FEATURES = ROOT / "docs" / "features.md"
+INTEROP = ROOT / "docs" / "interop.md"
+SURVEY = ROOT.parent / "shared" / "research" / "peers.md"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of all tables in a text, without headers; ``\\|`` is a bar within a cell."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+    ]
+    rules = [at for at, row in enumerate(cells) if set("".join(row)) <= set("-:")]
+    headers = {at - 1 for at in rules} | set(rules)
+    return [row for at, row in enumerate(cells) if at not in headers]
+
+
+FEATURE_ROWS = rows_of(FEATURES.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", FEATURE_ROWS, ids=lambda row: row[0])
+def test_a_feature_has_a_test_or_a_reason(row: list[str]) -> None:
+    name, others, here, how = row
+    assert name and others and here in ("yes", "partly", "no")
+    cited = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", how)
+    assert bool(cited) == (here != "no"), "a feature that is here cites its tests"
+    for file, function in cited:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not function or re.search(rf"^def {function}\(", source, re.MULTILINE), function
+    if here != "yes":
+        reason = re.sub(r"\(`.*?`\)|`", "", how)
+        assert len(reason.split()) >= 6, "what is not here in full says why"
+
+
+def test_every_row_of_the_survey_is_there() -> None:
+    if not SURVEY.exists():
+        pytest.skip("the survey of peers is not beside this checkout")
+    text = SURVEY.read_text(encoding="utf-8")
+    tables = text[text.index("### 1a.") : text.index("### 1d.")]
+    # A name holds |v|, whose bars are no borders there.
+    lines = tables.replace("v/|v|", "v/\\|v\\|")
+    surveyed = [row[0] for row in rows_of(lines)]
+    assert len(surveyed) > 40
+    assert [row[0] for row in FEATURE_ROWS] == surveyed
+
+
+def test_every_adapter_is_in_the_table() -> None:
+    """With the names of its constructor's arguments, in their order."""
+    text = INTEROP.read_text(encoding="utf-8")
+    adapters = [name for name in interop.__all__ if hasattr(getattr(interop, name), "peer")]
+    assert len(adapters) >= 14
+    for name in adapters:
+        wanted = list(inspect.signature(getattr(interop, name)).parameters)
+        found = re.findall(rf"`interop\.{name}\((.*?)\)`", text)
+        assert len(found) == 1, name
+        named = found[0].split(", ")
+        assert named == wanted[: len(named)] and len(wanted) - len(named) <= 1, name
+
+
+PAGES = [FEATURES, INTEROP, *(ROOT / f"{name}.md" for name in ("README", "DESIGN", "CONTRIBUTING"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
