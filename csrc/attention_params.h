@@ -13,11 +13,16 @@ enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 enum class Score : int32_t { dot = 0, concat = 1 };
 
-// Rows of a (B, rows, width) tensor.
+// Rows of a (B, rows, width) tensor; or of all sequences one after another, (rows, width): then
+// `starts` (B + 1) says which is a sequence's first, and the last entry how many there are.
 struct Rows {
   const void* data = nullptr;
   int64_t batch_stride = 0;
   int64_t row_stride = 0;
+  const int64_t* starts = nullptr;
+
+  // Elements before the rows of batch b.
+  int64_t before(int64_t b) const { return starts ? starts[b] * row_stride : b * batch_stride; }
 };
 
 struct AttentionParams {
@@ -29,7 +34,7 @@ struct AttentionParams {
   int threads = 1;
 
   Rows query;               // (B, T, K): the query, or its projection for concat
-  Rows memory;              // (B, S, E)
+  Rows memory;              // (B, S, E); with starts S is the longest, and there are lengths
   Rows memory_proj;         // (B, S, K), concat
   Rows memory_exp;          // (B, S, K), concat, or null: exp(2 memory_proj), -1 where too large
   const void* v = nullptr;  // (K), concat
@@ -67,7 +72,7 @@ struct AttentionParams {
   Rows grad_context;                 // (B, T, E)
   Rows grad_weights;                 // (B, T, S), or null; needs weights
   void* grad_query = nullptr;        // (B, T, K), contiguous like all gradients written here
-  void* grad_memory = nullptr;       // (B, S, E)
+  void* grad_memory = nullptr;       // (B, S, E), or (rows, E) where memory has starts
   void* grad_memory_proj = nullptr;  // (B, S, K), concat
   void* grad_v = nullptr;            // (K), concat
   void* grad_centers = nullptr;      // (B, T) in the type of centers, with these

@@ -34,14 +34,15 @@ class Call {
  public:
   Call(PyObject* query, PyObject* memory, Device device = {})
       : memory_("memory", memory, device), query_("query", query, memory_.device()) {
-    if (query_.ndim() != 3 || memory_.ndim() != 3) {
+    is_ragged_ = memory_.ndim() == 2 && device.type == kCpu;
+    if (query_.ndim() != 3 || (memory_.ndim() != 3 && !is_ragged_)) {
       throw py::value_error("query and memory must have shapes (B, T, K) and (B, S, E), got " +
                             query_.shape() + " and " + memory_.shape());
     }
     p.dtype = memory_.dtype();
-    p.B = memory_.size(0);
-    p.S = memory_.size(1);
-    p.E = memory_.size(2);
+    p.B = is_ragged_ ? query_.size(0) : memory_.size(0);
+    p.S = is_ragged_ ? 0 : memory_.size(1);  // `masking` brings the longest
+    p.E = memory_.size(memory_.ndim() - 1);
     p.T = query_.size(1);
     p.K = query_.size(2);
     if (on_gpu()) {
@@ -63,7 +64,7 @@ class Call {
   void concat(PyObject* memory_proj, PyObject* memory_exp, PyObject* v) {
     p.score = Score::concat;
     proj_ = argument("memory_proj", memory_proj);
-    p.memory_proj = rows(proj_, {p.B, p.S, p.K}, p.dtype);
+    p.memory_proj = memory_rows(proj_, p.dtype);
     if (memory_exp != Py_None) {
       exp_ = argument("memory_exp", memory_exp);
       p.exp_dtype = exp_.dtype();
@@ -74,13 +75,14 @@ class Call {
                                                  : DType::f32;
       if (whole == DType::f64 || p.exp_dtype != DType::bf16 || !may_be_short)
         exp_.check_dtype(whole);
-      p.memory_exp = rows(exp_, {p.B, p.S, p.K}, p.exp_dtype);
+      p.memory_exp = memory_rows(exp_, p.exp_dtype);
     }
     v_ = argument("v", v);
     p.v = v_.check_shape({p.K}).check_dtype(p.dtype).make_contiguous().data();
   }
 
-  // The fields of fused_attn.reference.Masking.
+  // The fields of fused_attn.reference.Masking. For a memory (rows, E), in place of the lengths, a
+  // tuple: offsets (B + 1) and the longest length.
   void masking(PyObject* fields) {
     if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 5) {
       throw py::type_error("masking must be a tuple (lengths, mask, keep, keep_scale, window)");
@@ -89,7 +91,9 @@ class Call {
     PyObject* mask = PyTuple_GET_ITEM(fields, 1);
     PyObject* keep = PyTuple_GET_ITEM(fields, 2);
     p.keep_scale = number(PyTuple_GET_ITEM(fields, 3));
-    if (lengths != Py_None) {
+    if (is_ragged_) {
+      take_offsets(lengths);
+    } else if (lengths != Py_None) {
       const Argument given = argument("memory_lengths", lengths);
       on_gpu() ? take_device_lengths(given) : take_lengths(given);
     }
@@ -176,7 +180,7 @@ class Call {
     p.logsumexp = logsumexp.make_contiguous().data();
 
     Argument query = new_empty(memory_, {p.B, p.T, p.K});
-    Argument memory = new_empty(memory_, {p.B, p.S, p.E});
+    Argument memory = new_memory(p.E);
     p.grad_query = query.data();
     p.grad_memory = memory.data();
     py::object centers = py::none();
@@ -189,7 +193,7 @@ class Call {
       run(cpu_backward);
       return py::make_tuple(query.release(), memory.release(), centers).release().ptr();
     }
-    Argument proj = new_empty(memory_, {p.B, p.S, p.K}), v = new_empty(memory_, {p.K});
+    Argument proj = new_memory(p.K), v = new_empty(memory_, {p.K});
     p.grad_memory_proj = proj.data();
     p.grad_v = v.data();
     run(cpu_backward);
@@ -203,6 +207,17 @@ class Call {
  private:
   static Rows rows(Argument& argument, Sizes sizes, DType dtype) {
     return argument.check_shape(sizes).check_dtype(dtype).make_unit_stride().rows();
+  }
+
+  // Of what the memory has a row for: (B, S, K), or (rows, K).
+  Rows memory_rows(Argument& argument, DType dtype) const {
+    return is_ragged_ ? rows(argument, {memory_.size(0), p.K}, dtype)
+                      : rows(argument, {p.B, p.S, p.K}, dtype);
+  }
+
+  Argument new_memory(int64_t width) const {
+    return is_ragged_ ? new_empty(memory_, {memory_.size(0), width})
+                      : new_empty(memory_, {p.B, p.S, width});
   }
 
   bool on_gpu() const { return memory_.device().type == kCuda; }
@@ -287,6 +302,29 @@ class Call {
     p.lengths = lengths_.data();
   }
 
+  void take_offsets(PyObject* pair) {
+    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2) {
+      throw py::type_error("a memory (rows, E) needs a tuple (offsets, longest) for its lengths");
+    }
+    const Argument given = argument("offsets", PyTuple_GET_ITEM(pair, 0)).check_shape({p.B + 1});
+    p.S = PyLong_AsLongLong(PyTuple_GET_ITEM(pair, 1));
+    if (p.S == -1 && PyErr_Occurred()) throw py::error_already_set();
+    starts_.resize(p.B + 1);
+    for (int64_t b = 0; b <= p.B; ++b) starts_[b] = integer_at(given, b);
+    lengths_.resize(p.B);
+    bool fits = starts_[0] == 0 && starts_[p.B] == memory_.size(0);
+    for (int64_t b = 0; b < p.B; ++b) {
+      lengths_[b] = starts_[b + 1] - starts_[b];
+      fits = fits && lengths_[b] >= 0 && lengths_[b] <= p.S;
+    }
+    if (!fits) {
+      throw py::value_error("offsets must rise from 0 to the " + std::to_string(memory_.size(0)) +
+                            " rows of memory, by at most " + std::to_string(p.S) + " each");
+    }
+    p.lengths = lengths_.data();
+    p.memory.starts = p.memory_proj.starts = p.memory_exp.starts = starts_.data();
+  }
+
   static int64_t integer_at(const Argument& tensor, int64_t index) {
     check_integer(tensor);
     const int64_t at = index * tensor.stride(0);
@@ -304,7 +342,8 @@ class Call {
   }
 
   Argument memory_, query_, proj_, exp_, v_, keep_, centers_;
-  std::vector<int64_t> lengths_, bounds_;
+  std::vector<int64_t> lengths_, bounds_, starts_;
+  bool is_ragged_ = false;
 };
 
 // Runs `body` for a function of CPython: exceptions become Python's.

@@ -75,7 +75,9 @@ class Argument {
   TypeCode code() const { return TypeCode(view_.code); }
   int bits() const { return view_.bits; }
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
-  Rows rows() const { return {data(), stride(0), stride(1)}; }  // of a (B, rows, width) tensor
+  Rows rows() const {  // of a (B, rows, width) tensor, or a (rows, width) one
+    return {data(), ndim() == 3 ? stride(0) : 0, stride(ndim() - 2), nullptr};
+  }
   Device device() const { return {view_.device_type, view_.device_id}; }
   std::string shape() const;
   const char* name() const { return name_; }

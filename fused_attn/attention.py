@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_attn import checks, composed, functional, scores, warm_up
+from fused_attn import checks, composed, functional, ragged, scores, warm_up
 from fused_attn import layer_options as options
 from fused_attn.layer_parts import (
     AlignmentHistory,
@@ -226,6 +226,10 @@ class LuongAttention(nn.Module):
         else:
             states = memory
             if type(memory) is not Tensor or memory.is_nested:
+                given = (memory_lengths, memory_mask, positions, coverage, previous_weights)
+                rows = ragged.rows_of(memory, *given) if self._takes_rows() else None
+                if rows is not None:
+                    return self._attend_rows(query, rows, return_weights)
                 states, memory_lengths = checks.padded(memory, memory_lengths)
         if positions is not None and self.local != "monotonic":
             raise ValueError("positions belong to local='monotonic', got them without it")
@@ -252,9 +256,34 @@ class LuongAttention(nn.Module):
             memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
         operands = (self._scored(query, states), memory_proj, memory_exp, v, states, masking)
         context, weights = self._attend(operands, coverage, previous_weights, return_weights)
-        if self.output_dim is not None:
-            context = torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
-        return context, weights
+        return self._finished(context, query), weights
+
+    def _takes_rows(self) -> bool:
+        is_plain = self.local is None and self.normalizer == "softmax" and self.max_source is None
+        return is_plain and not (self.training and self.dropout)
+
+    def _attend_rows(
+        self, query: Tensor, rows: ragged.Rows, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` of a jagged memory that need not be padded."""
+        v = self._vector() if self.score == "concat" else None
+        query, values, v = checks.autocast(query, rows.values, v)
+        rows = rows._replace(values=values)
+        self._check_memory(rows.stand_in())
+        checks.check_query(query, rows.stand_in(), "query_dim", self.query_dim)
+        scored, wanted = self._scored(query, values), (return_weights, self.backend)
+        if v is None:
+            context, weights = ragged.attend_dot(scored, rows, self.scale, *wanted)
+        else:
+            proj = self.memory_proj(values)
+            context, weights = ragged.attend_concat(scored, proj, v, rows, *wanted)
+        return self._finished(context, query), weights
+
+    def _finished(self, context: Tensor, query: Tensor) -> Tensor:
+        """The context, or the attentional state if there is an output layer."""
+        if self.output_dim is None:
+            return context
+        return torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
 
     def scores(
         self,

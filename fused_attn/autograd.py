@@ -18,10 +18,10 @@ from fused_attn import ops, reference
 from fused_attn.reference import Masking, Outputs
 
 assert ops  # it defines the operators
-_DOT = torch.ops.fused_attn.dot_attention.default
-_DOT_BACKWARD = torch.ops.fused_attn.dot_attention_backward.default
-_CONCAT = torch.ops.fused_attn.concat_attention.default
-_CONCAT_BACKWARD = torch.ops.fused_attn.concat_attention_backward.default
+DOT = torch.ops.fused_attn.dot_attention.default
+DOT_BACKWARD = torch.ops.fused_attn.dot_attention_backward.default
+CONCAT = torch.ops.fused_attn.concat_attention.default
+CONCAT_BACKWARD = torch.ops.fused_attn.concat_attention_backward.default
 _SCORES = torch.ops.fused_attn.concat_scores.default
 _SCORES_BACKWARD = torch.ops.fused_attn.concat_scores_backward.default
 
@@ -29,7 +29,7 @@ _SCORES_BACKWARD = torch.ops.fused_attn.concat_scores_backward.default
 _transform: Any = torch._C._functorch.peek_interpreter_stack
 
 
-def _composes() -> bool:
+def composes() -> bool:
     """Whether the call has to be made of ATen operators. Takes 0.25 us."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
@@ -78,9 +78,9 @@ class _DotAttention(torch.autograd.Function):
         backend: str,
     ) -> Any:
         options = _options(keep, keep_scale, _window(centers, shape), backend)
-        outputs = _DOT(query, memory, lengths, mask, return_weights, True, scale, *options)
+        outputs = DOT(query, memory, lengths, mask, return_weights, True, scale, *options)
         ctx.scalars = (scale, keep_scale, shape, backend)
-        return _keep(ctx, (query, memory, centers, lengths, mask, keep), outputs)
+        return keep_for_backward(ctx, (query, memory, centers, lengths, mask, keep), outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
@@ -91,11 +91,11 @@ class _DotAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the reference knows second derivatives
             masking = reference.as_masking((lengths, mask, keep, keep_scale, window))
             result = reference.dot_attention(query, memory, scale, masking)
-            grads = _graph_gradients(result, (query, memory, centers), grad_context, grad_weights)
+            grads = graph_gradients(result, (query, memory, centers), grad_context, grad_weights)
         else:
             inputs = (query, memory, *saved, lengths, mask, scale)
             options = _options(keep, keep_scale, window, backend)
-            grads = _DOT_BACKWARD(grad_context, grad_weights, *inputs, *options)
+            grads = DOT_BACKWARD(grad_context, grad_weights, *inputs, *options)
         return *grads, *(None,) * 8
 
 
@@ -119,9 +119,9 @@ class _ConcatAttention(torch.autograd.Function):
     ) -> Any:
         inputs = (query_proj, memory_proj, memory_exp, v, memory, lengths, mask)
         options = _options(keep, keep_scale, _window(centers, shape), backend)
-        outputs = _CONCAT(*inputs, return_weights, True, *options)
+        outputs = CONCAT(*inputs, return_weights, True, *options)
         ctx.scalars = (keep_scale, shape, backend)
-        return _keep(ctx, (*inputs, centers, keep), outputs)
+        return keep_for_backward(ctx, (*inputs, centers, keep), outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
@@ -134,16 +134,16 @@ class _ConcatAttention(torch.autograd.Function):
             inputs = (query_proj, memory_proj, v, memory, centers)
             masking = reference.as_masking((lengths, mask, keep, keep_scale, window))
             result = reference.concat_attention(*inputs[:4], masking)
-            grads = _graph_gradients(result, inputs, grad_context, grad_weights)
+            grads = graph_gradients(result, inputs, grad_context, grad_weights)
         else:
             operands = (query_proj, memory_proj, memory_exp, v, memory, *saved, lengths, mask)
             options = _options(keep, keep_scale, window, backend)
-            grads = _CONCAT_BACKWARD(grad_context, grad_weights, *operands, *options)
+            grads = CONCAT_BACKWARD(grad_context, grad_weights, *operands, *options)
         grad_query_proj, grad_memory_proj, *grads = grads
         return grad_query_proj, grad_memory_proj, None, *grads, *(None,) * 7
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: Outputs) -> Any:
+def keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: Outputs) -> Any:
     """Save what the backward needs, and return what is differentiable of ``outputs``."""
     ctx.save_for_backward(*inputs, *outputs)
     context, weights, _ = outputs
@@ -153,7 +153,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: Outputs) -> Any:
     return context, weights
 
 
-def _graph_gradients(
+def graph_gradients(
     result: reference.Attention,
     inputs: tuple[Tensor | None, ...],
     grad_context: Tensor | None,
@@ -179,7 +179,7 @@ def dot_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot attention on checked arguments: (context, weights or None)."""
-    if _composes():
+    if composes():
         fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
         whole = reference.dot_attention(query, memory, scale, reference.as_masking(fields))
         return _composed(whole, memory.dtype, return_weights)
@@ -195,9 +195,9 @@ def dot_attention(
     if options or scale != 1.0:
         options = (scale, *options)
     elif memory_lengths is None and memory_mask is None and not return_weights:
-        return _DOT(query, memory)[0], None
+        return DOT(query, memory)[0], None
     wanted = (return_weights, False)
-    context, weights, _ = _DOT(query, memory, memory_lengths, memory_mask, *wanted, *options)
+    context, weights, _ = DOT(query, memory, memory_lengths, memory_mask, *wanted, *options)
     return context, weights
 
 
@@ -219,7 +219,7 @@ def concat_attention(
 
     ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
     """
-    if _composes():
+    if composes():
         fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
         operands = (query_proj, memory_proj, v, memory)
         whole = reference.concat_attention(*operands, reference.as_masking(fields))
@@ -234,7 +234,7 @@ def concat_attention(
         return result if return_weights else (result, None)
     options = _options(keep_mask, keep_scale, window, backend)
     wanted = (return_weights, False)
-    context, weights, _ = _CONCAT(*inputs, memory_lengths, memory_mask, *wanted, *options)
+    context, weights, _ = CONCAT(*inputs, memory_lengths, memory_mask, *wanted, *options)
     return context, weights
 
 
@@ -285,7 +285,7 @@ def concat_scores(
 
     -inf where a position does not count.
     """
-    if _composes():
+    if composes():
         masking = Masking(memory_lengths, memory_mask)
         return reference.counted_concat_scores(query_proj, memory_proj, v, masking)[0]
     inputs = (query_proj, memory_proj, memory_exp, v, memory_lengths, memory_mask)

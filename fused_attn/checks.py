@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fused_attn import backends
-from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype
+from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype, pad_rows
 
 _KNOWN_BACKENDS = frozenset(backends.REQUESTS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,7 +106,11 @@ def padded(memory: Any, memory_lengths: Tensor | None) -> tuple[Any, Tensor | No
             "memory must have the jagged layout and shape (B, j, E) if it is nested, got "
             f"{memory.layout} and {memory.dim()} dimensions"
         )
-    return memory.to_padded_tensor(0.0), memory.offsets().diff()
+    with_holes = memory.lengths()
+    if with_holes is None:
+        return memory.to_padded_tensor(0.0), memory.offsets().diff()
+    longest = int(with_holes.max()) if with_holes.numel() else 0
+    return pad_rows(memory.values(), memory.offsets(), longest), with_holes
 
 
 def autocast(*tensors: Any) -> Any:

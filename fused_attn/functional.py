@@ -33,7 +33,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fused_attn import autograd
+from fused_attn import autograd, ragged
 from fused_attn.checks import (
     autocast,
     check_backend,
@@ -80,6 +80,10 @@ def dot_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        rows = ragged.rows_of(memory, memory_lengths, memory_mask, window, dropout_p or None)
+        if rows is not None:
+            query, rows = _checked(query, rows, "memory", rows.values.shape[1])
+            return ragged.attend_dot(query, rows, scale, return_weights, backend)
         memory, memory_lengths = padded(memory, memory_lengths)
         query, memory = autocast(query, memory)
         check_memory(memory)
@@ -119,6 +123,12 @@ def general_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        rows = ragged.rows_of(memory, memory_lengths, memory_mask, window, dropout_p or None)
+        if rows is not None:
+            weight, values = autocast(weight, rows.values)
+            check_parameter("weight", weight, values, (None, values.shape[1]), "(D, E)")
+            query, rows = _checked(query, rows, "weight", weight.shape[0])
+            return ragged.attend_dot(query @ weight, rows, scale, return_weights, backend)
         memory, memory_lengths = padded(memory, memory_lengths)
         query, memory, weight = autocast(query, memory, weight)
         check_memory(memory)
@@ -168,15 +178,34 @@ def concat_attention(
     ):
         masking = (memory_lengths, memory_mask, None, 1.0, None)
     else:
+        rows = ragged.rows_of(memory, memory_lengths, memory_mask, window, dropout_p or None)
+        parameters = autocast(query_weight, memory_weight, v, bias)
+        if rows is not None:
+            query, values = autocast(query, rows.values)
+            rows = rows._replace(values=values)
+            check_concat(query, rows.stand_in(), *parameters)
+            query_weight, memory_weight, v, bias = parameters
+            projections = (linear(query, query_weight, bias), linear(values, memory_weight))
+            return ragged.attend_concat(*projections, v, rows, return_weights, backend)
         memory, memory_lengths = padded(memory, memory_lengths)
-        query, memory, query_weight, memory_weight, v, bias = autocast(
-            query, memory, query_weight, memory_weight, v, bias
-        )
+        query, memory = autocast(query, memory)
+        query_weight, memory_weight, v, bias = parameters
         check_concat(query, memory, query_weight, memory_weight, v, bias)
         masking = check_masking(query, memory, memory_lengths, memory_mask, window, dropout_p)
     query_proj = linear(query, query_weight, bias)
     memory_proj = linear(zero_uncounted_rows(memory, masking), memory_weight)
     return attend_concat(query_proj, memory_proj, None, v, memory, masking, return_weights, backend)
+
+
+def _checked(
+    query: Tensor, rows: ragged.Rows, partner: str, width: int
+) -> tuple[Tensor, ragged.Rows]:
+    """The query and the rows in the dtype of autocast, if they go together."""
+    query, values = autocast(query, rows.values)
+    rows = rows._replace(values=values)
+    check_memory(rows.stand_in())
+    check_query(query, rows.stand_in(), partner, width)
+    return query, rows
 
 
 def attend_dot(

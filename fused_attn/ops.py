@@ -21,6 +21,9 @@ _WANTED = "bool return_weights=False, bool return_logsumexp=False"
 _KEEP = "Tensor? keep_mask=None, float keep_scale=1.0"
 _BACKEND = 'str backend="auto"'
 _WINDOW = "Tensor? centers=None, float half_width=0.0, bool gaussian=False"
+# With it memory is (N, E), the rows of all sequences one after another, and so are its projection
+# and their gradients; memory_lengths are offsets (B + 1) then.
+_RAGGED = "SymInt? max_source=None"
 _OUTPUTS = "(Tensor context, Tensor weights, Tensor logsumexp)"
 _SAVED = "Tensor context, Tensor? weights, Tensor logsumexp"
 _CONCAT_INPUTS = (
@@ -33,20 +36,20 @@ _CONCAT_INPUTS = (
 _library = torch.library.Library("fused_attn", "DEF")
 _library.define(
     f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "
-    f"float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}) -> {_OUTPUTS}"
+    f"float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) -> {_OUTPUTS}"
 )
 _library.define(
     "dot_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, "
-    f"Tensor memory, {_SAVED}, {_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}) "
-    "-> (Tensor grad_query, Tensor grad_memory, Tensor grad_centers)"
+    f"Tensor memory, {_SAVED}, {_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, "
+    f"{_RAGGED}) -> (Tensor grad_query, Tensor grad_memory, Tensor grad_centers)"
 )
 _library.define(
-    f"concat_attention({_CONCAT_INPUTS}, {_POSITIONS}, {_WANTED}, {_KEEP}, {_BACKEND}, {_WINDOW}) "
-    f"-> {_OUTPUTS}"
+    f"concat_attention({_CONCAT_INPUTS}, {_POSITIONS}, {_WANTED}, {_KEEP}, {_BACKEND}, {_WINDOW}, "
+    f"{_RAGGED}) -> {_OUTPUTS}"
 )
 _library.define(
     "concat_attention_backward(Tensor? grad_context, Tensor? grad_weights, "
-    f"{_CONCAT_INPUTS}, {_SAVED}, {_POSITIONS}, {_KEEP}, {_BACKEND}, {_WINDOW}) "
+    f"{_CONCAT_INPUTS}, {_SAVED}, {_POSITIONS}, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
     "-> (Tensor grad_query_proj, Tensor grad_memory_proj, Tensor grad_v, Tensor grad_memory, "
     "Tensor grad_centers)"
 )
@@ -92,6 +95,26 @@ def _masking(
     return (lengths, mask, keep, keep_scale, window)
 
 
+def _ragged(
+    chosen: backends.Backend, offsets: Tensor | None, longest: int, *tensors: Tensor | None
+) -> tuple[Any, ...]:
+    """Lengths and what has a row for each of the memory, as the backend takes them."""
+    if offsets is None:
+        raise ValueError("memory_lengths must be offsets (B + 1) where max_source is given")
+    if getattr(chosen, "TAKES_OFFSETS", False):
+        return (offsets, longest), *tensors
+    padded = (None if t is None else reference.pad_rows(t, offsets, longest) for t in tensors)
+    return offsets.diff(), *padded
+
+
+def _unpadded(grads: reference.Gradients, offsets: Any) -> reference.Gradients:
+    """Gradients (B, S, width) of the memory and of its projection as those of rows (N, width)."""
+    query, *rest = grads
+    return query, *(
+        reference.unpad_rows(g, offsets) if g is not None and g.dim() == 3 else g for g in rest
+    )
+
+
 def _dot_forward(
     query: Tensor,
     memory: Tensor,
@@ -106,8 +129,11 @@ def _dot_forward(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> Outputs:
     chosen = _select(query, memory, "dot", backend, windowed=centers is not None)
+    if max_source is not None:
+        memory_lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
     window = (centers, half_width, gaussian)
     masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
     return chosen.dot_forward(query, memory, scale, masking, return_weights, return_logsumexp)
@@ -130,13 +156,18 @@ def _dot_backward(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> reference.Gradients:
     windowed = centers is not None
     chosen = _select(query, memory, "dot", backend, backward=True, windowed=windowed)
+    lengths: Any = memory_lengths
+    if max_source is not None:
+        lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
     window = (centers, half_width, gaussian)
-    masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
+    masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)
     saved = (context, weights, logsumexp)
-    return chosen.dot_backward(grad_context, grad_weights, query, memory, scale, masking, saved)
+    grads = chosen.dot_backward(grad_context, grad_weights, query, memory, scale, masking, saved)
+    return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 
 def _concat_forward(
@@ -155,9 +186,14 @@ def _concat_forward(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> Outputs:
     kinds = {"prepared": memory_exp is not None, "windowed": centers is not None}
     chosen = _select(query_proj, memory, "concat", backend, **kinds)
+    if max_source is not None:
+        rows = (memory_proj, memory_exp, memory)
+        found = _ragged(chosen, memory_lengths, max_source, *rows)
+        memory_lengths, memory_proj, memory_exp, memory = found
     window = (centers, half_width, gaussian)
     masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
@@ -183,14 +219,21 @@ def _concat_backward(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> reference.Gradients:
     kinds = {"prepared": memory_exp is not None, "windowed": centers is not None}
     chosen = _select(query_proj, memory, "concat", backend, backward=True, **kinds)
+    lengths: Any = memory_lengths
+    if max_source is not None:
+        rows = (memory_proj, memory_exp, memory)
+        found = _ragged(chosen, memory_lengths, max_source, *rows)
+        lengths, memory_proj, memory_exp, memory = found
     window = (centers, half_width, gaussian)
-    masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
+    masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
     saved = (context, weights, logsumexp)
-    return chosen.concat_backward(grad_context, grad_weights, *inputs, masking, saved)
+    grads = chosen.concat_backward(grad_context, grad_weights, *inputs, masking, saved)
+    return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 
 def _concat_scores(
@@ -224,10 +267,14 @@ def _concat_scores_backward(
 
 
 def _fake_outputs(
-    query: Tensor, memory: Tensor, return_weights: bool, return_logsumexp: bool
+    query: Tensor,
+    memory: Tensor,
+    return_weights: bool,
+    return_logsumexp: bool,
+    max_source: int | None,
 ) -> Outputs:
     batch, queries, _ = query.shape
-    _, source, width = memory.shape
+    source, width = memory.shape[1] if max_source is None else max_source, memory.shape[-1]
     statistics = reference.arithmetic_dtype(memory.dtype)
     return (
         memory.new_empty((batch, queries, width)),
@@ -247,9 +294,16 @@ def _dot_fake(
     memory_mask: Any = None,
     return_weights: bool = False,
     return_logsumexp: bool = False,
-    *rest: Any,
+    scale: float = 1.0,
+    keep_mask: Any = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
+    centers: Any = None,
+    half_width: float = 0.0,
+    gaussian: bool = False,
+    max_source: int | None = None,
 ) -> Outputs:
-    return _fake_outputs(query, memory, return_weights, return_logsumexp)
+    return _fake_outputs(query, memory, return_weights, return_logsumexp, max_source)
 
 
 def _centers_fake(centers: Tensor | None, gaussian: bool) -> Tensor | None:
@@ -273,6 +327,7 @@ def _dot_backward_fake(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> reference.Gradients:
     return _empty(query), _empty(memory), _centers_fake(centers, gaussian)
 
@@ -287,9 +342,15 @@ def _concat_fake(
     memory_mask: Any = None,
     return_weights: bool = False,
     return_logsumexp: bool = False,
-    *rest: Any,
+    keep_mask: Any = None,
+    keep_scale: float = 1.0,
+    backend: str = "auto",
+    centers: Any = None,
+    half_width: float = 0.0,
+    gaussian: bool = False,
+    max_source: int | None = None,
 ) -> Outputs:
-    return _fake_outputs(query_proj, memory, return_weights, return_logsumexp)
+    return _fake_outputs(query_proj, memory, return_weights, return_logsumexp, max_source)
 
 
 def _concat_backward_fake(
@@ -311,6 +372,7 @@ def _concat_backward_fake(
     centers: Tensor | None = None,
     half_width: float = 0.0,
     gaussian: bool = False,
+    max_source: int | None = None,
 ) -> reference.Gradients:
     inputs = (query_proj, memory_proj, v, memory)
     return *(_empty(tensor) for tensor in inputs), _centers_fake(centers, gaussian)

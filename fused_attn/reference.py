@@ -145,6 +145,24 @@ def zero_uncounted_rows(memory: Tensor, masking: MaskingFields) -> Tensor:
     return memory.masked_fill(~counts[..., None], 0)
 
 
+def pad_rows(rows: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Rows (N, width) of sequences one after another, as (B, S, width). Differentiable twice.
+
+    Sequence b has the rows offsets[b] to offsets[b + 1] - 1. What is behind them is filled with
+    rows of others: lengths go with the result.
+    """
+    if rows.shape[0] == 0:
+        return rows.new_zeros(offsets.shape[0] - 1, longest, rows.shape[1])
+    positions = torch.arange(longest, device=rows.device)
+    return rows[(offsets[:-1, None] + positions).clamp(max=rows.shape[0] - 1)]
+
+
+def unpad_rows(padded: Tensor, offsets: Tensor) -> Tensor:
+    """The way back from `pad_rows`."""
+    positions = torch.arange(padded.shape[1], device=padded.device)
+    return padded[positions < offsets.diff()[:, None]]
+
+
 def readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Replace rows that must not be read by 0, so that 0 x NaN arises in no product or gradient.
 

@@ -27,7 +27,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Rows(Structure):
-    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64)]
+    _fields_ = [
+        ("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64),
+        ("starts", c_void_p),
+    ]  # fmt: skip
 
 
 class Params(Structure):

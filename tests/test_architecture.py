@@ -30,6 +30,7 @@ LAYERS = (
     ("backends",),
     ("checks", "ops"),
     ("autograd", "export"),
+    ("ragged",),
     ("functional", "scores", "layer_options", "layer_parts", "warm_up"),
     ("attention",),
     ("interop",),

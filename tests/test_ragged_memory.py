@@ -7,10 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from targets import Target, every_target
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from fused_attn import LuongAttention, concat_attention, dot_attention, dot_scores
+from fused_attn import (
+    LuongAttention,
+    backends,
+    concat_attention,
+    dot_attention,
+    dot_scores,
+    general_attention,
+    ragged,
+    reference,
+    testing,
+)
+from fused_attn.prepared import exponentials
 
 B, T, D, E = 3, 4, 5, 8
 LENGTHS = [3, 7, 2]  # not sorted
@@ -101,3 +113,214 @@ def test_other_nested_tensors_are_refused() -> None:
         memory = torch.nested.nested_tensor(rows())
     with pytest.raises(TypeError, match=re.escape("memory must have the jagged layout")):
         dot_attention(torch.ones(B, E).double(), memory)
+
+
+# Sequences one after another, as the operators take them.
+COUNTS = [3, 0, 37, 1, 12]
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def offsets_of(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def pad(values: Tensor, fill: float) -> Tensor:
+    padded = values.new_full((len(COUNTS), max(COUNTS), values.shape[1]), fill)
+    for b, part in enumerate(values.split(COUNTS)):
+        padded[b, : len(part)] = part
+    return padded
+
+
+def unpad(padded: Tensor) -> Tensor:
+    return torch.cat([padded[b, :count] for b, count in enumerate(COUNTS)])
+
+
+def both_forms(score: str, dtype: torch.dtype, queries: int, width: int, backend: str) -> Any:
+    """Results and gradients of the operator for rows one after another, and for padded rows."""
+    count, longest = sum(COUNTS), max(COUNTS)
+    query = draw(len(COUNTS), queries, width, seed=1, dtype=dtype)
+    values = draw(count, width + 4, seed=2, dtype=dtype)[:, :width]  # strided
+    inputs: dict[str, tuple[Any, ...]] = {"ragged": (values,), "padded": (pad(values, torch.nan),)}
+    others: tuple[Any, ...] = ()
+    if score == "concat":
+        proj, v = draw(count, width, seed=3, dtype=dtype), draw(width, seed=4, dtype=dtype)
+        for form, each in (("ragged", proj), ("padded", pad(proj, torch.nan))):
+            exp = exponentials(each) if queries == 1 else None
+            inputs[form] = (each, exp, v, *inputs[form])
+    scale = () if score == "concat" else (0.3,)
+    others = (*scale, None, 1.0, backend, None, 0.0, False)
+    forward = getattr(torch.ops.fused_attn, f"{score}_attention")
+    backward = getattr(torch.ops.fused_attn, f"{score}_attention_backward")
+    found = {}
+    for form, operands in inputs.items():
+        is_ragged = form == "ragged"
+        lengths = offsets_of(COUNTS) if is_ragged else torch.tensor(COUNTS)
+        rest = (*others, longest) if is_ragged else others
+        with testing.poisoned_empty():
+            saved = forward(query, *operands, lengths, None, True, True, *rest)
+            seeds = [draw(*each.shape, seed=5, dtype=dtype) for each in saved[:2]]
+            grads = backward(*seeds, query, *operands, *saved, lengths, None, *rest)
+        grads = [g for g in grads if g is not None]
+        if not is_ragged:
+            grads = [g if i == 0 or g.dim() != 3 else unpad(g) for i, g in enumerate(grads)]
+        found[form] = [*saved, *grads]
+    return found["ragged"], found["padded"]
+
+
+@every_target
+@pytest.mark.parametrize("queries", [1, 5, 70])
+@pytest.mark.parametrize("width", [7, 64])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("score", ["dot", "concat"])
+def test_rows_where_they_lie(
+    score: str, dtype: torch.dtype, width: int, queries: int, target: Target
+) -> None:
+    """The same bits as padded rows give, which other tests hold against the oracle."""
+    if target.device != "cpu":
+        pytest.skip("a jagged memory on a GPU is padded before the operator")
+    with target.active():
+        got, expected = both_forms(score, dtype, queries, width, target.backend)
+    assert len(got) == (5 if score == "dot" else 7)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_nothing_is_padded(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forward nor backward of a layer on the CPU, with a learned scale and an output."""
+    if backends.unavailable_reasons("cpu"):
+        pytest.skip("the native module is not there")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"output_dim": 6, "scale": "learned", "dtype": torch.float64}
+    layer = LuongAttention(E if score == "dot" else D, E, score, **options)
+    query = torch.randn(B, T, layer.query_dim).double()
+    parts = rows()
+    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    expected = layer(query, padded, torch.tensor(LENGTHS))
+    wanted = torch.autograd.grad(expected[0].square().sum(), list(layer.parameters()))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("padded")
+
+    memory = jagged(parts)
+    monkeypatch.setattr(reference, "pad_rows", refuse)
+    monkeypatch.setattr(type(memory), "to_padded_tensor", refuse)
+    got = layer(query, memory)
+    torch.testing.assert_close(got, expected)
+    grads = torch.autograd.grad(got[0].square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(grads, wanted)
+    step, weights = layer(query[:, 0], memory, return_weights=False)
+    assert weights is None
+    torch.testing.assert_close(step, layer(query[:, :1], padded, torch.tensor(LENGTHS))[0][:, 0])
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_derivatives(score: str) -> None:
+    values = torch.cat(rows()).requires_grad_()
+    query = draw(B, T, E, seed=7, dtype=torch.float64).requires_grad_()
+    weight, v = rows(2)[1][:6].clone().requires_grad_(), rows(3)[0][0, :6]
+
+    def attend(query: Tensor, values: Tensor, weight: Tensor) -> Any:
+        memory = torch.nested.nested_tensor_from_jagged(values, offsets_of(LENGTHS))
+        if score == "dot":
+            return dot_attention(query, memory, return_weights=True)
+        if score == "general":
+            square = weight.T @ weight / E
+            return general_attention(query, memory, square, return_weights=True)
+        return concat_attention(query, memory, weight, weight, v, return_weights=True)
+
+    assert torch.autograd.gradcheck(attend, (query, values, weight))
+
+
+@pytest.mark.parametrize("score", ["dot", "concat"])
+def test_second_derivatives(score: str) -> None:
+    """Of the rows: torch's nested tensors have no second derivatives themselves."""
+    values = torch.cat(rows()).requires_grad_()
+    query = draw(B, T, E, seed=7, dtype=torch.float64).requires_grad_()
+    proj = draw(sum(LENGTHS), E, seed=8, dtype=torch.float64).requires_grad_()
+    v = draw(E, seed=9, dtype=torch.float64).requires_grad_()
+
+    def dot(query: Tensor, values: Tensor) -> Any:
+        return ragged.attend_dot(query, ragged.Rows(values, offsets, S), 0.5, True, "auto")
+
+    def concat(query: Tensor, proj: Tensor, v: Tensor, values: Tensor) -> Any:
+        return ragged.attend_concat(query, proj, v, ragged.Rows(values, offsets, S), True, "auto")
+
+    offsets = offsets_of(LENGTHS)
+    call, inputs = (dot, (query, values)) if score == "dot" else (concat, (query, proj, v, values))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_autocast_of_rows(score: str) -> None:
+    torch.manual_seed(0)
+    layer = LuongAttention(E, score=score)
+    query, parts = torch.randn(B, T, E), [part.float() for part in rows()]
+    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    with torch.autocast("cpu"):
+        got, expected = layer(query, jagged(parts)), layer(query, padded, torch.tensor(LENGTHS))
+    assert got[0].dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_tensor_with_holes() -> None:
+    """Its rows are not one after another: it is padded."""
+    values, offsets = torch.cat(rows()), offsets_of(LENGTHS)
+    lengths = torch.tensor([2, 4, 1])
+    memory = torch.nested.nested_tensor_from_jagged(values, offsets, lengths)
+    query = torch.ones(B, T, E).double()
+    got, _ = dot_attention(query, memory)
+    for b, (start, length) in enumerate(zip(offsets, lengths, strict=False)):
+        alone, _ = dot_attention(query[b : b + 1], values[None, start : start + length])
+        torch.testing.assert_close(got[b : b + 1], alone)
+
+
+def test_no_rows_at_all() -> None:
+    memory = jagged([torch.zeros(0, E).double()] * B)
+    context, weights = dot_attention(torch.ones(B, T, E).double(), memory, return_weights=True)
+    assert context.shape == (B, T, E) and not context.any() and weights.shape == (B, T, 0)
+
+
+@pytest.mark.parametrize("score", ["dot", "concat"])
+def test_the_operator_is_well_registered(score: str) -> None:
+    query, values = torch.randn(B, T, E), torch.randn(sum(LENGTHS), E)
+    inputs = (values,) if score == "dot" else (values * 0.5, None, torch.randn(E), values)
+    options = (*(() if score == "concat" else (1.0,)), None, 1.0, "auto", None, 0.0, False, S)
+    arguments = (query, *inputs, offsets_of(LENGTHS), None, True, True, *options)
+    torch.library.opcheck(getattr(torch.ops.fused_attn, f"{score}_attention").default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "longest"),
+    [([0, 3, 10, 11], S), ([1, 3, 10, 12], S), ([0, 10, 3, 12], S), ([0, 3, 10, 12], S - 1)],
+    ids=["short", "late", "falling", "longer"],
+)
+def test_bad_offsets(offsets: list[int], longest: int) -> None:
+    """What would read out of bounds is refused before anything is read."""
+    if backends.unavailable_reasons("cpu"):
+        pytest.skip("the native module is not there")
+    options = (None, False, False, 1.0, None, 1.0, "cpu", None, 0.0, False, longest)
+    operands = (torch.ones(B, T, E), torch.ones(12, E), torch.tensor(offsets))
+    with pytest.raises(ValueError, match=re.escape("offsets must rise from 0 to the 12 rows")):
+        torch.ops.fused_attn.dot_attention(*operands, *options)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (torch.ones(B + 1, T, E).double(), "query must have shape (3, T, 8) or (3, 8)"),
+        (torch.ones(B, T, E + 1).double(), "query must have shape (3, T, 8) or (3, 8)"),
+    ],
+    ids=["batch", "width"],
+)
+def test_a_query_that_does_not_fit(query: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dot_attention(query, jagged(rows()))
+    layer = LuongAttention(E, score="dot", dtype=torch.float64)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(query, jagged(rows()))

@@ -81,8 +81,9 @@ struct BackwardTask {
   void run(int64_t task) {
     const int64_t segment = task % plan.segments, b = task / plan.segments;
     const int64_t begin = segment * plan.segment_rows;
-    const int64_t end = begin + plan.segment_rows < p.S ? begin + plan.segment_rows : p.S;
     const int64_t length = length_of(p, b);
+    const int64_t rows = p.memory.starts ? length : p.S;  // behind the last is the next sequence
+    const int64_t end = begin + plan.segment_rows < rows ? begin + plan.segment_rows : rows;
     const int64_t stop = end < length ? end : length;
     const bool scattered = p.mask || p.bounds || p.T == 0;
     clear_gradients(b, scattered || stop < begin ? begin : stop, end);
@@ -107,11 +108,11 @@ struct BackwardTask {
   void clear_gradients(int64_t b, int64_t from, int64_t to) const {
     if (from >= to) return;
     if (p.E) {
-      X* memory_rows = static_cast<X*>(p.grad_memory) + (b * p.S + from) * p.E;
+      X* memory_rows = static_cast<X*>(p.grad_memory) + (first_row(p, b) + from) * p.E;
       memset(memory_rows, 0, size_t((to - from) * p.E) * sizeof(X));
     }
     if (p.score == Score::dot) return;
-    X* proj_rows = static_cast<X*>(p.grad_memory_proj) + (b * p.S + from) * p.K;
+    X* proj_rows = static_cast<X*>(p.grad_memory_proj) + (first_row(p, b) + from) * p.K;
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
   }
 
@@ -469,7 +470,7 @@ struct BackwardTask {
 
   void write_chunk(int64_t b, const Picked& picked) const {
     for (int64_t j = 0; j < picked.count; ++j) {
-      const int64_t row = b * p.S + picked[j];
+      const int64_t row = first_row(p, b) + picked[j];
       if (p.E)
         narrow_row(grad_memory + j * memory_width, A(1), p.E,
                    static_cast<X*>(p.grad_memory) + row * p.E);

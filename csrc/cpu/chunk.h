@@ -91,12 +91,16 @@ FA_INLINE void bell_factors(const AttentionParams& p, int64_t row, const Picked&
 FA_INLINE int64_t length_of(const AttentionParams& p, int64_t b) {
   return p.lengths ? p.lengths[b] : p.S;
 }
+// Where the gradients of a batch's memory rows begin.
+FA_INLINE int64_t first_row(const AttentionParams& p, int64_t b) {
+  return p.memory.starts ? p.memory.starts[b] : b * p.S;
+}
 
 // The rows first .. first + n - 1 of batch b: in place when they can be used as they lie.
 template <class X, class A>
 FA_INLINE Block<A> read_range(const Rows& rows, int64_t b, int64_t first, int64_t n, int64_t width,
                               int64_t padded, A* scratch) {
-  const X* base = static_cast<const X*>(rows.data) + b * rows.batch_stride;
+  const X* base = static_cast<const X*>(rows.data) + rows.before(b);
   if constexpr (__is_same(X, A))
     if (width == padded) return {base + first * rows.row_stride, rows.row_stride};
   for (int64_t i = 0; i < n; ++i)
@@ -109,7 +113,7 @@ FA_INLINE Block<A> read_picked(const Rows& rows, int64_t b, const Picked& picked
                                int64_t padded, A* scratch) {
   if (picked.dense)
     return read_range<X, A>(rows, b, picked.first, picked.count, width, padded, scratch);
-  const X* base = static_cast<const X*>(rows.data) + b * rows.batch_stride;
+  const X* base = static_cast<const X*>(rows.data) + rows.before(b);
   for (int64_t i = 0; i < picked.count; ++i)
     widen_row(base + picked.index[i] * rows.row_stride, width, scratch + i * padded, padded);
   return {scratch, padded};

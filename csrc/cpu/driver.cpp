@@ -203,8 +203,9 @@ void cpu_backward(const AttentionParams& p) {
   const int64_t width = round_up(p.K, lanes);
   const int64_t tasks = p.B * plan.segments, queries = p.B * p.T;
   prefer_large_pages(p.grad_query, queries * p.K * stored_bytes(p));
-  prefer_large_pages(p.grad_memory, p.B * p.S * p.E * stored_bytes(p));
-  prefer_large_pages(p.grad_memory_proj, p.B * p.S * p.K * stored_bytes(p));
+  const int64_t rows = p.memory.starts ? p.memory.starts[p.B] : p.B * p.S;
+  prefer_large_pages(p.grad_memory, rows * p.E * stored_bytes(p));
+  prefer_large_pages(p.grad_memory_proj, rows * p.K * stored_bytes(p));
   Shared shared;
   // With one segment, nothing to pad and nothing to round, the tasks sum where the result belongs.
   const bool in_place = plan.segments == 1 && !concat && width == p.K && stored_bytes(p) == size;

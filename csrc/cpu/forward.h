@@ -115,7 +115,7 @@ struct ForwardTask {
         store(query + d, x);
         store(query + d + kLanes<A>, y);
       }
-      const X* memory_rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
+      const X* memory_rows = static_cast<const X*>(p.memory.data) + p.memory.before(b);
       const DotStep<X> dot{memory_rows, p.memory.row_stride, p.E, query, A(p.scale)};
       result = attend_step<X>(p, b, t, begin, stop, dot, context, kept_scores());
     } else {

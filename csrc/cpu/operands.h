@@ -91,7 +91,7 @@ struct ConcatOperands {
     const bool by_rows = memory_layout.step == kLanes<A>;
     if constexpr (__is_same(P, A)) {
       if (by_rows && picked.dense && p.K == padded) {
-        const A* base = static_cast<const A*>(p.memory_exp.data) + b * p.memory_exp.batch_stride +
+        const A* base = static_cast<const A*>(p.memory_exp.data) + p.memory_exp.before(b) +
                         picked.first * p.memory_exp.row_stride;
         for (int64_t i = 0; i < picked.count; ++i)
           adopt<A>(base + i * p.memory_exp.row_stride, padded, nullptr, 0, extent);

@@ -26,7 +26,7 @@ struct Operand<BFloat16> {
 // The rows of a chunk as they are stored: in place, or copied and padded with zeros.
 FA_INLINE Block<BFloat16> stored_rows(const Rows& rows, int64_t b, const Picked& picked,
                                       int64_t width, int64_t padded, BFloat16* scratch) {
-  const auto* base = static_cast<const BFloat16*>(rows.data) + b * rows.batch_stride;
+  const auto* base = static_cast<const BFloat16*>(rows.data) + rows.before(b);
   if (picked.dense && width == padded)
     return {base + picked.first * rows.row_stride, rows.row_stride};
   for (int64_t i = 0; i < picked.count; ++i) {

@@ -124,7 +124,7 @@ struct ConcatStep {
   template <bool Old>
   FA_INLINE_METHOD A score(int64_t s, const Behind<X>& behind, int64_t from, int64_t to) const {
     constexpr int L = kLanes<A>;
-    const P* row = static_cast<const P*>(p.memory_exp.data) + b * p.memory_exp.batch_stride +
+    const P* row = static_cast<const P*>(p.memory_exp.data) + p.memory_exp.before(b) +
                    s * p.memory_exp.row_stride;
     Vec<A> acc{};
     Watch<A> watch;
@@ -202,7 +202,7 @@ FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_
                                      Arithmetic<X>* kept) {
   using A = Arithmetic<X>;
   constexpr int64_t kColumns = Behind<X>::kColumns;
-  const X* rows = static_cast<const X*>(p.memory.data) + b * p.memory.batch_stride;
+  const X* rows = static_cast<const X*>(p.memory.data) + p.memory.before(b);
   const int64_t pair = (b * p.T + t) * p.S;
   const uint8_t* keep = p.keep ? p.keep + pair : nullptr;
   StepSoftmax<X> softmax;

@@ -24,6 +24,9 @@ class Backend(Protocol):
     length outside 0..S (those on a GPU are not read back to check them). Backward receives what was
     ``saved``, and returns a gradient for each differentiable input, in the inputs' order, and then
     that of the centers of a Gaussian window or None.
+
+    A backend whose module has ``TAKES_OFFSETS`` also takes a memory (N, E) of sequences one after
+    another, with a pair (offsets (B + 1), longest) for the lengths; others get it padded.
     """
 
     def unavailable_reasons(self) -> list[str]:

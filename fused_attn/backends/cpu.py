@@ -10,6 +10,7 @@ import torch  # before _C: both then share the OpenMP runtime that torch loads
 
 from fused_attn.problem import AttentionProblem
 
+TAKES_OFFSETS = True  # rows of sequences one after another, where they lie
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 native: Any
