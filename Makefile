@@ -99,7 +99,8 @@ test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBeh
 	@$(BIN)/cmake --install build/asan --prefix $(ASAN_SITE) >>build/asan.log
 	$(TEST_ENV) PYTHONPATH=$(ASAN_SITE) LD_PRELOAD='$(ASAN_PRELOAD)' \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/pytest --capture=sys -k 'not never_holds and not leave_nothing_behind' $(ASAN_TESTS)
+	  $(BIN)/pytest --capture=sys -k 'not never_holds and not leave_nothing_behind and not triton' \
+	    $(ASAN_TESTS)
 
 # The sanitizer needs its addresses where a system that spreads them widely does not leave them;
 # setarch turns that off, where it may.
