@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import NoneType
+from typing import NoReturn, get_args, get_type_hints
 
 from fused_attn import __version__
-from fused_attn.seq2seq.config import CELLS, SCORES, ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.option_help import MODEL_HELP, SEARCH_HELP, TRAINING_HELP
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -73,28 +75,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in DIR"
     )
-    model = parser.add_argument_group("model")
-    _add(model, "cell", str, f"recurrent cell: {' or '.join(CELLS)}", ModelConfig)
-    _add(model, "hidden", int, "width of the decoder and of each encoder direction", ModelConfig)
-    _add(model, "embedding", int, "width of the embeddings", ModelConfig)
-    _add(model, "layers", int, "recurrent layers in encoder and decoder", ModelConfig)
-    model.add_argument(
-        "--bidirectional",
-        action=argparse.BooleanOptionalAction,
-        help="read the source from both ends (default: yes)",
-    )
-    _add(model, "score", str, f"attention score: {', '.join(SCORES)}", ModelConfig)
-    _add(model, "dropout", float, "probability of dropout", ModelConfig)
-    recipe = parser.add_argument_group("recipe")
-    _add(recipe, "epochs", int, "passes over the training pairs", TrainingConfig)
-    _add(recipe, "batch-size", int, "pairs in a batch", TrainingConfig)
-    _add(recipe, "lr", float, "highest learning rate", TrainingConfig)
-    _add(recipe, "warmup", float, "share of the steps in which the rate rises", TrainingConfig)
-    _add(recipe, "clip", float, "largest norm of the gradient", TrainingConfig)
-    _add(recipe, "seed", int, "seed of parameters, dropout and order", TrainingConfig)
-    recipe.add_argument(
-        "--max-steps", type=int, metavar="N", help="plan for at most N steps (default: all epochs)"
-    )
+    _add_fields(parser.add_argument_group("model"), ModelConfig, MODEL_HELP)
+    _add_fields(parser.add_argument_group("recipe"), TrainingConfig, TRAINING_HELP)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--test-words", type=Path, metavar="FILE",
@@ -106,12 +88,22 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     _add_machine_options(parser)
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, config: type) -> None:
-    """Add an option of a configuration. Absent means None: a resumed run keeps its own value."""
-    default = getattr(config, name.replace("-", "_"))
-    group.add_argument(
-        f"--{name}", type=kind, metavar=kind.__name__.upper(), help=f"{text} (default: {default})"
-    )
+def _add_fields(group: argparse._ArgumentGroup, config: type, texts: dict[str, str]) -> None:
+    """Add an option for each field of a configuration, with its help.
+
+    Absent means None: a resumed run keeps its own value.
+    """
+    kinds = get_type_hints(config)
+    for name, text in texts.items():
+        option, default = f"--{name.replace('_', '-')}", getattr(config, name)
+        kind = next(k for k in (get_args(kinds[name]) or (kinds[name],)) if k is not NoneType)
+        if kind is bool:
+            shown = "yes" if default else "no"
+            action = argparse.BooleanOptionalAction
+            group.add_argument(option, action=action, help=f"{text} (default: {shown})")
+            continue
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=text + shown)
 
 
 def _add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +114,10 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alignments", type=Path, metavar="FILE.png", help="draw the alignment weights"
     )
+    parser.add_argument(
+        "--scores", action="store_true", help="print the score and a tab before each target"
+    )
+    _add_search_options(parser)
     _add_machine_options(parser)
 
 
@@ -139,7 +135,16 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="also print N words with the model's and the dictionary's pronunciation",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_search_options(parser)
     _add_machine_options(parser)
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ensemble", type=Path, action="append", default=[], metavar="MODEL",
+        help="let this model decide too; may be given several times",
+    )  # fmt: skip
+    _add_fields(parser.add_argument_group("search"), SearchConfig, SEARCH_HELP)
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:

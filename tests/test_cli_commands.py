@@ -164,8 +164,14 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--hidden", "0"], "--hidden must be a positive whole number, got 0")
     fails([*new, "--hidden", "wide"], "--hidden", "invalid int value: 'wide'")
     fails([*new, "--batch-size", "-1"], "--batch-size must be")
-    fails([*new, "--score", "cosine"], "--score must be one of dot, general, concat, got 'cosine'")
-    fails([*new, "--cell", "rnn"], "--cell must be one of lstm, gru, got 'rnn'")
+    scores = "--score must be one of dot, general, concat, location, none, got 'cosine'"
+    fails([*new, "--score", "cosine"], scores)
+    fails([*new, "--cell", "srn"], "--cell must be one of lstm, gru, rnn, got 'srn'")
+    fails([*new, "--share"], "--share needs an encoder and a decoder of the same shape")
+    fails([*new, "--tie", "all"], "--tie all needs one vocabulary for source and target")
+    fails([*new, "--coverage"], "--coverage belongs to the score concat, got 'general'")
+    fails([*new, "--sampling", "often"], "--sampling must be one of none, constant, linear")
+    fails([*new, "--sampling-max", "2"], "--sampling-max must be a share in 0..1")
     fails([*new, "--dropout", "1"], "--dropout must be at least 0 and below 1")
     fails([*new, "--lr", "nan"], "--lr must be a positive number")
     fails([*new, "--max-steps", "0"], "--max-steps must be")
@@ -223,6 +229,50 @@ def lines_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     yield give
     for file in opened:
         file.close()
+
+
+def test_predict_searches(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A beam, its n best a line each, scores, draws, and an ensemble."""
+
+    def predict(*options: object, words: tuple[str, ...] = ("hello", "world")) -> list[str]:
+        assert main(["predict", str(run), *words, *map(str, options)]) == 0
+        return capfd.readouterr().out.splitlines()
+
+    capfd.readouterr()
+    best = predict("--beam", 4)
+    several = predict("--beam", 4, "--nbest", 3, "--scores")
+    assert len(best) == 2 and len(several) == 6
+    scores, targets = zip(*(line.split("\t") for line in several), strict=True)
+    assert [targets[0], targets[3]] == best and len(set(targets[:3])) == 3
+    assert sorted(map(float, scores[:3]), reverse=True) == list(map(float, scores[:3]))
+    assert predict("--beam", 4, "--ensemble", run) == best
+    assert predict("--sample", "--seed", 3) == predict("--sample", "--seed", 3)
+    short = predict("--beam", 3, "--nbest", 3, "--max-length", 1, "--min-length", 1)
+    assert len(short) == 6 and all(len(line.split()) == 1 for line in short)
+    assert len(predict("--max-length", 2, "--min-length", 2)[0].split()) == 2
+    capfd.readouterr()
+    assert main(["evaluate", str(run), "--json", "--limit", "5", "--beam", "2"]) == 0
+    assert json.loads(capfd.readouterr().out)["words"] == 5
+
+
+def test_search_options_are_checked(run: Path, fails: Fails) -> None:
+    predict = ["predict", run, "a"]
+    fails([*predict, "--nbest", "2"], "--nbest must be at most beam = 1, got 2")
+    fails([*predict, "--beam", "0"], "--beam must be a positive whole number, got 0")
+    fails([*predict, "--length-penalty", "wu"], "--length-penalty must be one of none, average")
+    fails([*predict, "--ensemble", run / "none"], "no checkpoint at")
+    fails(["evaluate", run, "--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0")
+
+
+def test_a_model_without_attention(
+    tmp_path: Path, fails: Fails, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "none"
+    assert main(["train", "g2p", "--output", str(directory), *TINY, "--score", "none"]) == 0
+    assert main(["predict", str(directory), "hello"]) == 0
+    capfd.readouterr()
+    picture = tmp_path / "a.png"
+    fails(["predict", directory, "a", "--alignments", picture], "no attention to draw")
 
 
 def test_predict_lines(
@@ -290,13 +340,13 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     def with_meta(**values: object) -> None:
         (copy / checkpoint.METADATA).write_text(json.dumps({**meta, **values}))
 
-    with_meta(format_version=2)
-    fails(["predict", copy, "a"], "format version 2", "reads 1")
+    with_meta(format_version=1)
+    fails(["predict", copy, "a"], "format version 1", "reads 2")
     with_meta(model={**meta["model"], "hidden": 24})
     fails(["predict", copy, "a"], "is damaged", "size mismatch")
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
-    (copy / checkpoint.METADATA).write_text(json.dumps({"format_version": 1}))
+    (copy / checkpoint.METADATA).write_text(json.dumps({"format_version": 2}))
     fails(["predict", copy, "a"], "is damaged: it lacks 'source'")
     (copy / checkpoint.METADATA).write_text("{")
     fails(["predict", copy, "a"], "is damaged")

@@ -111,7 +111,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         (one / checkpoint.METADATA).write_text(text)
         fails(one, "is damaged: ")
     (one / checkpoint.METADATA).write_text(json.dumps({"format_version": 99}))
-    fails(one, "has format version 99; this version of fused-attn reads 1")
+    fails(one, "has format version 99; this version of fused-attn reads 2")
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

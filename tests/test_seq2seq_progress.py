@@ -17,7 +17,7 @@ def follow(shown: Progress) -> None:
     with shown:
         shown.start(10, 40)
         for step in range(11, 31):
-            shown.step(StepReport(step=step, epoch=2, loss=1.25, lr=1e-3, tokens=100))
+            shown.step(StepReport(step=step, epoch=2, loss=1.25, lr=1e-3, tokens=100, sampling=0.0))
         shown.epoch(2, 1.2345, {"WER": 0.3, "PER": 0.075}, 12.0)
 
 

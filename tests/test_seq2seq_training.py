@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from fused_attn.seq2seq import g2p_run
 from fused_attn.seq2seq.batching import Examples
-from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import SCHEDULES, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.g2p_run import Recipe, TaskConfig
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.progress import LineProgress
+from fused_attn.seq2seq.sampling import sampling_probability
 from fused_attn.seq2seq.training import StepReport, Trainer, learning_rate, planned_steps
+from fused_attn.seq2seq.vocabulary import PAD
 
 SIZE = 30  # of both vocabularies
 SMALL = ModelConfig(hidden=16, embedding=8, dropout=0.3)
@@ -62,11 +65,23 @@ def test_the_plan() -> None:
     assert [report.step for report in train(trainer)] == list(range(1, 14))
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+RESUMED = {
+    "lstm": ({"cell": "lstm", "layers": 2}, {}),
+    "gru": ({"cell": "gru", "layers": 2, "tie": "output"}, {"label_smoothing": 0.1}),
+    "sampled": (
+        {"input_feeding": True, "variational": True, "bidirectional": False},
+        {"sampling": "linear", "sampling_max": 0.5},
+    ),
+    "covered": ({"score": "concat", "coverage": True}, {"coverage_loss": 0.5}),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("stop_at", [0, 4, 10, 14])  # 10 steps an epoch
-def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(cell: str, stop_at: int) -> None:
-    model = ModelConfig(cell=cell, hidden=16, embedding=8, layers=2, dropout=0.3)
-    recipe = TrainingConfig(epochs=2, batch_size=32)
+def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(kind: str, stop_at: int) -> None:
+    shape, options = RESUMED[kind]
+    model = ModelConfig(hidden=16, embedding=8, dropout=0.3, **shape)
+    recipe = TrainingConfig(epochs=2, batch_size=32, **options)
     whole = make_trainer(model, recipe)
     assert whole.batches_per_epoch == 10
     expected = train(whole)
@@ -77,13 +92,47 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(cell: str, stop_at: 
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     parameters = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
 
-    second = make_trainer(model, TrainingConfig(epochs=2, batch_size=32))
+    second = make_trainer(model, recipe)
     second.model.load_state_dict(parameters)
     torch.manual_seed(99)  # what another process would have
     second.load_state(position, tensors)
     assert reports + train(second) == expected
     assert_equal(second.model.state_dict(), whole.model.state_dict())
     assert_equal(second.state()[1], whole.state()[1])
+
+
+def test_sampling_schedules() -> None:
+    """All but "none" end at the largest probability, and rise to it as their names say."""
+    at = [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = {
+        name: [sampling_probability(name, progress, 0.4) for progress in at] for name in SCHEDULES
+    }
+    assert found["none"] == [0.0] * 5 and found["constant"] == [0.4] * 5
+    assert found["linear"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    # 1 - 0.01^x, and the sigmoid of 12 (x - 1/2) between its ends
+    exponential = [0.4 * (1 - 0.01**x) / 0.99 for x in at]
+    assert found["exponential"] == pytest.approx(exponential)
+    ends = [1 / (1 + math.exp(6)), 1 / (1 + math.exp(-6))]
+    sigmoid = [0.4 * (1 / (1 + math.exp(6 - 12 * x)) - ends[0]) / (ends[1] - ends[0]) for x in at]
+    assert found["inverse-sigmoid"] == pytest.approx(sigmoid)
+    for name in ("linear", "exponential", "inverse-sigmoid"):
+        assert found[name] == sorted(found[name]) and found[name][-1] == pytest.approx(0.4)
+    assert sampling_probability("linear", 7.0, 0.4) == 0.4
+    with pytest.raises(ValueError, match="schedule is not known: 'often'"):
+        sampling_probability("often", 0.5, 0.4)
+
+
+def test_sampling_begins_once_the_model_is_good_enough() -> None:
+    """Teacher forcing until the rate is reached, then the schedule over the steps that are left."""
+    options = {"sampling": "linear", "sampling_max": 0.6, "sampling_after": 0.5}
+    trainer = make_trainer(SMALL, TrainingConfig(epochs=4, batch_size=32, **options))
+    reports: list[StepReport] = []
+    for rate in (0.9, 0.5, 0.7, 0.1):  # once begun, a worse rate does not end it
+        assert trainer.run_epoch(reports.append, lambda: False)
+        trainer.finish_epoch(rate)
+    found = [report.sampling for report in reports]
+    assert found[:20] == [0.0] * 20
+    assert found[20:] == pytest.approx([0.6 * i / 19 for i in range(20)])
 
 
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -126,3 +175,57 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
     assert len(fused) == 200
     assert fused[-20:].mean() < 0.6 * fused[:20].mean()
     torch.testing.assert_close(fused, eager, rtol=0, atol=1e-3)
+
+
+def walks(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Targets in which every symbol follows from the one before and from the source.
+
+    a <- 3 a + x mod 10, twice for each x: a wrong symbol makes all that follow wrong.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sources, targets = [], []
+    for _ in range(count):
+        length = int(torch.randint(3, 7, (1,), generator=generator))
+        source = torch.randint(3, 13, (length,), generator=generator).tolist()
+        place, target = source[0] - 3, []
+        for x in source:
+            for _ in range(2):
+                place = (3 * place + x) % 10
+                target.append(place + 3)
+        sources.append(source)
+        targets.append(target)
+    return sources, targets
+
+
+def accuracies(model: Seq2Seq, examples: Examples) -> tuple[float, float]:
+    """Of the symbols behind right ones, and behind the model's own."""
+    batch = examples.batch(torch.arange(len(examples)))
+    inputs, expected = batch.target[:, :-1], batch.target[:, 1:]
+    counts, found = expected != PAD, []
+    with torch.no_grad():
+        for sampling in (0.0, 1.0):
+            logits, _ = model(batch.source, batch.source_lengths, inputs, sampling=sampling)
+            right = (logits.argmax(dim=-1) == expected) & counts
+            found.append(float(right.sum() / counts.sum()))
+    return found[0], found[1]
+
+
+def test_scheduled_sampling_shrinks_exposure_bias() -> None:
+    """What a model loses when it must go on from its own symbols, with and without it."""
+    gaps: dict[str, list[float]] = {"none": [], "linear": []}
+    free: dict[str, list[float]] = {"none": [], "linear": []}
+    fresh = Examples(*walks(500, seed=2))
+    for seed in range(2):
+        for sampling in gaps:
+            torch.manual_seed(seed)
+            shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)
+            options = {"sampling": sampling, "sampling_max": 0.7, "seed": seed}
+            recipe = TrainingConfig(epochs=10, batch_size=64, lr=5e-3, **options)
+            trainer = Trainer(Seq2Seq(shape, 13, 13), Examples(*walks(1500, seed=1)), recipe)
+            train(trainer)
+            right, own = accuracies(trainer.model.eval(), fresh)
+            gaps[sampling].append(right - own)
+            free[sampling].append(own)
+    assert min(gaps["none"]) > 0.02  # it shows here
+    assert sum(gaps["linear"]) < 0.6 * sum(gaps["none"])
+    assert sum(free["linear"]) > sum(free["none"]) - 0.01  # and not by getting worse

@@ -48,7 +48,7 @@ class Examples:
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return ``sequences`` as int64 (N, longest), padded at the end, and their lengths (N,)."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padded = torch.full((len(sequences), int(lengths.max())), PAD)
+    padded = torch.full((len(sequences), int(lengths.max()) if len(sequences) else 0), PAD)
     inside = torch.arange(padded.shape[1]) < lengths[:, None]
     padded[inside] = torch.tensor([number for sequence in sequences for number in sequence])
     return padded, lengths

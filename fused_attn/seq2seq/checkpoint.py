@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_attn.seq2seq.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 METADATA = "checkpoint.json"
 MODEL = "model.safetensors"
@@ -130,7 +130,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    """The tensors, each with memory of its own: the format has no name for what is shared."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().contiguous()
+        place = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if place in taken else own
+        taken.add(place)
+    return found
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from fused_attn.seq2seq import checkpoint, g2p, g2p_run
-from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.g2p_run import Recipe, TaskConfig
 from fused_attn.seq2seq.inference import Prediction, Predictor
@@ -134,7 +134,10 @@ def predict(args: Namespace) -> int:
         raise InputError(f"--alignments must name a .png file, got {picture}")
     if picture is not None and not picture.parent.is_dir():
         raise InputError(f"--alignments: there is no directory {picture.parent}")
-    predictor = Predictor.load(find_checkpoint(args.model), backend=args.backend)
+    search = _search_config(args)
+    predictor = _load(args)
+    if picture is not None and all(m.config.score == "none" for m in predictor.models):
+        raise InputError("--alignments: the model has no attention to draw")
     if args.text:
         lots: Iterator[list[bytes]] = iter([[os.fsencode(text) for text in args.text]])
         kind = "argument"
@@ -145,13 +148,27 @@ def predict(args: Namespace) -> int:
     shown: list[Prediction] = []
     count = 0
     for lot in lots:
-        for prediction in _predict_lot(predictor, lot, kind, count, picture is not None):
+        wanted = (search, picture is not None, args.scores)
+        for prediction in _predict_lot(predictor, lot, kind, count, *wanted):
             if picture is not None and len(shown) < MAX_PANELS and prediction.target:
                 shown.append(prediction)
         count += len(lot)
     if picture is not None:
         _draw(shown, picture, count)
     return 0
+
+
+def _load(args: Namespace) -> Predictor:
+    paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
+    return Predictor.load(*paths, backend=args.backend)
+
+
+def _search_config(args: Namespace) -> SearchConfig:
+    given = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
+    try:
+        return SearchConfig(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
 def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
@@ -166,9 +183,19 @@ def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
 
 
 def _predict_lot(
-    predictor: Predictor, lot: Sequence[bytes], kind: str, before: int, return_weights: bool
+    predictor: Predictor,
+    lot: Sequence[bytes],
+    kind: str,
+    before: int,
+    search: SearchConfig,
+    return_weights: bool,
+    with_scores: bool,
 ) -> list[Prediction]:
-    """Print the predictions of some words; of those before the first that cannot be read."""
+    """Print the predictions of some words; of those before the first that cannot be read.
+
+    Every word has ``search.nbest`` lines, of which the last are empty if fewer were found. Returns
+    the best of each.
+    """
     words: list[str] = []
     problem: InputError | None = None
     for number, text in enumerate(lot, start=before + 1):
@@ -182,13 +209,16 @@ def _predict_lot(
             problem = InputError(f"{kind} {number}: {error}")
             break
         words.append(word)
-    predictions = predictor.predict(words, return_weights=return_weights)
-    for prediction in predictions:
-        print(" ".join(prediction.target))
+    predictions = predictor.predict(words, search, return_weights=return_weights)
+    for found in predictions:
+        for prediction in found:
+            score = f"{prediction.score:.4f}\t" if with_scores else ""
+            print(score + " ".join(prediction.target))
+        print("\n" * (search.nbest - len(found)), end="")
     sys.stdout.flush()
     if problem is not None:
         raise problem
-    return predictions
+    return [found[0] for found in predictions]
 
 
 def _draw(shown: Sequence[Prediction], picture: Path, count: int) -> None:
@@ -211,12 +241,13 @@ def evaluate(args: Namespace) -> int:
         value = getattr(args, option)
         if value is not None and value < (option == "limit"):
             raise InputError(f"--{option} must be positive, got {value}")
+    search = _search_config(args)
     directory = find_checkpoint(args.model)
     recipe = g2p_run.load_recipe(directory, checkpoint.load_metadata(directory))
-    predictor = Predictor.load(directory, backend=args.backend)
+    predictor = _load(args)
     lexicon = g2p.load_dictionary()
     words = _test_words(args, recipe, lexicon)
-    found = g2p_run.pronounce(predictor, words)
+    found = g2p_run.pronounce(predictor, words, search)
     errors = g2p_run.judge(found, words, lexicon)
     rates = g2p_run.rates(errors)
     samples = list(zip(words, found, strict=True))[: args.samples]

@@ -1,4 +1,4 @@
-"""What a run is made of: the shape of the model and the recipe of the training.
+"""What a run is made of: the shape of the model, the recipe of the training, how to search.
 
 Plain values, checked when they are made; the command line shows their defaults. No torch here.
 """
@@ -8,39 +8,116 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-CELLS = ("lstm", "gru")
-SCORES = ("dot", "general", "concat")
+CELLS = ("lstm", "gru", "rnn")
+SCORES = ("dot", "general", "concat", "location", "none")
+LOCALS = ("monotonic", "predictive")
+BRIDGES = ("zero", "last", "mean", "dense")
+TIES = ("output", "all")
+SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")
+LENGTH_PENALTIES = ("none", "average", "gnmt")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a `Seq2Seq` model.
 
-    cell: recurrent cell of encoder and decoder.
-    hidden: width D of the decoder state and of the attentional state; each direction of the
-        encoder is as wide.
+    cell: recurrent cell of encoder and decoder: "lstm", "gru" or "rnn" (tanh).
+    hidden: width D of the decoder state and of the attentional state.
+    encoder_hidden: width of each direction of the encoder; hidden if None.
     embedding: width of the embeddings of source and target symbols.
-    layers: number of recurrent layers, in encoder and decoder alike.
-    bidirectional: also read the source from its end; the memory is then 2 * hidden wide.
-    score: of the attention. "dot" projects the memory to the decoder's width first.
+    layers: number of recurrent layers of the decoder.
+    encoder_layers: those of the encoder; layers if None.
+    bidirectional: also read the source from its end; the memory is then twice as wide.
+    residual: add a recurrent layer's input to its output where they are equally wide.
+    share: one set of recurrent layers for encoder and decoder.
+    tie: None; "output" makes the output layer of the target's embeddings; "all" makes one
+        vocabulary's embedding serve source, target and output.
+    reverse_source: read the source from its end (Sutskever et al. 2014).
+    bridge: how the decoder starts: "zero", "last", "mean" or "dense".
+    score: of the attention, or "none" for a decoder that has the bridge alone. "dot" projects the
+        memory to the decoder's width first where they differ.
+    attn_dim: width of the concat score; that of the memory if None.
+    local, window: local attention, "monotonic" or "predictive", and its half-width.
+    max_source: the longest source for the score "location".
+    coverage: concat with a term of what has been looked at.
+    input_feeding: feed h~ of a step into the next one (Luong et al. 2015, section 3.3).
     dropout: probability, on embeddings, between layers and on the attentional state.
+    variational: drop the same columns at every step of a sequence.
     """
 
     cell: str = "lstm"
     hidden: int = 256
+    encoder_hidden: int | None = None
     embedding: int = 64
     layers: int = 1
+    encoder_layers: int | None = None
     bidirectional: bool = True
+    residual: bool = False
+    share: bool = False
+    tie: str | None = None
+    reverse_source: bool = False
+    bridge: str = "dense"
     score: str = "general"
+    attn_dim: int | None = None
+    local: str | None = None
+    window: int = 10
+    max_source: int | None = None
+    coverage: bool = False
+    input_feeding: bool = False
     dropout: float = 0.2
+    variational: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("cell", self.cell, CELLS)
         _check_choice("score", self.score, SCORES)
-        for name in ("hidden", "embedding", "layers"):
+        _check_choice("bridge", self.bridge, BRIDGES)
+        for name, choices in (("local", LOCALS), ("tie", TIES)):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), choices)
+        for name in ("hidden", "embedding", "layers", "window"):
             _check_positive(name, getattr(self, name))
+        for name in ("encoder_hidden", "encoder_layers", "attn_dim", "max_source"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse options that contradict one another."""
+        for name, needed in (("attn_dim", "concat"), ("coverage", "concat")):
+            if getattr(self, name) and self.score != needed:
+                raise ValueError(f"{name} belongs to the score {needed}, got {self.score!r}")
+        if self.score == "location" and self.max_source is None:
+            raise ValueError("max_source must be given for the score location")
+        if self.local is not None and self.score == "none":
+            raise ValueError(f"local needs a score, got local={self.local!r} for the score none")
+        memory = self.memory_dim
+        if self.bridge == "last" and memory != self.hidden:
+            raise ValueError(
+                f"bridge last needs a memory as wide as the decoder, {self.hidden}, got {memory}"
+            )
+        if self.share and not (
+            memory == self.hidden
+            and not self.bidirectional
+            and self.encoder_depth == self.layers
+            and not self.input_feeding
+        ):
+            raise ValueError(
+                "share needs an encoder and a decoder of the same shape: one direction, equal "
+                "widths and layers, no input feeding"
+            )
+
+    @property
+    def encoder_depth(self) -> int:
+        """Layers of the encoder."""
+        return self.layers if self.encoder_layers is None else self.encoder_layers
+
+    @property
+    def memory_dim(self) -> int:
+        """Width of what the encoder returns."""
+        hidden = self.hidden if self.encoder_hidden is None else self.encoder_hidden
+        return hidden * (2 if self.bidirectional else 1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +129,14 @@ class TrainingConfig:
     lr: highest learning rate of Adam, reached after the warm-up.
     warmup: share of all steps in which the rate rises to ``lr``; then it falls to 0.
     clip: largest norm of the gradient.
+    label_smoothing: share of the probability that is spread over all symbols.
+    coverage_loss: weight of the coverage loss (See et al. 2017), for a model with coverage.
+    sampling: how the probability grows that the decoder is given its own symbol in place of the
+        right one: "none" (teacher forcing), "constant", "linear", "exponential" or
+        "inverse-sigmoid" (Bengio et al. 2015).
+    sampling_max: that probability at the end.
+    sampling_after: keep to teacher forcing until the first rate on the development set is at most
+        this; None to begin at once.
     seed: of the parameters, the dropout and the order of the pairs.
     max_steps: stop after so many steps, and plan the schedule for them; None for all epochs.
     """
@@ -61,6 +146,11 @@ class TrainingConfig:
     lr: float = 2e-3
     warmup: float = 0.05
     clip: float = 1.0
+    label_smoothing: float = 0.0
+    coverage_loss: float = 0.0
+    sampling: str = "none"
+    sampling_max: float = 0.25
+    sampling_after: float | None = None
     seed: int = 1
     max_steps: int | None = None
 
@@ -73,17 +163,86 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"warmup must be a share in 0..1, got {self.warmup!r}")
+        for name in ("warmup", "sampling_max"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be a share in 0..1, got {getattr(self, name)!r}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}"
+            )
+        if not (math.isfinite(self.coverage_loss) and self.coverage_loss >= 0):
+            raise ValueError(f"coverage_loss must be at least 0, got {self.coverage_loss!r}")
+        _check_choice("sampling", self.sampling, SCHEDULES)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed!r}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a target is searched for.
+
+    beam: hypotheses that are followed at once; 1 takes the likeliest symbol at every step.
+    nbest: hypotheses returned for each source, the best first; at most beam.
+    length_penalty: what the log-probability is divided by: "none"; "average", the length; "gnmt",
+        ((5 + length) / 6)^alpha (Wu et al. 2016, eq. 14). EOS counts.
+    alpha: the exponent of "gnmt".
+    coverage_penalty: beta of the same equation, for what of the source was left unread.
+    min_length: no EOS before so many symbols.
+    max_length: symbols at most; None for twice the source and 10 more.
+    block_ngrams: let no sequence of so many symbols come twice; 0 to allow it.
+    sample: draw symbols instead of taking the likeliest, with beam=1.
+    temperature: of the draw; below 1 it is sharper.
+    top_k, top_p: draw from the likeliest k symbols, or the likeliest whose probabilities reach p.
+    seed: of the draw; None draws anew each time.
+    """
+
+    beam: int = 1
+    nbest: int = 1
+    length_penalty: str = "average"
+    alpha: float = 0.6
+    coverage_penalty: float = 0.0
+    min_length: int = 0
+    max_length: int | None = None
+    block_ngrams: int = 0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "nbest"):
+            _check_positive(name, getattr(self, name))
+        if self.max_length is not None:
+            _check_positive("max_length", self.max_length)
+        for name in ("min_length", "block_ngrams", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
+        for name in ("alpha", "coverage_penalty"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        if self.nbest > self.beam:
+            raise ValueError(f"nbest must be at most beam = {self.beam}, got {self.nbest}")
+        if self.sample and self.beam > 1:
+            raise ValueError(f"sample goes with beam = 1, got beam = {self.beam}")
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length must be at most max_length = {self.max_length}, got {self.min_length}"
+            )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_positive(name: str, value: int) -> None:
+def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, got {value!r}")

@@ -12,7 +12,7 @@ import torch
 
 from fused_attn.seq2seq import checkpoint, g2p
 from fused_attn.seq2seq.batching import Examples
-from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Predictor, load_model, require_backend
 from fused_attn.seq2seq.metrics import ErrorRates, error_rates
@@ -110,7 +110,10 @@ def start(directory: Path, recipe: Recipe, progress: Progress, backend: str = "a
     require_backend(backend, recipe.model.score)
     data = _Data.load(recipe.task)
     torch.manual_seed(recipe.training.seed)
-    model = Seq2Seq(recipe.model, len(data.source), len(data.target), backend=backend)
+    try:
+        model = Seq2Seq(recipe.model, len(data.source), len(data.target), backend=backend)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
     trainer = Trainer(model, data.examples, recipe.training)
     meta = {
         **recipe.to_json(),
@@ -148,7 +151,7 @@ def resume(directory: Path, progress: Progress, backend: str = "auto") -> Run:
 def _make_run(
     directory: Path, trainer: Trainer, meta: dict[str, Any], data: _Data, progress: Progress
 ) -> Run:
-    predictor = Predictor(trainer.model, data.source, data.target)
+    predictor = Predictor([trainer.model], data.source, data.target)
     words, lexicon = data.split.dev, data.lexicon
 
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -163,9 +166,13 @@ def _make_run(
     return Run(directory, trainer, meta, evaluate, progress)
 
 
-def pronounce(predictor: Predictor, words: Sequence[str]) -> list[g2p.Pronunciation]:
+def pronounce(
+    predictor: Predictor,
+    words: Sequence[str],
+    config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+) -> list[g2p.Pronunciation]:
     """Return the model's pronunciation of each word."""
-    return [prediction.target for prediction in predictor.predict(words)]
+    return [prediction.target for prediction in predictor.best(words, config)]
 
 
 def judge(

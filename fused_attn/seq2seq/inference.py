@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import backends
+from fused_attn import backends, problem
 from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.batching import pad
-from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.hypothesis import Hypothesis
 from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import greedy_search
+from fused_attn.seq2seq.search import search
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
@@ -24,17 +25,21 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one source."""
+    """A target that was found for a source."""
 
     source: tuple[str, ...]
     target: tuple[str, ...]
     weights: Tensor | None  # alignment (len(target), len(source)); None if not asked for
+    log_prob: float = 0.0  # of the target, in nats
+    score: float = 0.0  # with the penalties of the search
 
 
 def require_backend(backend: str, score: str) -> None:
     """Raise `InputError` unless the backend can run a model with this score here."""
     try:
-        backends.select("cpu", torch.float32, score, backends.check_request(backend))
+        backends.check_request(backend)
+        if score in problem.SCORES:  # the others are composed, or need no backend at all
+            backends.select("cpu", torch.float32, score, backend)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from None
 
@@ -62,19 +67,29 @@ def load_model(
 
 
 class Predictor:
-    """A model with its vocabularies."""
+    """Models with their vocabularies: one, or several that decide together."""
 
-    def __init__(self, model: Seq2Seq, source: Vocabulary, target: Vocabulary) -> None:
-        self.model = model
+    def __init__(self, models: Sequence[Seq2Seq], source: Vocabulary, target: Vocabulary) -> None:
+        self.models = list(models)
         self.source = source
         self.target = target
 
     @classmethod
-    def load(cls, directory: Path, *, backend: str = "auto") -> Predictor:
-        """Read a checkpoint; raises `InputError` if it is missing, damaged or of another format."""
-        meta = checkpoint.load_metadata(directory)
-        model, source, target = load_model(directory, meta, backend=backend)
-        return cls(model.eval(), source, target)
+    def load(cls, *directories: Path, backend: str = "auto") -> Predictor:
+        """Read one checkpoint, or those of an ensemble.
+
+        Raises `InputError` if one is missing, damaged or of another format, or if they have not the
+        same vocabularies.
+        """
+        loaded = []
+        for directory in directories:
+            meta = checkpoint.load_metadata(directory)
+            loaded.append(load_model(directory, meta, backend=backend))
+        (_, source, target), *others = loaded
+        for directory, (_, *vocabularies) in zip(directories[1:], others, strict=True):
+            if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
+                raise InputError(f"{directory} has other vocabularies than {directories[0]}")
+        return cls([model.eval() for model, _, _ in loaded], source, target)
 
     def encode(self, symbols: Sequence[str]) -> list[int]:
         """Return the numbers of a source; raises `InputError` if it is empty or not known."""
@@ -87,17 +102,44 @@ class Predictor:
             raise InputError(f"unknown letter {error.symbol!r}; known are {known}") from None
 
     def predict(
-        self, sources: Sequence[Sequence[str]], *, return_weights: bool = False
-    ) -> list[Prediction]:
-        """Return a prediction for each source, in the same order; raises as `encode`."""
+        self,
+        sources: Sequence[Sequence[str]],
+        config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+        *,
+        prefixes: Sequence[Sequence[str]] | None = None,
+        return_weights: bool = False,
+    ) -> list[list[Prediction]]:
+        """Return the predictions for each source, in the same order, of each the best first.
+
+        prefixes: what each target begins with. Raises as `encode`.
+        """
         encoded = [self.encode(source) for source in sources]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        found: dict[int, Prediction] = {}
+        found: dict[int, list[Prediction]] = {}
         for start in range(0, len(order), BATCH_SIZE):
             chosen = order[start : start + BATCH_SIZE]  # about equally long
             tokens, lengths = pad([encoded[i] for i in chosen])
-            hypotheses = greedy_search(self.model, tokens, lengths, return_weights=return_weights)
-            for i, hypothesis in zip(chosen, hypotheses, strict=True):
-                target = self.target.decode(hypothesis.tokens)
-                found[i] = Prediction(tuple(sources[i]), target, hypothesis.weights)
+            prefix = None
+            if prefixes is not None:
+                prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
+            results = search(
+                self.models, tokens, lengths, config, prefix=prefix, return_weights=return_weights
+            )
+            for i, hypotheses in zip(chosen, results, strict=True):
+                found[i] = [self._prediction(sources[i], h) for h in hypotheses]
         return [found[i] for i in range(len(encoded))]
+
+    def best(
+        self,
+        sources: Sequence[Sequence[str]],
+        config: SearchConfig = SearchConfig(),  # noqa: B008
+        *,
+        return_weights: bool = False,
+    ) -> list[Prediction]:
+        """Return the best prediction for each source; see `predict`."""
+        return [found[0] for found in self.predict(sources, config, return_weights=return_weights)]
+
+    def _prediction(self, source: Sequence[str], hypothesis: Hypothesis) -> Prediction:
+        target = self.target.decode(hypothesis.tokens)
+        scores = (hypothesis.log_prob, hypothesis.score)
+        return Prediction(tuple(source), target, hypothesis.weights, *scores)

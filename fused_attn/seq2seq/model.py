@@ -1,26 +1,18 @@
-"""The model: RNN encoder, Luong attention, RNN decoder.
-
-Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation",
-sections 2 and 3.1, without input feeding: no decoder state depends on an alignment, so that all
-target steps of a training batch go through one call of the decoder and one of the attention.
-"""
+"""The model: embeddings, encoder, bridge, decoder with attention, output layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fused_attn.attention import LuongAttention
+from fused_attn.composed import coverage_loss
 from fused_attn.prepared import PreparedMemory
 from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.decoder import Decoder, DecoderState
+from fused_attn.seq2seq.encoder import Bridge, Encoder
+from fused_attn.seq2seq.layers import Dropout, Stack
 from fused_attn.seq2seq.vocabulary import PAD
-
-# Of every layer: (h,) of a GRU, (h, c) of an LSTM, each (layers, B, hidden).
-State = tuple[Tensor, ...]
-
-_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class Seq2Seq(nn.Module):
@@ -30,6 +22,8 @@ class Seq2Seq(nn.Module):
         config: the shape.
         source_size, target_size: sizes of the vocabularies, special symbols included.
         backend: of the attention, "auto" or a name.
+
+    Raises ValueError if the shape and the vocabularies do not go together.
     """
 
     def __init__(
@@ -37,100 +31,160 @@ class Seq2Seq(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        hidden = config.hidden
-        directions = 2 if config.bidirectional else 1
-        cell = _CELLS[config.cell]
-        between = config.dropout if config.layers > 1 else 0.0
-        self.source_embedding = nn.Embedding(source_size, config.embedding, padding_idx=PAD)
+        if config.tie == "all" and source_size != target_size:
+            raise ValueError(
+                "tie all needs one vocabulary for source and target, "
+                f"got {source_size} and {target_size} symbols"
+            )
         self.target_embedding = nn.Embedding(target_size, config.embedding, padding_idx=PAD)
-        self.encoder = cell(
-            config.embedding, hidden, config.layers,
-            batch_first=True, dropout=between, bidirectional=config.bidirectional,
-        )  # fmt: skip
-        self.decoder = cell(
-            config.embedding, hidden, config.layers, batch_first=True, dropout=between
+        self.source_embedding = (
+            self.target_embedding
+            if config.tie == "all"
+            else nn.Embedding(source_size, config.embedding, padding_idx=PAD)
         )
-        # One for h and, in an LSTM, one for c; the layers share it.
-        self.bridge = nn.ModuleList(
-            nn.Linear(directions * hidden, hidden) for _ in range(2 if config.cell == "lstm" else 1)
+        width = config.hidden if config.encoder_hidden is None else config.encoder_hidden
+        encoder = Stack(
+            config,
+            config.embedding,
+            width,
+            config.encoder_depth,
+            bidirectional=config.bidirectional,
         )
+        fed = config.embedding + (config.hidden if config.input_feeding else 0)
+        decoder = encoder if config.share else Stack(config, fed, config.hidden, config.layers)
+        self.encoder = Encoder(config, encoder)
+        self.bridge = Bridge(config, config.memory_dim)
         # The dot score compares h_t with h_s as they are, so they must be equally wide.
-        narrow = config.score == "dot" and config.bidirectional
-        self.memory_proj = nn.Linear(2 * hidden, hidden, bias=False) if narrow else nn.Identity()
-        self.attention = LuongAttention(
-            hidden, hidden if narrow else directions * hidden, config.score,
-            output_dim=hidden, backend=backend,
-        )  # fmt: skip
-        self.output = nn.Linear(hidden, target_size)
-        self.dropout = nn.Dropout(config.dropout)
+        narrow = config.score == "dot" and config.memory_dim != config.hidden
+        self.memory_proj = (
+            nn.Linear(config.memory_dim, config.hidden, bias=False) if narrow else nn.Identity()
+        )
+        memory_dim = config.hidden if narrow else config.memory_dim
+        self.decoder = Decoder(config, decoder, memory_dim, backend)
+        # With tied embeddings the output layer works in their width.
+        between = config.tie is not None and config.embedding != config.hidden
+        self.output_proj = (
+            nn.Linear(config.hidden, config.embedding, bias=False) if between else nn.Identity()
+        )
+        width = config.embedding if config.tie is not None else config.hidden
+        self.output = nn.Linear(width, target_size)
+        if config.tie is not None:
+            self.output.weight = self.target_embedding.weight
+        self.dropout = Dropout(config.dropout, config.variational)
 
-    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
+    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
         """Read the source.
 
-        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, on the CPU, any order.
+        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, any order.
 
         Returns the memory (B, S, E) and the state that the decoder starts with.
         """
         embedded = self.dropout(self.source_embedding(source))
-        if int(lengths.min()) == source.shape[1]:
-            memory, final = self.encoder(embedded)  # packing costs a quarter more time
-        else:
-            packed = pack_padded_sequence(embedded, lengths, True, enforce_sorted=False)
-            states, final = self.encoder(packed)
-            memory, _ = pad_packed_sequence(states, True, total_length=source.shape[1])
-        return self.memory_proj(memory), self._bridge(final)
-
-    def _bridge(self, final: Tensor | tuple[Tensor, Tensor]) -> State:
-        """Map the encoder's last states, per layer both directions side by side, to the decoder."""
-        tensors = final if isinstance(final, tuple) else (final,)
-        layers = self.config.layers
-        wide = (t.unflatten(0, (layers, -1)).transpose(1, 2).flatten(2) for t in tensors)
-        return tuple(torch.tanh(linear(t)) for linear, t in zip(self.bridge, wide, strict=True))
+        memory, final = self.encoder(embedded, lengths)
+        hidden = self.bridge(memory, lengths, final)
+        return self.memory_proj(memory), self.decoder.start(hidden, source.shape[1])
 
     def decode(
         self,
         inputs: Tensor,
-        state: State,
-        memory: Tensor | PreparedMemory,
+        state: DecoderState,
+        memory: Tensor | PreparedMemory | None,
         memory_lengths: Tensor | None = None,
         *,
         return_weights: bool = False,
-    ) -> tuple[Tensor, State, Tensor | None]:
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """Run the decoder over given symbols: all of them in training, one at a time in search.
 
-        inputs: int64 (B, T), the symbols before those to predict.
+        inputs: int64 (N, T), the symbols before those to predict; N is B, or B K for K beams of
+            each sentence one after another, if T is 1.
         state: from `encode`, or from the call before.
         memory, memory_lengths: as `LuongAttention` takes them.
 
-        Returns the logits (B, T, target_size), the next state, and the alignment weights
-        (B, T, S) or None.
+        Returns the logits (N, T, target_size), the next state, and the alignment weights
+        (N, T, S) or None.
         """
         embedded = self.dropout(self.target_embedding(inputs))
-        hidden, after = self.decoder(embedded, state if len(state) > 1 else state[0])
-        # h~_t = tanh(W_c [c_t; h_t]), eq. 5
-        attentional, weights = self.attention(
-            hidden, memory, memory_lengths, return_weights=return_weights
+        attentional, state, weights = self.decoder(
+            embedded, state, memory, memory_lengths, return_weights=return_weights
         )
-        next_state = after if isinstance(after, tuple) else (after,)
-        return self.output(self.dropout(attentional)), next_state, weights
+        return self.output(self.output_proj(self.dropout(attentional))), state, weights
 
-    def forward(self, source: Tensor, source_lengths: Tensor, inputs: Tensor) -> Tensor:
-        """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``.
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        inputs: Tensor,
+        *,
+        sampling: float = 0.0,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``, and
+        the alignment weights (B, T, S) or None.
 
         source: int64 (B, S). source_lengths: int64 (B,). inputs: int64 (B, T), from BOS on.
+        sampling: probability, for every step of every sentence on its own, that the decoder is
+            given its own likeliest symbol in place of the one in ``inputs`` (scheduled sampling,
+            Bengio et al. 2015); 0 is teacher forcing.
         """
         memory, state = self.encode(source, source_lengths)
-        logits, _, _ = self.decode(inputs, state, memory, source_lengths)
-        return logits
+        if sampling == 0.0:
+            logits, _, weights = self.decode(
+                inputs, state, memory, source_lengths, return_weights=return_weights
+            )
+            return logits, weights
+        # The projections of the memory are made once for all steps.
+        prepared = self.prepare_memory(memory, source_lengths)
+        own = torch.rand(inputs.shape, device=inputs.device) < sampling
+        steps: list[Tensor] = []
+        alignments: list[Tensor] = []
+        for t in range(inputs.shape[1]):
+            given = inputs[:, t : t + 1]
+            if steps:
+                given = torch.where(own[:, t : t + 1], steps[-1].argmax(dim=-1), given)
+            logits, state, weights = self.decode(
+                given, state, prepared, return_weights=return_weights
+            )
+            steps.append(logits)
+            if weights is not None:
+                alignments.append(weights)
+        return torch.cat(steps, dim=1), torch.cat(alignments, dim=1) if alignments else None
 
-    def loss(self, source: Tensor, source_lengths: Tensor, target: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats over the target symbols that are not padding.
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target: Tensor,
+        *,
+        sampling: float = 0.0,
+        label_smoothing: float = 0.0,
+        coverage_weight: float = 0.0,
+    ) -> Tensor:
+        """Return the mean loss in nats over the target symbols that are not padding.
 
-        target: int64 (B, T + 1), from BOS to EOS, padded at the end.
+        target: int64 (B, T + 1), from BOS to EOS, padded at the end. The loss is the cross-entropy,
+        and ``coverage_weight`` times the coverage loss of each step.
         """
-        logits = self(source, source_lengths, target[:, :-1])
-        return cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PAD)
+        inputs, expected = target[:, :-1], target[:, 1:]
+        covers = coverage_weight > 0.0
+        logits, weights = self(
+            source, source_lengths, inputs, sampling=sampling, return_weights=covers
+        )
+        loss = cross_entropy(
+            logits.flatten(0, 1),
+            expected.flatten(),
+            ignore_index=PAD,
+            label_smoothing=label_smoothing,
+        )
+        if weights is None:
+            return loss
+        counts = expected != PAD
+        again = coverage_loss(weights).masked_fill(~counts, 0.0).sum() / counts.sum()
+        return loss + coverage_weight * again
 
-    def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory:
-        """Return the memory (B, S, E) with what the attention can compute before the first step."""
-        return self.attention.prepare_memory(memory, lengths)
+    def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory | None:
+        """Return the memory (B, S, E) with what the attention can compute before the first step.
+
+        None for a decoder without attention.
+        """
+        attention = self.decoder.attention
+        return None if attention is None else attention.prepare_memory(memory, lengths)

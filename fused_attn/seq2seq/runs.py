@@ -125,7 +125,7 @@ class Run:
                     return False
                 position = trainer.position
                 loss = position.loss / position.tokens
-                trainer.finish_epoch()
+                trainer.finish_epoch(next(iter(dev.values()), None))
                 seconds = round(time.monotonic() - started, 1)
                 epoch = trainer.position.epoch
                 write(epoch=epoch, step=position.step, train_loss=loss, **dev, seconds=seconds)

@@ -1,74 +1,113 @@
-"""Finding the target of a source with a trained model."""
+"""Finding the targets of sources with trained models: greedy, by drawing, or with a beam."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fused_attn.seq2seq.beam import beam_search
+from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.constraints import constrain, limits_of
+from fused_attn.seq2seq.ensemble import Ensemble
+from fused_attn.seq2seq.hypothesis import Hypothesis, coverage_penalty, length_penalty
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.vocabulary import BOS, EOS
 
-# A target that has not ended at factor * source length + margin symbols is cut there. Per row, so
-# that the result of a source does not depend on the others in its batch.
-_LIMIT_FACTOR, _LIMIT_MARGIN = 2, 10
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A target found for one source."""
-
-    tokens: list[int]  # without BOS and EOS
-    weights: Tensor | None  # alignment (T, S), a row for each token; None if not asked for
-
 
 @torch.inference_mode()
-def greedy_search(
-    model: Seq2Seq, source: Tensor, source_lengths: Tensor, *, return_weights: bool = False
-) -> list[Hypothesis]:
-    """Take the likeliest symbol at every step, for each row until it ends.
+def search(
+    models: Seq2Seq | Sequence[Seq2Seq],
+    source: Tensor,
+    source_lengths: Tensor,
+    config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+    *,
+    prefix: Tensor | None = None,
+    return_weights: bool = False,
+) -> list[list[Hypothesis]]:
+    """Find the ``config.nbest`` best targets of each source, the best first.
 
+    models: one, or an ensemble with the same vocabularies; in evaluation mode, all on one device.
     source: int64 (B, S), padded at the end. source_lengths: int64 (B,), 1..S.
-
-    Rows that have ended are dropped once they are half of the batch. The model should be in
-    evaluation mode.
+    prefix: int64 (B, P), padded at the end: what each target begins with.
     """
-    memory, state = model.encode(source, source_lengths)
-    prepared = model.prepare_memory(memory, source_lengths)
-    count = len(source)
-    rows = torch.arange(count)  # of the batch, that are still in the tensors below
-    limits = source_lengths * _LIMIT_FACTOR + _LIMIT_MARGIN
-    active = torch.ones(count, dtype=torch.bool)
-    inputs = torch.full((count, 1), BOS)
-    tokens: list[list[int]] = [[] for _ in range(count)]
-    alignments: list[list[Tensor]] = [[] for _ in range(count)]
-    step = 0
-    while True:
-        logits, state, weights = model.decode(
-            inputs, state, prepared, return_weights=return_weights
-        )
-        step += 1
-        inputs = logits.argmax(dim=-1)
-        active &= inputs[:, 0] != EOS
-        for i in active.nonzero()[:, 0].tolist():
-            tokens[rows[i]].append(int(inputs[i, 0]))
-            if weights is not None:
-                row = int(rows[i])
-                alignments[row].append(weights[i, 0, : int(source_lengths[row])])
-        active &= limits[rows] > step
-        remaining = active.nonzero()[:, 0]
-        if not len(remaining):
-            break
-        if 2 * len(remaining) <= len(rows):
-            rows, active, inputs = rows[remaining], active[remaining], inputs[remaining]
-            state = tuple(tensor[:, remaining] for tensor in state)
-            prepared = prepared.index_select(remaining)
-    return [
-        Hypothesis(found, _stack(aligned, length) if return_weights else None)
-        for found, aligned, length in zip(tokens, alignments, source_lengths.tolist(), strict=True)
-    ]
+    members = [models] if isinstance(models, Seq2Seq) else list(models)
+    if config.beam > 1:
+        return beam_search(members, source, source_lengths, config, prefix, return_weights)
+    found = _walk(members, source, source_lengths, config, prefix, return_weights)
+    return [[hypothesis] for hypothesis in found]
 
 
-def _stack(rows: list[Tensor], length: int) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0, length)
+def _walk(
+    models: Sequence[Seq2Seq],
+    source: Tensor,
+    lengths: Tensor,
+    config: SearchConfig,
+    prefix: Tensor | None,
+    return_weights: bool,
+) -> list[Hypothesis]:
+    """One symbol after the other for each row: the likeliest, or a drawn one."""
+    ensemble = Ensemble(models, source, lengths)
+    wanted = (return_weights or config.coverage_penalty > 0) and ensemble.has_attention
+    generator = None
+    if config.seed is not None:
+        generator = torch.Generator(source.device).manual_seed(config.seed)
+    rows = torch.arange(len(source), device=source.device)  # of the batch, still under way
+    limits = limits_of(lengths, config)
+    symbols = torch.full_like(lengths, BOS)
+    tokens = source.new_zeros(len(source), 0)
+    total = torch.zeros(len(source), device=source.device)
+    steps: list[Tensor] = []
+    found: dict[int, Hypothesis] = {}
+    while len(rows):
+        log_probs, weights = ensemble.step(symbols, wanted)
+        at = (tokens, limits[rows], config, None if prefix is None else prefix[rows])
+        allowed = constrain(log_probs, *at)
+        symbols = _draw(allowed, config, generator) if config.sample else allowed.argmax(dim=-1)
+        total = total + log_probs.gather(1, symbols[:, None])[:, 0]
+        tokens = torch.cat((tokens, symbols[:, None]), dim=1)
+        if weights is not None:
+            steps.append(weights)
+        ended = symbols == EOS
+        for i in ended.nonzero()[:, 0].tolist():
+            row = int(rows[i])
+            aligned = torch.stack([step[i] for step in steps]) if steps else None
+            score = _score(total[i : i + 1], tokens.shape[1], aligned, lengths[row], config)
+            alignment = None
+            if return_weights:
+                size = int(lengths[row])
+                alignment = torch.zeros(0, size)
+                if aligned is not None:
+                    alignment = aligned[:-1, :size].float().cpu()
+            found[row] = Hypothesis(tokens[i, :-1].tolist(), float(total[i]), score, alignment)
+        remaining = (~ended).nonzero()[:, 0]
+        if len(remaining) < len(rows):
+            rows, symbols = rows[remaining], symbols[remaining]
+            tokens, total = tokens[remaining], total[remaining]
+            steps = [step[remaining] for step in steps]
+            ensemble.keep(remaining)
+    return [found[row] for row in range(len(source))]
+
+
+def _score(
+    total: Tensor, length: int, aligned: Tensor | None, source: Tensor, config: SearchConfig
+) -> float:
+    score = total / length_penalty(float(length), config)
+    if aligned is not None and config.coverage_penalty:
+        score = score + coverage_penalty(aligned.sum(dim=0)[None], source[None], config)
+    return float(score)
+
+
+def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:
+    """Draw a symbol for each row from (N, V), after temperature, top-k and top-p."""
+    tempered = torch.log_softmax(log_probs / config.temperature, dim=-1)
+    ranked, order = tempered.sort(dim=-1, descending=True)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if config.top_k:
+        keep[:, config.top_k :] = False
+    # A symbol stays while those before it do not reach p; the first always does.
+    before = ranked.exp().cumsum(dim=-1) - ranked.exp()
+    keep &= before < config.top_p
+    weights = ranked.exp().masked_fill(~keep, 0.0)
+    return order.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]

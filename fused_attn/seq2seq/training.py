@@ -15,6 +15,7 @@ from fused_attn.seq2seq.batching import Batch, Examples, epoch_batches
 from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
+from fused_attn.seq2seq.sampling import sampling_probability
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _GENERATOR = "generator"
@@ -29,6 +30,7 @@ class Position:
     batch: int = 0  # batches done of the epoch after those
     loss: float = 0.0  # summed over the tokens of those batches
     tokens: int = 0  # of those batches
+    sampling_from: int | None = None  # the step at which scheduled sampling began
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StepReport:
     loss: float  # mean over the tokens of the batch, in nats
     lr: float
     tokens: int
+    sampling: float  # probability of the decoder's own symbols
 
 
 def planned_steps(batches_per_epoch: int, config: TrainingConfig) -> int:
@@ -71,7 +74,8 @@ class Trainer:
         self.model = model
         self.examples = examples
         self.config = config
-        self.position = Position()
+        begins = config.sampling != "none" and config.sampling_after is None
+        self.position = Position(sampling_from=0 if begins else None)
         self.parameters = dict(model.named_parameters())
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
         self._batches = self._epoch_batches()
@@ -109,7 +113,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        loss = self.model.loss(batch.source, batch.source_lengths, batch.target)
+        sampling = self._sampling()
+        loss = self.model.loss(
+            batch.source,
+            batch.source_lengths,
+            batch.target,
+            sampling=sampling,
+            label_smoothing=self.config.label_smoothing,
+            coverage_weight=self.config.coverage_loss,
+        )
         loss.backward()
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip)
         value = loss.item()
@@ -123,11 +135,28 @@ class Trainer:
         position.batch += 1
         position.loss += value * batch.tokens
         position.tokens += batch.tokens
-        return StepReport(position.step, position.epoch + 1, value, lr, batch.tokens)
+        return StepReport(position.step, position.epoch + 1, value, lr, batch.tokens, sampling)
 
-    def finish_epoch(self) -> None:
-        """Go on to the next epoch."""
-        self.position = Position(step=self.position.step, epoch=self.position.epoch + 1)
+    def _sampling(self) -> float:
+        start = self.position.sampling_from
+        if start is None:
+            return 0.0
+        config = self.config
+        progress = (self.position.step - start) / max(1, self.total_steps - start - 1)
+        return sampling_probability(config.sampling, progress, config.sampling_max)
+
+    def finish_epoch(self, rate: float | None = None) -> None:
+        """Go on to the next epoch.
+
+        rate: the first rate on the development set. Scheduled sampling begins once it is low
+        enough: until then the model learns from right symbols only.
+        """
+        config, start = self.config, self.position.sampling_from
+        step, epoch = self.position.step, self.position.epoch + 1
+        if config.sampling != "none" and start is None and rate is not None:
+            assert config.sampling_after is not None
+            start = step if rate <= config.sampling_after else None
+        self.position = Position(step=step, epoch=epoch, sampling_from=start)
         self._batches = self._epoch_batches()
 
     def _epoch_batches(self) -> list[Tensor]:

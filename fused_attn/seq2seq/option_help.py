@@ -1,0 +1,58 @@
+"""What the command line says of each field of the configurations; `config` has it in full."""
+
+from __future__ import annotations
+
+from fused_attn.seq2seq.config import BRIDGES, CELLS, LENGTH_PENALTIES, LOCALS, SCHEDULES, SCORES
+
+MODEL_HELP = {
+    "cell": f"recurrent cell: {', '.join(CELLS)}",
+    "hidden": "width of the decoder",
+    "encoder_hidden": "width of each direction of the encoder (default: that of the decoder)",
+    "embedding": "width of the embeddings",
+    "layers": "recurrent layers of the decoder",
+    "encoder_layers": "recurrent layers of the encoder (default: those of the decoder)",
+    "bidirectional": "read the source from both ends",
+    "residual": "add a recurrent layer's input to its output",
+    "share": "one set of recurrent layers for encoder and decoder",
+    "tie": "output: the output layer is the target's embeddings; all: the source's too",
+    "reverse_source": "read the source from its end",
+    "bridge": f"how the decoder starts: {', '.join(BRIDGES)}",
+    "score": f"attention score: {', '.join(SCORES)}",
+    "attn_dim": "width of the concat score (default: that of the memory)",
+    "local": f"local attention: {' or '.join(LOCALS)}",
+    "window": "half-width of local attention",
+    "max_source": "longest source, for the score location",
+    "coverage": "tell the concat score what has been looked at",
+    "input_feeding": "feed the attentional state into the next step",
+    "dropout": "probability of dropout",
+    "variational": "drop the same columns at every step",
+}
+TRAINING_HELP = {
+    "epochs": "passes over the training pairs",
+    "batch_size": "pairs in a batch",
+    "lr": "highest learning rate",
+    "warmup": "share of the steps in which the rate rises",
+    "clip": "largest norm of the gradient",
+    "label_smoothing": "share of the probability spread over all symbols",
+    "coverage_loss": "weight of the coverage loss",
+    "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
+    "sampling_max": "probability of the model's own symbols at the end",
+    "sampling_after": "begin with it once the first rate on the development set is at most this",
+    "seed": "seed of parameters, dropout and order",
+    "max_steps": "plan for at most so many steps (default: all epochs)",
+}
+SEARCH_HELP = {
+    "beam": "hypotheses followed at once",
+    "nbest": "targets for each source, a line each",
+    "length_penalty": f"what the log-probability is divided by: {', '.join(LENGTH_PENALTIES)}",
+    "alpha": "exponent of the gnmt length penalty",
+    "coverage_penalty": "weight of the penalty for what of the source was not read",
+    "min_length": "symbols at least",
+    "max_length": "symbols at most (default: twice the source and 10 more)",
+    "block_ngrams": "let no sequence of so many symbols come twice",
+    "sample": "draw symbols instead of taking the likeliest",
+    "temperature": "of the draw; below 1 is sharper",
+    "top_k": "draw from so many symbols only",
+    "top_p": "draw from the likeliest symbols whose probabilities reach this",
+    "seed": "seed of the draw",
+}
