@@ -17,7 +17,14 @@ from typing import NoReturn, get_args, get_type_hints
 from fused_attn import __version__
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.option_help import MODEL_HELP, SEARCH_HELP, TRAINING_HELP
+from fused_attn.seq2seq.option_help import (
+    MODEL_HELP,
+    SEARCH_HELP,
+    TASK_HELP,
+    TASK_SUMMARIES,
+    TRAINING_HELP,
+)
+from fused_attn.seq2seq.tasks import TASKS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -52,23 +59,26 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     command("info", _info, "Show versions, instruction set, backends and why one is missing.")
-    _add_train_options(command("train", _train, "Train a model: g2p spells out words in phones."))
+    _add_train_options(
+        command("train", _train, "Train a model of a task, or of your own pairs of lines.")
+    )
     _add_predict_options(
         command(
             "predict",
             _predict,
-            "Print the pronunciation of each word, one a line. A word that cannot be read ends it, "
-            "after the words before.",
+            "Print what the model makes of each source, a line each. One that cannot be read ends "
+            "it, after those before.",
         )
     )
     _add_evaluate_options(
-        command("evaluate", _evaluate, "Measure a model's error rates on the test words.")
+        command("evaluate", _evaluate, "Measure a model's error rates on the test.")
     )
     return parser
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", metavar="TASK", choices=["g2p"], help="what to learn: g2p")
+    what = ", ".join(f"{name}: {text}" for name, text in TASK_SUMMARIES.items())
+    parser.add_argument("task", metavar="TASK", choices=list(TASKS), help=what)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where checkpoints and log go"
     )
@@ -77,14 +87,13 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_fields(parser.add_argument_group("model"), ModelConfig, MODEL_HELP)
     _add_fields(parser.add_argument_group("recipe"), TrainingConfig, TRAINING_HELP)
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("data of the task")
+    for task in TASKS.values():
+        _add_fields(data, task.kind, TASK_HELP[task.name])
     data.add_argument(
-        "--test-words", type=Path, metavar="FILE",
-        help="keep the words of this file, one a line, for the test (default: 5%% by hash)",
+        "--test", type=Path, metavar="FILE",
+        help="keep what this file lists for the test: g2p words, scan commands, pairs",
     )  # fmt: skip
-    data.add_argument(
-        "--limit-words", type=int, metavar="N", help="train on N words only (default: all)"
-    )
     _add_machine_options(parser)
 
 
@@ -109,7 +118,7 @@ def _add_fields(group: argparse._ArgumentGroup, config: type, texts: dict[str, s
 def _add_predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument(
-        "text", nargs="*", metavar="TEXT", help="words; without any, lines of standard input"
+        "text", nargs="*", metavar="TEXT", help="sources; without any, lines of standard input"
     )
     parser.add_argument(
         "--alignments", type=Path, metavar="FILE.png", help="draw the alignment weights"
@@ -124,15 +133,15 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument(
-        "--test-words", type=Path, metavar="FILE",
-        help="judge the words of this file (default: those the model was not to see)",
+        "--test", type=Path, metavar="FILE",
+        help="judge on this file (default: the test that the model was not to see)",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="judge only N words, always the same"
+        "--limit", type=int, metavar="N", help="judge only N sources, always the same"
     )
     parser.add_argument(
         "--samples", type=int, default=0, metavar="N",
-        help="also print N words with the model's and the dictionary's pronunciation",
+        help="also print N sources with the model's target and the references",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _add_search_options(parser)

@@ -88,10 +88,10 @@ def test_train_writes_log_and_checkpoints(run: Path) -> None:
 def test_train_keeps_the_best_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fused_attn.seq2seq import g2p_run
+    from fused_attn.seq2seq import task_run
 
     wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
-    monkeypatch.setattr(g2p_run, "rates", lambda _: {"WER": next(wer), "PER": 0.1})
+    monkeypatch.setattr(task_run, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
     options = [*TINY[:-1], "5", "--limit-words", "100"]
     assert main(["train", "g2p", "--output", str(tmp_path), *options]) == 0
     assert [name[-8:] for name in names(tmp_path)] == ["epoch-02", "epoch-04", "epoch-05"]
@@ -179,14 +179,18 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--limit-words", "3"], "too few")
     fails([*new, "--threads", "0"], "--threads must be")
     fails([*new, "--backend", "gpu"], "backend must be one of", "'gpu'")
-    fails(["train", "scan", "--output", tmp_path], "invalid choice: 'scan'")
+    fails(["train", "spin", "--output", tmp_path], "invalid choice: 'spin'")
+    fails([*new, "--split", "jump"], "--split is no option of the task g2p")
+    fails([*train, run, "--resume", "--hidden", "17"], "was not started with this --hidden")
+    fails(["train", "scan", "--output", run, "--resume"], "is of the task g2p")
+    fails(["train", "reverse", "--output", tmp_path / "new", "--test", run], "--test is no option")
     fails(["train", "g2p"], "required: --output")
-    fails([*new, "--test-words", tmp_path / "none"], "cannot read the words", "No such file")
-    fails([*new, "--test-words", tmp_path], "cannot read the words", "Is a directory")
+    fails([*new, "--test", tmp_path / "none"], "cannot read", "No such file")
+    fails([*new, "--test", tmp_path], "cannot read", "Is a directory")
     (tmp_path / "words").write_bytes(b"\xff\xfe")
-    fails([*new, "--test-words", tmp_path / "words"], "not UTF-8")
+    fails([*new, "--test", tmp_path / "words"], "not UTF-8")
     (tmp_path / "words").write_text("nosuchword\n")
-    fails([*new, "--test-words", tmp_path / "words"], "none of the test words")
+    fails([*new, "--test", tmp_path / "words"], "none of the test words")
     assert not (tmp_path / "new").exists()
 
 
@@ -252,7 +256,7 @@ def test_predict_searches(run: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert len(predict("--max-length", 2, "--min-length", 2)[0].split()) == 2
     capfd.readouterr()
     assert main(["evaluate", str(run), "--json", "--limit", "5", "--beam", "2"]) == 0
-    assert json.loads(capfd.readouterr().out)["words"] == 5
+    assert json.loads(capfd.readouterr().out)["count"] == 5
 
 
 def test_search_options_are_checked(run: Path, fails: Fails) -> None:
@@ -293,13 +297,13 @@ def test_predict_refuses_lines_after_printing_those_before(
 ) -> None:
     predict = ["predict", run]
     lines_in(b"hello\n\nworld\n")
-    fails(predict, "line 2: there is no letter")
+    fails(predict, "line 2: the source is empty")
     lines_in(b"hello\nna\xc3\xafve\n")
-    fails(predict, "line 2: unknown letter 'ï'; known are ' a b c")
+    fails(predict, "line 2: unknown symbol 'ï'; known are ' a b c")
     lines_in(b"\xff\n")
     fails(predict, "line 1 is not UTF-8 text")
-    fails([*predict, "hello", "two words"], "argument 2: unknown letter ' '")
-    fails([*predict, ""], "argument 1: there is no letter")
+    fails([*predict, "hello", "two words"], "argument 2: unknown symbol ' '")
+    fails([*predict, ""], "argument 1: the source is empty")
     lines_in(b"hello\nhello\n3\n")
     main(["predict", str(run)])
     assert len(capfd.readouterr().out.splitlines()) == 2
@@ -347,7 +351,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
     (copy / checkpoint.METADATA).write_text(json.dumps({"format_version": 2}))
-    fails(["predict", copy, "a"], "is damaged: it lacks 'source'")
+    fails(["predict", copy, "a"], "is damaged: it lacks 'model'")
     (copy / checkpoint.METADATA).write_text("{")
     fails(["predict", copy, "a"], "is damaged")
 
@@ -357,20 +361,23 @@ def test_evaluate(run: Path, lexicon: g2p.Lexicon, capfd: pytest.CaptureFixture[
     capfd.readouterr()
     assert main(["evaluate", str(run), "--json", "--samples", "3"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert report["words"] == count
+    assert report["count"] == count
     assert report["WER"] == report["wrong"] / count
-    assert report["PER"] == report["edits"] / report["phones"]
+    assert report["PER"] == report["edits"] / report["symbols"]
     for sample in report["samples"]:
-        assert tuple(sample["dictionary"][0]) == lexicon[sample["word"]][0]
-        assert main(["predict", str(run), sample["word"]]) == 0
+        word = "".join(sample["source"])
+        assert tuple(sample["references"][0]) == lexicon[word][0]
+        assert main(["predict", str(run), word]) == 0
         assert capfd.readouterr().out.split() == sample["model"]
     assert main(["evaluate", str(run), "--samples", "2"]) == 0
     words, wer, per, blank, heads, *samples = capfd.readouterr().out.splitlines()
     assert words.split() == ["words", str(count)]
     assert wer.split() == ["WER", f"{100 * report['WER']:.2f}", "%"]
     assert per.split() == ["PER", f"{100 * report['PER']:.2f}", "%"]
-    assert blank == "" and heads.split() == ["word", "model", "dictionary"]
-    assert [line.split()[0] for line in samples] == [s["word"] for s in report["samples"][:2]]
+    assert blank == "" and heads.split() == ["source", "model", "reference"]
+    assert [line.split()[0] for line in samples] == [
+        "".join(s["source"]) for s in report["samples"][:2]
+    ]
 
 
 def test_evaluate_on_given_words(
@@ -380,11 +387,11 @@ def test_evaluate_on_given_words(
     split = g2p.split_words(lexicon)
     listed = [*split.train[:2], split.test[0], "nosuchword"]
     (tmp_path / "words").write_text("\n".join(listed))
-    evaluate = ["evaluate", str(run), "--test-words", str(tmp_path / "words")]
+    evaluate = ["evaluate", str(run), "--test", str(tmp_path / "words")]
     capfd.readouterr()
     assert main([*evaluate, "--json"]) == 0
     captured = capfd.readouterr()
-    assert json.loads(captured.out)["words"] == 3
+    assert json.loads(captured.out)["count"] == 3
     assert "1 listed words are not in the dictionary" in captured.err
     assert "trained on 2 of these words" in captured.err
     (tmp_path / "words").write_text("nosuchword")
@@ -398,12 +405,12 @@ def test_a_model_keeps_its_test_words(
     words = g2p.by_hash(lexicon)[:40]
     (tmp_path / "words").write_text("\n".join(words))
     train = ["train", "g2p", "--output", str(tmp_path / "run"), *TINY, "--max-steps", "2"]
-    assert main([*train, "--test-words", str(tmp_path / "words")]) == 0
+    assert main([*train, "--test", str(tmp_path / "words")]) == 0
     (tmp_path / "words").unlink()
     capfd.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--json", "--samples", "40"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert {sample["word"] for sample in report["samples"]} == set(words)
+    assert {"".join(sample["source"]) for sample in report["samples"]} == set(words)
 
 
 def test_threads(run: Path) -> None:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq import g2p_run
+from fused_attn.seq2seq import task_run
 from fused_attn.seq2seq.batching import Examples
 from fused_attn.seq2seq.config import SCHEDULES, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.g2p_run import Recipe, TaskConfig
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.progress import LineProgress
 from fused_attn.seq2seq.sampling import sampling_probability
+from fused_attn.seq2seq.task_run import Recipe
+from fused_attn.seq2seq.tasks import G2P, G2PConfig
 from fused_attn.seq2seq.training import StepReport, Trainer, learning_rate, planned_steps
 from fused_attn.seq2seq.vocabulary import PAD
 
@@ -165,10 +166,10 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_it_spoils_the_model(
 def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> None:
     """200 steps of the demo's model on the dictionary, with both backends and the same seed."""
     training = TrainingConfig(epochs=4, batch_size=16, lr=3e-3)
-    recipe = Recipe(ModelConfig(hidden=128), training, TaskConfig(limit_words=20_000))
+    recipe = Recipe(ModelConfig(hidden=128), training, G2P(G2PConfig(limit_words=20_000)))
     curves = []
     for backend in ("auto", "eager"):
-        run = g2p_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), backend)
+        run = task_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), backend)
         losses = [report.loss for report in train(run.trainer, stop_at=200)]
         curves.append(torch.tensor(losses))
     fused, eager = curves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,24 +14,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from fused_attn.seq2seq import checkpoint, g2p, g2p_run
+from fused_attn.seq2seq import checkpoint, task_run
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.g2p_run import Recipe, TaskConfig
 from fused_attn.seq2seq.inference import Prediction, Predictor
 from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.task_run import Recipe
+from fused_attn.seq2seq.tasks import TASKS, Item, Symbols, Task
 
 # Panels of a picture of alignments.
 MAX_PANELS = 12
 
 _READ_BYTES = 1 << 16
 
-Config = TypeVar("Config", ModelConfig, TrainingConfig, TaskConfig)
+Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
 
 def train(args: Namespace) -> int:
@@ -70,41 +72,67 @@ def _start(args: Namespace) -> Run:
     directory: Path = args.output
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
-    recipe = _given(Recipe(ModelConfig(), TrainingConfig(), TaskConfig()), args)
-    return g2p_run.start(directory, recipe, make_progress(), args.backend)
+    kind = TASKS[args.task]
+    recipe = Recipe(
+        _updated(kind.model, args), _updated(kind.training, args), _task(kind, {}, args)
+    )
+    return task_run.start(directory, recipe, make_progress(), args.backend, _note)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _resume(args: Namespace) -> Run:
     last = last_checkpoint(args.output)
-    recipe = g2p_run.load_recipe(last, checkpoint.load_metadata(last))
-    started, asked = _options(recipe), _options(_given(recipe, args))
-    changed = [f"--{name.replace('_', '-')}" for name in started if asked[name] != started[name]]
-    if changed:
-        raise InputError(
-            f"the run in {args.output} was not started with this {changed[0]}; "
-            "leave it out to go on, or start another run"
-        )
-    return g2p_run.resume(args.output, make_progress(), args.backend)
+    recipe = task_run.load_recipe(last, checkpoint.load_metadata(last))
+    if recipe.task.name != args.task:
+        raise InputError(f"the run in {args.output} is of the task {recipe.task.name}")
+    asked = Recipe(
+        _updated(recipe.model, args),
+        _updated(recipe.training, args),
+        _task(type(recipe.task), asdict(recipe.task.config), args),
+    )
+    for part, other in zip(recipe.to_json().values(), asked.to_json().values(), strict=True):
+        for name, value in part.items():
+            if other[name] != value:
+                raise InputError(
+                    f"the run in {args.output} was not started with this "
+                    f"--{name.replace('_', '-')}; leave it out to go on, or start another run"
+                )
+    return task_run.resume(args.output, make_progress(), args.backend)
 
 
-def _options(recipe: Recipe) -> dict[str, object]:
-    return {name: value for part in asdict(recipe).values() for name, value in part.items()}
-
-
-def _given(recipe: Recipe, args: Namespace) -> Recipe:
-    """Return ``recipe`` with the options that were given."""
-    options = dict(vars(args))
-    if args.test_words is not None:
-        options["test_words"] = tuple(sorted(set(g2p.read_words(args.test_words))))
-
-    def updated(config: Config) -> Config:
-        names = [field.name for field in fields(config)]
-        return replace(config, **{n: options[n] for n in names if options[n] is not None})
-
+def _updated(config: Config, args: Namespace) -> Config:
+    """Return ``config`` with the options that were given."""
+    options = vars(args)
+    given = {f.name: options[f.name] for f in fields(config) if options[f.name] is not None}
     try:
-        return Recipe(updated(recipe.model), updated(recipe.training), updated(recipe.task))
+        return replace(config, **given)
     except ValueError as error:
-        raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
+        raise _as_option(error) from None
+
+
+def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
+    """Return the task with the options that were given; those of other tasks are refused."""
+    known = {field.name for task in TASKS.values() for field in fields(task.kind)} - {"test"}
+    given = {n: v for n, v in vars(args).items() if n in known and v is not None}
+    own = {field.name for field in fields(kind.kind)}
+    if others := sorted(given.keys() - own):
+        option = others[0].replace("_", "-")
+        raise InputError(f"--{option} is no option of the task {kind.name}")
+    if args.test is not None:
+        given |= kind.test_option(args.test)
+    try:
+        return kind(kind.kind(**values | given))
+    except ValueError as error:
+        raise _as_option(error) from None
+
+
+def _as_option(error: ValueError) -> InputError:
+    """The message of a configuration, which begins with the field's name, as one of an option."""
+    name, _, rest = str(error).partition(" ")
+    return InputError(f"--{name.replace('_', '-')} {rest}")
 
 
 @contextmanager
@@ -135,7 +163,7 @@ def predict(args: Namespace) -> int:
     if picture is not None and not picture.parent.is_dir():
         raise InputError(f"--alignments: there is no directory {picture.parent}")
     search = _search_config(args)
-    predictor = _load(args)
+    predictor, task = _load(args)
     if picture is not None and all(m.config.score == "none" for m in predictor.models):
         raise InputError("--alignments: the model has no attention to draw")
     if args.text:
@@ -149,7 +177,7 @@ def predict(args: Namespace) -> int:
     count = 0
     for lot in lots:
         wanted = (search, picture is not None, args.scores)
-        for prediction in _predict_lot(predictor, lot, kind, count, *wanted):
+        for prediction in _predict_lot(predictor, task, lot, kind, count, *wanted):
             if picture is not None and len(shown) < MAX_PANELS and prediction.target:
                 shown.append(prediction)
         count += len(lot)
@@ -158,9 +186,10 @@ def predict(args: Namespace) -> int:
     return 0
 
 
-def _load(args: Namespace) -> Predictor:
+def _load(args: Namespace) -> tuple[Predictor, Task]:
     paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
-    return Predictor.load(*paths, backend=args.backend)
+    recipe = task_run.load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
+    return Predictor.load(*paths, backend=args.backend), recipe.task
 
 
 def _search_config(args: Namespace) -> SearchConfig:
@@ -168,7 +197,7 @@ def _search_config(args: Namespace) -> SearchConfig:
     try:
         return SearchConfig(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
-        raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
+        raise _as_option(error) from None
 
 
 def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
@@ -184,6 +213,7 @@ def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
 
 def _predict_lot(
     predictor: Predictor,
+    task: Task,
     lot: Sequence[bytes],
     kind: str,
     before: int,
@@ -191,29 +221,29 @@ def _predict_lot(
     return_weights: bool,
     with_scores: bool,
 ) -> list[Prediction]:
-    """Print the predictions of some words; of those before the first that cannot be read.
+    """Print the predictions of some lines; of those before the first that cannot be read.
 
-    Every word has ``search.nbest`` lines, of which the last are empty if fewer were found. Returns
-    the best of each.
+    Every source has ``search.nbest`` lines, the last ones empty if fewer were found. Returns the
+    best of each.
     """
-    words: list[str] = []
+    sources: list[Symbols] = []
     problem: InputError | None = None
     for number, text in enumerate(lot, start=before + 1):
         try:
-            word = text.decode().strip().lower()
-            predictor.encode(word)
+            source = task.read(text.decode())
+            predictor.encode(source)
         except UnicodeDecodeError:
             problem = InputError(f"{kind} {number} is not UTF-8 text")
             break
         except InputError as error:
             problem = InputError(f"{kind} {number}: {error}")
             break
-        words.append(word)
-    predictions = predictor.predict(words, search, return_weights=return_weights)
+        sources.append(source)
+    predictions = predictor.predict(sources, search, return_weights=return_weights)
     for found in predictions:
         for prediction in found:
             score = f"{prediction.score:.4f}\t" if with_scores else ""
-            print(score + " ".join(prediction.target))
+            print(score + task.write(prediction.target))
         print("\n" * (search.nbest - len(found)), end="")
     sys.stdout.flush()
     if problem is not None:
@@ -242,50 +272,58 @@ def evaluate(args: Namespace) -> int:
         if value is not None and value < (option == "limit"):
             raise InputError(f"--{option} must be positive, got {value}")
     search = _search_config(args)
-    directory = find_checkpoint(args.model)
-    recipe = g2p_run.load_recipe(directory, checkpoint.load_metadata(directory))
-    predictor = _load(args)
-    lexicon = g2p.load_dictionary()
-    words = _test_words(args, recipe, lexicon)
-    found = g2p_run.pronounce(predictor, words, search)
-    errors = g2p_run.judge(found, words, lexicon)
-    rates = g2p_run.rates(errors)
-    samples = list(zip(words, found, strict=True))[: args.samples]
+    predictor, task = _load(args)
+    items = _items(args, task)
+    found = task_run.targets(predictor, items, search)
+    errors = task_run.judge(found, items)
+    rates = task_run.rates(task, errors)
+    samples = list(zip(items, found, strict=True))[: args.samples]
     if args.json:
         report = {
-            "checkpoint": str(directory),
-            "words": errors.count,
+            "checkpoint": str(find_checkpoint(args.model)),
+            "task": task.name,
+            "count": errors.count,
             "wrong": errors.wrong,
-            "phones": errors.reference_symbols,
+            "symbols": errors.reference_symbols,
             "edits": errors.edits,
             **rates,
-            "samples": [{"word": w, "model": p, "dictionary": lexicon[w]} for w, p in samples],
+            "samples": [
+                {"source": i.source, "model": target, "references": i.references}
+                for i, target in samples
+            ],
         }
-        print(json.dumps(report))
+        print(json.dumps(report, ensure_ascii=False))
         return 0
     rows = [[name, f"{100 * rate:.2f} %"] for name, rate in rates.items()]
-    print(_table([["words", f"{errors.count:,}"], *rows]))
+    print(_table([[task.units[0], f"{errors.count:,}"], *rows]))
     if samples:
-        rows = [[w, " ".join(p), " | ".join(map(" ".join, lexicon[w]))] for w, p in samples]
-        print(f"\n{_table([['word', 'model', 'dictionary'], *rows])}")
+        rows = [["source", "model", "reference"]]
+        for item, target in samples:
+            references = " | ".join(map(task.write, item.references))
+            rows.append([task.show(item.source), task.write(target), references])
+        print(f"\n{_table(rows)}")
     return 0
 
 
-def _test_words(args: Namespace, recipe: Recipe, lexicon: g2p.Lexicon) -> list[str]:
-    """Return the words to judge, in an order that looks random, with a note on what is odd."""
-    task = recipe.task
-    split = g2p.split_words(lexicon, task.test_words, task.limit_words)
-    words = set(split.test)
-    if args.test_words is not None:
-        listed = set(g2p.read_words(args.test_words))
-        words = listed & lexicon.keys()
-        if not words:
-            raise InputError(f"none of the words in {args.test_words} is in the dictionary")
-        if unknown := len(listed) - len(words):
-            print(f"note: {unknown} listed words are not in the dictionary", file=sys.stderr)
-        if seen := len(words & {*split.train, *split.dev}):
-            print(f"note: the model was trained on {seen} of these words", file=sys.stderr)
-    return g2p.by_hash(words)[: args.limit]
+def _items(args: Namespace, task: Task) -> list[Item]:
+    """Return the items to judge, in an order that looks random, with a note on what is odd."""
+    if args.test is None:
+        items = list(task.load().test)
+        if not items:
+            raise InputError("there is no test data: name a file with --test")
+    else:
+        items, notes = task.listed(args.test)
+        for text in notes:
+            _note(text)
+        data = task.load()
+        known = {source for source, _ in data.train} | {item.source for item in data.dev}
+        if seen := sum(item.source in known for item in items):
+            _note(f"the model was trained on {seen} of these {task.units[0]}")
+    return sorted(items, key=_shuffled)[: args.limit]
+
+
+def _shuffled(item: Item) -> bytes:
+    return hashlib.sha256("\0".join(("order", *item.source)).encode()).digest()
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.parallel import read_text
 
 Pronunciation = tuple[str, ...]
 Lexicon = Mapping[str, tuple[Pronunciation, ...]]
@@ -115,9 +116,4 @@ def _place(word: str) -> float:
 
 def read_words(path: Path) -> list[str]:
     """Return the words of a file, one a line, in lower case; raises `InputError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the words in {path}: {reason}") from None
-    return text.lower().split()
+    return read_text(path).lower().split()

@@ -94,12 +94,12 @@ class Predictor:
     def encode(self, symbols: Sequence[str]) -> list[int]:
         """Return the numbers of a source; raises `InputError` if it is empty or not known."""
         if not symbols:
-            raise InputError("there is no letter")
+            raise InputError("the source is empty")
         try:
             return self.source.encode(symbols)
         except UnknownSymbolError as error:
             known = " ".join(self.source.symbols)
-            raise InputError(f"unknown letter {error.symbol!r}; known are {known}") from None
+            raise InputError(f"unknown symbol {error.symbol!r}; known are {known}") from None
 
     def predict(
         self,

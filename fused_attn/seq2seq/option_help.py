@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fused_attn.seq2seq.config import BRIDGES, CELLS, LENGTH_PENALTIES, LOCALS, SCHEDULES, SCORES
+from fused_attn.seq2seq.parallel import TOKENS
+from fused_attn.seq2seq.scan import SPLITS
 
 MODEL_HELP = {
     "cell": f"recurrent cell: {', '.join(CELLS)}",
@@ -55,4 +57,28 @@ SEARCH_HELP = {
     "top_k": "draw from so many symbols only",
     "top_p": "draw from the likeliest symbols whose probabilities reach this",
     "seed": "seed of the draw",
+}
+TASK_SUMMARIES = {
+    "g2p": "words to phones",
+    "scan": "commands to actions",
+    "reverse": "sequences turned around",
+    "pairs": "your own lines, source TAB target",
+}
+TASK_HELP: dict[str, dict[str, str]] = {
+    "g2p": {"limit_words": "g2p: train on so many words only (default: all)"},
+    "scan": {"split": f"scan: {', '.join(SPLITS)}"},
+    "reverse": {
+        "numbers": "reverse: different numbers",
+        "pairs": "reverse: training pairs",
+        "longest": "reverse: longest sequence in training",
+        "test_longest": "reverse: longest sequence in the test",
+    },
+    "pairs": {
+        "train": "pairs: the file to train on",
+        "dev": "pairs: the file that chooses the best checkpoint (default: 2 %% of train)",
+        "tokens": f"pairs: what a symbol is, {' or '.join(TOKENS)}",
+        "min_count": "pairs: rarer symbols are read as unknown",
+        "max_length": "pairs: longest source or target in symbols",
+        "skip_bad": "pairs: leave out lines that cannot be used, and count them",
+    },
 }

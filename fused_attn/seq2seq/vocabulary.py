@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = 3
+# A vocabulary with this symbol reads it for every symbol that it does not know.
+UNKNOWN = "<unk>"
 
 
 class UnknownSymbolError(ValueError):
@@ -30,7 +32,12 @@ class Vocabulary:
         return len(self.symbols) + _SPECIAL
 
     def encode(self, symbols: Iterable[str]) -> list[int]:
-        """Return the numbers of ``symbols``; raises `UnknownSymbolError`."""
+        """Return the numbers of ``symbols``; raises `UnknownSymbolError`, unless it has one for
+        those that are not known.
+        """
+        unknown = self._numbers.get(UNKNOWN)
+        if unknown is not None:
+            return [self._numbers.get(symbol, unknown) for symbol in symbols]
         try:
             return [self._numbers[symbol] for symbol in symbols]
         except KeyError as error:

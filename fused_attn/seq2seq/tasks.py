@@ -1,0 +1,366 @@
+"""The tasks that come with the toolkit: where their pairs come from, and what a line of text is.
+
+No torch here: the command line reads the options from the configurations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fused_attn.seq2seq import g2p, parallel, scan
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.vocabulary import Vocabulary
+
+Symbols = tuple[str, ...]
+
+# Shares of the pairs, by hash, where a task has no split of its own.
+TEST_SHARE = 0.2
+DEV_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Item:
+    """A source to judge a model on, and the targets that are right."""
+
+    source: Symbols
+    references: tuple[Symbols, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a task makes of its configuration."""
+
+    source: Vocabulary
+    target: Vocabulary
+    train: Sequence[tuple[Symbols, Symbols]]
+    dev: Sequence[Item]
+    test: Sequence[Item]
+    notes: tuple[str, ...] = ()  # for people, on what is odd
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training pairs."""
+        digest = hashlib.sha256()
+        for pair in self.train:
+            digest.update(repr(pair).encode())
+        return digest.hexdigest()
+
+
+class Task(ABC):
+    """A task with its configuration, plain values that go into every checkpoint."""
+
+    name: ClassVar[str]
+    kind: ClassVar[type]  # of the configuration
+    units: ClassVar[tuple[str, str]]  # what people call a source and a symbol of the target
+    rates: ClassVar[tuple[str, str]]  # names of the error rates of whole targets and of symbols
+    model: ClassVar[ModelConfig] = ModelConfig()
+    training: ClassVar[TrainingConfig] = TrainingConfig()
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Read or make the pairs; raises `InputError` if they cannot be had."""
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        """What --test makes of the configuration; raises `InputError`."""
+        raise InputError(f"--test is no option of the task {cls.name}")
+
+    def read(self, text: str) -> Symbols:
+        """The symbols of a line of text."""
+        return tuple(text.split())
+
+    def write(self, target: Iterable[str]) -> str:
+        """The line for a target."""
+        return " ".join(target)
+
+    def show(self, source: Iterable[str]) -> str:
+        """The line of a source."""
+        return " ".join(source)
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        """The items of a file that `evaluate` was given, and notes; raises `InputError`."""
+        raise InputError(f"--test: the task {self.name} has its own test")
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and configuration as JSON values."""
+        return {"name": self.name, **asdict(self.config)}
+
+
+@dataclass(frozen=True)
+class G2PConfig:
+    """test_words: words to keep for the test; None to choose them by hash.
+    limit_words: use only so many words for training and development; None for all.
+    """
+
+    test_words: Symbols | None = None
+    limit_words: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit_words is not None and self.limit_words < 1:
+            raise ValueError(f"limit_words must be a positive number, got {self.limit_words}")
+
+
+class G2P(Task):
+    """Letters to phones: the CMU pronouncing dictionary."""
+
+    name, kind = "g2p", G2PConfig
+    units, rates = ("words", "phones"), ("WER", "PER")
+
+    def load(self) -> Data:
+        lexicon = g2p.load_dictionary()
+        split = g2p.split_words(lexicon, self.config.test_words, self.config.limit_words)
+        pairs = [(tuple(word), variant) for word in split.train for variant in lexicon[word]]
+        dev, test = (
+            [Item(tuple(word), lexicon[word]) for word in words]
+            for words in (split.dev, split.test)
+        )
+        return Data(Vocabulary(g2p.LETTERS), Vocabulary(g2p.phones(lexicon)), pairs, dev, test)
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        return {"test_words": tuple(sorted(set(g2p.read_words(path))))}
+
+    def read(self, text: str) -> Symbols:
+        return tuple(text.strip().lower())
+
+    def show(self, source: Iterable[str]) -> str:
+        return "".join(source)
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        lexicon = g2p.load_dictionary()
+        listed = sorted(set(g2p.read_words(path)))
+        words = [word for word in listed if word in lexicon]
+        if not words:
+            raise InputError(f"none of the words in {path} is in the dictionary")
+        unknown = len(listed) - len(words)
+        notes = [f"{unknown} listed words are not in the dictionary"] if unknown else []
+        return [Item(tuple(word), lexicon[word]) for word in words], notes
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """split: of the commands, see `scan`.
+    test_commands: those to keep for the test of the split "simple"; None to choose them by hash.
+    """
+
+    split: str = "simple"
+    test_commands: Symbols | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in scan.SPLITS:
+            raise ValueError(f"split must be one of {', '.join(scan.SPLITS)}, got {self.split!r}")
+        if self.test_commands is not None and self.split != "simple":
+            raise ValueError(f"test goes with the split simple, got {self.split!r}")
+
+
+class Scan(Task):
+    """Commands to actions (Lake & Baroni 2018), generated from the grammar."""
+
+    name, kind = "scan", ScanConfig
+    units, rates = ("commands", "actions"), ("commands wrong", "actions wrong")
+    model = ModelConfig(hidden=128, embedding=64, dropout=0.1)
+    training = TrainingConfig(epochs=8, batch_size=64, lr=4e-3)
+
+    def load(self) -> Data:
+        every = scan.commands()
+        if self.config.split == "simple":
+            train, test = self._simple(every)
+        else:
+            train, test = scan.split_commands(self.config.split)
+        alone = {source for source, _ in train}
+        held = {source for source in alone if _place(source) < DEV_SHARE}
+        dev = [pair for pair in every if pair[0] in held]
+        words = sorted({word for source, _ in every for word in source})
+        actions = sorted({action for _, target in every for action in target})
+        return Data(
+            Vocabulary(words),
+            Vocabulary(actions),
+            [pair for pair in train if pair[0] not in held],
+            [Item(source, (target,)) for source, target in dev],
+            [Item(source, (target,)) for source, target in test],
+        )
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        lines = (" ".join(line.split()) for line in parallel.read_text(path).splitlines())
+        return {"test_commands": tuple(sorted({line for line in lines if line}))}
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        meaning = dict(scan.commands())
+        lines = [tuple(line.split()) for line in self.test_option(path)["test_commands"]]
+        if unknown := [line for line in lines if line not in meaning]:
+            raise InputError(f"--test: {' '.join(unknown[0])!r} is no command of SCAN")
+        return [Item(line, (meaning[line],)) for line in lines], []
+
+    def _simple(self, every: Sequence[scan.Pair]) -> tuple[list[scan.Pair], list[scan.Pair]]:
+        if self.config.test_commands is None:
+            kept = {source for source, _ in every if _place(("test", *source)) < TEST_SHARE}
+        else:
+            kept = {tuple(line.split()) for line in self.config.test_commands}
+            if unknown := kept - {source for source, _ in every}:
+                raise InputError(f"--test: {' '.join(min(unknown))!r} is no command of SCAN")
+        train = [pair for pair in every if pair[0] not in kept]
+        return train, [pair for pair in every if pair[0] in kept]
+
+
+@dataclass(frozen=True)
+class ReverseConfig:
+    """numbers: how many different ones; pairs: to train on, of at most ``longest`` numbers;
+    test_longest: length of the longest in the test.
+    """
+
+    numbers: int = 51
+    pairs: int = 50_000
+    longest: int = 25
+    test_longest: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("numbers", "pairs", "longest", "test_longest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Reverse(Task):
+    """Sequences of numbers, turned around: what one state cannot hold, attention looks up."""
+
+    name, kind = "reverse", ReverseConfig
+    units, rates = ("sequences", "numbers"), ("sequences wrong", "numbers wrong")
+    model = ModelConfig(cell="gru", hidden=128, embedding=64, dropout=0.0)
+    training = TrainingConfig(epochs=4, batch_size=128, lr=4e-3)
+    judged: ClassVar[int] = 1_000  # sequences for development, and for the test
+
+    def load(self) -> Data:
+        config = self.config
+        generator = random.Random(0)
+        symbols = [str(number) for number in range(config.numbers)]
+
+        def draw(count: int, longest: int) -> list[tuple[Symbols, Symbols]]:
+            found = []
+            for _ in range(count):
+                source = tuple(generator.choices(symbols, k=generator.randint(1, longest)))
+                found.append((source, source[::-1]))
+            return found
+
+        train = draw(config.pairs, config.longest)
+        dev, test = draw(self.judged, config.longest), draw(self.judged, config.test_longest)
+        vocabulary = Vocabulary(symbols)
+        return Data(vocabulary, vocabulary, train, grouped(dev), grouped(test))
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """train, dev, test: files of lines ``source TAB target``; without a dev file 2 % of train.
+    tokens, max_length, skip_bad: see `parallel.Reader`.
+    min_count: rarer symbols are one, the unknown.
+    """
+
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    tokens: str = "words"
+    min_count: int = 1
+    max_length: int = 200
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.train is None:
+            raise ValueError("train must name a file for the task pairs")
+        if self.tokens not in parallel.TOKENS:
+            raise ValueError(
+                f"tokens must be one of {', '.join(parallel.TOKENS)}, got {self.tokens!r}"
+            )
+        for name in ("min_count", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Pairs(Task):
+    """Your own lines: source, a tab, target."""
+
+    name, kind = "pairs", PairsConfig
+    units, rates = ("lines", "symbols"), ("lines wrong", "symbols wrong")
+
+    def __init__(self, config: PairsConfig) -> None:
+        super().__init__(config)
+        self.reader = parallel.Reader(config.tokens, config.max_length, config.skip_bad)
+
+    def load(self) -> Data:
+        config, notes = self.config, []
+
+        def read(path: str | None) -> list[tuple[Symbols, Symbols]]:
+            if path is None:
+                return []
+            pairs, skipped = self.reader.read(Path(path))
+            if skipped:
+                notes.append(f"{path}: {skipped} bad lines were left out")
+            return pairs
+
+        train, dev, test = read(config.train), read(config.dev), read(config.test)
+        if config.dev is None:
+            dev = [pair for pair in train if _place(pair[0]) < DEV_SHARE] or train[:1]
+            held = {source for source, _ in dev}
+            train = [pair for pair in train if pair[0] not in held]
+            if not train:
+                raise InputError(f"{config.train}: too few lines for training and development")
+        sides = [
+            Vocabulary(parallel.open_vocabulary((pair[side] for pair in train), config.min_count))
+            for side in (0, 1)
+        ]
+        source, target = sides
+        return Data(source, target, train, grouped(dev), grouped(test), tuple(notes))
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        return {"test": str(path)}
+
+    def read(self, text: str) -> Symbols:
+        return self.reader.split(text)
+
+    def write(self, target: Iterable[str]) -> str:
+        return self.reader.join(target)
+
+    def show(self, source: Iterable[str]) -> str:
+        return self.reader.join(source)
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        pairs, skipped = self.reader.read(path)
+        notes = [f"{path}: {skipped} bad lines were left out"] if skipped else []
+        return grouped(pairs), notes
+
+
+def grouped(pairs: Iterable[tuple[Symbols, Symbols]]) -> list[Item]:
+    """Items of pairs; targets of one source are its references."""
+    targets: dict[Symbols, list[Symbols]] = {}
+    for source, target in pairs:
+        targets.setdefault(source, []).append(target)
+    return [Item(source, tuple(dict.fromkeys(found))) for source, found in targets.items()]
+
+
+def _place(symbols: Symbols) -> float:
+    """A place in 0..1 by hash: it stays whatever other pairs there are."""
+    digest = hashlib.sha256("\0".join(symbols).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (G2P, Scan, Reverse, Pairs)}
+
+
+def make_task(values: dict[str, Any]) -> Task:
+    """The task of `Task.to_json`; raises KeyError, TypeError or ValueError if it is none."""
+    options = dict(values)
+    name = options.pop("name")
+    if name not in TASKS:
+        raise ValueError(f"its task is {name!r}, known are {', '.join(TASKS)}")
+    kind = TASKS[name]
+    lists = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
+    return kind(kind.kind(**options | lists))
