@@ -31,7 +31,10 @@ INTERRUPTED = 130
 # What a shell reports for a program that SIGPIPE ended.
 PIPE_CLOSED = 141
 
-_MODEL_HELP = "a checkpoint, or the DIR that train wrote (then its best checkpoint, or its last)"
+_MODEL_HELP = (
+    "a checkpoint, or the DIR that train wrote (then its best checkpoint, or its last), or the "
+    "name of a model that comes with the package: g2p"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +76,19 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate_options(
         command("evaluate", _evaluate, "Measure a model's error rates on the test.")
     )
+    aer = command("aer", _aer, "Print the alignment error rate of links against those of a person.")
+    for name, text in (("found", "links of a model"), ("gold", "right links; 0?1 is possible")):
+        aer.add_argument(name, type=Path, metavar=name.upper(), help=f"{text}, in Pharaoh's format")
+    _add_export_options(
+        command("export", _export, "Write the model of a checkpoint without what training needs.")
+    )
     return parser
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--half", action="store_true", help="store the parameters in float16")
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -121,8 +136,14 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
         "text", nargs="*", metavar="TEXT", help="sources; without any, lines of standard input"
     )
     parser.add_argument(
-        "--alignments", type=Path, metavar="FILE.png", help="draw the alignment weights"
-    )
+        "--alignments", type=Path, metavar="FILE",
+        help="write the alignments: a picture to a .png or .svg, links to a .pharaoh, all weights "
+        "to a .soft file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replace-unknown", action="store_true",
+        help="put the source's symbol in place of an unknown one, by the alignment",
+    )  # fmt: skip
     parser.add_argument(
         "--scores", action="store_true", help="print the score and a tab before each target"
     )
@@ -179,15 +200,27 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq import predicting
 
-    return commands.predict(args)
+    return predicting.predict(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from fused_attn.seq2seq import commands
 
     return commands.evaluate(args)
+
+
+def _aer(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.aer(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.export(args)
 
 
 def _discard_output() -> None:

@@ -316,7 +316,7 @@ def test_predict_draws(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert os.listdir(tmp_path) == ["map.png"]
     assert capfd.readouterr().err == ""
     assert main(["predict", str(run), *["hello"] * 13, "--alignments", str(picture)]) == 0
-    assert "shows the first 12 of 13 words" in capfd.readouterr().err
+    assert "shows the first 12 of 13 sources" in capfd.readouterr().err
 
 
 def test_predict_refuses(run: Path, fails: Fails, tmp_path: Path) -> None:

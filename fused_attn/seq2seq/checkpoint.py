@@ -34,12 +34,13 @@ def save(
     directory: Path,
     meta: Mapping[str, Any],
     model: Mapping[str, Tensor],
-    training: Mapping[str, Tensor],
+    training: Mapping[str, Tensor] | None,
 ) -> None:
     """Write the checkpoint ``directory``, which must not exist, in one step.
 
     meta: JSON values; the format version is added. model: the parameters. training: what else
-    goes on from here, the state of the optimizer and of the random generator.
+    goes on from here, the state of the optimizer and of the random generator; None for a model
+    that is only to be used.
 
     Raises OSError if it cannot be written; nothing is left of it then.
     """
@@ -47,7 +48,8 @@ def save(
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=directory.parent))
     try:
         _write(temporary / MODEL, safetensors.torch.save(_contiguous(model)))
-        _write(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
+        if training is not None:
+            _write(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
         document = {"format_version": FORMAT_VERSION, **meta}
         _write(temporary / METADATA, json.dumps(document).encode())
         temporary.chmod(0o755)  # mkdtemp keeps others out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import signal
 import sys
@@ -16,21 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
-
 from fused_attn.seq2seq import checkpoint, task_run
-from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
+from fused_attn.seq2seq.alignments import Link, alignment_error_rate, parse_pharaoh
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference import Prediction, Predictor
+from fused_attn.seq2seq.options import as_option, load_models, note, search_config, set_threads
+from fused_attn.seq2seq.parallel import read_text
 from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task_run import Recipe
-from fused_attn.seq2seq.tasks import TASKS, Item, Symbols, Task
-
-# Panels of a picture of alignments.
-MAX_PANELS = 12
-
-_READ_BYTES = 1 << 16
+from fused_attn.seq2seq.tasks import TASKS, Item, Task
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
@@ -40,7 +34,7 @@ def train(args: Namespace) -> int:
 
     Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
     """
-    _set_threads(args.threads)
+    set_threads(args.threads)
     directory: Path = args.output
     with _stop_signals() as should_stop:
         try:
@@ -76,11 +70,7 @@ def _start(args: Namespace) -> Run:
     recipe = Recipe(
         _updated(kind.model, args), _updated(kind.training, args), _task(kind, {}, args)
     )
-    return task_run.start(directory, recipe, make_progress(), args.backend, _note)
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    return task_run.start(directory, recipe, make_progress(), args.backend, note)
 
 
 def _resume(args: Namespace) -> Run:
@@ -110,7 +100,7 @@ def _updated(config: Config, args: Namespace) -> Config:
     try:
         return replace(config, **given)
     except ValueError as error:
-        raise _as_option(error) from None
+        raise as_option(error) from None
 
 
 def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
@@ -126,13 +116,7 @@ def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
     try:
         return kind(kind.kind(**values | given))
     except ValueError as error:
-        raise _as_option(error) from None
-
-
-def _as_option(error: ValueError) -> InputError:
-    """The message of a configuration, which begins with the field's name, as one of an option."""
-    name, _, rest = str(error).partition(" ")
-    return InputError(f"--{name.replace('_', '-')} {rest}")
+        raise as_option(error) from None
 
 
 @contextmanager
@@ -154,125 +138,56 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def predict(args: Namespace) -> int:
-    """``fused-attn predict``: a line out for each word in, as soon as it is there."""
-    _set_threads(args.threads)
-    picture: Path | None = args.alignments
-    if picture is not None and picture.suffix.lower() != ".png":
-        raise InputError(f"--alignments must name a .png file, got {picture}")
-    if picture is not None and not picture.parent.is_dir():
-        raise InputError(f"--alignments: there is no directory {picture.parent}")
-    search = _search_config(args)
-    predictor, task = _load(args)
-    if picture is not None and all(m.config.score == "none" for m in predictor.models):
-        raise InputError("--alignments: the model has no attention to draw")
-    if args.text:
-        lots: Iterator[list[bytes]] = iter([[os.fsencode(text) for text in args.text]])
-        kind = "argument"
-    elif sys.stdin is None:
-        raise InputError("there is neither a TEXT nor a standard input")
-    else:
-        lots, kind = _available_lines(sys.stdin.fileno()), "line"
-    shown: list[Prediction] = []
-    count = 0
-    for lot in lots:
-        wanted = (search, picture is not None, args.scores)
-        for prediction in _predict_lot(predictor, task, lot, kind, count, *wanted):
-            if picture is not None and len(shown) < MAX_PANELS and prediction.target:
-                shown.append(prediction)
-        count += len(lot)
-    if picture is not None:
-        _draw(shown, picture, count)
+def export(args: Namespace) -> int:
+    """``fused-attn export``: write the model of a checkpoint, to be used and not trained on."""
+    directory: Path = args.output
+    if directory.exists():
+        raise InputError(f"--output: {directory} is already there")
+    place = find_checkpoint(args.model)
+    meta = checkpoint.load_metadata(place)
+    task_run.load_recipe(place, meta)
+    parameters = checkpoint.load_tensors(place, checkpoint.MODEL)
+    if args.half:
+        parameters = {name: tensor.half() for name, tensor in parameters.items()}
+    kept = ("model", "training", "task", "source", "target", "training_pairs", "dev")
+    checkpoint.save(directory, {key: meta.get(key) for key in kept}, parameters, None)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"{directory}: {size / 1e6:.1f} MB")
     return 0
 
 
-def _load(args: Namespace) -> tuple[Predictor, Task]:
-    paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
-    recipe = task_run.load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
-    return Predictor.load(*paths, backend=args.backend), recipe.task
-
-
-def _search_config(args: Namespace) -> SearchConfig:
-    given = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
+def aer(args: Namespace) -> int:
+    """``fused-attn aer``: print the alignment error rate of a file of links."""
+    found, gold = _read_links(args.found), _read_links(args.gold)
+    if len(found) != len(gold):
+        raise InputError(f"{args.found} has {len(found)} lines and {args.gold} {len(gold)}")
     try:
-        return SearchConfig(**{name: value for name, value in given.items() if value is not None})
+        rate = alignment_error_rate([sure for sure, _ in found], gold)
     except ValueError as error:
-        raise _as_option(error) from None
+        raise InputError(str(error)) from None
+    print(f"AER  {100 * rate:.2f} %")
+    return 0
 
 
-def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
-    """Yield the lines of a file as they come: those that one read brings go through together."""
-    rest = b""
-    while data := os.read(descriptor, _READ_BYTES):
-        *lines, rest = (rest + data).split(b"\n")
-        if lines:
-            yield lines
-    if rest:
-        yield [rest]
-
-
-def _predict_lot(
-    predictor: Predictor,
-    task: Task,
-    lot: Sequence[bytes],
-    kind: str,
-    before: int,
-    search: SearchConfig,
-    return_weights: bool,
-    with_scores: bool,
-) -> list[Prediction]:
-    """Print the predictions of some lines; of those before the first that cannot be read.
-
-    Every source has ``search.nbest`` lines, the last ones empty if fewer were found. Returns the
-    best of each.
-    """
-    sources: list[Symbols] = []
-    problem: InputError | None = None
-    for number, text in enumerate(lot, start=before + 1):
+def _read_links(path: Path) -> list[tuple[set[Link], set[Link]]]:
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            source = task.read(text.decode())
-            predictor.encode(source)
-        except UnicodeDecodeError:
-            problem = InputError(f"{kind} {number} is not UTF-8 text")
-            break
-        except InputError as error:
-            problem = InputError(f"{kind} {number}: {error}")
-            break
-        sources.append(source)
-    predictions = predictor.predict(sources, search, return_weights=return_weights)
-    for found in predictions:
-        for prediction in found:
-            score = f"{prediction.score:.4f}\t" if with_scores else ""
-            print(score + task.write(prediction.target))
-        print("\n" * (search.nbest - len(found)), end="")
-    sys.stdout.flush()
-    if problem is not None:
-        raise problem
-    return [found[0] for found in predictions]
-
-
-def _draw(shown: Sequence[Prediction], picture: Path, count: int) -> None:
-    from fused_attn.seq2seq.plots import save_alignments
-
-    if not shown:
-        raise InputError("there is nothing to draw: no word has a pronunciation")
-    try:
-        save_alignments(shown, picture)
-    except OSError as error:
-        raise InputError(f"cannot write {picture}: {error.strerror}") from None
-    if len(shown) < count:
-        print(f"{picture} shows the first {len(shown)} of {count} words", file=sys.stderr)
+            found.append(parse_pharaoh(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    return found
 
 
 def evaluate(args: Namespace) -> int:
     """``fused-attn evaluate``: print error rates, and samples if asked for."""
-    _set_threads(args.threads)
+    set_threads(args.threads)
     for option in ("limit", "samples"):
         value = getattr(args, option)
         if value is not None and value < (option == "limit"):
             raise InputError(f"--{option} must be positive, got {value}")
-    search = _search_config(args)
-    predictor, task = _load(args)
+    search = search_config(args)
+    predictor, task = load_models(args)
     items = _items(args, task)
     found = task_run.targets(predictor, items, search)
     errors = task_run.judge(found, items)
@@ -314,11 +229,11 @@ def _items(args: Namespace, task: Task) -> list[Item]:
     else:
         items, notes = task.listed(args.test)
         for text in notes:
-            _note(text)
+            note(text)
         data = task.load()
         known = {source for source, _ in data.train} | {item.source for item in data.dev}
         if seen := sum(item.source in known for item in items):
-            _note(f"the model was trained on {seen} of these {task.units[0]}")
+            note(f"the model was trained on {seen} of these {task.units[0]}")
     return sorted(items, key=_shuffled)[: args.limit]
 
 
@@ -329,11 +244,3 @@ def _shuffled(item: Item) -> bytes:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        raise InputError(f"--threads must be a positive number, got {threads}")
-    torch.set_num_threads(threads)

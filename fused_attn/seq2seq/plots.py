@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -43,7 +44,12 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
 
 
 def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write `alignment_figure` to a PNG file that is whole or not there; raises OSError."""
+    """Write `alignment_figure` to a file that is whole or not there; raises OSError.
+
+    A PNG, or an SVG for a path that ends so.
+    """
     buffer = io.BytesIO()
-    alignment_figure(predictions).savefig(buffer, format="png", dpi=150)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):  # text stays text
+        kind = path.suffix.lower().removeprefix(".")
+        alignment_figure(predictions).savefig(buffer, format=kind, dpi=150)
     write_atomically(path, buffer.getvalue())

@@ -36,14 +36,22 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted((directory / CHECKPOINTS).glob("step-*"))
 
 
-def find_checkpoint(model: Path) -> Path:
-    """Return the checkpoint that ``model`` names: itself, or the best of a run, or its last.
+# Models that come with the package, each a checkpoint without the state of its training.
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
 
-    Raises `InputError` if there is none.
+
+def find_checkpoint(model: Path) -> Path:
+    """Return the checkpoint that ``model`` names.
+
+    That is itself, or the best of a run, or its last, or a model of that name that comes with the
+    package. Raises `InputError` if there is none.
     """
     if (model / checkpoint.METADATA).exists():
         return model
     found = checkpoints(model)
+    shipped = SHIPPED / model
+    if not model.exists() and (shipped / checkpoint.METADATA).exists():
+        return shipped
     if not found:
         raise InputError(f"no checkpoint at {model}: {_what_is_there(model)}")
     return _best(found) or found[-1]
