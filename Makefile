@@ -82,7 +82,8 @@ $(OLDEST_SITE): | setup
 	$(PIP) install --no-deps --target $@ '$(OLDEST)' 'numpy<2.4'
 
 test-triton-oldest: setup build $(OLDEST_SITE) ## run the Triton tests with the oldest version supported
-	PYTHONPATH=$(OLDEST_SITE) $(TEST_ENV) $(BIN)/pytest -n 2 -k triton $(wildcard tests/test_backends*.py) tests/test_triton_aot.py
+	PYTHONPATH=$(OLDEST_SITE) $(TEST_ENV) $(BIN)/pytest -n 2 -k triton $(wildcard tests/test_backends*.py) \
+	  tests/test_scores.py tests/test_triton_aot.py
 
 AOT = benchmarks/results/aot
 

@@ -97,7 +97,8 @@ def pytest_command() -> list[str]:
         command += ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_backends*.py"))
+    names = ("test_backends*.py", "test_scores.py")
+    tests = sorted(str(path) for name in names for path in (ROOT / "tests").glob(name))
     return [*command, "-k", "triton_cuda or cuda_cuda", *tests]
 
 

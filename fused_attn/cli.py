@@ -76,6 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate_options(
         command("evaluate", _evaluate, "Measure a model's error rates on the test.")
     )
+    _add_explain_options(
+        command("explain", _explain, "Write an HTML page on what a model looked at in one source.")
+    )
     aer = command("aer", _aer, "Print the alignment error rate of links against those of a person.")
     for name, text in (("found", "links of a model"), ("gold", "right links; 0?1 is possible")):
         aer.add_argument(name, type=Path, metavar=name.upper(), help=f"{text}, in Pharaoh's format")
@@ -83,6 +86,14 @@ def make_parser() -> argparse.ArgumentParser:
         command("export", _export, "Write the model of a checkpoint without what training needs.")
     )
     return parser
+
+
+def _add_explain_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("text", metavar="TEXT", help="the source")
+    parser.add_argument("--output", type=Path, required=True, metavar="PAGE.html", help="the page")
+    _add_search_options(parser)
+    _add_machine_options(parser)
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -209,6 +220,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from fused_attn.seq2seq import commands
 
     return commands.evaluate(args)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import explain
+
+    return explain.explain(args)
 
 
 def _aer(args: argparse.Namespace) -> int:

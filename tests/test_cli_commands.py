@@ -279,6 +279,18 @@ def test_a_model_without_attention(
     fails(["predict", directory, "a", "--alignments", picture], "no attention to draw")
 
 
+def test_explain(
+    run: Path, tmp_path: Path, fails: Fails, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    capfd.readouterr()
+    assert main(["explain", str(run), "hello", "--output", str(output), "--beam", "3"]) == 0
+    assert capfd.readouterr().out.startswith(f"{output}: hello -> ")
+    assert "<!doctype html>" in output.read_text()
+    fails(["explain", run, "hello", "--output", tmp_path / "no" / "a.html"], "no directory")
+    fails(["explain", run, "héllo", "--output", output], "unknown symbol 'é'")
+
+
 def test_predict_lines(
     run: Path, lines_in: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
