@@ -75,6 +75,8 @@ def test_scan_loads(split: str) -> None:
     if split == "simple":
         assert dev.isdisjoint(test) and len(train | dev | test) == 20_910
         assert len(test) / 20_910 == pytest.approx(0.2, abs=0.02)
+    if split in ("turn-left", "jump"):
+        assert tuple(split.split("-")) in train
     for source, target in data.train[:50]:
         assert data.source.decode(data.source.encode(source)) == source
         assert data.target.decode(data.target.encode(target)) == target

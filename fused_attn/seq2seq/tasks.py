@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,8 +178,9 @@ class Scan(Task):
             train, test = self._simple(every)
         else:
             train, test = scan.split_commands(self.config.split)
-        alone = {source for source, _ in train}
-        held = {source for source in alone if _place(source) < DEV_SHARE}
+        copies = Counter(source for source, _ in train)
+        # What is there in copies is there to be learned.
+        held = {s for s, count in copies.items() if count == 1 and _place(s) < DEV_SHARE}
         dev = [pair for pair in every if pair[0] in held]
         words = sorted({word for source, _ in every for word in source})
         actions = sorted({action for _, target in every for action in target})
