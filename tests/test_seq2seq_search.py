@@ -16,9 +16,11 @@ from fused_attn.seq2seq.batching import pad
 from fused_attn.seq2seq.beam import beam_search
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.ensemble import Ensemble
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference import Predictor
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.vocabulary import BOS, EOS
+from fused_attn.seq2seq.vocabulary import BOS, EOS, Vocabulary
 
 SIZE = 6  # three symbols of a target, 3, 4 and 5
 SYMBOLS = (3, 4, 5)
@@ -334,3 +336,24 @@ def test_a_seed_repeats_the_draw() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SearchConfig(**options)
+
+
+def test_predictions_in_the_order_of_the_sources() -> None:
+    """Of different lengths, with prefixes of their own, and scores that fall."""
+    letters = Vocabulary("abc")
+    predictor = Predictor([make()], letters, letters)
+    sources, prefixes = ["abcab", "c", "ba"], ["cb", "", "a"]
+    config = SearchConfig(beam=3, nbest=2)
+    found = predictor.predict(sources, config, prefixes=prefixes, return_weights=True)
+    for source, prefix, predictions in zip(sources, prefixes, found, strict=True):
+        assert len(predictions) == 2 and predictions[0].score >= predictions[1].score
+        for prediction in predictions:
+            assert "".join(prediction.source) == source
+            assert "".join(prediction.target).startswith(prefix)
+            assert prediction.weights is not None
+            assert prediction.weights.shape == (len(prediction.target), len(source))
+    plain = predictor.best(sources)
+    assert [p.target for p in plain] == [p[0].target for p in predictor.predict(sources)]
+    with pytest.raises(InputError, match="unknown symbol 'x'; known are a b c"):
+        predictor.predict(["axb"])
+    assert predictor.predict([]) == []

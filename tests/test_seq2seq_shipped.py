@@ -1,0 +1,43 @@
+"""The model that comes with the package: by its name, small, quick, and as good as is claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fused_attn.cli import main
+from fused_attn.seq2seq import checkpoint, g2p, task_run
+from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.inference import Predictor
+from fused_attn.seq2seq.runs import SHIPPED, find_checkpoint
+from fused_attn.seq2seq.tasks import Item
+
+WORDS = {"hello": "HH AH L OW", "world": "W ER L D", "attention": "AH T EH N SH AH N"}
+
+
+def test_it_pronounces(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")  # a directory of that name would come first
+    assert main(["predict", "g2p", *WORDS]) == 0
+    assert capfd.readouterr().out.splitlines() == list(WORDS.values())
+
+
+def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
+    place = find_checkpoint(Path("g2p"))
+    assert place == SHIPPED / "g2p"
+    assert sum(file.stat().st_size for file in place.iterdir()) < 9e6
+    assert not (place / checkpoint.TRAINING).exists()
+
+
+@pytest.mark.threads(1)
+def test_it_is_as_good_as_is_claimed() -> None:
+    """On 600 of the words that it was not to see: within three deviations of the whole test."""
+    place = find_checkpoint(Path("g2p"))
+    task = task_run.load_recipe(place, checkpoint.load_metadata(place)).task
+    lexicon = g2p.load_dictionary()
+    words = [word for word in g2p.by_hash(task.config.test_words) if word in lexicon][:600]
+    items = [Item(tuple(word), lexicon[word]) for word in words]
+    found = task_run.targets(Predictor.load(place), items, SearchConfig(beam=5))
+    errors = task_run.judge(found, items)
+    claimed = 0.25
+    assert errors.sequence_error_rate == pytest.approx(claimed, abs=3 * (0.25 * 0.75 / 600) ** 0.5)
