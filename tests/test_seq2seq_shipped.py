@@ -13,7 +13,8 @@ from fused_attn.seq2seq.inference import Predictor
 from fused_attn.seq2seq.runs import SHIPPED, find_checkpoint
 from fused_attn.seq2seq.tasks import Item
 
-WORDS = {"hello": "HH AH L OW", "world": "W ER L D", "attention": "AH T EH N SH AH N"}
+# With a word that no dictionary has.
+WORDS = {"world": "W ER L D", "attention": "AH T EH N SH AH N", "blicketing": "B L IH K AH T IH NG"}
 
 
 def test_it_pronounces(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +32,7 @@ def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.threads(1)
 def test_it_is_as_good_as_is_claimed() -> None:
-    """On 600 of the words that it was not to see: within three deviations of the whole test."""
+    """On 600 of the words that it was not to see: within three deviations, 0.018 each."""
     place = find_checkpoint(Path("g2p"))
     task = task_run.load_recipe(place, checkpoint.load_metadata(place)).task
     lexicon = g2p.load_dictionary()
@@ -39,5 +40,5 @@ def test_it_is_as_good_as_is_claimed() -> None:
     items = [Item(tuple(word), lexicon[word]) for word in words]
     found = task_run.targets(Predictor.load(place), items, SearchConfig(beam=5))
     errors = task_run.judge(found, items)
-    claimed = 0.25
-    assert errors.sequence_error_rate == pytest.approx(claimed, abs=3 * (0.25 * 0.75 / 600) ** 0.5)
+    claimed = 0.2554  # README, beam 5, all 11,994 words
+    assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.053)
