@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nested._internal.nested_tensor import NestedTensor
 
 from fused_attn import autograd, reference
 from fused_attn.reference import Masking
+
+NestedTensor: Any
+try:  # not public, and asked for attributes that are not: elsewhere such a memory is padded
+    from torch.nested._internal.nested_tensor import NestedTensor
+except ImportError:
+    NestedTensor = ()
+_PARTS = ("_values", "_offsets", "_lengths", "_ragged_idx", "_get_max_seqlen")
 
 
 class Rows(NamedTuple):
@@ -37,6 +43,8 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     if not isinstance(memory, NestedTensor) or any(mask is not None for mask in masks):
         return None
     if torch.compiler.is_compiling() or autograd.composes():
+        return None
+    if not all(hasattr(memory, part) for part in _PARTS):
         return None
     is_plain = memory.dim() == 3 and memory._ragged_idx == 1 and memory._lengths is None
     if not is_plain or memory._values.device.type != "cpu":

@@ -280,6 +280,19 @@ def test_a_tensor_with_holes() -> None:
         torch.testing.assert_close(got[b : b + 1], alone)
 
 
+@pytest.mark.parametrize("missing", ["class", "part"])
+def test_a_torch_without_what_is_not_public(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is padded then."""
+    memory, query = jagged(rows()), torch.ones(B, T, E).double()
+    expected = dot_attention(query, memory, return_weights=True)
+    if missing == "class":
+        monkeypatch.setattr(ragged, "NestedTensor", ())
+    else:
+        monkeypatch.setattr(ragged, "_PARTS", ("_no_such_part",))
+    assert ragged.rows_of(memory) is None
+    torch.testing.assert_close(dot_attention(query, memory, return_weights=True), expected)
+
+
 def test_no_rows_at_all() -> None:
     memory = jagged([torch.zeros(0, E).double()] * B)
     context, weights = dot_attention(torch.ones(B, T, E).double(), memory, return_weights=True)
