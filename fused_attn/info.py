@@ -136,8 +136,9 @@ def support_table() -> str:
     Asked of `not_supported_reasons`, so that it says what a call would find.
     """
     lines = [
-        "| backend | device | dtypes | dot, general | concat | gradients | queries T | widths |",
-        "|---|---|---|---|---|---|---|---|",
+        "| backend | device | dtypes | dot, general | concat | local | gradients | queries T "
+        "| widths |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(_support_row, backends.BACKENDS)])
 
@@ -165,7 +166,7 @@ def _support_row(name: str) -> str:
         concat = "prepared memory"
     cells = [
         *(f"`{name}`", "any" if len(devices) == 2 else on, ", ".join(dtypes)),
-        *("yes" if can(on) else "no", concat),
+        *("yes" if can(on) else "no", concat, "yes" if can(on, windowed=True) else "no"),
         "yes" if can(on, backward=True) else "no",
         _largest(lambda size: can(on, queries=size)),
         _largest(lambda size: can(on, memory_dim=size)),

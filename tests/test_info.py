@@ -122,11 +122,11 @@ def test_the_readme_has_the_table_of_backends(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_table_says_what_a_call_would_find(monkeypatch: pytest.MonkeyPatch) -> None:
     def reasons(problem: AttentionProblem) -> list[str]:
-        refused = problem.queries > 3 or problem.dtype == torch.float64
+        refused = problem.queries > 3 or problem.dtype == torch.float64 or problem.windowed
         return ["asleep", *(["too much"] if refused else [])]
 
     eager = backends.load("eager")
     monkeypatch.setattr(eager, "unavailable_reasons", lambda: ["asleep"])
     monkeypatch.setattr(eager, "not_supported_reasons", reasons)
-    row = "| `eager` | any | float32, bfloat16, float16 | yes | yes | yes | up to 3 | any |"
+    row = "| `eager` | any | float32, bfloat16, float16 | yes | yes | no | yes | up to 3 | any |"
     assert info.support_table().splitlines()[-1] == row
