@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import NoReturn, get_args, get_type_hints
@@ -63,7 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Show versions, instruction set, backends and why one is missing.")
     _add_train_options(
-        command("train", _train, "Train a model of a task, or of your own pairs of lines.")
+        command(
+            "train",
+            _train,
+            "Train a model of a task, or of your own pairs of lines. Under torchrun, several "
+            "processes share the work.",
+        )
     )
     _add_predict_options(
         command(
@@ -82,6 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
     aer = command("aer", _aer, "Print the alignment error rate of links against those of a person.")
     for name, text in (("found", "links of a model"), ("gold", "right links; 0?1 is possible")):
         aer.add_argument(name, type=Path, metavar=name.upper(), help=f"{text}, in Pharaoh's format")
+    chat = command("chat", _chat, "Answer what is typed, a line each.")
+    chat.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
+    _add_search_options(chat)
+    _add_machine_options(chat)
+    curves = command("curves", _curves, "Draw the loss and the measures of trainings.")
+    curves.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="what train wrote")
+    curves.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a .png or a .svg file"
+    )
     _add_export_options(
         command("export", _export, "Write the model of a checkpoint without what training needs.")
     )
@@ -104,13 +118,25 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     what = ", ".join(f"{name}: {text}" for name, text in TASK_SUMMARIES.items())
-    parser.add_argument("task", metavar="TASK", choices=list(TASKS), help=what)
+    parser.add_argument(
+        "task", metavar="TASK", choices=list(TASKS),
+        help=f"{what}; or a YAML file with the task and any of these options, which those of the "
+        "command line override",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where checkpoints and log go"
     )
+    flag = argparse.BooleanOptionalAction
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in DIR"
+        "--resume", action=flag, default=False, help="go on from the last checkpoint in DIR"
     )
+    parser.add_argument(
+        "--tensorboard", action=flag, default=False, help="also write DIR/tensorboard"
+    )
+    parser.add_argument(
+        "--on-disk", action=flag, default=False,
+        help="keep the encoded pairs in DIR, for data larger than memory",
+    )  # fmt: skip
     _add_fields(parser.add_argument_group("model"), ModelConfig, MODEL_HELP)
     _add_fields(parser.add_argument_group("recipe"), TrainingConfig, TRAINING_HELP)
     data = parser.add_argument_group("data of the task")
@@ -118,7 +144,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         _add_fields(data, task.kind, TASK_HELP[task.name])
     data.add_argument(
         "--test", type=Path, metavar="FILE",
-        help="keep what this file lists for the test: g2p words, scan commands, pairs",
+        help="keep what this file lists for the test: g2p words, scan commands; or test pairs",
     )  # fmt: skip
     _add_machine_options(parser)
 
@@ -194,6 +220,10 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", help="attention backend, see info (default: auto)"
     )
     group.add_argument(
+        "--device", default="auto", metavar="NAME",
+        help="cpu, cuda, cuda:N, or auto: a GPU if there is one (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
         "--threads", type=int, metavar="N", help="threads of torch (default: one for each core)"
     )
 
@@ -205,9 +235,9 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq import train_command
 
-    return commands.train(args)
+    return train_command.train(args)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -234,10 +264,62 @@ def _aer(args: argparse.Namespace) -> int:
     return commands.aer(args)
 
 
+def _chat(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.chat(args)
+
+
+def _curves(args: argparse.Namespace) -> int:
+    from fused_attn.seq2seq import commands
+
+    return commands.curves(args)
+
+
 def _export(args: argparse.Namespace) -> int:
     from fused_attn.seq2seq import commands
 
     return commands.export(args)
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """Put the options of a YAML file in the place where ``train`` names it; raises `InputError`.
+
+    Sections of the file are for its readers: what stands in them counts as if it stood outside.
+    """
+    found = list(argv)
+    files = [i for i, text in enumerate(found) if text.endswith((".yaml", ".yml"))]
+    if found[:1] != ["train"] or not files or (files[0] > 1 and found[files[0] - 1][:2] == "--"):
+        return found
+    import yaml
+
+    path = found[files[0]]
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise InputError(f"cannot read {path}: {reason}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+        raise InputError(f"{path}: expected a line 'task: NAME' and options, a line each")
+    options: list[str] = []
+    for name, value in _flat(values):
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            options.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, (str, int, float)):
+            options += [f"{option}={value}"]
+        elif value is not None:
+            raise InputError(f"{path}: {name} must be one value, got {value!r}")
+    rest = found[1 : files[0]] + found[files[0] + 1 :]
+    return ["train", values["task"], *options, *rest]
+
+
+def _flat(values: dict[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        elif name != "task":
+            yield str(name), value
 
 
 def _discard_output() -> None:
@@ -250,8 +332,9 @@ def _discard_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
     try:
+        args = parser.parse_args(with_config(sys.argv[1:] if argv is None else argv))
         code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except InputError as error:

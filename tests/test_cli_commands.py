@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -61,11 +62,15 @@ def fails(capfd: pytest.CaptureFixture[str]) -> Fails:
     return check
 
 
-def log_of(directory: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds", None)
-    return lines
+def log_of(directory: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The rows of the steps, and of the epochs without their time."""
+    tables = []
+    for name in ("steps.csv", "epochs.csv"):
+        with (directory / name).open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    for row in tables[1]:
+        float(row.pop("seconds"))
+    return tables[0], tables[1]
 
 
 def names(directory: Path) -> list[str]:
@@ -73,13 +78,12 @@ def names(directory: Path) -> list[str]:
 
 
 def test_train_writes_log_and_checkpoints(run: Path) -> None:
-    log = log_of(run)
-    steps = [line["step"] for line in log if "lr" in line]
-    assert steps == list(range(1, len(steps) + 1))
-    epochs = [line for line in log if "train_loss" in line]
-    assert [line["epoch"] for line in epochs] == [1, 2]
-    assert all(0 <= line["WER"] <= 1 and line["PER"] > 0 for line in epochs)
-    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+    steps, epochs = log_of(run)
+    assert [row["step"] for row in steps] == [str(step) for step in range(1, len(steps) + 1)]
+    assert {row["epoch"] for row in steps} == {"1", "2"}
+    assert [row["epoch"] for row in epochs] == ["1", "2"]
+    assert all(0 <= float(row["WER"]) <= 1 and float(row["PER"]) > 0 for row in epochs)
+    assert float(epochs[1]["train_loss"]) < float(epochs[0]["train_loss"])
     assert names(run) == [
         f"step-{len(steps) // 2:07}-epoch-01", f"step-{len(steps):07}-epoch-02",
     ]  # fmt: skip
@@ -88,10 +92,10 @@ def test_train_writes_log_and_checkpoints(run: Path) -> None:
 def test_train_keeps_the_best_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fused_attn.seq2seq import task_run
+    from fused_attn.seq2seq import judging
 
     wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
-    monkeypatch.setattr(task_run, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
+    monkeypatch.setattr(judging, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
     options = [*TINY[:-1], "5", "--limit-words", "100"]
     assert main(["train", "g2p", "--output", str(tmp_path), *options]) == 0
     assert [name[-8:] for name in names(tmp_path)] == ["epoch-02", "epoch-04", "epoch-05"]
@@ -140,8 +144,8 @@ def test_resume_after_a_kill_forgets_the_lost_steps(tmp_path: Path, run: Path) -
     shutil.copytree(run, directory)
     shutil.rmtree(directory / "checkpoints" / names(run)[-1])
     (directory / "checkpoints" / ".writing-abc").mkdir()
-    with (directory / "log.jsonl").open("a") as log:
-        log.write('{"step": 4')
+    with (directory / "steps.csv").open("a") as log:
+        log.write("39,3,1.2")
     assert main(["train", "g2p", "--output", str(directory), "--resume"]) == 0
     assert log_of(directory) == log_of(run)
     assert names(directory) == names(run)

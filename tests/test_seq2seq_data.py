@@ -10,6 +10,7 @@ import torch
 
 from fused_attn.seq2seq import g2p
 from fused_attn.seq2seq.batching import Examples, epoch_batches, pad
+from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD, UnknownSymbolError, Vocabulary
 
@@ -44,7 +45,7 @@ def test_padding() -> None:
 
 
 def test_batch_is_cut_to_its_longest() -> None:
-    examples = Examples([[3], [3, 4], [3] * 9], [[5, 6], [5], [5] * 9])
+    examples = Examples.of([[3], [3, 4], [3] * 9], [[5, 6], [5], [5] * 9])
     batch = examples.batch(torch.tensor([0, 1]))
     assert batch.source.tolist() == [[3, PAD], [3, 4]]
     assert batch.source_lengths.tolist() == [1, 2]
@@ -55,12 +56,12 @@ def test_batch_is_cut_to_its_longest() -> None:
 def make_examples(count: int) -> Examples:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
-    return Examples([[3] * n for n in lengths], [[3] * (n % 5 + 1) for n in lengths])
+    return Examples.of([[3] * n for n in lengths], [[3] * (n % 5 + 1) for n in lengths])
 
 
 def test_an_epoch_has_every_pair_once_and_hardly_pads() -> None:
     examples = make_examples(1000)
-    batches = epoch_batches(examples, 16, seed=1, epoch=0)
+    batches = epoch_batches(examples, TrainingConfig(batch_size=16), 0)
     assert torch.cat(batches).sort().values.tolist() == list(range(1000))
     assert all(len(rows) == 16 for rows in batches) or sum(len(r) < 16 for r in batches) == 1
     mixed = [rows for rows in batches if len(examples.source_lengths[rows].unique()) > 1]
@@ -71,7 +72,9 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     examples = make_examples(100)
 
     def order(seed: int, epoch: int) -> list[int]:
-        return torch.cat(epoch_batches(examples, 8, seed, epoch)).tolist()
+        return torch.cat(
+            epoch_batches(examples, TrainingConfig(batch_size=8, seed=seed), epoch)
+        ).tolist()
 
     torch.manual_seed(5)
     first = order(1, 0)

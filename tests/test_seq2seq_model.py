@@ -78,7 +78,7 @@ def gradients(model: Seq2Seq, loss: Tensor) -> list[Tensor]:
 def test_a_batch_is_its_samples(config: ModelConfig) -> None:
     """The mean loss over all tokens, and its gradients, are those of the samples one by one."""
     model = make_model(config)
-    examples = Examples(make_sequences(6), make_sequences(6, longest=4)[::-1])
+    examples = Examples.of(make_sequences(6), make_sequences(6, longest=4)[::-1])
     batch = examples.batch(torch.arange(6))
     assert int(batch.source_lengths.min()) < batch.source.shape[1]
     together = model.loss(batch.source, batch.source_lengths, batch.target)
@@ -100,7 +100,7 @@ def test_the_names_are_those_of_the_attention() -> None:
 @architectures
 def test_what_stands_in_the_padding_changes_nothing(config: ModelConfig) -> None:
     model = make_model(config)
-    examples = Examples([[3, 4, 5, 6], [7, 8]], [[3, 4], [5]])
+    examples = Examples.of([[3, 4, 5, 6], [7, 8]], [[3, 4], [5]])
     batch = examples.batch(torch.arange(2))
     other = batch.source.clone()
     other[1, 2:] = 9
@@ -359,7 +359,7 @@ def test_gradients_under_scheduled_sampling(sampling: float) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_it_learns_to_reverse(cell: str, score: str) -> None:
     sources = make_sequences(2000, longest=5)
-    examples = Examples(sources, [source[::-1] for source in sources])
+    examples = Examples.of(sources, [source[::-1] for source in sources])
     torch.manual_seed(1)
     config = ModelConfig(cell=cell, hidden=48, embedding=16, score=score, dropout=0.0)
     recipe = TrainingConfig(epochs=8, batch_size=64, lr=1e-2)

@@ -27,7 +27,7 @@ def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     follow(LineProgress(stream))
     lines = stream.getvalue().splitlines()
-    assert lines[-1] == "epoch 2: loss 1.2345  dev WER 30.00%  PER 7.50%  12 s"
+    assert lines[-1] == "epoch 2: loss 1.2345  dev WER 30.00 %  PER 7.50 %  12 s"
     assert 3 <= len(lines) < 20
     shape = r"step (1[1-9]|2\d|30)/40  epoch 2  loss 1\.2500  \d+ tokens/s  \d:\d\d left"
     assert all(re.fullmatch(shape, line) for line in lines[:-1])
@@ -38,7 +38,7 @@ def test_bar() -> None:
     follow(BarProgress(Console(file=stream, force_terminal=True, width=120)))
     text = stream.getvalue()
     for part in (
-        "epoch 2: loss 1.2345  dev WER 30.00%",
+        "epoch 2: loss 1.2345  dev WER 30.00 %",
         "30/40",
         "loss 1.2500",
         "tokens/s",

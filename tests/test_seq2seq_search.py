@@ -216,7 +216,9 @@ def test_a_beam_of_one_is_greedy(shape: str, name: str) -> None:
     source, lengths = pad(SOURCES)
     greedy = search(model, source, lengths, config, return_weights=True)
     with torch.inference_mode():
-        beamed = beam_search([model], source, lengths, config, None, True)
+        beamed = beam_search(
+            [model], source, lengths, lengths.new_full((len(lengths),), 12), config, None, True
+        )
     for (one,), (other,) in zip(greedy, beamed, strict=True):
         assert one.tokens == other.tokens
         assert (one.log_prob, one.score) == pytest.approx((other.log_prob, other.score))

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint, g2p, task_run
+from fused_attn.seq2seq import checkpoint, g2p, judging
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.inference import Predictor
+from fused_attn.seq2seq.recipe import load_recipe
 from fused_attn.seq2seq.runs import SHIPPED, find_checkpoint
-from fused_attn.seq2seq.tasks import Item
+from fused_attn.seq2seq.task import Item
 
 # With a word that no dictionary has.
 WORDS = {"world": "W ER L D", "attention": "AH T EH N SH AH N", "blicketing": "B L IH K AH T IH NG"}
@@ -34,11 +35,11 @@ def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
 def test_it_is_as_good_as_is_claimed() -> None:
     """On 600 of the words that it was not to see: within three deviations, 0.018 each."""
     place = find_checkpoint(Path("g2p"))
-    task = task_run.load_recipe(place, checkpoint.load_metadata(place)).task
+    task = load_recipe(place, checkpoint.load_metadata(place)).task
     lexicon = g2p.load_dictionary()
     words = [word for word in g2p.by_hash(task.config.test_words) if word in lexicon][:600]
     items = [Item(tuple(word), lexicon[word]) for word in words]
-    found = task_run.targets(Predictor.load(place), items, SearchConfig(beam=5))
-    errors = task_run.judge(found, items)
+    found = judging.targets(Predictor.load(place), items, SearchConfig(beam=5))
+    errors = judging.judge(found, items)
     claimed = 0.2554  # README, beam 5, all 11,994 words
     assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.053)

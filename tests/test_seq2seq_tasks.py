@@ -11,8 +11,10 @@ import pytest
 from fused_attn.cli import main
 from fused_attn.seq2seq import scan, tasks
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.parallel import Reader, open_vocabulary
-from fused_attn.seq2seq.tasks import Pairs, PairsConfig, Reverse, ReverseConfig, Scan, ScanConfig
+from fused_attn.seq2seq.parallel import PairFile, Reader, frequent
+from fused_attn.seq2seq.tasks import Reverse, ReverseConfig, Scan, ScanConfig
+from fused_attn.seq2seq.text_tasks import Pairs, PairsConfig
+from fused_attn.seq2seq.tokens import make_tokenizer
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/scan/simple_test_commands.txt"
@@ -67,7 +69,7 @@ def test_scan_trains_on_the_phrase_alone(split: str) -> None:
 def test_scan_loads(split: str) -> None:
     data = Scan(ScanConfig(split=split)).load()
     train, dev, test = (
-        {source for source, _ in data.train},
+        {source for source, _, _ in data.train},
         {item.source for item in data.dev},
         {item.source for item in data.test},
     )
@@ -77,7 +79,7 @@ def test_scan_loads(split: str) -> None:
         assert len(test) / 20_910 == pytest.approx(0.2, abs=0.02)
     if split in ("turn-left", "jump"):
         assert tuple(split.split("-")) in train
-    for source, target in data.train[:50]:
+    for source, target, _ in data.train[:50]:
         assert data.source.decode(data.source.encode(source)) == source
         assert data.target.decode(data.target.encode(target)) == target
 
@@ -97,8 +99,8 @@ def test_scan_takes_the_published_test(tmp_path: Path) -> None:
 def test_reverse() -> None:
     data = Reverse(ReverseConfig(numbers=5, pairs=200, longest=6, test_longest=9)).load()
     assert len(data.train) == 200
-    assert all(target == source[::-1] for source, target in data.train)
-    assert {len(source) for source, _ in data.train} == set(range(1, 7))
+    assert all(target == source[::-1] for source, target, _ in data.train)
+    assert {len(source) for source, _, _ in data.train} == set(range(1, 7))
     assert all(item.references == (item.source[::-1],) for item in (*data.dev, *data.test))
     assert max(len(item.source) for item in data.test) == 9
     again = Reverse(ReverseConfig(numbers=5, pairs=200, longest=6, test_longest=9)).load()
@@ -121,20 +123,25 @@ def write(path: Path, lines: list[str] | bytes) -> Path:
 
 @pytest.mark.parametrize("tokens", ["words", "chars"])
 def test_lines_of_any_script_come_back(tmp_path: Path, tokens: str) -> None:
-    reader = Reader(tokens)
-    pairs, skipped = reader.read(write(tmp_path / "a.tsv", LINES))
-    assert skipped == 0
-    assert [f"{reader.join(s)}\t{reader.join(t)}" for s, t in pairs] == LINES
-    assert pairs[0][0] == (("the", "cat") if tokens == "words" else tuple("the▁cat"))
+    tokenizer = make_tokenizer(tokens, None)
+    file = PairFile(str(write(tmp_path / "a.tsv", LINES)), Reader(tokenizer))
+    for _ in range(2):  # it can be read again
+        pairs = list(file)
+        assert [f"{tokenizer.join(s)}\t{tokenizer.join(t)}" for s, t, _ in pairs] == LINES
+        assert file.skipped == 0
+    assert pairs[0].source == (("the", "cat") if tokens == "words" else tuple("the▁cat"))
 
 
 BAD = {
     "empty": (b"", " is empty"),
     "one column": (b"a\tb\nlonely\n", ", line 2: expected source and target with a tab between"),
-    "three columns": (
-        b"a\tb\tc\n",
-        ", line 1: expected source and target with a tab between, got 3",
+    "four columns": (
+        b"a\tb\tc\td\n",
+        ", line 1: expected source and target with a tab between, got 4",
     ),
+    "no link": (b"a\tb\n" + b"a\tb\tc\n", ", line 2: 'c' is no link"),
+    "far link": (b"a\tb\t0-1\n", ", line 1: the link 0-1 is outside of 1 and 1"),
+    "unknown": (b"a\tb\na\tz z\n", ", line 2: the target has only unknown symbols"),
     "bytes": (b"a\tb\na\tb\n\xff\xfe\tb\n", ", line 3: it is not UTF-8 text (byte 1)"),
     "no source": (b" \tb\n", ", line 1: the source is empty"),
     "no target": (b"a\t\n", ", line 1: the target is empty"),
@@ -147,20 +154,23 @@ def test_bad_lines_are_named(tmp_path: Path, kind: str) -> None:
     """By file and line; with skip_bad they are counted."""
     content, message = BAD[kind]
     path = write(tmp_path / "a.tsv", content)
+    strict = PairFile(str(path), Reader(max_length=5))
+    patient = PairFile(str(path), Reader(max_length=5, skip_bad=True))
+    strict.known = patient.known = {"b"}
     with pytest.raises(InputError) as error:
-        Reader(max_length=5).read(path)
+        list(strict)
     assert str(error.value).startswith(f"{path}{message}")
-    patient = Reader(max_length=5, skip_bad=True)
     good = content.count(b"a\tb\n")
     if not good:
         with pytest.raises(InputError, match="is empty" if kind == "empty" else "all 1 lines are"):
-            patient.read(path)
+            list(patient)
     else:
-        assert patient.read(path) == ([(("a",), ("b",))] * good, 1)
+        assert list(patient) == [(("a",), ("b",), ())] * good
+        assert patient.skipped == 1
 
 
 def test_rare_symbols_are_one() -> None:
-    symbols = open_vocabulary([["a", "b", "a"], ["c", "b", "a"]], min_count=2)
+    symbols = frequent(Counter("abacba"), min_count=2)
     vocabulary = Vocabulary(symbols)
     assert symbols == ["<unk>", "a", "b"]
     assert vocabulary.decode(vocabulary.encode(["a", "c", "d"])) == ("a", "<unk>", "<unk>")
@@ -170,7 +180,7 @@ def test_targets_of_one_source_are_its_references(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.tsv", LINES))
     data = Pairs(PairsConfig(train=path, dev=path, test=path)).load()
     assert data.test[0].references == (("le", "chat"), ("un", "chat"))
-    assert len(data.train) == 5 and len(data.test) == 4
+    assert len(list(data.train)) == 5 and len(data.test) == 4
 
 
 def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,17 @@ from fused_attn.seq2seq.batching import Examples
 from fused_attn.seq2seq.config import SCHEDULES, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
+from fused_attn.seq2seq.processes import launch
 from fused_attn.seq2seq.progress import LineProgress
-from fused_attn.seq2seq.sampling import sampling_probability
-from fused_attn.seq2seq.task_run import Recipe
+from fused_attn.seq2seq.recipe import Recipe
+from fused_attn.seq2seq.schedules import (
+    learning_rate,
+    planned_steps,
+    sampling_probability,
+)
+from fused_attn.seq2seq.task_run import Machine
 from fused_attn.seq2seq.tasks import G2P, G2PConfig
-from fused_attn.seq2seq.training import StepReport, Trainer, learning_rate, planned_steps
+from fused_attn.seq2seq.training import StepReport, Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 
 SIZE = 30  # of both vocabularies
@@ -30,7 +36,7 @@ def make_examples() -> Examples:
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(2, 9, (300,), generator=generator).tolist()
     sources = [torch.randint(3, SIZE, (n,), generator=generator).tolist() for n in lengths]
-    return Examples(sources, [[token for token in s if token % 4] or [3] for s in sources])
+    return Examples.of(sources, [[token for token in s if token % 4] or [3] for s in sources])
 
 
 def make_trainer(model: ModelConfig, recipe: TrainingConfig) -> Trainer:
@@ -169,7 +175,8 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
     recipe = Recipe(ModelConfig(hidden=128), training, G2P(G2PConfig(limit_words=20_000)))
     curves = []
     for backend in ("auto", "eager"):
-        run = task_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), backend)
+        machine = Machine(launch(), backend)
+        run = task_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
         losses = [report.loss for report in train(run.trainer, stop_at=200)]
         curves.append(torch.tensor(losses))
     fused, eager = curves
@@ -215,14 +222,14 @@ def test_scheduled_sampling_shrinks_exposure_bias() -> None:
     """What a model loses when it must go on from its own symbols, with and without it."""
     gaps: dict[str, list[float]] = {"none": [], "linear": []}
     free: dict[str, list[float]] = {"none": [], "linear": []}
-    fresh = Examples(*walks(500, seed=2))
+    fresh = Examples.of(*walks(500, seed=2))
     for seed in range(2):
         for sampling in gaps:
             torch.manual_seed(seed)
             shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)
             options = {"sampling": sampling, "sampling_max": 0.7, "seed": seed}
             recipe = TrainingConfig(epochs=10, batch_size=64, lr=5e-3, **options)
-            trainer = Trainer(Seq2Seq(shape, 13, 13), Examples(*walks(1500, seed=1)), recipe)
+            trainer = Trainer(Seq2Seq(shape, 13, 13), Examples.of(*walks(1500, seed=1)), recipe)
             train(trainer)
             right, own = accuracies(trainer.model.eval(), fresh)
             gaps[sampling].append(right - own)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fused_attn.seq2seq.vocabulary import UNKNOWN
+
+if TYPE_CHECKING:  # the command line reads this before it needs torch
+    from torch import Tensor
 
 Link = tuple[int, int]  # positions in source and target, from 0
 

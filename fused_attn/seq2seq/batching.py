@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from fused_attn.seq2seq.config import TrainingConfig
+from fused_attn.seq2seq.storage import Sequences, SequenceWriter
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 
@@ -19,30 +23,89 @@ class Batch:
     source_lengths: Tensor  # int64 (B,)
     target: Tensor  # int64 (B, T + 1), BOS ... EOS
     tokens: int  # target symbols to predict, EOS included
+    alignment: Tensor | None = None  # float32 (B, T, S), rows of links that sum to 1, or of zeros
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(
+            self.source.to(device),
+            self.source_lengths.to(device),
+            self.target.to(device),
+            self.tokens,
+            None if self.alignment is None else self.alignment.to(device),
+        )
+
+
+# Source and target as numbers, without BOS and EOS, and the links between them, if there are any:
+# numbers source, target, source, target ..., both counted from 0.
+Encoded = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 class Examples:
-    """Encoded pairs, padded once, so that making a batch is one gather.
+    """Encoded pairs, from which any can be drawn at once."""
 
-    sources, targets: numbers of the symbols, without BOS and EOS.
-    """
+    def __init__(self, source: Sequences, target: Sequences, links: Sequences) -> None:
+        self._source = source
+        self._target = target
+        self._links = links
 
-    def __init__(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:
-        self.source, self.source_lengths = pad(sources)
-        self.target, self.target_lengths = pad([[BOS, *target, EOS] for target in targets])
+    @classmethod
+    def of(cls, sources: Iterable[Sequence[int]], targets: Iterable[Sequence[int]]) -> Self:
+        """Keep pairs of sequences, without BOS and EOS, in memory."""
+        return cls.collect((s, t, ()) for s, t in zip(sources, targets, strict=True))
+
+    @classmethod
+    def collect(cls, pairs: Iterable[Encoded], directory: Path | None = None) -> Self:
+        """Keep pairs in memory, or in files in a directory; about 40 bytes a pair stay in memory.
+
+        Raises OSError if the files cannot be written.
+        """
+        writers = [SequenceWriter(directory and directory / name) for name in _COLUMNS]
+        for source, target, links in pairs:
+            for writer, part in zip(writers, (source, [BOS, *target, EOS], links), strict=True):
+                writer.append(part)
+        return cls(*(writer.finish() for writer in writers))
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read pairs from where `collect` put them."""
+        return cls(*(Sequences.open(directory / name) for name in _COLUMNS))
 
     def __len__(self) -> int:
-        return len(self.source_lengths)
+        return len(self._source)
+
+    @property
+    def source_lengths(self) -> Tensor:
+        """int64 (N,)."""
+        return self._source.lengths
+
+    @property
+    def target_lengths(self) -> Tensor:
+        """int64 (N,), with BOS and EOS."""
+        return self._target.lengths
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the pairs ``rows``, int64 (B,), as a batch."""
-        source_lengths, target_lengths = self.source_lengths[rows], self.target_lengths[rows]
-        return Batch(
-            self.source[rows, : int(source_lengths.max())],
-            source_lengths,
-            self.target[rows, : int(target_lengths.max())],
-            int(target_lengths.sum()) - len(rows),
-        )
+        source, lengths = self._source.rows(rows)
+        target, target_lengths = self._target.rows(rows)
+        tokens = int(target_lengths.sum()) - len(rows)
+        links, counts = self._links.rows(rows)
+        alignment = None
+        if int(counts.sum()):
+            alignment = _alignment(links, counts, (len(rows), target.shape[1] - 1, source.shape[1]))
+        return Batch(source, lengths, target, tokens, alignment)
+
+
+_COLUMNS = ("source", "target", "links")
+
+
+def _alignment(links: Tensor, counts: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The links of each pair as shares of each target symbol's weight."""
+    row, place = (torch.arange(links.shape[1]) < counts[:, None])[:, ::2].nonzero(as_tuple=True)
+    source, target = links[:, ::2][row, place], links[:, 1::2][row, place]
+    linked = torch.zeros(shape)
+    linked[row, target, source] = 1.0
+    return linked / linked.sum(dim=2, keepdim=True).clamp(min=1.0)
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -54,26 +117,67 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-def epoch_batches(examples: Examples, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Return the batches of an epoch, each as row numbers int64 (<= batch_size,).
+def epoch_batches(examples: Examples, config: TrainingConfig, epoch: int) -> list[Tensor]:
+    """Return the batches of an epoch, each as row numbers int64.
 
     The order depends on the arguments only, so that a run resumes inside an epoch without any
-    state of a generator. Sources in a batch are equally long, which spares packing, and their
-    targets nearly so. What a length leaves over fills mixed batches: small batches of the rare
-    lengths would be steps of their own, as large as those of a full batch.
+    state of a generator. With ``config.bucket`` sources in a batch are equally long, which spares
+    packing, and their targets nearly so. What a length leaves over fills mixed batches: small
+    batches of the rare lengths would be steps of their own, as large as those of a full batch.
     """
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    generator = torch.Generator().manual_seed((config.seed << 20) + epoch)
     order = torch.randperm(len(examples), generator=generator)
+    if not config.bucket:
+        return list(order.split(config.batch_size))
     lengths = examples.source_lengths[order]
+    # A stable sort leaves the pairs of each length in their random order.
+    counts = lengths.unique(return_counts=True)[1].tolist()
+    cut = _by_pairs if config.batch_tokens is None else _by_tokens
     batches: list[Tensor] = []
-    left_over = []
-    for length in lengths.unique().tolist():
-        rows = order[lengths == length]
-        full = len(rows) // batch_size * batch_size
-        by_target = examples.target_lengths[rows[:full]].argsort(stable=True)
-        batches += rows[:full][by_target].split(batch_size) if full else ()
-        left_over.append(rows[full:])
+    left_over: list[Tensor] = []
+    for rows in order[lengths.argsort(stable=True)].split(counts):
+        full, rest = cut(examples, rows, config)
+        batches += full
+        left_over.append(rest)
     mixed = torch.cat(left_over)
-    batches += mixed.split(batch_size) if len(mixed) else ()
+    if len(mixed):
+        full, rest = cut(examples, mixed, config)
+        batches += [*full, rest] if len(rest) else full
     shuffled = torch.randperm(len(batches), generator=generator)
     return [batches[i] for i in shuffled.tolist()]
+
+
+def _by_pairs(
+    examples: Examples, rows: Tensor, config: TrainingConfig
+) -> tuple[list[Tensor], Tensor]:
+    """Full batches of equally many pairs, and what is left over."""
+    full = len(rows) // config.batch_size * config.batch_size
+    chosen = rows[:full]
+    if (examples.source_lengths[chosen] == examples.source_lengths[rows[0]]).all():
+        chosen = chosen[examples.target_lengths[chosen].argsort(stable=True)]
+    return list(chosen.split(config.batch_size)) if full else [], rows[full:]
+
+
+def _by_tokens(
+    examples: Examples, rows: Tensor, config: TrainingConfig
+) -> tuple[list[Tensor], Tensor]:
+    """Batches with as many pairs as the symbols allow, padding counted, and what is left over."""
+    assert config.batch_tokens is not None
+    widths = examples.source_lengths[rows] + examples.target_lengths[rows]
+    by_width = widths.argsort(stable=True)
+    rows, widths = rows[by_width], widths[by_width]
+    batches: list[Tensor] = []
+    while len(rows):
+        most = max(1, config.batch_tokens // int(widths[0]))
+        area = torch.arange(1, min(most, len(rows)) + 1) * widths[:most]
+        count = max(1, int((area <= config.batch_tokens).sum()))
+        if count == len(rows) and int(area[-1]) < config.batch_tokens // 2:
+            break  # a batch of less than half the symbols
+        batches.append(rows[:count])
+        rows, widths = rows[count:], widths[count:]
+    return batches, rows
+
+
+def split_batch(rows: Tensor, parts: int) -> list[Tensor]:
+    """Return the rows of a batch in parts of equal size, give or take one; some may be empty."""
+    return list(rows.tensor_split(parts))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.constraints import constrain, limits_of
+from fused_attn.seq2seq.constraints import constrain
 from fused_attn.seq2seq.ensemble import Ensemble
 from fused_attn.seq2seq.hypothesis import Hypothesis, coverage_penalty, length_penalty
 from fused_attn.seq2seq.model import Seq2Seq
@@ -73,11 +73,12 @@ def beam_search(
     models: Sequence[Seq2Seq],
     source: Tensor,
     lengths: Tensor,
+    limits: Tensor,
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[list[Hypothesis]]:
-    """`search.search` for a beam of more than one.
+    """`search.search` for a beam of more than one; limits: int64 (B,), of the targets' lengths.
 
     Of each sentence K hypotheses are alive. Every step extends all of them and ranks what comes of
     it: those of the first K that end have ended, and the first K others go on. A sentence is done
@@ -88,7 +89,6 @@ def beam_search(
     ensemble = Ensemble(models, source, lengths, config.beam)
     with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
     wanted = ensemble.has_attention and (return_weights or with_coverage)
-    limits = limits_of(lengths, config)
     alive, ended = _begin(source, config, wanted and return_weights, with_coverage)
     rows = torch.arange(len(source), device=source.device)
     symbols = torch.full((len(source) * config.beam,), BOS, device=source.device)

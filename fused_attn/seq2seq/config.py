@@ -14,6 +14,8 @@ LOCALS = ("monotonic", "predictive")
 BRIDGES = ("zero", "last", "mean", "dense")
 TIES = ("output", "all")
 SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")
+LR_SCHEDULES = ("linear", "cosine", "constant", "inverse-sqrt", "plateau")
+PRECISIONS = ("32", "bf16", "16")
 LENGTH_PENALTIES = ("none", "average", "gnmt")
 
 
@@ -126,11 +128,21 @@ class TrainingConfig:
 
     epochs: passes over the training pairs; the schedule of the learning rate spans them.
     batch_size: pairs in a batch.
+    bucket: put sources of one length into a batch: faster steps, each of less variety.
+    batch_tokens: symbols in a batch, source, target and padding, in place of batch_size.
+    accumulate: parts in which a batch is worked on, one after another, to spare memory.
+    precision: "32"; "bf16" or "16", mixed: parameters, their updates and the sums of the attention
+        stay in float32.
     lr: highest learning rate of Adam, reached after the warm-up.
-    warmup: share of all steps in which the rate rises to ``lr``; then it falls to 0.
+    lr_schedule: how it goes on from there: "linear" or "cosine" to 0; "constant"; "inverse-sqrt"
+        of the step; "plateau", halved after each epoch whose first rate on the development set is
+        not the best so far.
+    warmup: share of all steps in which the rate rises to ``lr``.
+    patience: stop after so many epochs without a best rate on the development set; None to go on.
     clip: largest norm of the gradient.
     label_smoothing: share of the probability that is spread over all symbols.
     coverage_loss: weight of the coverage loss (See et al. 2017), for a model with coverage.
+    guided: weight of the guided alignment loss (Chen et al. 2016), for pairs that come with links.
     sampling: how the probability grows that the decoder is given its own symbol in place of the
         right one: "none" (teacher forcing), "constant", "linear", "exponential" or
         "inverse-sigmoid" (Bengio et al. 2015).
@@ -143,11 +155,18 @@ class TrainingConfig:
 
     epochs: int = 10
     batch_size: int = 128
+    bucket: bool = True
+    batch_tokens: int | None = None
+    accumulate: int = 1
+    precision: str = "32"
     lr: float = 2e-3
+    lr_schedule: str = "linear"
     warmup: float = 0.05
+    patience: int | None = None
     clip: float = 1.0
     label_smoothing: float = 0.0
     coverage_loss: float = 0.0
+    guided: float = 0.0
     sampling: str = "none"
     sampling_max: float = 0.25
     sampling_after: float | None = None
@@ -155,10 +174,15 @@ class TrainingConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             _check_positive(name, getattr(self, name))
-        if self.max_steps is not None:
-            _check_positive("max_steps", self.max_steps)
+        for name in ("max_steps", "batch_tokens", "patience"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if self.batch_tokens is not None and not self.bucket:
+            raise ValueError("bucket must be left on for batches by symbols, got False")
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -170,8 +194,10 @@ class TrainingConfig:
             raise ValueError(
                 f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}"
             )
-        if not (math.isfinite(self.coverage_loss) and self.coverage_loss >= 0):
-            raise ValueError(f"coverage_loss must be at least 0, got {self.coverage_loss!r}")
+        for name in ("coverage_loss", "guided"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
         _check_choice("sampling", self.sampling, SCHEDULES)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed!r}")

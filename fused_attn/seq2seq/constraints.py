@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
-# Without a max_length a target ends at factor * source length + margin symbols. By its own source,
-# so that a result does not depend on the other sources of its batch.
-_LIMIT_FACTOR, _LIMIT_MARGIN = 2, 10
+
+@dataclass(frozen=True)
+class LengthBound:
+    """How long a target may get where a search is not told.
+
+    ratio: symbols for one of the source; longest: those of the longest target in training.
+
+    It goes by a target's own source, so that a result does not depend on the rest of its batch.
+    """
+
+    ratio: float = 2.0
+    longest: int = 0
+
+    def limits(self, lengths: Tensor) -> Tensor:
+        """The most symbols for sources of these lengths, int64 (B,)."""
+        usual = 2 * lengths + _MARGIN
+        by_ratio = (self.ratio * lengths).ceil().long() + _MARGIN
+        return torch.minimum(by_ratio, usual.clamp(min=self.longest + _MARGIN)).maximum(usual)
 
 
-def limits_of(lengths: Tensor, config: SearchConfig) -> Tensor:
+_MARGIN = 10
+
+
+def limits_of(lengths: Tensor, config: SearchConfig, bound: LengthBound) -> Tensor:
     """The most symbols that each target may have, int64 (B,)."""
     if config.max_length is not None:
         return torch.full_like(lengths, config.max_length)
-    return lengths * _LIMIT_FACTOR + _LIMIT_MARGIN
+    return bound.limits(lengths)
 
 
 def constrain(

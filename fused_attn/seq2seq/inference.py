@@ -14,6 +14,7 @@ from fused_attn import backends, problem
 from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.batching import pad
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.constraints import LengthBound
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.hypothesis import Hypothesis
 from fused_attn.seq2seq.model import Seq2Seq
@@ -21,6 +22,7 @@ from fused_attn.seq2seq.search import search
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,26 @@ class Prediction:
     score: float = 0.0  # with the penalties of the search
 
 
-def require_backend(backend: str, score: str) -> None:
-    """Raise `InputError` unless the backend can run a model with this score here."""
+def require_backend(backend: str, score: str, device: torch.device) -> None:
+    """Raise `InputError` unless the backend can run a model with this score on the device."""
     try:
         backends.check_request(backend)
         if score in problem.SCORES:  # the others are composed, or need no backend at all
-            backends.select("cpu", torch.float32, score, backend)
+            backends.select(device.type, torch.float32, score, backend)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from None
 
 
 def load_model(
-    directory: Path, meta: dict[str, Any], *, backend: str = "auto"
+    directory: Path,
+    meta: dict[str, Any],
+    *,
+    backend: str = "auto",
+    device: torch.device = _CPU,
 ) -> tuple[Seq2Seq, Vocabulary, Vocabulary]:
     """Return the model of a checkpoint with this metadata, and source and target vocabulary.
+
+    The model is on the device.
 
     Raises `InputError` if the checkpoint is damaged or the backend cannot run it.
     """
@@ -57,39 +65,60 @@ def load_model(
         config = ModelConfig(**meta["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.damaged(directory, error) from None
-    require_backend(backend, config.score)
+    require_backend(backend, config.score, device)
     model = Seq2Seq(config, len(source), len(target), backend=backend)
     try:
         model.load_state_dict(parameters)
     except RuntimeError as error:  # names or shapes that do not fit
         raise checkpoint.damaged(directory, error) from None
-    return model, source, target
+    return model.to(device), source, target
 
 
 class Predictor:
-    """Models with their vocabularies: one, or several that decide together."""
+    """Models with their vocabularies: one, or several that decide together, on one device.
 
-    def __init__(self, models: Sequence[Seq2Seq], source: Vocabulary, target: Vocabulary) -> None:
+    bound: of the lengths of targets.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Seq2Seq],
+        source: Vocabulary,
+        target: Vocabulary,
+        bound: LengthBound = LengthBound(),  # noqa: B008, it is frozen
+    ) -> None:
         self.models = list(models)
         self.source = source
         self.target = target
+        self.bound = bound
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.models[0].parameters()).device
 
     @classmethod
-    def load(cls, *directories: Path, backend: str = "auto") -> Predictor:
-        """Read one checkpoint, or those of an ensemble.
+    def load(
+        cls, *directories: Path, backend: str = "auto", device: torch.device = _CPU
+    ) -> Predictor:
+        """Read one checkpoint, or those of an ensemble, whose first has the bound.
 
         Raises `InputError` if one is missing, damaged or of another format, or if they have not the
         same vocabularies.
         """
         loaded = []
-        for directory in directories:
-            meta = checkpoint.load_metadata(directory)
-            loaded.append(load_model(directory, meta, backend=backend))
+        metas = [checkpoint.load_metadata(directory) for directory in directories]
+        for directory, meta in zip(directories, metas, strict=True):
+            loaded.append(load_model(directory, meta, backend=backend, device=device))
+        try:
+            bound = LengthBound(**metas[0].get("target_bound", {}))
+        except TypeError as error:
+            raise checkpoint.damaged(directories[0], error) from None
         (_, source, target), *others = loaded
         for directory, (_, *vocabularies) in zip(directories[1:], others, strict=True):
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
                 raise InputError(f"{directory} has other vocabularies than {directories[0]}")
-        return cls([model.eval() for model, _, _ in loaded], source, target)
+        return cls([model.eval() for model, _, _ in loaded], source, target, bound)
 
     def encode(self, symbols: Sequence[str]) -> list[int]:
         """Return the numbers of a source; raises `InputError` if it is empty or not known."""
@@ -123,7 +152,13 @@ class Predictor:
             if prefixes is not None:
                 prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
             results = search(
-                self.models, tokens, lengths, config, prefix=prefix, return_weights=return_weights
+                self.models,
+                tokens.to(self.device),
+                lengths.to(self.device),
+                config,
+                prefix=None if prefix is None else prefix.to(self.device),
+                bound=self.bound,
+                return_weights=return_weights,
             )
             for i, hypotheses in zip(chosen, results, strict=True):
                 found[i] = [self._prediction(sources[i], h) for h in hypotheses]

@@ -5,6 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# Measures that grow with quality; all others fall.
+_HIGHER_IS_BETTER = ("BLEU", "chrF")
+PERPLEXITY = "perplexity"
+
+
+def cost(name: str, value: float) -> float:
+    """A measure as a number that is lower for a better model."""
+    return -value if name in _HIGHER_IS_BETTER else value
+
+
+def shown(name: str, value: float) -> str:
+    """A measure for people."""
+    if name == PERPLEXITY:
+        return f"{value:.2f}"
+    return f"{100 * value:.2f}" + ("" if name in _HIGHER_IS_BETTER else " %")
+
 
 def edit_distance(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
     """Return the least number of insertions, deletions and substitutions between the two."""

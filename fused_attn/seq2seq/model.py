@@ -158,28 +158,39 @@ class Seq2Seq(nn.Module):
         sampling: float = 0.0,
         label_smoothing: float = 0.0,
         coverage_weight: float = 0.0,
+        alignment: Tensor | None = None,
+        guided_weight: float = 0.0,
+        tokens: int | None = None,
     ) -> Tensor:
-        """Return the mean loss in nats over the target symbols that are not padding.
+        """Return the loss in nats, summed over the target symbols that are not padding, per symbol.
 
         target: int64 (B, T + 1), from BOS to EOS, padded at the end. The loss is the cross-entropy,
-        and ``coverage_weight`` times the coverage loss of each step.
+            ``coverage_weight`` times the coverage loss of each step, and ``guided_weight`` times
+            that of the weights against ``alignment`` (Chen et al. 2016, eq. 4).
+        alignment: (B, T, S), the shares of the source in each target symbol; rows of zeros do not
+            count.
+        tokens: what to divide by, if not by the number of those symbols: of a batch of which these
+            pairs are a part.
         """
         inputs, expected = target[:, :-1], target[:, 1:]
-        covers = coverage_weight > 0.0
+        covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
         logits, weights = self(
-            source, source_lengths, inputs, sampling=sampling, return_weights=covers
+            source, source_lengths, inputs, sampling=sampling, return_weights=covers or guided
         )
         loss = cross_entropy(
             logits.flatten(0, 1),
             expected.flatten(),
             ignore_index=PAD,
             label_smoothing=label_smoothing,
+            reduction="sum",
         )
-        if weights is None:
-            return loss
-        counts = expected != PAD
-        again = coverage_loss(weights).masked_fill(~counts, 0.0).sum() / counts.sum()
-        return loss + coverage_weight * again
+        if covers:
+            again = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
+            loss = loss + coverage_weight * again
+        if guided:
+            assert alignment is not None
+            loss = loss + guided_weight * guided_alignment_loss(weights, alignment)
+        return loss / ((expected != PAD).sum() if tokens is None else tokens)
 
     def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory | None:
         """Return the memory (B, S, E) with what the attention can compute before the first step.
@@ -188,3 +199,13 @@ class Seq2Seq(nn.Module):
         """
         attention = self.decoder.attention
         return None if attention is None else attention.prepare_memory(memory, lengths)
+
+
+def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:
+    """Return the cross-entropy of alignment weights against known shares, summed.
+
+    Chen et al. 2016, "Guided Alignment Training for Topic-Aware Neural Machine Translation", eq. 4.
+    Both are (B, T, S).
+    """
+    # The addend bounds the gradient where a weight has vanished.
+    return -(alignment * torch.log(weights.float() + 1e-8)).sum()

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from fused_attn.seq2seq.config import BRIDGES, CELLS, LENGTH_PENALTIES, LOCALS, SCHEDULES, SCORES
-from fused_attn.seq2seq.parallel import TOKENS
+from fused_attn.seq2seq.config import (
+    BRIDGES,
+    CELLS,
+    LENGTH_PENALTIES,
+    LOCALS,
+    LR_SCHEDULES,
+    PRECISIONS,
+    SCHEDULES,
+    SCORES,
+)
 from fused_attn.seq2seq.scan import SPLITS
+from fused_attn.seq2seq.tokens import TOKENS
 
 MODEL_HELP = {
     "cell": f"recurrent cell: {', '.join(CELLS)}",
@@ -32,11 +41,18 @@ MODEL_HELP = {
 TRAINING_HELP = {
     "epochs": "passes over the training pairs",
     "batch_size": "pairs in a batch",
+    "bucket": "put sources of one length into a batch: faster steps, of less variety",
+    "batch_tokens": "symbols in a batch, padding counted, in place of --batch-size",
+    "accumulate": "work on a batch in so many parts, to spare memory",
+    "precision": f"of the training: {', '.join(PRECISIONS)}",
     "lr": "highest learning rate",
+    "lr_schedule": f"how the rate goes on after its rise: {', '.join(LR_SCHEDULES)}",
     "warmup": "share of the steps in which the rate rises",
+    "patience": "stop after so many epochs without a best rate (default: go on)",
     "clip": "largest norm of the gradient",
     "label_smoothing": "share of the probability spread over all symbols",
     "coverage_loss": "weight of the coverage loss",
+    "guided": "weight of the guided alignment loss, for pairs with links",
     "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
     "sampling_max": "probability of the model's own symbols at the end",
     "sampling_after": "begin with it once the first rate on the development set is at most this",
@@ -63,6 +79,8 @@ TASK_SUMMARIES = {
     "scan": "commands to actions",
     "reverse": "sequences turned around",
     "pairs": "your own lines, source TAB target",
+    "translate": "sentences, with subwords, judged by BLEU",
+    "chat": "utterances to the next ones",
 }
 TASK_HELP: dict[str, dict[str, str]] = {
     "g2p": {"limit_words": "g2p: train on so many words only (default: all)"},
@@ -74,11 +92,17 @@ TASK_HELP: dict[str, dict[str, str]] = {
         "test_longest": "reverse: longest sequence in the test",
     },
     "pairs": {
-        "train": "pairs: the file to train on",
-        "dev": "pairs: the file that chooses the best checkpoint (default: 2 %% of train)",
-        "tokens": f"pairs: what a symbol is, {' or '.join(TOKENS)}",
-        "min_count": "pairs: rarer symbols are read as unknown",
-        "max_length": "pairs: longest source or target in symbols",
-        "skip_bad": "pairs: leave out lines that cannot be used, and count them",
+        "train": "pairs, translate: the file to train on, or SOURCES,TARGETS",
+        "dev": "pairs, translate: the file that chooses the best (default: 2 %% of train)",
+        "tokens": f"text: what a symbol is: {', '.join(TOKENS)}; translate and chat: subwords",
+        "vocabulary": "text: subwords to learn; chat: 4000",
+        "min_count": "text: rarer symbols are read as unknown",
+        "max_length": "text: longest source or target in symbols; translate: 100, chat: 80",
+        "skip_bad": "text: leave out lines that cannot be used, and count them; chat: yes",
+    },
+    "translate": {},
+    "chat": {
+        "corpus": "chat: language of chatterbot-corpus",
+        "dialogs": "chat: a file of utterances instead, a blank line between dialogs",
     },
 }

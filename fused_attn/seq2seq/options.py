@@ -8,19 +8,23 @@ from dataclasses import fields
 
 import torch
 
-from fused_attn.seq2seq import checkpoint, task_run
+from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.devices import choose_device
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Predictor
+from fused_attn.seq2seq.recipe import load_recipe
 from fused_attn.seq2seq.runs import find_checkpoint
-from fused_attn.seq2seq.tasks import Task
+from fused_attn.seq2seq.task import Task
 
 
 def load_models(args: Namespace) -> tuple[Predictor, Task]:
     """Return the models of ``args.model`` and ``args.ensemble``, and the task of the first."""
     paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
-    recipe = task_run.load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
-    return Predictor.load(*paths, backend=args.backend), recipe.task
+    recipe = load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
+    return Predictor.load(
+        *paths, backend=args.backend, device=choose_device(args.device)
+    ), recipe.task
 
 
 def search_config(args: Namespace) -> SearchConfig:

@@ -1,9 +1,10 @@
-"""Pictures of alignments."""
+"""Pictures of alignments and of trainings."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -11,7 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fused_attn.seq2seq.checkpoint import write_atomically
+from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Prediction
+from fused_attn.seq2seq.logs import EPOCHS, STEPS, read_rows
+from fused_attn.seq2seq.metrics import PERPLEXITY
 
 # Inches: the side of a cell, room for the phones beside a map and for the letters above it.
 _CELL, _LEFT, _TOP, _EDGE = 0.32, 0.6, 0.45, 0.15
@@ -43,13 +47,68 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
     return figure
 
 
+def curves_figure(runs: Sequence[Path]) -> Figure:
+    """Return a figure of trainings: the loss of each step, and each measure after each epoch.
+
+    Raises `InputError` if a directory has no log.
+    """
+    steps = {run: read_rows(run / STEPS) for run in runs}
+    epochs = {run: read_rows(run / EPOCHS) for run in runs}
+    for run, rows in steps.items():
+        if not rows:
+            raise InputError(f"{run} has no log of a training: {STEPS} is missing or empty")
+    places = ("epoch", "step", "train_loss", "seconds")
+    measures = list(
+        dict.fromkeys(n for rows in epochs.values() for r in rows for n in r if n not in places)
+    )
+    figure = Figure(figsize=(6.4, 2.6 * (1 + len(measures))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + len(measures), squeeze=False)[:, 0]
+    for run in runs:
+        x = [int(row["step"]) for row in steps[run]]
+        loss = _smooth([float(row["loss"]) for row in steps[run]])
+        axes[0].plot(x, loss, label=run.name, linewidth=1.2)
+        for place, name in zip(axes[1:], measures, strict=True):
+            rows = [row for row in epochs[run] if name in row]
+            values = [float(row[name]) * (1 if name == PERPLEXITY else 100) for row in rows]
+            place.plot([int(row["step"]) for row in rows], values, marker=".", label=run.name)
+    axes[0].set_ylabel("loss, nats a symbol")
+    axes[0].set_yscale("log")
+    for place, name in zip(axes[1:], measures, strict=True):
+        place.set_ylabel(name if name == PERPLEXITY else f"{name}, %")
+    for place in axes:
+        place.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
+    if len(runs) > 1:
+        axes[0].legend()
+    return figure
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean of the last fiftieth of the values."""
+    width = max(1, len(values) // 50)
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(values) + 1)]
+
+
+def save_curves(runs: Sequence[Path], path: Path) -> None:
+    """Write `curves_figure`, as `save_alignments` writes."""
+    _save(curves_figure(runs), path)
+
+
 def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
     """Write `alignment_figure` to a file that is whole or not there; raises OSError.
 
     A PNG, or an SVG for a path that ends so.
     """
+    _save(alignment_figure(predictions), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise InputError(f"--output must name a file that ends in .png or .svg, got {path}")
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):  # text stays text
-        kind = path.suffix.lower().removeprefix(".")
-        alignment_figure(predictions).savefig(buffer, format=kind, dpi=150)
+        figure.savefig(buffer, format=kind, dpi=150)
     write_atomically(path, buffer.getvalue())

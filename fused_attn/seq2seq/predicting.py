@@ -15,7 +15,7 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Prediction, Predictor
 from fused_attn.seq2seq.options import load_models, search_config, set_threads
-from fused_attn.seq2seq.tasks import Symbols, Task
+from fused_attn.seq2seq.task import Symbols, Task
 
 # Panels of a picture of alignments.
 MAX_PANELS = 12

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from fused_attn.seq2seq.training import StepReport
+from fused_attn.seq2seq.metrics import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from fused_attn.seq2seq.training import StepReport
 
 _SMOOTHING = 0.95  # of the loss and the speed shown
 _LINE_SECONDS = 15.0
@@ -61,9 +63,19 @@ class Progress(ABC):
         """Show a line that stays."""
 
     def epoch(self, epoch: int, loss: float, dev: Mapping[str, float], seconds: float) -> None:
-        """Show the end of an epoch: its mean training loss and the rates on development data."""
-        rates = "  ".join(f"{name} {100 * rate:.2f}%" for name, rate in dev.items())
-        self.line(f"epoch {epoch}: loss {loss:.4f}  dev {rates}  {seconds:.0f} s")
+        """Show the end of an epoch: its mean training loss, and measures on development data."""
+        measures = "  ".join(f"{name} {shown(name, value)}" for name, value in dev.items())
+        self.line(f"epoch {epoch}: loss {loss:.4f}  dev {measures}  {seconds:.0f} s")
+
+
+class NoProgress(Progress):
+    """Of a process that leaves it to another one."""
+
+    def show(self, report: StepReport, loss: float, speed: float) -> None:
+        return None
+
+    def line(self, text: str) -> None:
+        return None
 
 
 class LineProgress(Progress):

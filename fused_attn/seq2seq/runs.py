@@ -1,32 +1,36 @@
 """A run: the directory that a training writes, with its log and its checkpoints.
 
-DIR/log.jsonl                           a line for each step and for each epoch
+DIR/steps.csv, DIR/epochs.csv           its log, see `logs`
+DIR/pairs/                              the encoded pairs of a training from the disk
 DIR/checkpoints/step-0000465            the beginning, or where the training was stopped
 DIR/checkpoints/step-0000926-epoch-02   after an epoch, with its error rates
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.logs import RunLog
+from fused_attn.seq2seq.metrics import cost
 from fused_attn.seq2seq.progress import Progress
-from fused_attn.seq2seq.training import StepReport, Trainer
+
+if TYPE_CHECKING:  # prediction needs nothing of training
+    from fused_attn.seq2seq.training import StepReport, Trainer
 
 CHECKPOINTS = "checkpoints"
-LOG = "log.jsonl"
+PAIRS = "pairs"
 # Besides the best.
 KEPT_CHECKPOINTS = 2
 
 ShouldStop = Callable[[], bool]
-# Rates of the model on the development set by name, lower is better, the first decides which
-# checkpoint is the best and the next break ties; None if it was stopped.
+# Measures of the model on the development set by name; the first decides which checkpoint is the
+# best and the next break ties; None if it was stopped.
 Evaluate = Callable[[ShouldStop], dict[str, float] | None]
 
 
@@ -72,12 +76,12 @@ def _what_is_there(path: Path) -> str:
 
 
 def _best(found: list[Path]) -> Path | None:
-    """Return the checkpoint with the lowest rates, the first rate before the others."""
-    rates: dict[Path, tuple[float, ...]] = {}
+    """Return the checkpoint with the best measures, the first before the others."""
+    costs: dict[Path, tuple[float, ...]] = {}
     for path in found:
         if dev := checkpoint.load_metadata(path).get("dev"):
-            rates[path] = tuple(dev.values())
-    return min(rates, key=lambda path: rates[path], default=None)
+            costs[path] = tuple(cost(name, value) for name, value in dev.items())
+    return min(costs, key=lambda path: costs[path], default=None)
 
 
 class Run:
@@ -89,6 +93,9 @@ class Run:
         meta: JSON values for every checkpoint: configurations, vocabularies, task.
         evaluate: of the model in its present state, on the development set.
         progress: where to report.
+        tensorboard: whether to write events for TensorBoard.
+
+    Of several processes the first writes.
     """
 
     def __init__(
@@ -98,12 +105,15 @@ class Run:
         meta: Mapping[str, Any],
         evaluate: Evaluate,
         progress: Progress,
+        tensorboard: bool = False,
     ) -> None:
         self.directory = directory
         self.trainer = trainer
         self.meta = meta
         self.evaluate = evaluate
         self.progress = progress
+        self.tensorboard = tensorboard
+        self._first = trainer.fabric.is_global_zero
 
     def train(self, should_stop: ShouldStop) -> bool:
         """Train to the end of the plan, or save a checkpoint and return once ``should_stop()``.
@@ -111,16 +121,18 @@ class Run:
         Returns whether the end was reached. Raises OSError if the directory cannot be written, and
         `InputError` if the training fails; the checkpoints of before are whole then.
         """
-        self._tidy()
         trainer = self.trainer
-        log_file = (self.directory / LOG).open("a", buffering=1, encoding="utf-8")  # line by line
-        with log_file as log, self.progress as progress:
-
-            def write(**values: object) -> None:
-                log.write(json.dumps(values) + "\n")
+        if self._first:
+            checkpoint.remove_unfinished(self.directory / CHECKPOINTS)
+        with ExitStack() as stack:
+            progress, log = stack.enter_context(self.progress), None
+            if self._first:
+                written = RunLog(self.directory, trainer.position, tensorboard=self.tensorboard)
+                log = stack.enter_context(written)
 
             def on_step(report: StepReport) -> None:
-                write(**asdict(report))
+                if log is not None:
+                    log.step(report)
                 progress.step(report)
 
             progress.start(trainer.position.step, trainer.total_steps)
@@ -131,45 +143,34 @@ class Run:
                 if dev is None:
                     self._save(None)
                     return False
-                position = trainer.position
-                loss = position.loss / position.tokens
-                trainer.finish_epoch(next(iter(dev.values()), None))
-                seconds = round(time.monotonic() - started, 1)
-                epoch = trainer.position.epoch
-                write(epoch=epoch, step=position.step, train_loss=loss, **dev, seconds=seconds)
-                self._save(dev)
-                progress.epoch(epoch, loss, dev, seconds)
+                self._finish_epoch(dev, time.monotonic() - started, log)
         return True
+
+    def _finish_epoch(self, dev: Mapping[str, float], seconds: float, log: RunLog | None) -> None:
+        position = self.trainer.position
+        loss = position.loss / position.tokens
+        name, value = next(iter(dev.items()))
+        self.trainer.finish_epoch(cost(name, value))
+        epoch = self.trainer.position.epoch
+        if log is not None:
+            places = {"epoch": epoch, "step": position.step, "train_loss": loss}
+            log.epoch({**places, **dev, "seconds": round(seconds, 1)})
+        self._save(dev)
+        self.progress.epoch(epoch, loss, dev, seconds)
 
     def start(self) -> None:
         """Write the first checkpoint, of the untrained model, so that any run can be resumed."""
         self._save(None)
-
-    def _tidy(self) -> None:
-        """Remove what a killed process left: unfinished checkpoints, log lines of lost steps."""
-        checkpoint.remove_unfinished(self.directory / CHECKPOINTS)
-        log = self.directory / LOG
-        if not log.exists():
-            return
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and self._is_done(line)]
-        if kept != lines:
-            checkpoint.write_atomically(log, "".join(kept).encode())
-
-    def _is_done(self, line: str) -> bool:
-        """Whether a line of the log is about what the checkpoint has behind it."""
-        position = self.trainer.position
-        logged = json.loads(line)
-        if "train_loss" in logged:
-            return bool(logged["epoch"] <= position.epoch)
-        return bool(logged["step"] <= position.step)
 
     def _save(self, dev: Mapping[str, float] | None) -> None:
         """Write a checkpoint; with the rates ``dev`` it is the end of an epoch."""
         position, tensors = self.trainer.state()
         name = f"step-{position['step']:07}" + (f"-epoch-{position['epoch']:02}" if dev else "")
         directory = self.directory / CHECKPOINTS / name
-        if directory.exists():  # stopped again before the first step: nothing has changed
+        # Every process has to take part in what comes before.
+        if (
+            not self._first or directory.exists()
+        ):  # stopped again before the first step: nothing has changed
             return
         meta = {**self.meta, "position": position, "dev": dev}
         checkpoint.save(directory, meta, self.trainer.model.state_dict(), tensors)

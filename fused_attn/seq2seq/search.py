@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_attn.seq2seq.beam import beam_search
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.constraints import constrain, limits_of
+from fused_attn.seq2seq.constraints import LengthBound, constrain, limits_of
 from fused_attn.seq2seq.ensemble import Ensemble
 from fused_attn.seq2seq.hypothesis import Hypothesis, coverage_penalty, length_penalty
 from fused_attn.seq2seq.model import Seq2Seq
@@ -24,6 +24,7 @@ def search(
     config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
     *,
     prefix: Tensor | None = None,
+    bound: LengthBound = LengthBound(),  # noqa: B008
     return_weights: bool = False,
 ) -> list[list[Hypothesis]]:
     """Find the ``config.nbest`` best targets of each source, the best first.
@@ -31,11 +32,13 @@ def search(
     models: one, or an ensemble with the same vocabularies; in evaluation mode, all on one device.
     source: int64 (B, S), padded at the end. source_lengths: int64 (B,), 1..S.
     prefix: int64 (B, P), padded at the end: what each target begins with.
+    bound: of the targets' lengths, if ``config.max_length`` is None.
     """
     members = [models] if isinstance(models, Seq2Seq) else list(models)
+    limits = limits_of(source_lengths, config, bound)
     if config.beam > 1:
-        return beam_search(members, source, source_lengths, config, prefix, return_weights)
-    found = _walk(members, source, source_lengths, config, prefix, return_weights)
+        return beam_search(members, source, source_lengths, limits, config, prefix, return_weights)
+    found = _walk(members, source, source_lengths, limits, config, prefix, return_weights)
     return [[hypothesis] for hypothesis in found]
 
 
@@ -43,6 +46,7 @@ def _walk(
     models: Sequence[Seq2Seq],
     source: Tensor,
     lengths: Tensor,
+    limits: Tensor,
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
@@ -54,7 +58,6 @@ def _walk(
     if config.seed is not None:
         generator = torch.Generator(source.device).manual_seed(config.seed)
     rows = torch.arange(len(source), device=source.device)  # of the batch, still under way
-    limits = limits_of(lengths, config)
     symbols = torch.full_like(lengths, BOS)
     tokens = source.new_zeros(len(source), 0)
     total = torch.zeros(len(source), device=source.device)

@@ -1,68 +1,53 @@
-"""Training and judging a model of a task: the data meets the toolkit."""
+"""Training a model of a task: the data meets the toolkit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 
-from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq import checkpoint, judging
 from fused_attn.seq2seq.batching import Examples
-from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
+from fused_attn.seq2seq.constraints import LengthBound
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Predictor, load_model, require_backend
-from fused_attn.seq2seq.metrics import ErrorRates, error_rates
+from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.progress import Progress
-from fused_attn.seq2seq.runs import Run, last_checkpoint
-from fused_attn.seq2seq.tasks import Data, Item, Symbols, Task, make_task
+from fused_attn.seq2seq.processes import gathered
+from fused_attn.seq2seq.progress import NoProgress, Progress
+from fused_attn.seq2seq.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.runs import PAIRS, Run, last_checkpoint
+from fused_attn.seq2seq.task import Data, Item, Symbols, Task
+from fused_attn.seq2seq.tasks import make_task
 from fused_attn.seq2seq.training import Trainer
 
 _ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the numbers of a run."""
+class Machine:
+    """How a run is carried out, which does not decide its numbers but for rounding.
 
-    model: ModelConfig
-    training: TrainingConfig
-    task: Task
+    fabric: of the process. backend: of the attention. on_disk: whether the encoded pairs are kept
+    in the run's directory and not in memory. tensorboard: whether to write events.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON values."""
-        return {
-            "model": asdict(self.model),
-            "training": asdict(self.training),
-            "task": self.task.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a checkpoint; KeyError, TypeError or ValueError if it is none."""
-        return cls(
-            ModelConfig(**values["model"]),
-            TrainingConfig(**values["training"]),
-            make_task(values["task"]),
-        )
-
-
-def load_recipe(directory: Path, meta: dict[str, Any]) -> Recipe:
-    """Return the recipe of a checkpoint with this metadata; raises `InputError`."""
-    try:
-        return Recipe.from_json(meta)
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.damaged(directory, error) from None
+    fabric: Fabric
+    backend: str = "auto"
+    on_disk: bool = False
+    tensorboard: bool = False
 
 
 def start(
     directory: Path,
     recipe: Recipe,
     progress: Progress,
-    backend: str = "auto",
+    machine: Machine,
     note: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
@@ -70,56 +55,88 @@ def start(
     Raises `InputError` if the data cannot be had or the backend cannot run the model, OSError if
     the directory cannot be written.
     """
-    require_backend(backend, recipe.model.score)
-    data = recipe.task.load()
+    require_backend(machine.backend, recipe.model.score, machine.fabric.device)
+    recipe, data, examples = _load(directory, recipe, machine)
     for text in data.notes:
         note(text)
     torch.manual_seed(recipe.training.seed)
+    sizes = len(data.source), len(data.target)
     try:
-        model = Seq2Seq(recipe.model, len(data.source), len(data.target), backend=backend)
+        model = Seq2Seq(recipe.model, *sizes, backend=machine.backend)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    trainer = Trainer(model, examples_of(data), recipe.training)
+    trainer = Trainer(model, examples, recipe.training, machine.fabric)
+    if rank := machine.fabric.global_rank:  # each process drops other columns
+        torch.manual_seed(recipe.training.seed + rank)
     meta = {
         **recipe.to_json(),
         "source": data.source.symbols,
         "target": data.target.symbols,
         "training_pairs": data.fingerprint,
+        "target_bound": asdict(_bound(examples)),
     }
-    run = _make_run(directory, trainer, meta, recipe.task, data, progress)
+    run = _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
     run.start()
     return run
 
 
-def examples_of(data: Data) -> Examples:
-    """The training pairs as numbers."""
-    return Examples(
-        [data.source.encode(source) for source, _ in data.train],
-        [data.target.encode(target) for _, target in data.train],
+def _load(directory: Path, recipe: Recipe, machine: Machine) -> tuple[Recipe, Data, Examples]:
+    """The data, encoded. The first process is ahead: it learns subwords and writes files."""
+    fabric, task = machine.fabric, recipe.task
+    place = directory / PAIRS if machine.on_disk else None
+    data: Data | None = None
+    if fabric.is_global_zero:
+        data = task.load()
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            _encode(data, place)
+    learned = make_task(gathered(fabric, task.to_json())[0])
+    if data is None:
+        data = learned.load()
+    examples = _encode(data, None) if place is None else Examples.open(place)
+    if not len(examples):
+        raise InputError("there are no pairs to train on")
+    if recipe.training.guided and examples.batch(torch.arange(len(examples))).alignment is None:
+        raise InputError("--guided needs links, and no pair has any")
+    return replace(recipe, task=learned), data, examples
+
+
+def _encode(data: Data, place: Path | None) -> Examples:
+    pairs = (
+        (data.source.encode(pair.source), data.target.encode(pair.target), pair.links)
+        for pair in data.train
     )
+    return Examples.collect(pairs, place)
 
 
-def resume(directory: Path, progress: Progress, backend: str = "auto") -> Run:
+def _bound(examples: Examples) -> LengthBound:
+    """How long targets get: by what all but one in a thousand of the pairs have."""
+    targets = examples.target_lengths - 2  # BOS and EOS
+    ratios = targets / examples.source_lengths
+    place = max(1, math.ceil(0.999 * len(ratios)))
+    return LengthBound(ratios.kthvalue(place).values.item(), int(targets.max()))
+
+
+def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     """Return the run in ``directory`` as its last checkpoint left it.
 
     Raises `InputError` if there is no checkpoint, or it is damaged, or the data has changed.
     """
     last = last_checkpoint(directory)
     meta = checkpoint.load_metadata(last)
-    recipe = load_recipe(last, meta)
-    data = recipe.task.load()
+    recipe, data, examples = _load(directory, load_recipe(last, meta), machine)
     if data.fingerprint != meta.get("training_pairs"):
         raise InputError(f"{directory} was trained on other data: the training pairs have changed")
-    model, _, _ = load_model(last, meta, backend=backend)
-    trainer = Trainer(model, examples_of(data), recipe.training)
+    model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
+    trainer = Trainer(model, examples, recipe.training, machine.fabric)
     tensors = checkpoint.load_tensors(last, checkpoint.TRAINING)
     try:
         trainer.load_state(meta["position"], tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise checkpoint.damaged(last, error) from None
-    kept = ("model", "training", "task", "source", "target", "training_pairs")
+    kept = ("model", "training", "task", "source", "target", "training_pairs", "target_bound")
     meta = {key: meta[key] for key in kept}
-    return _make_run(directory, trainer, meta, recipe.task, data, progress)
+    return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
 
 
 def _make_run(
@@ -129,36 +146,45 @@ def _make_run(
     task: Task,
     data: Data,
     progress: Progress,
+    machine: Machine,
 ) -> Run:
-    predictor = Predictor([trainer.model], data.source, data.target)
+    bound = LengthBound(**meta["target_bound"])
+    predictor = Predictor([trainer.model], data.source, data.target, bound)
+    judge_dev = _by_perplexity if task.by_perplexity else _by_targets
 
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
         trainer.model.eval()
-        found: list[Symbols] = []
-        while len(found) < len(data.dev):
-            if should_stop():
-                return None
-            found += targets(predictor, data.dev[len(found) :][:_ITEMS_AT_ONCE])
-        return rates(task, judge(found, data.dev))
+        return judge_dev(task, predictor, data.dev, machine.fabric, should_stop)
 
-    return Run(directory, trainer, meta, evaluate, progress)
+    shown = progress if machine.fabric.is_global_zero else NoProgress()
+    return Run(directory, trainer, meta, evaluate, shown, machine.tensorboard)
 
 
-def targets(
+def _by_targets(
+    task: Task,
     predictor: Predictor,
     items: Sequence[Item],
-    config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
-) -> list[Symbols]:
-    """Return the models' best target for each item."""
-    return [found.target for found in predictor.best([item.source for item in items], config)]
+    fabric: Fabric,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Measures of what the model makes of the items, of which each process takes its part."""
+    found: list[Symbols] = []
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        if should_stop():
+            return None
+        lot = items[start : start + _ITEMS_AT_ONCE]
+        parts = gathered(
+            fabric, judging.targets(predictor, lot[fabric.global_rank :: fabric.world_size])
+        )
+        found += [parts[i % len(parts)][i // len(parts)] for i in range(len(lot))]
+    return {**task.quality(found, items), **judging.rates(task, judging.judge(found, items))}
 
 
-def judge(found: Sequence[Symbols], items: Sequence[Item]) -> ErrorRates:
-    """Compare targets with the items' references, of which the nearest counts."""
-    return error_rates((target, i.references) for target, i in zip(found, items, strict=True))
-
-
-def rates(task: Task, errors: ErrorRates) -> dict[str, float]:
-    """Return the error rates by the task's names."""
-    found = (errors.sequence_error_rate, errors.symbol_error_rate)
-    return dict(zip(task.rates, found, strict=True))
+def _by_perplexity(
+    task: Task,
+    predictor: Predictor,
+    items: Sequence[Item],
+    fabric: Fabric,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    return None if should_stop() else {PERPLEXITY: judging.perplexity(predictor, items)}

@@ -1,100 +1,31 @@
-"""The tasks that come with the toolkit: where their pairs come from, and what a line of text is.
-
-No torch here: the command line reads the options from the configurations.
-"""
+"""The tasks that come with the toolkit."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fused_attn.seq2seq import g2p, parallel, scan
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.task import (
+    DEV_SHARE,
+    TEST_SHARE,
+    Data,
+    Item,
+    Pair,
+    Symbols,
+    Task,
+    fingerprint,
+    grouped,
+    place,
+)
+from fused_attn.seq2seq.text_tasks import Chat, Pairs, Translate
 from fused_attn.seq2seq.vocabulary import Vocabulary
-
-Symbols = tuple[str, ...]
-
-# Shares of the pairs, by hash, where a task has no split of its own.
-TEST_SHARE = 0.2
-DEV_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Item:
-    """A source to judge a model on, and the targets that are right."""
-
-    source: Symbols
-    references: tuple[Symbols, ...]
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a task makes of its configuration."""
-
-    source: Vocabulary
-    target: Vocabulary
-    train: Sequence[tuple[Symbols, Symbols]]
-    dev: Sequence[Item]
-    test: Sequence[Item]
-    notes: tuple[str, ...] = ()  # for people, on what is odd
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the training pairs."""
-        digest = hashlib.sha256()
-        for pair in self.train:
-            digest.update(repr(pair).encode())
-        return digest.hexdigest()
-
-
-class Task(ABC):
-    """A task with its configuration, plain values that go into every checkpoint."""
-
-    name: ClassVar[str]
-    kind: ClassVar[type]  # of the configuration
-    units: ClassVar[tuple[str, str]]  # what people call a source and a symbol of the target
-    rates: ClassVar[tuple[str, str]]  # names of the error rates of whole targets and of symbols
-    model: ClassVar[ModelConfig] = ModelConfig()
-    training: ClassVar[TrainingConfig] = TrainingConfig()
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def load(self) -> Data:
-        """Read or make the pairs; raises `InputError` if they cannot be had."""
-
-    @classmethod
-    def test_option(cls, path: Path) -> dict[str, Any]:
-        """What --test makes of the configuration; raises `InputError`."""
-        raise InputError(f"--test is no option of the task {cls.name}")
-
-    def read(self, text: str) -> Symbols:
-        """The symbols of a line of text."""
-        return tuple(text.split())
-
-    def write(self, target: Iterable[str]) -> str:
-        """The line for a target."""
-        return " ".join(target)
-
-    def show(self, source: Iterable[str]) -> str:
-        """The line of a source."""
-        return " ".join(source)
-
-    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
-        """The items of a file that `evaluate` was given, and notes; raises `InputError`."""
-        raise InputError(f"--test: the task {self.name} has its own test")
-
-    def to_json(self) -> dict[str, Any]:
-        """Name and configuration as JSON values."""
-        return {"name": self.name, **asdict(self.config)}
 
 
 @dataclass(frozen=True)
@@ -120,12 +51,13 @@ class G2P(Task):
     def load(self) -> Data:
         lexicon = g2p.load_dictionary()
         split = g2p.split_words(lexicon, self.config.test_words, self.config.limit_words)
-        pairs = [(tuple(word), variant) for word in split.train for variant in lexicon[word]]
+        pairs = [Pair(tuple(word), variant) for word in split.train for variant in lexicon[word]]
         dev, test = (
             [Item(tuple(word), lexicon[word]) for word in words]
             for words in (split.dev, split.test)
         )
-        return Data(Vocabulary(g2p.LETTERS), Vocabulary(g2p.phones(lexicon)), pairs, dev, test)
+        letters, phones = Vocabulary(g2p.LETTERS), Vocabulary(g2p.phones(lexicon))
+        return Data(letters, phones, pairs, dev, test, fingerprint(pairs))
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:
@@ -170,7 +102,7 @@ class Scan(Task):
     name, kind = "scan", ScanConfig
     units, rates = ("commands", "actions"), ("commands wrong", "actions wrong")
     model = ModelConfig(hidden=128, embedding=64, dropout=0.1)
-    training = TrainingConfig(epochs=8, batch_size=64, lr=4e-3)
+    training = TrainingConfig(epochs=10, batch_size=64, bucket=False, lr=4e-3)
 
     def load(self) -> Data:
         every = scan.commands()
@@ -180,16 +112,18 @@ class Scan(Task):
             train, test = scan.split_commands(self.config.split)
         copies = Counter(source for source, _ in train)
         # What is there in copies is there to be learned.
-        held = {s for s, count in copies.items() if count == 1 and _place(s) < DEV_SHARE}
+        held = {s for s, count in copies.items() if count == 1 and place(s) < DEV_SHARE}
         dev = [pair for pair in every if pair[0] in held]
         words = sorted({word for source, _ in every for word in source})
         actions = sorted({action for _, target in every for action in target})
+        pairs = [Pair(*pair) for pair in train if pair[0] not in held]
         return Data(
             Vocabulary(words),
             Vocabulary(actions),
-            [pair for pair in train if pair[0] not in held],
+            pairs,
             [Item(source, (target,)) for source, target in dev],
             [Item(source, (target,)) for source, target in test],
+            fingerprint(pairs),
         )
 
     @classmethod
@@ -206,7 +140,7 @@ class Scan(Task):
 
     def _simple(self, every: Sequence[scan.Pair]) -> tuple[list[scan.Pair], list[scan.Pair]]:
         if self.config.test_commands is None:
-            kept = {source for source, _ in every if _place(("test", *source)) < TEST_SHARE}
+            kept = {source for source, _ in every if place(("test", *source)) < TEST_SHARE}
         else:
             kept = {tuple(line.split()) for line in self.config.test_commands}
             if unknown := kept - {source for source, _ in every}:
@@ -246,115 +180,30 @@ class Reverse(Task):
         generator = random.Random(0)
         symbols = [str(number) for number in range(config.numbers)]
 
-        def draw(count: int, longest: int) -> list[tuple[Symbols, Symbols]]:
+        def draw(count: int, longest: int) -> list[Pair]:
             found = []
             for _ in range(count):
                 source = tuple(generator.choices(symbols, k=generator.randint(1, longest)))
-                found.append((source, source[::-1]))
+                found.append(Pair(source, source[::-1]))
             return found
 
         train = draw(config.pairs, config.longest)
         dev, test = draw(self.judged, config.longest), draw(self.judged, config.test_longest)
         vocabulary = Vocabulary(symbols)
-        return Data(vocabulary, vocabulary, train, grouped(dev), grouped(test))
+        return Data(vocabulary, vocabulary, train, grouped(dev), grouped(test), fingerprint(train))
 
 
-@dataclass(frozen=True)
-class PairsConfig:
-    """train, dev, test: files of lines ``source TAB target``; without a dev file 2 % of train.
-    tokens, max_length, skip_bad: see `parallel.Reader`.
-    min_count: rarer symbols are one, the unknown.
-    """
-
-    train: str | None = None
-    dev: str | None = None
-    test: str | None = None
-    tokens: str = "words"
-    min_count: int = 1
-    max_length: int = 200
-    skip_bad: bool = False
-
-    def __post_init__(self) -> None:
-        if self.train is None:
-            raise ValueError("train must name a file for the task pairs")
-        if self.tokens not in parallel.TOKENS:
-            raise ValueError(
-                f"tokens must be one of {', '.join(parallel.TOKENS)}, got {self.tokens!r}"
-            )
-        for name in ("min_count", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-
-class Pairs(Task):
-    """Your own lines: source, a tab, target."""
-
-    name, kind = "pairs", PairsConfig
-    units, rates = ("lines", "symbols"), ("lines wrong", "symbols wrong")
-
-    def __init__(self, config: PairsConfig) -> None:
-        super().__init__(config)
-        self.reader = parallel.Reader(config.tokens, config.max_length, config.skip_bad)
-
-    def load(self) -> Data:
-        config, notes = self.config, []
-
-        def read(path: str | None) -> list[tuple[Symbols, Symbols]]:
-            if path is None:
-                return []
-            pairs, skipped = self.reader.read(Path(path))
-            if skipped:
-                notes.append(f"{path}: {skipped} bad lines were left out")
-            return pairs
-
-        train, dev, test = read(config.train), read(config.dev), read(config.test)
-        if config.dev is None:
-            dev = [pair for pair in train if _place(pair[0]) < DEV_SHARE] or train[:1]
-            held = {source for source, _ in dev}
-            train = [pair for pair in train if pair[0] not in held]
-            if not train:
-                raise InputError(f"{config.train}: too few lines for training and development")
-        sides = [
-            Vocabulary(parallel.open_vocabulary((pair[side] for pair in train), config.min_count))
-            for side in (0, 1)
-        ]
-        source, target = sides
-        return Data(source, target, train, grouped(dev), grouped(test), tuple(notes))
-
-    @classmethod
-    def test_option(cls, path: Path) -> dict[str, Any]:
-        return {"test": str(path)}
-
-    def read(self, text: str) -> Symbols:
-        return self.reader.split(text)
-
-    def write(self, target: Iterable[str]) -> str:
-        return self.reader.join(target)
-
-    def show(self, source: Iterable[str]) -> str:
-        return self.reader.join(source)
-
-    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
-        pairs, skipped = self.reader.read(path)
-        notes = [f"{path}: {skipped} bad lines were left out"] if skipped else []
-        return grouped(pairs), notes
-
-
-def grouped(pairs: Iterable[tuple[Symbols, Symbols]]) -> list[Item]:
-    """Items of pairs; targets of one source are its references."""
-    targets: dict[Symbols, list[Symbols]] = {}
-    for source, target in pairs:
-        targets.setdefault(source, []).append(target)
-    return [Item(source, tuple(dict.fromkeys(found))) for source, found in targets.items()]
-
-
-def _place(symbols: Symbols) -> float:
-    """A place in 0..1 by hash: it stays whatever other pairs there are."""
-    digest = hashlib.sha256("\0".join(symbols).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-TASKS: dict[str, type[Task]] = {task.name: task for task in (G2P, Scan, Reverse, Pairs)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        G2P,
+        Scan,
+        Reverse,
+        Pairs,
+        Translate,
+        Chat,
+    )
+}
 
 
 def make_task(values: dict[str, Any]) -> Task:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from fused_attn.seq2seq.batching import Batch, Examples, epoch_batches
+from fused_attn.seq2seq.batching import Batch, Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.sampling import sampling_probability
+from fused_attn.seq2seq.processes import generator_state, launch, restore_generator, total
+from fused_attn.seq2seq.schedules import learning_rate, planned_steps, sampling_probability
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _GENERATOR = "generator"
@@ -31,6 +32,9 @@ class Position:
     loss: float = 0.0  # summed over the tokens of those batches
     tokens: int = 0  # of those batches
     sampling_from: int | None = None  # the step at which scheduled sampling began
+    best: float | None = None  # first rate on the development set, the best so far
+    waited: int = 0  # epochs since that
+    plateaus: int = 0  # epochs without a best rate, of all
 
 
 @dataclass(frozen=True)
@@ -45,52 +49,58 @@ class StepReport:
     sampling: float  # probability of the decoder's own symbols
 
 
-def planned_steps(batches_per_epoch: int, config: TrainingConfig) -> int:
-    """Return the number of steps of a whole run."""
-    steps = batches_per_epoch * config.epochs
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Return the rate of step ``step`` of 0..total-1: a linear rise to lr, then a linear fall.
-
-    The last step still learns: the fall would reach 0 one step after it.
-    """
-    warmup = max(1, math.ceil(config.warmup * total))
-    rise = (step + 1) / warmup
-    fall = (total - step) / max(1, total - warmup + 1)
-    return config.lr * min(1.0, rise, fall)
-
-
 class Trainer:
     """Adam on a `Seq2Seq` model, over the batches of `epoch_batches`.
 
     The order of the batches depends on seed and epoch alone and dropout on torch's generator, whose
     state is saved: a trainer that loads what another saved repeats, bit for bit, what that one
-    would have done next, on the same machine with the same number of threads.
+    would have done next, on the same machine with the same numbers of threads and processes.
+
+    Each process takes its part of every batch, and of that one of ``config.accumulate`` parts at a
+    time; the loss is divided by the symbols of the whole batch, so that neither changes it.
+
+    fabric: of the process, launched; None for one process on the CPU.
+
+    Raises `InputError` if there is nothing to train on.
     """
 
-    def __init__(self, model: Seq2Seq, examples: Examples, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: Seq2Seq,
+        examples: Examples,
+        config: TrainingConfig,
+        fabric: Fabric | None = None,
+    ) -> None:
+        self.fabric = fabric = fabric or launch(precision=config.precision)
         self.model = model
         self.examples = examples
         self.config = config
         begins = config.sampling != "none" and config.sampling_after is None
         self.position = Position(sampling_from=0 if begins else None)
+        # A scaled gradient, of float16, must be seen before the update.
+        fused = config.precision != "16"
+        wrapped: Any = fabric.setup_module(model)
+        wrapped.mark_forward_method("loss")
+        self._wrapped = wrapped
         self.parameters = dict(model.named_parameters())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=fused)
+        self._stepper: Any = fabric.setup_optimizers(self.optimizer)
         self._batches = self._epoch_batches()
         self.batches_per_epoch = len(self._batches)
         self.total_steps = planned_steps(self.batches_per_epoch, config)
 
     @property
     def finished(self) -> bool:
-        """Whether all planned steps are done."""
-        return self.position.step >= self.total_steps
+        """Whether all planned steps are done, or the patience is at its end."""
+        patience = self.config.patience
+        tired = patience is not None and self.position.waited >= patience
+        return tired or self.position.step >= self.total_steps
 
     @property
     def at_epoch_end(self) -> bool:
         """Whether `finish_epoch` is due."""
-        return self.position.batch == self.batches_per_epoch or self.finished
+        done = self.position.step >= self.total_steps
+        return self.position.batch == self.batches_per_epoch or done
 
     def run_epoch(
         self, on_step: Callable[[StepReport], None], should_stop: Callable[[], bool]
@@ -104,38 +114,71 @@ class Trainer:
         while not self.at_epoch_end:
             if should_stop():
                 return False
-            on_step(self._step(self.examples.batch(self._batches[self.position.batch])))
+            on_step(self._step(self._batches[self.position.batch]))
         return True
 
-    def _step(self, batch: Batch) -> StepReport:
-        position = self.position
-        lr = learning_rate(position.step, self.total_steps, self.config)
+    def _step(self, rows: Tensor) -> StepReport:
+        position, config = self.position, self.config
+        lr = learning_rate(position.step, self.total_steps, config, position.plateaus)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
         sampling = self._sampling()
-        loss = self.model.loss(
-            batch.source,
-            batch.source_lengths,
-            batch.target,
-            sampling=sampling,
-            label_smoothing=self.config.label_smoothing,
-            coverage_weight=self.config.coverage_loss,
+        tokens = int(self.examples.target_lengths[rows].sum()) - len(rows)
+        value = total(self.fabric, self._gradient(rows, tokens, sampling)).item()
+        norm = self.fabric.clip_gradients(
+            self._wrapped, self._stepper, max_norm=config.clip, error_if_nonfinite=False
         )
-        loss.backward()
-        norm = clip_grad_norm_(self.parameters.values(), self.config.clip)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
+        assert norm is not None
+        # A gradient in float16 may be too large for once; its scale is lowered then.
+        if not (math.isfinite(value) and (config.precision == "16" or bool(norm.isfinite()))):
             raise InputError(
                 f"the loss is {value} and the gradient's norm {norm.item()} at step "
                 f"{position.step + 1}: train with a lower --lr"
             )
-        self.optimizer.step()
+        self._stepper.step()
         position.step += 1
         position.batch += 1
-        position.loss += value * batch.tokens
-        position.tokens += batch.tokens
-        return StepReport(position.step, position.epoch + 1, value, lr, batch.tokens, sampling)
+        position.loss += value * tokens
+        position.tokens += tokens
+        return StepReport(position.step, position.epoch + 1, value, lr, tokens, sampling)
+
+    def _gradient(self, rows: Tensor, tokens: int, sampling: float) -> Tensor:
+        """Add up the gradient of this process's share of a batch; returns its share of the loss."""
+        config, fabric = self.config, self.fabric
+        summed = torch.zeros((), device=fabric.device)
+        for last, share, batch in self._parts(rows):
+            with fabric.no_backward_sync(self._wrapped, enabled=not last):
+                with fabric.autocast():
+                    loss = self._wrapped.loss(
+                        batch.source,
+                        batch.source_lengths,
+                        batch.target,
+                        sampling=sampling,
+                        label_smoothing=config.label_smoothing,
+                        coverage_weight=config.coverage_loss,
+                        alignment=batch.alignment,
+                        guided_weight=config.guided,
+                        tokens=tokens,
+                    )
+                # The gradients of the processes are averaged, and their shares are to be added.
+                fabric.backward(loss * (share * fabric.world_size))
+            summed += loss.detach() * share
+        return summed
+
+    def _parts(self, rows: Tensor) -> Iterator[tuple[bool, float, Batch]]:
+        """Whether it is the last one, its weight, and the pairs of each part of this process."""
+        fabric, count = self.fabric, self.config.accumulate
+        parts = split_batch(rows, fabric.world_size * count)[
+            fabric.global_rank :: fabric.world_size
+        ]
+        last = count if fabric.world_size > 1 else min(count, len(rows))
+        for number, part in enumerate(parts, start=1):
+            if len(part) == 0 and fabric.world_size == 1:
+                continue
+            # Every process goes through its model equally often: an empty part takes any pair.
+            chosen, share = (part, 1.0) if len(part) else (rows[:1], 0.0)
+            yield number == last, share, self.examples.batch(chosen).to(fabric.device)
 
     def _sampling(self) -> float:
         start = self.position.sampling_from
@@ -148,27 +191,45 @@ class Trainer:
     def finish_epoch(self, rate: float | None = None) -> None:
         """Go on to the next epoch.
 
-        rate: the first rate on the development set. Scheduled sampling begins once it is low
-        enough: until then the model learns from right symbols only.
+        rate: the first rate on the development set, lower is better; for the learning rate's
+        plateaus and the patience. Scheduled sampling begins once it is low enough: until then the
+        model learns from right symbols only.
         """
-        config, start = self.config, self.position.sampling_from
-        step, epoch = self.position.step, self.position.epoch + 1
-        if config.sampling != "none" and start is None and rate is not None:
-            assert config.sampling_after is not None
-            start = step if rate <= config.sampling_after else None
-        self.position = Position(step=step, epoch=epoch, sampling_from=start)
+        config, before = self.config, self.position
+        start, best, waited = before.sampling_from, before.best, before.waited
+        plateaus = before.plateaus
+        if rate is not None:
+            if config.sampling != "none" and start is None:
+                assert config.sampling_after is not None
+                start = before.step if rate <= config.sampling_after else None
+            if best is None or rate < best:
+                best, waited = rate, 0
+            else:
+                waited, plateaus = waited + 1, plateaus + 1
+        self.position = Position(
+            step=before.step,
+            epoch=before.epoch + 1,
+            sampling_from=start,
+            best=best,
+            waited=waited,
+            plateaus=plateaus,
+        )
         self._batches = self._epoch_batches()
 
     def _epoch_batches(self) -> list[Tensor]:
-        config = self.config
-        return epoch_batches(self.examples, config.batch_size, config.seed, self.position.epoch)
+        return epoch_batches(self.examples, self.config, self.position.epoch)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the position as JSON values, and optimizer and generator as tensors."""
-        tensors = {_GENERATOR: torch.get_rng_state()}
+        """Return the position as JSON values, and optimizer, generators and scale as tensors.
+
+        All processes have to call it together.
+        """
+        tensors = {_GENERATOR: generator_state(self.fabric)}
         for name, parameter in self.parameters.items():
             for moment, tensor in self.optimizer.state[parameter].items():
                 tensors[f"{moment}.{name}"] = tensor
+        for name, value in self.fabric.strategy.precision.state_dict().items():
+            tensors[f"scaler.{name}"] = torch.tensor(value)
         return asdict(self.position), tensors
 
     def load_state(self, position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -176,11 +237,18 @@ class Trainer:
         not fit; the parameters of the model are loaded by its owner.
         """
         restored = Position(**position)
-        for name, parameter in self.parameters.items() if restored.step else ():
-            moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
-            if moments["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"exp_avg.{name} does not have the shape of its parameter")
-            self.optimizer.state[parameter] = moments
+        if restored.step:
+            state = {}
+            for number, (name, parameter) in enumerate(self.parameters.items()):
+                state[number] = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+                if state[number]["exp_avg"].shape != parameter.shape:
+                    raise ValueError(f"exp_avg.{name} does not have the shape of its parameter")
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        precision = self.fabric.strategy.precision
+        precision.load_state_dict(
+            {name: tensors[f"scaler.{name}"].item() for name in precision.state_dict()}
+        )
         self.position = restored
         self._batches = self._epoch_batches()
-        torch.set_rng_state(tensors[_GENERATOR])
+        restore_generator(self.fabric, tensors[_GENERATOR], self.config.seed + restored.step)

@@ -1,0 +1,93 @@
+"""Sequences of numbers end to end, in memory or in files that are mapped into it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_attn.seq2seq.vocabulary import PAD
+
+_ITEM = 4  # bytes of an int32
+_BUFFERED = 1 << 20  # numbers before they go to the file
+
+
+class Sequences:
+    """Any number of sequences of numbers.
+
+    values: int32, all sequences one after another. lengths: int32 (N,).
+    """
+
+    def __init__(self, values: Tensor, lengths: Tensor) -> None:
+        self._values = values
+        self.lengths = lengths.long()
+        self._starts = self.lengths.cumsum(0) - self.lengths
+
+    @classmethod
+    def open(cls, path: Path) -> Sequences:
+        """Map what a `SequenceWriter` left at ``path``: pages are read when they are needed."""
+        return cls(*(_mapped(file) for file in _files(path)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sequences ``rows``, int64 (B,), as int64 (B, longest), padded at the end, and
+        their lengths (B,).
+        """
+        lengths = self.lengths[rows]
+        positions = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        inside = positions < lengths[:, None]
+        places = (self._starts[rows][:, None] + positions).where(inside, 0)
+        if not places.numel():
+            return places, lengths
+        return self._values[places].long().where(inside, PAD), lengths
+
+
+class SequenceWriter:
+    """Collects sequences, in memory or, with a ``path``, in files beside one another there."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._parts = (array("i"), array("i"))
+        self._open = [] if path is None else [file.open("wb") for file in _files(path)]
+
+    def append(self, numbers: Sequence[int]) -> None:
+        """Add a sequence."""
+        values, lengths = self._parts
+        values.extend(numbers)
+        lengths.append(len(numbers))
+        if self._open and len(values) > _BUFFERED:
+            self._flush()
+
+    def _flush(self) -> None:
+        for part, file in zip(self._parts, self._open, strict=True):
+            part.tofile(file)
+            del part[:]
+
+    def finish(self) -> Sequences:
+        """Return what was collected."""
+        if self._path is None:
+            return Sequences(*(_tensor(part) for part in self._parts))
+        self._flush()
+        for file in self._open:
+            file.close()
+        return Sequences.open(self._path)
+
+
+def _tensor(part: array[int]) -> Tensor:
+    return torch.frombuffer(part, dtype=torch.int32) if part else torch.empty(0, dtype=torch.int32)
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(path.name + ".values"), path.with_name(path.name + ".lengths")
+
+
+def _mapped(file: Path) -> Tensor:
+    size = file.stat().st_size // _ITEM
+    if size == 0:
+        return torch.empty(0, dtype=torch.int32)
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.int32)

@@ -1,0 +1,134 @@
+"""What a task is: pairs to learn from, items to judge on, and what a line of text is to it.
+
+No torch here: the command line reads the options from the configurations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.vocabulary import Vocabulary
+
+Symbols = tuple[str, ...]
+
+# Shares of the pairs, by hash, where a task has no split of its own.
+TEST_SHARE = 0.2
+DEV_SHARE = 0.02
+
+
+class Pair(NamedTuple):
+    """A source and its target, with the links between their symbols, where they are known.
+
+    links: positions source, target, source, target ..., from 0.
+    """
+
+    source: Symbols
+    target: Symbols
+    links: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A source to judge a model on, and the targets that are right."""
+
+    source: Symbols
+    references: tuple[Symbols, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a task makes of its configuration.
+
+    train: can be gone through any number of times; a large one is read from its file each time.
+    fingerprint: of the training pairs.
+    notes: for people, on what is odd.
+    """
+
+    source: Vocabulary
+    target: Vocabulary
+    train: Iterable[Pair]
+    dev: Sequence[Item]
+    test: Sequence[Item]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+
+class Task(ABC):
+    """A task with its configuration, plain values that go into every checkpoint."""
+
+    name: ClassVar[str]
+    kind: ClassVar[type]  # of the configuration
+    units: ClassVar[tuple[str, str]]  # what people call a source and a symbol of the target
+    rates: ClassVar[tuple[str, str]]  # names of the error rates of whole targets and of symbols
+    model: ClassVar[ModelConfig] = ModelConfig()
+    training: ClassVar[TrainingConfig] = TrainingConfig()
+    # Whether the development set is judged by the perplexity of its targets: where many are right.
+    by_perplexity: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Read or make the pairs; raises `InputError` if they cannot be had.
+
+        What is learned from them, a model of subwords, is in the configuration afterwards.
+        """
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        """What --test makes of the configuration; raises `InputError`."""
+        raise InputError(f"--test is no option of the task {cls.name}")
+
+    def read(self, text: str) -> Symbols:
+        """The symbols of a line of text."""
+        return tuple(text.split())
+
+    def write(self, target: Iterable[str]) -> str:
+        """The line for a target."""
+        return " ".join(target)
+
+    def show(self, source: Iterable[str]) -> str:
+        """The line of a source."""
+        return " ".join(source)
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        """The items of a file that `evaluate` was given, and notes; raises `InputError`."""
+        raise InputError(f"--test: the task {self.name} has its own test")
+
+    def quality(self, found: Sequence[Symbols], items: Sequence[Item]) -> dict[str, float]:
+        """Measures of targets that come before the error rates, by name; 0..1."""
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and configuration as JSON values."""
+        return {"name": self.name, **asdict(self.config)}
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """A digest of pairs."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr(tuple(pair)).encode())
+    return digest.hexdigest()
+
+
+def grouped(pairs: Iterable[Pair]) -> list[Item]:
+    """Items of pairs; targets of one source are its references."""
+    targets: dict[Symbols, list[Symbols]] = {}
+    for pair in pairs:
+        targets.setdefault(pair.source, []).append(pair.target)
+    return [Item(source, tuple(dict.fromkeys(found))) for source, found in targets.items()]
+
+
+def place(symbols: Iterable[str]) -> float:
+    """A place in 0..1 by hash: it stays whatever other pairs there are."""
+    digest = hashlib.sha256("\0".join(symbols).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

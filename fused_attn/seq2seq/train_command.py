@@ -1,0 +1,158 @@
+"""``fused-attn train``: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+
+from fused_attn.seq2seq import checkpoint, task_run
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.options import as_option, note, set_threads
+from fused_attn.seq2seq.processes import gathered, launch, total
+from fused_attn.seq2seq.progress import make_progress
+from fused_attn.seq2seq.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.task import Task
+from fused_attn.seq2seq.task_run import Machine
+from fused_attn.seq2seq.tasks import TASKS
+
+Config = TypeVar("Config", ModelConfig, TrainingConfig)
+
+
+def train(args: Namespace) -> int:
+    """Return 0 at the end of the plan.
+
+    Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
+    """
+    set_threads(args.threads)
+    directory: Path = args.output
+    with _stop_signals() as received:
+        try:
+            run = _resume(args) if args.resume else _start(args)
+            fabric = run.trainer.fabric
+            if run.trainer.finished:
+                steps = run.trainer.position.step
+                fabric.print(f"{directory} is complete: all {steps} steps are done")
+                return 0
+            stopped = not run.train(lambda: _any(fabric, received()))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {error.filename or directory}: {error.strerror}; "
+                "the checkpoints of before are whole"
+            ) from None
+    if stopped:
+        trainer = run.trainer
+        fabric.print(
+            f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
+            f"fused-attn train {args.task} --output {shlex.quote(str(directory))} --resume",
+            file=sys.stderr,
+        )
+        raise KeyboardInterrupt
+    fabric.barrier()  # the first process has written by then
+    fabric.print(f"best checkpoint: {find_checkpoint(directory)}")
+    return 0
+
+
+def _any(fabric: Fabric, value: bool) -> bool:
+    """Whether it is so in any process: all have to stop at the same step."""
+    if fabric.world_size == 1:
+        return value
+    return total(fabric, torch.tensor(float(value), device=fabric.device)).item() > 0
+
+
+def _machine(args: Namespace, recipe: Recipe) -> Machine:
+    fabric = launch(args.device, recipe.training.precision)
+    return Machine(fabric, args.backend, args.on_disk, args.tensorboard)
+
+
+def _start(args: Namespace) -> Run:
+    directory: Path = args.output
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
+    kind = TASKS[args.task]
+    recipe = Recipe(
+        _updated(kind.model, args), _updated(kind.training, args), _task(kind, {}, args)
+    )
+    machine = _machine(args, recipe)
+    gathered(machine.fabric, None)  # all have looked into the directory before one writes there
+    tell = note if machine.fabric.is_global_zero else lambda text: None
+    return task_run.start(directory, recipe, make_progress(), machine, tell)
+
+
+def _resume(args: Namespace) -> Run:
+    last = last_checkpoint(args.output)
+    recipe = load_recipe(last, checkpoint.load_metadata(last))
+    if recipe.task.name != args.task:
+        raise InputError(f"the run in {args.output} is of the task {recipe.task.name}")
+    asked = Recipe(
+        _updated(recipe.model, args),
+        _updated(recipe.training, args),
+        _task(type(recipe.task), asdict(recipe.task.config), args),
+    )
+    for part, other in zip(recipe.to_json().values(), asked.to_json().values(), strict=True):
+        for name, value in part.items():
+            if other[name] != value:
+                raise InputError(
+                    f"the run in {args.output} was not started with this "
+                    f"--{name.replace('_', '-')}; leave it out to go on, or start another run"
+                )
+    return task_run.resume(args.output, make_progress(), _machine(args, recipe))
+
+
+def _updated(config: Config, args: Namespace) -> Config:
+    """Return ``config`` with the options that were given."""
+    options = vars(args)
+    given = {f.name: options[f.name] for f in fields(config) if options[f.name] is not None}
+    try:
+        return replace(config, **given)
+    except ValueError as error:
+        raise as_option(error) from None
+
+
+def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
+    """Return the task with the options that were given; those of other tasks are refused."""
+    known = {field.name for task in TASKS.values() for field in fields(task.kind)} - {"test"}
+    given = {n: v for n, v in vars(args).items() if n in known and v is not None}
+    own = {field.name for field in fields(kind.kind)}
+    if others := sorted(given.keys() - own):
+        option = others[0].replace("_", "-")
+        raise InputError(f"--{option} is no option of the task {kind.name}")
+    if args.test is not None:
+        given |= kind.test_option(args.test)
+    try:
+        return kind(kind.kind(**values | given))
+    except ValueError as error:
+        raise as_option(error) from None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGINT or SIGTERM has come; a second one interrupts."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, receive) for number in signals}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

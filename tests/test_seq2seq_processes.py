@@ -1,0 +1,168 @@
+"""Several processes, parts of batches, precision: the same training in other ways."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_attn.seq2seq.batching import Examples, epoch_batches, split_batch
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.devices import choose_device
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.model import Seq2Seq
+from fused_attn.seq2seq.processes import launch
+from fused_attn.seq2seq.training import StepReport, Trainer
+
+SIZE = 20
+
+
+def make_examples(count: int = 130) -> Examples:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
+    sources = [torch.randint(3, SIZE, (n,), generator=generator).tolist() for n in lengths]
+    return Examples.of(sources, [s[::-1][: n % 4 + 2] for n, s in enumerate(sources)])
+
+
+def losses(config: TrainingConfig, **shape: object) -> tuple[list[float], Seq2Seq]:
+    torch.manual_seed(1)
+    model = Seq2Seq(ModelConfig(hidden=16, embedding=8, dropout=0.0, **shape), SIZE, SIZE)
+    trainer = Trainer(model, make_examples(), config)
+    reports: list[StepReport] = []
+    while not trainer.finished:
+        assert trainer.run_epoch(reports.append, lambda: False)
+        trainer.finish_epoch()
+    return [report.loss for report in reports], model
+
+
+@pytest.mark.parametrize("batches", [{"batch_size": 32}, {"batch_tokens": 300}])
+def test_a_batch_in_parts_is_the_whole_batch(batches: dict[str, int]) -> None:
+    """Loss and parameters, though the parts have different numbers of symbols."""
+    options = {**batches, "epochs": 2, "lr": 0.01, "label_smoothing": 0.1}
+    whole, expected = losses(TrainingConfig(**options))
+    for parts in (3, 40):  # 40: more than the pairs of a batch
+        found, model = losses(TrainingConfig(**options, accumulate=parts))
+        assert found == pytest.approx(whole, abs=2e-4)
+        for name, parameter in model.state_dict().items():
+            torch.testing.assert_close(parameter, expected.state_dict()[name], atol=2e-3, rtol=0)
+
+
+def test_parts_hold_every_row_once() -> None:
+    rows = torch.arange(11)
+    for parts in (1, 3, 11, 13):
+        split = split_batch(rows, parts)
+        assert len(split) == parts and torch.cat(split).tolist() == rows.tolist()
+        assert max(map(len, split)) - min(map(len, split)) <= 1
+
+
+def test_batches_by_symbols_fill_the_budget() -> None:
+    examples = make_examples(2000)
+    config = TrainingConfig(batch_tokens=400)
+    sizes = examples.source_lengths, examples.target_lengths
+    counts = set()
+    for epoch in range(2):
+        batches = epoch_batches(examples, config, epoch)
+        counts.add(len(batches))
+        assert torch.cat(batches).sort().values.tolist() == list(range(2000))
+        areas = [len(rows) * sum(int(size[rows].max()) for size in sizes) for rows in batches]
+        assert max(areas) <= 400
+        assert sum(areas) / len(areas) > 340
+    assert len(counts) == 1  # or the plan of the run would not hold
+    one = TrainingConfig(batch_tokens=3)  # less than any pair: each is a batch of its own
+    assert len(epoch_batches(examples, one, 0)) == 2000
+
+
+def test_without_buckets_a_batch_has_any_lengths() -> None:
+    examples = make_examples(1000)
+    batches = epoch_batches(examples, TrainingConfig(batch_size=50, bucket=False), 0)
+    assert torch.cat(batches).sort().values.tolist() == list(range(1000))
+    assert min(len(examples.source_lengths[rows].unique()) for rows in batches) > 3
+    with pytest.raises(ValueError, match="bucket must be left on"):
+        TrainingConfig(batch_tokens=100, bucket=False)
+
+
+def test_bfloat16_learns_the_same() -> None:
+    options = {"batch_size": 32, "epochs": 15, "lr": 0.01}
+    single, _ = losses(TrainingConfig(**options))
+    mixed, model = losses(TrainingConfig(**options, precision="bf16"))
+    assert mixed != single
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert mixed[-1] < 0.7 * mixed[0]
+    assert sum(mixed[-5:]) == pytest.approx(sum(single[-5:]), rel=0.1)
+
+
+def test_float16_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match="--precision 16 needs a GPU"):
+        launch("cpu", "16")
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tpu", "mps", "", "cuda:x"):
+        with pytest.raises(InputError, match=f"--device must be auto, cpu, .* got '{name}'"):
+            choose_device(name)
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(InputError, match=f"--device {missing} is not there"):
+        choose_device(missing)
+
+
+TRAIN = """
+import sys
+from fused_attn.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(tmp_path: Path, name: str, processes: int, *options: str) -> Path:
+    """Train on sequences to reverse, and return the directory."""
+    output = tmp_path / name
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    launcher = [sys.executable, str(script)]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = [sys.executable, *torchrun, str(script)]
+    shape = "--numbers 12 --pairs 700 --longest 8 --hidden 32 --embedding 16 --epochs 2 --lr 0.01"
+    argv = [*launcher, "train", "reverse", "--output", str(output), *shape.split(), *options]
+    # One thread: several processes would take each other's.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best checkpoint") == 1
+    return output
+
+
+def table(directory: Path, name: str) -> list[dict[str, str]]:
+    with (directory / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """The same batches, each half of it in a process: loss and measures of one process."""
+    alone = run(tmp_path, "alone", 1, "--bucket")
+    together = run(tmp_path, "together", 2, "--bucket", "--on-disk", "--tensorboard")
+    steps = [table(directory, "steps.csv") for directory in (alone, together)]
+    assert len(steps[0]) == len(steps[1]) == 12
+    expected, found = ([float(row["loss"]) for row in rows] for rows in steps)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found[-1] < 0.9 * found[0]
+    ends = [table(directory, "epochs.csv")[-1] for directory in (alone, together)]
+    for name in ("sequences wrong", "numbers wrong"):
+        first, second = (float(row[name]) for row in ends)
+        assert second == pytest.approx(first, abs=0.02)
+    assert any((together / "tensorboard").iterdir())
+    # One process goes on from what two have left, and changes nothing of a finished run.
+    done = run_again(together)
+    assert "is complete: all 12 steps are done" in done
+
+
+def run_again(directory: Path) -> str:
+    command = [sys.executable, "-m", "fused_attn", "train", "reverse", "--output", str(directory)]
+    return subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True).stdout
