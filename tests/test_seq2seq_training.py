@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn.seq2seq import task_run
 from fused_attn.seq2seq.batching import Examples
-from fused_attn.seq2seq.config import SCHEDULES, ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import LR_SCHEDULES, SCHEDULES, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import launch
@@ -62,6 +62,39 @@ def test_the_rate_rises_and_falls_to_nothing_over_the_plan() -> None:
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 0.5 / 90 + 1e-9
     assert learning_rate(0, 1, TrainingConfig(lr=0.5)) == 0.5
+
+
+def test_the_schedules_of_the_rate() -> None:
+    def rates(schedule: str, plateaus: int = 0) -> list[float]:
+        config = TrainingConfig(lr=0.8, warmup=0.1, lr_schedule=schedule)
+        return [learning_rate(step, 100, config, plateaus) for step in range(100)]
+
+    found = {name: rates(name) for name in LR_SCHEDULES}
+    for name, values in found.items():
+        assert values[:10] == pytest.approx([0.08 * n for n in range(1, 11)]), name
+        assert values[9:] == sorted(values[9:], reverse=True) and values[-1] > 0
+    assert found["constant"][10:] == found["plateau"][10:] == [0.8] * 90
+    assert rates("plateau", 3)[10:] == [0.1] * 90
+    assert found["inverse-sqrt"][39] == pytest.approx(0.4)  # of step 40, four times the warm-up
+    # 0.8 (1 + cos(pi x)) / 2, from the tenth step to one after the last
+    cosine = [0.4 * (1 + math.cos(math.pi * (step - 9) / 91)) for step in range(10, 100)]
+    assert found["cosine"][10:] == pytest.approx(cosine)
+
+
+def test_patience_and_plateaus() -> None:
+    """Three epochs without a best rate end it; each halves the rate of a plateau's schedule."""
+    options = {"lr_schedule": "plateau", "patience": 3, "warmup": 0.0, "lr": 1e-3}
+    trainer = make_trainer(SMALL, TrainingConfig(epochs=50, batch_size=150, **options))
+    reports: list[StepReport] = []
+    for rate in (0.5, 0.6, 0.4, 0.4, 0.5, 0.4):
+        assert not trainer.finished
+        assert trainer.run_epoch(reports.append, lambda: False)
+        trainer.finish_epoch(rate)
+    assert trainer.finished
+    assert [report.lr for report in reports[::2]] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 1.25e-4]
+    again = make_trainer(SMALL, trainer.config)
+    again.load_state(*trainer.state())
+    assert again.finished and again.position.best == 0.4
 
 
 def test_the_plan() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_attn.seq2seq.vocabulary import PAD
 
 _ITEM = 4  # bytes of an int32
-_BUFFERED = 1 << 20  # numbers before they go to the file
+_BUFFERED = 1 << 16  # numbers before they go to the file
 
 
 class Sequences:
