@@ -173,6 +173,14 @@ def _add_predict_options(parser: argparse.ArgumentParser) -> None:
         "text", nargs="*", metavar="TEXT", help="sources; without any, lines of standard input"
     )
     parser.add_argument(
+        "--input", type=Path, metavar="FILE",
+        help="read the sources here; under torchrun, processes and machines share the lines",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="write the targets of --input here, in its order; it appears when it is whole",
+    )  # fmt: skip
+    parser.add_argument(
         "--alignments", type=Path, metavar="FILE",
         help="write the alignments: a picture to a .png or .svg, links to a .pharaoh, all weights "
         "to a .soft file",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_attn.cli import main
 from fused_attn.seq2seq.batching import Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.devices import choose_device
@@ -166,3 +167,64 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 def run_again(directory: Path) -> str:
     command = [sys.executable, "-m", "fused_attn", "train", "reverse", "--output", str(directory)]
     return subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True).stdout
+
+
+def predict(tmp_path: Path, name: str, processes: int, source: Path) -> tuple[int, str, Path]:
+    """Predict for the lines of a file with the model that comes with the package."""
+    script = tmp_path / "predict.py"
+    script.write_text(TRAIN)
+    launcher = [sys.executable, str(script)]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = [sys.executable, *torchrun, str(script)]
+    output = tmp_path / name
+    argv = [*launcher, "predict", "g2p", "--input", str(source), "--output", str(output)]
+    done = subprocess.run(
+        argv,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if ".parts" in path.name) == []
+    return done.returncode, done.stderr, output
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None:
+    words = [f"{first}{second}{i % 7 * 'a'}" for i in range(5) for first in LETTERS
+             for second in LETTERS]  # fmt: skip
+    source = tmp_path / "words.txt"
+    source.write_text("".join(f"{word}\n" for word in words))
+    assert len(words) > 3 * 1024 and len(words) % 1024  # several lots, the last one short
+    code, error, alone = predict(tmp_path, "alone", 1, source)
+    assert code == 0, error
+    code, error, together = predict(tmp_path, "together", 2, source)
+    assert code == 0, error
+    assert len(alone.read_text().splitlines()) == len(words)
+    assert together.read_text() == alone.read_text()
+    # A line that cannot be read, in the part of the second process: nothing is written over.
+    source.write_text("\n".join(words[:1500]) + "\nna1ve\n")
+    code, error, _ = predict(tmp_path, "together", 2, source)
+    assert code != 0 and "line 1501: unknown symbol '1'" in error
+    assert together.read_text() == alone.read_text()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+REFUSED = {
+    "no output": (["--input", "x"], "--input and --output go together"),
+    "text": (["hello", "--input", "x", "--output", "y"], "--input goes without TEXT"),
+    "no file": (["--input", "nowhere", "--output", "y"], "cannot read nowhere: No such file"),
+    "no place": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_files_that_cannot_be_used(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, message = REFUSED[kind]
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "g2p", *options]) == 2
+    assert message in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fused_attn.seq2seq.errors import InputError
@@ -24,3 +26,10 @@ def choose_device(name: str) -> torch.device:
         there = torch.cuda.device_count()
         raise InputError(f"--device {name} is not there: torch finds {there} CUDA devices")
     return device
+
+
+def own_device(name: str) -> str:
+    """The name of this process's device, where ``torchrun`` started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    shared = name in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{rank}" if rank is not None and shared else name

@@ -10,7 +10,7 @@ import torch
 
 from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.devices import choose_device
+from fused_attn.seq2seq.devices import choose_device, own_device
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Predictor
 from fused_attn.seq2seq.recipe import load_recipe
@@ -23,7 +23,7 @@ def load_models(args: Namespace) -> tuple[Predictor, Task]:
     paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
     recipe = load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
     return Predictor.load(
-        *paths, backend=args.backend, device=choose_device(args.device)
+        *paths, backend=args.backend, device=choose_device(own_device(args.device))
     ), recipe.task
 
 

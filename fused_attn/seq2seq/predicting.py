@@ -15,6 +15,7 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Prediction, Predictor
 from fused_attn.seq2seq.options import load_models, search_config, set_threads
+from fused_attn.seq2seq.sharding import Group, predict_file
 from fused_attn.seq2seq.task import Symbols, Task
 
 # Panels of a picture of alignments.
@@ -36,15 +37,10 @@ class _Wanted:
 
 
 def predict(args: Namespace) -> int:
-    """A line out for each line in, as soon as it is there."""
+    """A line out for each line in, as soon as it is there; to a file, all of them at the end."""
     set_threads(args.threads)
-    drawn: Path | None = args.alignments
-    kind_of_file = "" if drawn is None else drawn.suffix.lower()
-    if drawn is not None and kind_of_file not in (*PICTURES, *TEXTS):
-        names = ", ".join((*PICTURES, *TEXTS))
-        raise InputError(f"--alignments must name a file that ends in {names}, got {drawn}")
-    if drawn is not None and not drawn.parent.is_dir():
-        raise InputError(f"--alignments: there is no directory {drawn.parent}")
+    group = Group.of_environment()
+    _check_files(args, group)
     search = search_config(args)
     predictor, task = load_models(args)
     has_attention = any(model.config.score != "none" for model in predictor.models)
@@ -52,12 +48,50 @@ def predict(args: Namespace) -> int:
         if getattr(args, option) and not has_attention:
             name = option.replace("_", "-")
             raise InputError(f"--{name}: the model has no attention to draw or to copy by")
-    weights = drawn is not None or args.replace_unknown
+    weights = args.alignments is not None or args.replace_unknown
     wanted = _Wanted(search, weights, args.scores, args.replace_unknown)
+    if args.output is not None:
+
+        def answer(lot: list[bytes], before: int) -> str:
+            lines, _, problem = _predict_lot(predictor, task, lot, "line", before, wanted)
+            if problem is not None:
+                raise problem
+            return lines
+
+        predict_file(args.input, args.output, answer, group)
+        return 0
+    return _predict_stream(args, predictor, task, wanted)
+
+
+def _check_files(args: Namespace, group: Group) -> None:
+    drawn: Path | None = args.alignments
+    if drawn is not None and drawn.suffix.lower() not in (*PICTURES, *TEXTS):
+        names = ", ".join((*PICTURES, *TEXTS))
+        raise InputError(f"--alignments must name a file that ends in {names}, got {drawn}")
+    if drawn is not None and not drawn.parent.is_dir():
+        raise InputError(f"--alignments: there is no directory {drawn.parent}")
+    if (args.input is None) != (args.output is None):
+        raise InputError("--input and --output go together")
+    if args.output is not None:
+        if args.text or drawn is not None:
+            raise InputError("--input goes without TEXT and --alignments")
+        if not args.output.parent.is_dir():
+            raise InputError(f"--output: there is no directory {args.output.parent}")
+    elif group.size > 1:
+        raise InputError("several processes need --input and --output to share the work")
+
+
+def _predict_stream(args: Namespace, predictor: Predictor, task: Task, wanted: _Wanted) -> int:
+    drawn: Path | None = args.alignments
+    kind_of_file = "" if drawn is None else drawn.suffix.lower()
     found: list[Prediction] = []  # for the file: all for a text, the first for a picture
     count = 0
     for lot, kind in _lots(args):
-        for prediction in _predict_lot(predictor, task, lot, kind, count, wanted):
+        lines, predictions, problem = _predict_lot(predictor, task, lot, kind, count, wanted)
+        print(lines, end="", flush=True)
+        if problem is not None:
+            raise problem
+        for prediction in predictions:
             if kind_of_file in TEXTS:
                 found.append(prediction)
             elif drawn is not None and len(found) < MAX_PANELS and prediction.target:
@@ -97,11 +131,11 @@ def _predict_lot(
     kind: str,
     before: int,
     wanted: _Wanted,
-) -> list[Prediction]:
-    """Print the predictions of some lines; of those before the first that cannot be read.
+) -> tuple[str, list[Prediction], InputError | None]:
+    """Predict for some lines; for those before the first that cannot be read.
 
-    Every source has ``search.nbest`` lines, the last ones empty if fewer were found. Returns the
-    best of each.
+    Returns the text to write, of which every source has ``search.nbest`` lines, the last ones empty
+    if fewer were found; the best of each; and what is wrong with a line, if one is.
     """
     sources: list[Symbols] = []
     problem: InputError | None = None
@@ -119,15 +153,14 @@ def _predict_lot(
     predictions = predictor.predict(sources, wanted.search, return_weights=wanted.weights)
     if wanted.replace_unknown:
         predictions = [[_copied(p) for p in found] for found in predictions]
+    lines = []
     for found in predictions:
         for prediction in found:
             score = f"{prediction.score:.4f}\t" if wanted.scores else ""
-            print(score + task.write(prediction.target))
-        print("\n" * (wanted.search.nbest - len(found)), end="")
-    sys.stdout.flush()
-    if problem is not None:
-        raise problem
-    return [found[0] for found in predictions]
+            lines.append(score + task.write(prediction.target))
+        lines += [""] * (wanted.search.nbest - len(found))
+    written = "".join(f"{line}\n" for line in lines)
+    return written, [found[0] for found in predictions], problem
 
 
 def _copied(prediction: Prediction) -> Prediction:
