@@ -4,4 +4,4 @@ Each benchmark is a module with a docstring and ``main(arguments) -> int``, name
 A speed is printed only for a call whose results passed the error budget in the same run.
 """
 
-BENCHMARKS = ("demo", "swap", "cpu", "aot", "gpu")
+BENCHMARKS = ("demo", "swap", "claims", "cpu", "aot", "gpu")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from fused_attn.seq2seq.inference import Prediction
-from fused_attn.seq2seq.plots import _CELL, alignment_figure, save_alignments
+from fused_attn.seq2seq.plots import _CELL, alignment_figure, font_families, save_alignments
 
 
 def make_prediction(source: str, target: str) -> Prediction:
@@ -67,3 +68,33 @@ def test_a_full_disk_leaves_the_picture_of_before(
 def test_a_prediction_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="no alignment weights"):
         alignment_figure([Prediction(("a",), ("AH",), None)])
+
+
+def test_characters_of_any_script_have_a_font(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """What matplotlib's font lacks is drawn from this machine's, or it is said that none has it."""
+    weights = torch.rand(2, 3).softmax(dim=-1)
+    known = Prediction(("été", "שלום", "ελλ"), ("ж", "▁a"), weights)
+    save_alignments([known], tmp_path / "a.png")
+    assert capfd.readouterr().err == ""
+    nowhere = "\U0010fffd"  # of a private area
+    save_alignments([Prediction(("a", nowhere, "b"), ("c", "d"), weights)], tmp_path / "b.png")
+    assert f"no font on this machine has {nowhere}" in capfd.readouterr().err
+    assert list(recwarn) == []
+    families, missing = font_families("고양이")
+    if missing:
+        pytest.skip("this machine has no Korean font")
+    assert len(families) > 1
+    save_alignments([Prediction(("고양이", "가", "b"), ("c", "d"), weights)], tmp_path / "c.png")
+    assert capfd.readouterr().err == ""
+
+
+def test_long_symbols_stand_upright() -> None:
+    weights = torch.rand(2, 3).softmax(dim=-1)
+    figure = alignment_figure([Prediction(("the", "international", "cat"), ("a", "b"), weights)])
+    figure.canvas.draw()
+    labels = figure.axes[0].get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(a.x1 <= b.x0 for a, b in pairwise(boxes))
+    assert max(box.y1 for box in boxes) <= figure.bbox.height

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from itertools import accumulate
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,7 +21,33 @@ from fused_attn.seq2seq.logs import EPOCHS, STEPS, read_rows
 from fused_attn.seq2seq.metrics import PERPLEXITY
 
 # Inches: the side of a cell, room for the phones beside a map and for the letters above it.
-_CELL, _LEFT, _TOP, _EDGE = 0.32, 0.6, 0.45, 0.15
+_CELL, _LEFT, _TOP, _EDGE, _LETTER = 0.32, 0.6, 0.45, 0.15, 0.1
+
+
+def font_families(text: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Return families that together have the characters of a text, and what none of them has.
+
+    Matplotlib's own font comes first; what it lacks is looked for in the fonts of this machine.
+    """
+    own = font_manager.findfont("DejaVu Sans")
+    families = ["DejaVu Sans"]
+    missing = {c for c in text if not c.isspace()} - _characters(own)
+    for path in sorted(font_manager.findSystemFonts()) if missing else ():
+        try:
+            found = missing & _characters(path)
+        except (OSError, RuntimeError):  # FreeType cannot read it
+            continue
+        if found:
+            font_manager.fontManager.addfont(path)
+            families.append(font_manager.get_font(path).family_name)
+            missing -= found
+        if not missing:
+            break
+    return families, missing
+
+
+def _characters(path: str) -> set[str]:
+    return {chr(code) for code in font_manager.get_font(path).get_charmap()}
 
 
 def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
@@ -28,8 +57,13 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
     the more of the weight a_t of that target symbol lies on that source symbol. The predictions
     need their weights, and a target that is not empty.
     """
-    width = _LEFT + _CELL * max(len(p.source) for p in predictions) + _EDGE
-    height = sum(_TOP + _CELL * len(p.target) for p in predictions) + _EDGE
+    upright = max(map(_letters, chain(*(p.source for p in predictions))), default=0) <= 2
+    top = max((_letters(s) for p in predictions for s in p.source), default=0) * _LETTER + _EDGE
+    top = _TOP if upright else max(_TOP, top)
+    left = max((_letters(s) for p in predictions for s in p.target), default=0) * _LETTER + _EDGE
+    left = max(_LEFT, left)
+    width = left + _CELL * max(len(p.source) for p in predictions) + _EDGE
+    height = sum(top + _CELL * len(p.target) for p in predictions) + _EDGE
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     bottom = height
@@ -37,14 +71,20 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
         if prediction.weights is None:
             raise ValueError("a prediction has no alignment weights")
         across, down = _CELL * len(prediction.source), _CELL * len(prediction.target)
-        bottom -= _TOP + down
-        axes = figure.add_axes((_LEFT / width, bottom / height, across / width, down / height))
+        bottom -= top + down
+        axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
         axes.imshow(prediction.weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
-        axes.set_xticks(range(len(prediction.source)), prediction.source)
+        turned = 0 if upright else 90
+        axes.set_xticks(range(len(prediction.source)), prediction.source, rotation=turned)
         axes.set_yticks(range(len(prediction.target)), prediction.target)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
     return figure
+
+
+def _letters(symbol: str) -> int:
+    """Width in letters; those of East Asia count twice."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in symbol)
 
 
 def curves_figure(runs: Sequence[Path]) -> Figure:
@@ -99,9 +139,16 @@ def save_curves(runs: Sequence[Path], path: Path) -> None:
 def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
     """Write `alignment_figure` to a file that is whole or not there; raises OSError.
 
-    A PNG, or an SVG for a path that ends so.
+    A PNG, or an SVG for a path that ends so. Prints a note if no font here has a character.
     """
-    _save(alignment_figure(predictions), path)
+    symbols = (symbol for p in predictions for symbol in (*p.source, *p.target))
+    families, missing = font_families("".join(symbols))
+    if missing and path.suffix.lower() == ".png":  # who looks at an SVG may have a font for it
+        shown = "".join(sorted(missing)[:10])
+        print(f"note: no font on this machine has {shown}; Noto fonts have", file=sys.stderr)
+    with rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it has been said
+        _save(alignment_figure(predictions), path)
 
 
 def _save(figure: Figure, path: Path) -> None:
