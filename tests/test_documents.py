@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from fused_attn import interop
+from fused_attn.cli import make_parser, with_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = ROOT / "docs" / "features.md"
@@ -70,10 +72,47 @@ def test_every_adapter_is_in_the_table() -> None:
         assert named == wanted[: len(named)] and len(wanted) - len(named) <= 1, name
 
 
-PAGES = [FEATURES, INTEROP, *(ROOT / f"{name}.md" for name in ("README", "DESIGN", "CONTRIBUTING"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code of a language on a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_toolkit_in_python(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(ROOT / "docs/toolkit.md", "python")
+    exec(compile(code, "toolkit.md", "exec"), {})
+    assert "HH EH L OW" in capsys.readouterr().out
+
+
+def test_the_toolkit_s_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = blocks(ROOT / "docs/toolkit.md", "yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(text)
+    args = make_parser().parse_args(with_config(["train", "config.yaml", "--lr", "0.5"]))
+    assert (args.task, args.score, args.batch_tokens, args.lr) == ("translate", "concat", 4000, 0.5)
+    assert args.input_feeding is True and args.patience == 3
+
+
+COMMANDS = [
+    line.partition(" #")[0].replace("torchrun --nproc_per_node=2 -m fused_attn", "fused-attn")
+    for page in (ROOT / "README.md", ROOT / "docs/toolkit.md")
+    for block in blocks(page, "")
+    for line in block.splitlines()
+    if line.startswith(("fused-attn", "torchrun"))
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str) -> None:
+    """Every command of the documents has options that there are."""
+    words = shlex.split(command)[1:]
+    if "config.yaml" not in words:  # which has its own test
+        make_parser().parse_args(words)
