@@ -342,6 +342,13 @@ def test_scheduled_sampling_gives_the_likeliest_symbol() -> None:
     assert ((given == own) | (given == inputs[:, 1:])).all()
     assert 0.2 < heard.double().mean() < 0.4
     assert len({tuple(row.tolist()) for row in (given == own)}) > 10  # not one draw for all
+    fed.clear()
+    logits, _ = model(source, lengths, inputs, sampling=0.3, sampling_per="example")
+    given, own = torch.cat(fed, dim=1)[:, 1:], logits.argmax(dim=-1)[:, :-1]
+    whole = [bool((row == mine).all()) for row, mine in zip(given, own, strict=True)]
+    right = [bool((row == true).all()) for row, true in zip(given, inputs[:, 1:], strict=True)]
+    assert all(a != b for a, b in zip(whole, right, strict=True))  # all of a row, or nothing
+    assert 0.1 < sum(whole) / len(whole) < 0.5
 
 
 @pytest.mark.parametrize("sampling", [0.5, 1.0])

@@ -14,6 +14,7 @@ LOCALS = ("monotonic", "predictive")
 BRIDGES = ("zero", "last", "mean", "dense")
 TIES = ("output", "all")
 SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")
+SAMPLING_UNITS = ("token", "example")
 LR_SCHEDULES = ("linear", "cosine", "constant", "inverse-sqrt", "plateau")
 PRECISIONS = ("32", "bf16", "16")
 LENGTH_PENALTIES = ("none", "average", "gnmt")
@@ -146,6 +147,7 @@ class TrainingConfig:
     sampling: how the probability grows that the decoder is given its own symbol in place of the
         right one: "none" (teacher forcing), "constant", "linear", "exponential" or
         "inverse-sigmoid" (Bengio et al. 2015).
+    sampling_per: what is drawn for: each "token", or each "example" as a whole.
     sampling_max: that probability at the end.
     sampling_after: keep to teacher forcing until the first rate on the development set is at most
         this; None to begin at once.
@@ -168,6 +170,7 @@ class TrainingConfig:
     coverage_loss: float = 0.0
     guided: float = 0.0
     sampling: str = "none"
+    sampling_per: str = "token"
     sampling_max: float = 0.25
     sampling_after: float | None = None
     seed: int = 1
@@ -199,6 +202,7 @@ class TrainingConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
         _check_choice("sampling", self.sampling, SCHEDULES)
+        _check_choice("sampling_per", self.sampling_per, SAMPLING_UNITS)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed!r}")
 

@@ -116,15 +116,17 @@ class Seq2Seq(nn.Module):
         inputs: Tensor,
         *,
         sampling: float = 0.0,
+        sampling_per: str = "token",
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``, and
         the alignment weights (B, T, S) or None.
 
         source: int64 (B, S). source_lengths: int64 (B,). inputs: int64 (B, T), from BOS on.
-        sampling: probability, for every step of every sentence on its own, that the decoder is
-            given its own likeliest symbol in place of the one in ``inputs`` (scheduled sampling,
-            Bengio et al. 2015); 0 is teacher forcing.
+        sampling: probability that the decoder is given its own likeliest symbol in place of the
+            one in ``inputs`` (scheduled sampling, Bengio et al. 2015); 0 is teacher forcing.
+        sampling_per: "token" draws for every step of every sentence, "example" for every sentence:
+            all of its steps then, or none.
         """
         memory, state = self.encode(source, source_lengths)
         if sampling == 0.0:
@@ -134,7 +136,8 @@ class Seq2Seq(nn.Module):
             return logits, weights
         # The projections of the memory are made once for all steps.
         prepared = self.prepare_memory(memory, source_lengths)
-        own = torch.rand(inputs.shape, device=inputs.device) < sampling
+        drawn = inputs.shape if sampling_per == "token" else (inputs.shape[0], 1)
+        own = (torch.rand(drawn, device=inputs.device) < sampling).expand_as(inputs)
         steps: list[Tensor] = []
         alignments: list[Tensor] = []
         for t in range(inputs.shape[1]):
@@ -156,6 +159,7 @@ class Seq2Seq(nn.Module):
         target: Tensor,
         *,
         sampling: float = 0.0,
+        sampling_per: str = "token",
         label_smoothing: float = 0.0,
         coverage_weight: float = 0.0,
         alignment: Tensor | None = None,
@@ -175,7 +179,12 @@ class Seq2Seq(nn.Module):
         inputs, expected = target[:, :-1], target[:, 1:]
         covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
         logits, weights = self(
-            source, source_lengths, inputs, sampling=sampling, return_weights=covers or guided
+            source,
+            source_lengths,
+            inputs,
+            sampling=sampling,
+            sampling_per=sampling_per,
+            return_weights=covers or guided,
         )
         loss = cross_entropy(
             logits.flatten(0, 1),

@@ -9,6 +9,7 @@ from fused_attn.seq2seq.config import (
     LOCALS,
     LR_SCHEDULES,
     PRECISIONS,
+    SAMPLING_UNITS,
     SCHEDULES,
     SCORES,
 )
@@ -54,6 +55,7 @@ TRAINING_HELP = {
     "coverage_loss": "weight of the coverage loss",
     "guided": "weight of the guided alignment loss, for pairs with links",
     "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
+    "sampling_per": f"draw for each {' or '.join(SAMPLING_UNITS)}",
     "sampling_max": "probability of the model's own symbols at the end",
     "sampling_after": "begin with it once the first rate on the development set is at most this",
     "seed": "seed of parameters, dropout and order",

@@ -155,6 +155,7 @@ class Trainer:
                         batch.source_lengths,
                         batch.target,
                         sampling=sampling,
+                        sampling_per=config.sampling_per,
                         label_smoothing=config.label_smoothing,
                         coverage_weight=config.coverage_loss,
                         alignment=batch.alignment,
