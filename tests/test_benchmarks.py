@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from benchmarks_package import ROOT, imported
 
 from fused_attn import backends, functional, testing
+from fused_attn.seq2seq.model import Seq2Seq
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,10 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
 def test_an_unknown_name_is_refused() -> None:
     done = run("dmeo")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unknown benchmark 'dmeo', expected one of: demo, swap, cpu, aot, gpu\n"
+    assert (
+        done.stderr
+        == "unknown benchmark 'dmeo', expected one of: demo, swap, claims, cpu, aot, gpu\n"
+    )
 
 
 def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
@@ -186,3 +192,46 @@ def test_a_model_that_computes_something_else_has_no_speed(
     assert bench.swap.main(["--seconds", "0.01"], TINY) == 1
     rows = capsys.readouterr().out.splitlines()[-3:]
     assert all(row.split()[-4:] == ["withheld"] * 4 for row in rows)
+
+
+def test_claims_writes_tables_and_a_picture(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """Of models that have learned little: what the figures say is for the whole run."""
+    assert bench.claims.main(["--quick", "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "claims.md").read_text()
+    tables = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    for name in ("no attention, source reversed", "dot", "general", "concat", "linear"):
+        assert name in tables
+    values = json.loads((tmp_path / "claims.json").read_text())
+    assert set(values["right"]["dot"]) == {"5", "10", "15"}
+    assert all(len(found) == 2 for found in values["right"]["dot"].values())
+    # The recurrence carries next to nothing over 80 steps, attention does.
+    gradient = {name: sum(values["gradient"][name]["80"]) for name in ("no attention", "dot")}
+    assert gradient["dot"] > 1e6 * gradient["no attention"] > 0
+    assert (tmp_path / "claims.svg").read_text().count("length of the source") == 1
+
+
+def test_gradients_by_distance_are_those_of_the_embedding(bench: SimpleNamespace) -> None:
+    """Against a finite difference of the loss, for one sentence of the batch."""
+    experiments = bench.claims_experiments
+    torch.manual_seed(0)
+    model = Seq2Seq(experiments.shape_of("dot", hidden=8, embedding=4), 23, 23).double()
+    (norm,) = experiments.gradient_norms(model, [5]).values()
+    generator = torch.Generator().manual_seed(5)
+    source = torch.randint(3, 23, (64, 5), generator=generator)
+    squares = torch.zeros(64)
+    for column in range(4):
+        losses = []
+        for step in (1e-5, -1e-5):
+
+            def shifted(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
+                output = output.clone()
+                output[:, 0, column] += step  # noqa: B023, it is called at once
+                return output
+
+            hook = model.source_embedding.register_forward_hook(shifted)
+            logits, _ = model(source, torch.full((64,), 5), torch.ones(64, 1, dtype=torch.long))
+            hook.remove()
+            log_probs = logits[:, 0].log_softmax(dim=-1)
+            losses.append(-log_probs.gather(1, source[:, :1])[:, 0].detach())
+        squares += ((losses[0] - losses[1]) / 2e-5) ** 2
+    assert norm == pytest.approx(squares.sqrt().mean().item(), rel=1e-4)
