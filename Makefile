@@ -141,8 +141,8 @@ wheel: setup ## build the sdist, and from it the wheel, into dist/
 gpu-check: ## on a machine with a GPU: build, test and measure there, in 8 minutes
 	@$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
 
-bench: setup build ## measure the named problems against the baselines
-	$(BIN)/python -m benchmarks
+bench: setup build ## measure the short suite, and say what got worse than this machine's baseline
+	$(BIN)/python -m benchmarks quick --check
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist fused_attn.egg-info fused_attn/_C.*.so fused_attn/_native_build_error.txt

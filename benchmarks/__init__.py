@@ -4,4 +4,6 @@ Each benchmark is a module with a docstring and ``main(arguments) -> int``, name
 A speed is printed only for a call whose results passed the error budget in the same run.
 """
 
-BENCHMARKS = ("demo", "swap", "claims", "cpu", "aot", "gpu")
+BENCHMARKS = (
+    "quick", "full", "report", "compare", "demo", "swap", "claims", "cpu", "aot", "gpu",
+)  # fmt: skip

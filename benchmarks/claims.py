@@ -111,10 +111,11 @@ def document(
         "## Teacher forcing against the hybrid",
         "",
         "A task in which a wrong symbol makes all that follow wrong. Right symbols, %, where the "
-        "decoder is given the right symbols, and where it goes on from its own.",
+        "decoder is given the right symbols, and where it goes on from its own; the gap between is "
+        "the exposure bias.",
         "",
-        "| scheduled sampling | behind right ones | behind its own |",
-        "|---|---|---|",
+        "| scheduled sampling | behind right ones | behind its own | gap |",
+        "|---|---|---|---|",
         *(
             f"| {name} | "
             + " | ".join(

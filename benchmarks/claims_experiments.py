@@ -83,15 +83,18 @@ def walks(count: int, seed: int) -> tuple[Sequences, Sequences]:
 
 
 def train(
-    shape: ModelConfig, pairs: tuple[Sequences, Sequences], recipe: TrainingConfig
+    shape: ModelConfig,
+    pairs: tuple[Sequences, Sequences],
+    recipe: TrainingConfig,
+    rate: Callable[[Seq2Seq], float] | None = None,
 ) -> Seq2Seq:
-    """Return a model, trained."""
+    """Return a model, trained; ``rate`` is the error that scheduled sampling may wait for."""
     torch.manual_seed(recipe.seed)
     size = FIRST + SYMBOLS
     trainer = Trainer(Seq2Seq(shape, size, size), Examples.of(*pairs), recipe)
     while not trainer.finished:
         trainer.run_epoch(lambda report: None, lambda: False)
-        trainer.finish_epoch()
+        trainer.finish_epoch(None if rate is None else rate(trainer.model.eval()))
     return trainer.model.eval()
 
 
@@ -209,20 +212,31 @@ def vanishing(budget: Budget, tell: Callable[[str], None]) -> dict[str, Spread]:
     return found
 
 
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "none: teacher forcing": {},
+    "linear to 0.25, once half are right": {
+        "sampling": "linear", "sampling_max": 0.25, "sampling_after": 0.5,
+    },
+    "linear to 0.7, from the start": {"sampling": "linear", "sampling_max": 0.7},
+}  # fmt: skip
+
+
 def exposure(budget: Budget, tell: Callable[[str], None]) -> dict[str, dict[str, Spread]]:
-    """Right symbols behind right ones, and behind the model's own, with and without sampling."""
+    """Right symbols behind right ones and behind the model's own, and the gap between them."""
     found: dict[str, dict[str, Spread]] = {}
     fresh = Examples.of(*walks(budget.judged, seed=2))
-    for sampling in ("none", "linear"):
-        spreads = found[sampling] = {"behind right ones": Spread(), "behind its own": Spread()}
+    shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)
+    for title, options in HYBRIDS.items():
+        spreads = found[title] = {name: Spread() for name in ("right ones", "its own", "gap")}
         for seed in budget.seeds:
-            shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)
-            options: dict[str, Any] = {"sampling": sampling, "sampling_max": 0.7, "seed": seed}
-            recipe = TrainingConfig(epochs=budget.epochs + 2, batch_size=64, lr=5e-3, **options)
-            model = train(shape, walks(min(1_500, budget.pairs), seed=1), recipe)
-            for name, share in zip(spreads, _accuracies(model, fresh), strict=True):
-                spreads[name].values[0].append(share)
-        tell(f"scheduled sampling {sampling}")
+            epochs = 2 * budget.epochs + 4
+            recipe = TrainingConfig(epochs=epochs, batch_size=64, lr=5e-3, seed=seed, **options)
+            pairs = walks(budget.pairs // 3, seed=1)
+            model = train(shape, pairs, recipe, lambda model: 1 - _accuracies(model, fresh)[1])
+            right, own = _accuracies(model, fresh)
+            for spread, value in zip(spreads.values(), (right, own, right - own), strict=True):
+                spread.values[0].append(value)
+        tell(f"scheduled sampling {title}")
     return found
 
 

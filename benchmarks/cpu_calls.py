@@ -50,10 +50,10 @@ def inputs_of(row: Row) -> Inputs:
     return replace(with_lengths(inputs, torch.full((batch,), source)), scale=1.0)
 
 
-def fused(row: Row, inputs: Inputs) -> Attend:
+def fused(row: Row, inputs: Inputs, backend: str = "cpu") -> Attend:
     """Our side: tensors by name in, context out."""
     lengths = inputs.masking.memory_lengths
-    rest = {"memory_lengths": lengths, "backend": "cpu"}
+    rest = {"memory_lengths": lengths, "backend": backend}
     if row.score == "dot":
         window = inputs.masking.window
         return lambda t: functional.dot_attention(t["query"], t["memory"], window=window, **rest)[0]
@@ -68,7 +68,7 @@ def fused(row: Row, inputs: Inputs) -> Attend:
     ready = exponentials(inputs.tensors["memory_proj"]) if row.prepared else None
     masking = Masking(lengths)
     return lambda t: functional.attend_concat(
-        t["query_proj"], t["memory_proj"], ready, t["v"], t["memory"], masking, False, "cpu"
+        t["query_proj"], t["memory_proj"], ready, t["v"], t["memory"], masking, False, backend
     )[0]
 
 
@@ -157,7 +157,7 @@ class Part:
         """The opposite of `take`, with 0 in the rest of the shape of ``whole``."""
         if name not in BATCHED:
             return tensor
-        placed = torch.zeros(whole.shape, dtype=tensor.dtype)
+        placed = torch.zeros(whole.shape, dtype=tensor.dtype, device=whole.device)
         self.take(name, placed).copy_(tensor)
         return placed
 
@@ -186,10 +186,10 @@ def judge(row: Row, inputs: Inputs) -> dict[str, Verdict]:
     whole = replace(inputs, grad_context=seed)
     got = results(row, whole, fused(row, whole))
     oracle, plain = testing.oracle(part), results(row, part, eager(row, part))
-    return {name: _verdict(name, at, got, oracle, plain) for name in got}
+    return {name: verdict_of(name, at, got, oracle, plain) for name in got}
 
 
-def _verdict(name: str, at: Part, got: Tensors, oracle: Tensors, plain: Tensors) -> Verdict:
+def verdict_of(name: str, at: Part, got: Tensors, oracle: Tensors, plain: Tensors) -> Verdict:
     if name == "context":
         return testing.judge(at.take(name, got[name]), oracle[name], plain[name])
     argument = name.removeprefix("grad_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,7 +22,19 @@ def medians(
     window_s: float = 0.01,
     before: Callable[[str], object] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each call, over at least 3 rounds and at most ``rounds`` or ``budget_s``.
+    """The median of `samples` for each call."""
+    found = samples(calls, budget_s, rounds, window_s, before)
+    return found
+
+
+def samples(
+    calls: Mapping[str, Call],
+    budget_s: float,
+    rounds: int = 25,
+    window_s: float = 0.01,
+    before: Callable[[str], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call in at least 3 rounds and at most ``rounds`` or ``budget_s``.
 
     In a round each call runs once, or as often as fills ``window_s``: less is noise of the clock.
     ``before`` is told the name of the call whose turn comes, while the clock stands still.
@@ -44,4 +55,4 @@ def medians(
         for name, call in calls.items():
             prepare(name)
             found[name].append(_seconds(call, repeats[name]))
-    return {name: statistics.median(times) for name, times in found.items()}
+    return found

@@ -199,7 +199,13 @@ def test_claims_writes_tables_and_a_picture(bench: SimpleNamespace, tmp_path: Pa
     assert bench.claims.main(["--quick", "--output", str(tmp_path)]) == 0
     text = (tmp_path / "claims.md").read_text()
     tables = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    for name in ("no attention, source reversed", "dot", "general", "concat", "linear"):
+    for name in (
+        "no attention, source reversed",
+        "dot",
+        "general",
+        "concat",
+        "none: teacher forcing",
+    ):
         assert name in tables
     values = json.loads((tmp_path / "claims.json").read_text())
     assert set(values["right"]["dot"]) == {"5", "10", "15"}

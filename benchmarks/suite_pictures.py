@@ -1,0 +1,86 @@
+"""The pictures of the report, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmarks.suite_memory import row_of
+from benchmarks.suite_results import Run, best_of_ours, score_of
+
+_MARKS = {"dot": "o", "general": "s", "projected": "^", "concat": "D"}
+
+
+def roofline(run: Run) -> str:
+    """Achieved operations a second over operations for a byte, under the machine's roof."""
+    read, peak = run.limits.read / 1e9, run.limits.peak / 1e9
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ends = [0.1, peak / read, 200.0]
+    axes.plot(ends, [min(peak, read * x) for x in ends], color="#444444", linewidth=1.2)
+    seen: set[str] = set()
+    for sides in run.by_case().values():
+        record = best_of_ours(sides)
+        if record is None or record.level != "operator" or record.seconds is None:
+            continue
+        if record.way != "forward" or record.read_share is None:
+            continue
+        row = row_of(record.id)
+        work = row.problem.flops() + 2 * row.problem.concat_elements
+        least = row.read_bytes if row.sizes.queries == 1 else row.problem.bytes()
+        label = score_of(record) if record.score not in seen else None
+        seen.add(record.score)
+        axes.scatter(
+            work / least, work / record.seconds.median / 1e9, label=label,
+            marker=_MARKS.get(record.score, "o"), color="#1f6fb2", s=28,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations for a byte", ylabel="GFLOP/s")
+    axes.grid(alpha=0.3)
+    if seen:
+        axes.legend()
+    return _svg(figure)
+
+
+def memory_picture(run: Run) -> str:
+    """Peaks of a training step of concat by length of the source, one line for each side."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for side, peaks in run.memory.items():
+        lengths = [int(length) for length in peaks]
+        axes.plot(lengths, [peak / 1e6 for peak in peaks.values()], marker="o", label=side)
+    axes.set(xscale="log", yscale="log", xlabel="length of the source S", ylabel="MB")
+    lengths = sorted({int(length) for peaks in run.memory.values() for length in peaks})
+    axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _svg(figure)
+
+
+def growth_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Seconds after each doubling, and the slope: the exponent with which time grows."""
+    header = ["call, size", "1", "2", "4", "8", "exponent"]
+    rows = []
+    for name, seconds in run.growth.items():
+        times = [f"{1e3 * value:.2f} ms" for value in seconds]
+        rows.append([name, *times, f"{slope(seconds):.2f}"])
+    return header, rows
+
+
+def slope(seconds: list[float]) -> float:
+    """Least-squares slope of log time over log size, for sizes that double."""
+    logs = [math.log2(value) for value in seconds]
+    middle, mean = (len(logs) - 1) / 2, sum(logs) / len(logs)
+    top = sum((i - middle) * (value - mean) for i, value in enumerate(logs))
+    return top / sum((i - middle) ** 2 for i in range(len(logs)))
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
