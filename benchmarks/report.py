@@ -85,7 +85,7 @@ def _case(sides: dict[str, Record]) -> str:
     first = next(iter(sides.values()))
     ours, others = best_of_ours(sides), rivals(sides)
     eager = speedup(ours, sides.get(EAGER))
-    factor = "" if eager is None else f"<span class=factor>{eager:.2f}x eager</span>"
+    factor = "" if eager is None else f"<span class=factor>{eager:.2f}x vs eager</span>"
     way = WAYS.get(first.way, first.way)
     head = (
         f"{factor}<span class=name>{escape(first.name)}</span>, {escape(score_of(first))}, "

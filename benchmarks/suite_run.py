@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +99,11 @@ def _peak(case: str, side: str, device: str) -> int | None:
     """Bytes of a call in a process of its own; None if it fails there."""
     command = [sys.executable, "-m", suite_memory.__name__, case, side, device]
     place = RESULTS.parent.parent
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    # The package of benchmarks is found in the directory that it is run in.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
     return None if done.returncode else int(done.stdout)
 
 

@@ -4,7 +4,7 @@
     for package in libreoffice-help-*.deb; do dpkg-deb --extract "$package" help; done
     python examples/libreoffice_help.py help fr corpus
     fused-attn train translate --train corpus/train.tsv --dev corpus/dev.tsv \
-        --test corpus/test.tsv --output runs/en-fr
+        --test corpus/test.tsv --output runs/en-fr --skip-bad
     fused-attn evaluate runs/en-fr --beam 5
 
 A paragraph has one id in all languages. Pairs that are equal on both sides are not translated, and

@@ -24,7 +24,8 @@ def imported() -> Iterator[SimpleNamespace]:
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)
     absent = {"__init__"} | (set() if importlib.util.find_spec("triton") else {"aot_compile"})
-    names = [path.stem for path in LOCATION.glob("*.py") if path.stem not in absent]
+    files = [path for path in LOCATION.glob("*.py") if not path.stem.startswith("test_")]
+    names = [path.stem for path in files if path.stem not in absent]
     loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
     yield SimpleNamespace(package=package, main=loaded.pop("__main__"), **loaded)
     for name in set(sys.modules) - set(before):
