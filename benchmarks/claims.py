@@ -73,11 +73,13 @@ def document(
     """Return the tables as Markdown."""
     seeds = len(budget.seeds)
     where = machine.provenance(0)["processor"]
+    count = torch.get_num_threads()
+    threads = "one thread" if count == 1 else f"{count} threads"
     lines = [
         "# What attention is for, by experiment",
         "",
         f"`python -m benchmarks claims --output docs`: {seeds} seeds, {seconds / 60:.0f} minutes "
-        f"on {torch.get_num_threads()} threads of {where}. Every model is a GRU of width 64 in one "
+        f"on {threads} of {where}. Every model is a GRU of width 64 in one "
         f"direction, trained on {budget.pairs:,} sequences to copy, of 1 to {budget.longest} "
         "symbols, for "
         f"{budget.epochs} epochs; they differ in their attention alone. Means over the seeds, the "
@@ -154,7 +156,7 @@ def draw(right: Mapping[str, Spread], norms: Mapping[str, Spread], path: Path) -
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots(1, 2)
         for place, spreads in zip(axes, (right, norms), strict=True):
             factor = 100 if place is axes[0] else 1
@@ -169,5 +171,5 @@ def draw(right: Mapping[str, Spread], norms: Mapping[str, Spread], path: Path) -
         axes[1].set(
             xlabel="distance to the first source symbol", ylabel="gradient norm", yscale="log"
         )
-        axes[0].legend(fontsize="small", loc="lower left")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         figure.savefig(path, metadata={"Date": None})
