@@ -71,22 +71,8 @@ def document(
     seconds: float,
 ) -> str:
     """Return the tables as Markdown."""
-    seeds = len(budget.seeds)
-    where = machine.provenance(0)["processor"]
-    count = torch.get_num_threads()
-    threads = "one thread" if count == 1 else f"{count} threads"
     lines = [
-        "# What attention is for, by experiment",
-        "",
-        f"`python -m benchmarks claims --output docs`: {seeds} seeds, {seconds / 60:.0f} minutes "
-        f"on {threads} of {where}. Every model is a GRU of width 64 in one "
-        f"direction, trained on {budget.pairs:,} sequences to copy, of 1 to {budget.longest} "
-        "symbols, for "
-        f"{budget.epochs} epochs; they differ in their attention alone. Means over the seeds, the "
-        "lowest and the highest in brackets.",
-        "",
-        f"![Right symbols by length, and gradients by distance]({PICTURE})",
-        "",
+        *_head(budget, seconds),
         "## The bottleneck: right symbols by length of the source, %",
         "",
         "Without attention one state has to hold the whole source. Reading it from its end brings "
@@ -129,6 +115,27 @@ def document(
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _head(budget: Budget, seconds: float) -> list[str]:
+    """What was run, and where."""
+    seeds = len(budget.seeds)
+    where = machine.provenance(0)["processor"]
+    count = torch.get_num_threads()
+    threads = "one thread" if count == 1 else f"{count} threads"
+    return [
+        "# What attention is for, by experiment",
+        "",
+        f"`python -m benchmarks claims --output docs`: {seeds} seeds, {seconds / 60:.0f} minutes "
+        f"on {threads} of {where}. Every model is a GRU of width 64 in one "
+        f"direction, trained on {budget.pairs:,} sequences to copy, of 1 to {budget.longest} "
+        "symbols, for "
+        f"{budget.epochs} epochs; they differ in their attention alone. Means over the seeds, the "
+        "lowest and the highest in brackets.",
+        "",
+        f"![Right symbols by length, and gradients by distance]({PICTURE})",
+        "",
+    ]
 
 
 def _table(

@@ -295,3 +295,18 @@ def test_curves(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) ->
     (runs[0] / "steps.csv").unlink()
     assert main(["curves", *map(str, runs), "--output", str(picture)]) == 2
     assert f"{runs[0]} has no log of a training" in capfd.readouterr().err
+
+
+def test_a_start_that_fails_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So that it can be tried again with the same directory."""
+    train = write(tmp_path / "train.tsv", [*sentences(50), "no tab"])
+    run = tmp_path / "new" / "run"
+    argv = ["train", "pairs", "--train", str(train), "--output", str(run), "--on-disk"]
+    assert main(argv) == 2
+    assert "line 51" in capfd.readouterr().err
+    assert not run.exists()
+    run.mkdir(parents=True)
+    assert main(argv) == 2
+    assert list(run.iterdir()) == []

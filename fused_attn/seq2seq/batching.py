@@ -75,6 +75,11 @@ class Examples:
         return len(self._source)
 
     @property
+    def has_links(self) -> bool:
+        """Whether any pair has links."""
+        return bool((self._links.lengths > 0).any())
+
+    @property
     def source_lengths(self) -> Tensor:
         """int64 (N,)."""
         return self._source.lengths

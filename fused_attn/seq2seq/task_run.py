@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,17 +89,29 @@ def _load(directory: Path, recipe: Recipe, machine: Machine) -> tuple[Recipe, Da
     if fabric.is_global_zero:
         data = task.load()
         if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            _encode(data, place)
+            _write(data, place)
     learned = make_task(gathered(fabric, task.to_json())[0])
     if data is None:
         data = learned.load()
     examples = _encode(data, None) if place is None else Examples.open(place)
     if not len(examples):
         raise InputError("there are no pairs to train on")
-    if recipe.training.guided and examples.batch(torch.arange(len(examples))).alignment is None:
+    if recipe.training.guided and not examples.has_links:
         raise InputError("--guided needs links, and no pair has any")
     return replace(recipe, task=learned), data, examples
+
+
+def _write(data: Data, place: Path) -> None:
+    """Put the encoded pairs into ``place``; if they cannot be had, nothing is left there."""
+    new = [path for path in (place, place.parent) if not path.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        _encode(data, place)
+    except BaseException:
+        shutil.rmtree(place)
+        for path in new[1:]:
+            path.rmdir()
+        raise
 
 
 def _encode(data: Data, place: Path | None) -> Examples:
@@ -134,8 +147,8 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
         trainer.load_state(meta["position"], tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise checkpoint.damaged(last, error) from None
-    kept = ("model", "training", "task", "source", "target", "training_pairs", "target_bound")
-    meta = {key: meta[key] for key in kept}
+    kept = ("model", "training", "task", "source", "target", "training_pairs")
+    meta = {key: meta[key] for key in kept} | {"target_bound": asdict(_bound(examples))}
     return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
 
 
