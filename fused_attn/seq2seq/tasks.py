@@ -171,8 +171,8 @@ class Reverse(Task):
 
     name, kind = "reverse", ReverseConfig
     units, rates = ("sequences", "numbers"), ("sequences wrong", "numbers wrong")
-    model = ModelConfig(hidden=128, embedding=64, dropout=0.0)
-    training = TrainingConfig(epochs=3, batch_size=128, lr=4e-3)
+    model = ModelConfig(hidden=128, embedding=64, score="concat", attn_dim=128, dropout=0.05)
+    training = TrainingConfig(epochs=4, batch_size=128, lr=4e-3)
     judged: ClassVar[int] = 1_000  # sequences for development, and for the test
 
     def load(self) -> Data:

@@ -117,6 +117,8 @@ def _updated(config: Config, args: Namespace) -> Config:
     """Return ``config`` with the options that were given."""
     options = vars(args)
     given = {f.name: options[f.name] for f in fields(config) if options[f.name] is not None}
+    if given.get("score", "concat") != "concat":  # the width of a task's own score goes with it
+        given = {"attn_dim": None} | given
     try:
         return replace(config, **given)
     except ValueError as error:
