@@ -18,6 +18,7 @@ from benchmarks.table import duration, render
 
 THREADS = (1, 2)
 AXES = {"S": "source", "T": "queries", "B": "batch"}
+SIZES = AXES | {"D": "width"}
 DOUBLINGS = 3
 WITHHELD = "withheld"
 
@@ -54,10 +55,10 @@ def _use(count: int) -> None:
 def measure_growth(row: Row, axis: str, threads: int, budget_s: float) -> Scaled:
     """The row at its sizes and at three doublings of one of them, taking turns."""
     name, calls = f"{row.label}, {axis}", {}
-    size = getattr(row.sizes, AXES[axis])
+    size = getattr(row.sizes, SIZES[axis])
     with machine.using_threads(threads):
         for doubling in range(DOUBLINGS + 1):
-            larger = replace(row, sizes=row.sizes._replace(**{AXES[axis]: size << doubling}))
+            larger = replace(row, sizes=row.sizes._replace(**{SIZES[axis]: size << doubling}))
             inputs = inputs_of(larger)
             if not all(verdict.passed for verdict in judge(larger, inputs).values()):
                 return Scaled(row, name, passed=False)

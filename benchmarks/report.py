@@ -14,7 +14,13 @@ from html import escape
 from pathlib import Path
 
 from benchmarks.suite_measure import Record
-from benchmarks.suite_pictures import growth_table, memory_picture, roofline
+from benchmarks.suite_pictures import (
+    growth_picture,
+    growth_table,
+    memory_picture,
+    roofline,
+    speedup_picture,
+)
 from benchmarks.suite_results import (
     Run,
     best_of_ours,
@@ -33,6 +39,10 @@ LEVELS = {
     "layer": "The layer: with projections and attentional state",
     "model": "Whole models: symbols a second",
 }
+PICTURES = {
+    "speedup": speedup_picture, "roofline": roofline, "memory": memory_picture,
+    "growth": growth_picture,
+}  # fmt: skip
 WAYS = {"both": "forward + backward", "forward": "forward"}
 
 
@@ -58,7 +68,8 @@ def page(run: Run) -> str:
             f"<figure>{memory_picture(run)}</figure>",
         ]
     if run.growth:
-        body += ["<h2>Growth of time</h2>", _table(*growth_table(run))]
+        body += ["<h2>Growth of time</h2>", f"<figure>{growth_picture(run)}</figure>"]
+        body.append(_table(*growth_table(run)))
     body += ["<h2>Size</h2>", _sizes(run)]
     return TEMPLATE.read_text(encoding="utf-8").replace("@BODY@", "\n".join(body))
 
@@ -202,9 +213,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page")
     parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table into it")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures there")
     options = parser.parse_args(arguments)
-    if options.output is None and options.readme is None:
-        parser.error("one of --output and --readme is needed")
+    if options.output is options.readme is options.pictures is None:
+        parser.error("one of --output, --readme and --pictures is needed")
     try:
         run = Run.load(options.results)
         if options.readme is not None:
@@ -213,6 +225,12 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    if options.pictures is not None:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        for name, draw in PICTURES.items():
+            if name in ("memory", "growth") and not getattr(run, name):
+                continue  # the short suite does not measure it
+            (options.pictures / f"{name}.svg").write_text(draw(run), encoding="utf-8")
     if options.output is not None:
         options.output.write_text(page(run), encoding="utf-8")
         print(f"written: {options.output}")

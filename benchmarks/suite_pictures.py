@@ -9,7 +9,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.suite_memory import row_of
-from benchmarks.suite_results import Run, best_of_ours, score_of
+from benchmarks.suite_results import Run, best_of_ours, rivals, score_of, speedup
+from benchmarks.suite_sides import EAGER
 
 _MARKS = {"dot": "o", "general": "s", "projected": "^", "concat": "D"}
 
@@ -57,6 +58,55 @@ def memory_picture(run: Run) -> str:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
+    return _svg(figure)
+
+
+def growth_picture(run: Run) -> str:
+    """Time against each size, as multiples of the first: a slope of 1 doubles with it."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, seconds in run.growth.items():
+        times = [value / seconds[0] for value in seconds]
+        axes.plot([1 << i for i in range(len(times))], times, marker="o", markersize=4, label=name)
+    axes.plot([1, 8], [1, 8], color="#888888", linestyle="--", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="size, times the first", ylabel="time, the same")
+    axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    return _svg(figure)
+
+
+def speedup_picture(run: Run) -> str:
+    """Ours against eager, and the best other against eager, a bar for each case."""
+    rows = []
+    for sides in run.by_case().values():
+        ours, eager = best_of_ours(sides), sides.get(EAGER)
+        factor = speedup(ours, eager)
+        if ours is None or factor is None:
+            continue
+        others = [r for r in rivals(sides) if r.side != EAGER]
+        best = speedup(others[0], eager) if others else None
+        way = ", fwd+bwd" if ours.way == "both" else ""
+        dtype = "" if ours.dtype == "float32" else f", {ours.dtype}"
+        rows.append((f"{ours.name}, {score_of(ours)}{dtype}{way}", factor, best))
+    rows.reverse()  # the first at the top
+    figure = Figure(figsize=(8, 0.32 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh([i + 0.2 for i in places], [r[1] for r in rows], 0.4, color="#1f6fb2", label="fused")
+    found = [(i - 0.2, row[2]) for i, row in enumerate(rows) if row[2] is not None]
+    axes.barh(
+        [f[0] for f in found], [f[1] for f in found], 0.4, color="#b9c4d0", label="best other"
+    )
+    for i, row in enumerate(rows):
+        axes.text(row[1], i + 0.2, f" {row[1]:.1f}x", va="center", fontsize="small")
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    axes.set_yticks(list(places), [row[0] for row in rows])
+    axes.set(xscale="log", xlabel="times as fast as eager")
+    axes.margins(x=0.12)
+    axes.legend(loc="lower right")
     return _svg(figure)
 
 

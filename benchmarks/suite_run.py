@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import suite_memory, suite_models, suite_results
 from benchmarks.cpu_rows import Row, Sizes
-from benchmarks.cpu_scaling import AXES, measure_growth
+from benchmarks.cpu_scaling import SIZES, measure_growth
 from benchmarks.suite_cases import Case, cases
 from benchmarks.suite_measure import Record, measure_case, measure_limits
 from benchmarks.suite_results import RESULTS, Run, machine_name, provenance, text_of
@@ -123,12 +123,15 @@ def _memory(compared: Sequence[Side], device: str) -> dict[str, dict[str, int]]:
 
 def _growth(threads: int, budget_s: float) -> dict[str, list[float]]:
     found = {}
-    for score in ("dot", "concat"):
-        row = Row(score, _GROWTH, score)
-        for axis in AXES:
-            scaled = measure_growth(row, axis, threads, budget_s)
-            if scaled.passed:
-                found[f"{score}, {axis}"] = list(scaled.seconds.values())
+    calls = [(Row(score, _GROWTH, score), axis, axis) for score in ("dot", "concat")
+             for axis in SIZES]  # fmt: skip
+    # With a memory of its own width, that of the score is A alone.
+    score = Row("concat, prepared", _GROWTH, "projected", prepared=True, memory_dim=64)
+    for row, axis, name in (*calls, (score, "D", "A")):
+        _tell(f"growth of {row.case}, {name}")
+        scaled = measure_growth(row, axis, threads, budget_s)
+        if scaled.passed:
+            found[f"{row.case}, {name}"] = list(scaled.seconds.values())
     return found
 
 

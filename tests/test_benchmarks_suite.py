@@ -243,16 +243,19 @@ def test_the_page_and_the_table_of_the_readme(bench: SimpleNamespace, tmp_path: 
     results, page, readme = (tmp_path / name for name in ("r.json", "page.html", "README.md"))
     make_run(bench, times).save(results)
     readme.write_text(f"before\n{bench.report.BEGIN}\nold\n{bench.report.END}\nafter\n")
-    options = ["--output", str(page), "--readme", str(readme)]
+    options = ["--output", str(page), "--readme", str(readme), "--pictures", str(tmp_path / "svg")]
     assert bench.report.main([str(results), *options]) == 0
     text = page.read_text()
     for part in ("3.00x vs eager", "Some CPU", "commit abc", "2 ms ±1%", "5 ms ±2%"):
         assert part in text, part
     assert not re.search(r"(src|href)=.?https?:", text)  # nothing from elsewhere
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     row = "| case, fwd+bwd | dot | (1, 2, 3, 4) | 2 ms | 3.00x | SDPA | 2.50x |"
     lines = readme.read_text().splitlines()
     assert row in lines and "old" not in lines and lines[0] == "before" and lines[-1] == "after"
+    pictures = {path.name: path.read_text() for path in (tmp_path / "svg").iterdir()}
+    assert set(pictures) == {"speedup.svg", "roofline.svg", "memory.svg", "growth.svg"}
+    assert " 3.0x" in pictures["speedup.svg"] and "dot, S" in pictures["growth.svg"]
     readme.write_text("without marks")
     assert bench.report.main([str(results), *options]) == 2
     assert readme.read_text() == "without marks"
