@@ -137,8 +137,10 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "--on-disk", action=flag, default=False,
         help="keep the encoded pairs in DIR, for data larger than memory",
     )  # fmt: skip
-    _add_fields(parser.add_argument_group("model"), ModelConfig, MODEL_HELP)
-    _add_fields(parser.add_argument_group("recipe"), TrainingConfig, TRAINING_HELP)
+    remark = "g2p's and pairs' defaults are shown; the other tasks have some of their own"
+    model, recipe = (parser.add_argument_group(name, remark) for name in ("model", "recipe"))
+    _add_fields(model, ModelConfig, MODEL_HELP)
+    _add_fields(recipe, TrainingConfig, TRAINING_HELP)
     data = parser.add_argument_group("data of the task")
     for task in TASKS.values():
         _add_fields(data, task.kind, TASK_HELP[task.name])

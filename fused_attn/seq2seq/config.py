@@ -150,7 +150,7 @@ class TrainingConfig:
     sampling_per: what is drawn for: each "token", or each "example" as a whole.
     sampling_max: that probability at the end.
     sampling_after: keep to teacher forcing until the first rate on the development set is at most
-        this; None to begin at once.
+        this (BLEU counts negative, lower is better); None to begin at once.
     seed: of the parameters, the dropout and the order of the pairs.
     max_steps: stop after so many steps, and plan the schedule for them; None for all epochs.
     """
