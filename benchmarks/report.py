@@ -29,6 +29,7 @@ from benchmarks.suite_results import (
     sizes_of,
     speedup,
 )
+from benchmarks.suite_run import short_cases
 from benchmarks.suite_sides import EAGER
 from benchmarks.table import duration
 
@@ -171,7 +172,11 @@ def _sizes(run: Run) -> str:
 
 
 def readme_table(run: Run) -> str:
-    """The table of the README: ours against eager and the best other, in Markdown."""
+    """The table of the README: ours against eager and the best other, in Markdown.
+
+    Of a full run it has the cases of the short suite.
+    """
+    short = short_cases() & {record.id for record in run.records}
     facts = run.provenance
     lines = [
         f"{facts.get('gpu') or facts['processor']}, {facts['threads']} threads, torch "
@@ -180,7 +185,9 @@ def readme_table(run: Run) -> str:
         "| case | score | sizes | ours | against eager | best other | against it |",
         "|---|---|---|---|---|---|---|",
     ]
-    for sides in run.by_case().values():
+    for name, sides in run.by_case().items():
+        if short and name not in short:
+            continue
         first = next(iter(sides.values()))
         ours, others = best_of_ours(sides), rivals(sides)
         against, best = (

@@ -75,6 +75,16 @@ MODELS = tuple(
 )  # fmt: skip
 
 
+def layer_id(case: LayerCase) -> str:
+    """Of one case in all files of results."""
+    return f"{case.name}/{case.score}/float32/{'x'.join(map(str, case.sizes))}/both"
+
+
+def model_id(case: ModelCase) -> str:
+    """Of one case in all files of results."""
+    return f"{case.name}/{case.config.score}/float32/{case.batch}x{case.target}x{case.source}"
+
+
 def measure_layer(case: LayerCase, device: str, backend: str, budget_s: float) -> list[Record]:
     """Forward and backward of the layer, ours and eager."""
     batch, queries, source, width = case.sizes
@@ -104,7 +114,7 @@ def measure_layer(case: LayerCase, device: str, backend: str, budget_s: float) -
     oracle = gradients(plain, exact, query.double(), memory.double())
     beside = gradients(plain, layer, query, memory)
     record = Record(
-        f"{case.name}/{case.score}/float32/{'x'.join(map(str, case.sizes))}/both", "layer",
+        layer_id(case), "layer",
         case.name, case.origin, case.score, "float32",
         dict(zip(("batch", "queries", "source", "width"), case.sizes, strict=True)), "both",
         "", False,
@@ -140,8 +150,7 @@ def measure_model(case: ModelCase, device: str, backend: str, budget_s: float) -
     target = torch.randint(3, case.symbols, (case.batch, case.target + 1), device=device)
     models = {OURS: ours, EAGER: plain}
     record = Record(
-        f"{case.name}/{case.config.score}/float32/{case.batch}x{case.target}x{case.source}",
-        "model", case.name, case.origin, case.config.score, "float32",
+        model_id(case), "model", case.name, case.origin, case.config.score, "float32",
         {"batch": case.batch, "queries": case.target, "source": case.source,
          "width": case.config.hidden},
         case.work, "", False, tokens=case.batch * case.target,

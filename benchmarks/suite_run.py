@@ -77,6 +77,13 @@ def run(
     return Run(facts, limits, records, growth, memory, installed_bytes())
 
 
+def short_cases() -> set[str]:
+    """The ids of all cases of the short suite."""
+    layers = {suite_models.layer_id(case) for case in suite_models.LAYERS if case.quick}
+    models = {suite_models.model_id(case) for case in suite_models.MODELS if case.quick}
+    return {case.id for case in cases(quick=True)} | layers | models
+
+
 def _runs(backend: str, device: str) -> bool:
     return not backends.unavailable_reasons(backend) and (backend == "cpu") == (device == "cpu")
 
