@@ -93,11 +93,12 @@ def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     run, test = translation
-    pairs = [line.split("\t") for line in test.read_text().splitlines()]
+    # A sentence that comes twice is judged once.
+    pairs = list(dict(line.split("\t") for line in test.read_text().splitlines()).items())
     capfd.readouterr()
     assert main(["predict", str(run), *(source for source, _ in pairs)]) == 0
     found = capfd.readouterr().out.splitlines()
-    assert len(found) == 60
+    assert len(found) == len(pairs) > 50
     bleu = sacrebleu.corpus_bleu(found, [[target for _, target in pairs]]).score
     assert bleu > 80
     epochs = (run / "epochs.csv").read_text().splitlines()
