@@ -50,7 +50,7 @@ demo: setup build ## train the pronunciation model, show what it learned, compar
 	$(BIN)/fused-attn evaluate $(DEMO) --limit 2000 --samples 10
 	$(BIN)/fused-attn predict $(DEMO) attention pronunciation --alignments $(DEMO)/alignment.png
 	@echo 'the alignments are drawn in $(DEMO)/alignment.png'
-	$(BIN)/python -m benchmarks demo
+	$(BIN)/python -m benchmarks quick
 
 test: setup build ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup

@@ -23,7 +23,6 @@ from torch.nn.functional import linear
 from benchmarks import machine
 from benchmarks.cpu_rows import Row
 from benchmarks.measure import Call
-from benchmarks.problems import with_lengths
 from fused_attn import functional, testing
 from fused_attn.prepared import exponentials
 from fused_attn.reference import LocalWindow, Masking
@@ -48,6 +47,11 @@ def inputs_of(row: Row) -> Inputs:
         local = LocalWindow(torch.rand(batch, queries) * source, row.window)
         inputs = replace(inputs, masking=inputs.masking._replace(window=local))
     return replace(with_lengths(inputs, torch.full((batch,), source)), scale=1.0)
+
+
+def with_lengths(inputs: Inputs, lengths: Tensor) -> Inputs:
+    """The same inputs, of which the first ``lengths`` (B,) positions count."""
+    return replace(inputs, masking=inputs.masking._replace(memory_lengths=lengths))
 
 
 def fused(row: Row, inputs: Inputs, backend: str = "cpu") -> Attend:
