@@ -100,8 +100,8 @@ def _case(sides: dict[str, Record]) -> str:
     factor = "" if eager is None else f"<span class=factor>{eager:.2f}x vs eager</span>"
     way = WAYS.get(first.way, first.way)
     head = (
-        f"{factor}<span class=name>{escape(first.name)}</span>, {escape(score_of(first))}, "
-        f"{escape(first.dtype)}<br><span class=soft>{sizes_of(first)}, {way}; "
+        f"{factor}<span class=name>{escape(first.name)}</span>, {escape(score_of(first))}"
+        f"<br><span class=soft>{sizes_of(first)}, {way}; "
         f"{escape(first.origin)}</span>"
     )
     shown = [record for record in (ours, *others) if record is not None]
@@ -197,9 +197,8 @@ def readme_table(run: Run) -> str:
         if ours is None or against is None or ours.seconds is None or best is None:
             continue
         way = "" if first.way == "forward" or first.level == "model" else ", fwd+bwd"
-        score = score_of(first) + ("" if first.dtype == "float32" else f", {first.dtype}")
         lines.append(
-            f"| {first.name}{way} | {score} | {sizes_of(first)} | "
+            f"| {first.name}{way} | {score_of(first)} | {sizes_of(first)} | "
             f"{duration(ours.seconds.median)} | {against:.2f}x | {others[0].side} | {best:.2f}x |"
         )
     return "\n".join(lines)

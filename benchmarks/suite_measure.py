@@ -157,6 +157,8 @@ def measure_case(
         "both" if row.backward else "forward", "", False,
     )  # fmt: skip
     judge = Judge(case, inputs)
+    if any(side.slow for side in sides):
+        torch.compiler.reset()  # it gives up on a function that it has compiled eight times
     records: dict[str, Record] = {}
     attends: dict[str, Attend] = {}
     for side in sides:

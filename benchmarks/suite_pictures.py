@@ -89,8 +89,7 @@ def speedup_picture(run: Run) -> str:
         others = [r for r in rivals(sides) if r.side != EAGER]
         best = speedup(others[0], eager) if others else None
         way = ", fwd+bwd" if ours.way == "both" else ""
-        dtype = "" if ours.dtype == "float32" else f", {ours.dtype}"
-        rows.append((f"{ours.name}, {score_of(ours)}{dtype}{way}", factor, best))
+        rows.append((f"{ours.name}, {score_of(ours)}{way}", factor, best))
     rows.reverse()  # the first at the top
     figure = Figure(figsize=(8, 0.32 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots()

@@ -132,8 +132,12 @@ def sizes_of(record: Record) -> str:
 
 
 def score_of(record: Record) -> str:
-    """The score for people: with finished projections it is a step of concat."""
-    return "concat, prepared" if record.score == "projected" else record.score
+    """The score for people, and the dtype if it is not the usual one.
+
+    With finished projections it is concat of a prepared memory.
+    """
+    score = "concat, prepared" if record.score == "projected" else record.score
+    return score if record.dtype == "float32" else f"{score}, {record.dtype}"
 
 
 def text_of(run: Run) -> str:

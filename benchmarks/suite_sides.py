@@ -59,8 +59,13 @@ def _fused(backend: str, row: Row, inputs: Inputs) -> Attend:
     return fused(row, inputs, backend)
 
 
+def _compiler(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for its shapes alone, and wholly: it would run as eager where that fails."""
+    return torch.compile(call, dynamic=False, fullgraph=True)
+
+
 def _compiled(row: Row, inputs: Inputs) -> Attend:
-    return torch.compile(eager(row, inputs), dynamic=False)
+    return _compiler(eager(row, inputs))
 
 
 def _keys(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -91,7 +96,7 @@ def _flex(row: Row, inputs: Inputs) -> Attend:
         raise Unable("flex_attention has no backward on a CPU")
     lengths = inputs.masking.memory_lengths
     assert lengths is not None
-    call = torch.compile(flex_attention, dynamic=False)
+    call = _compiler(flex_attention)
 
     def counts(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return torch.where(kv < lengths[b], score, -torch.inf)

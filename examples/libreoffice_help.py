@@ -4,7 +4,8 @@
     for package in libreoffice-help-*.deb; do dpkg-deb --extract "$package" help; done
     python examples/libreoffice_help.py help fr corpus
     fused-attn train translate --train corpus/train.tsv --dev corpus/dev.tsv \
-        --test corpus/test.tsv --output runs/en-fr --skip-bad
+        --test corpus/test.tsv --output runs/en-fr --skip-bad --hidden 256 --embedding 128 \
+        --no-input-feeding --vocabulary 4000 --epochs 8 --lr 3e-3 --batch-tokens 4000
     fused-attn evaluate runs/en-fr --beam 5
 
 A paragraph has one id in all languages. Pairs that are equal on both sides are not translated, and
