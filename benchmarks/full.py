@@ -1,4 +1,4 @@
-"""The whole suite, with compiled rivals, peak memory, growth and whole models; half an hour."""
+"""The whole suite, with compiled rivals, peak memory, growth and whole models; ten minutes."""
 
 from __future__ import annotations
 
