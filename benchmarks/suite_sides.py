@@ -123,6 +123,22 @@ def _flash(row: Row, inputs: Inputs) -> Attend:
     return attend
 
 
+def _ffpa(row: Row, inputs: Inputs) -> Attend:
+    memory = _keys(row, inputs.tensors)[1]
+    if importlib.util.find_spec("ffpa_attn") is None:
+        raise Unable("ffpa-attn is not installed")
+    wide = 256 < memory.shape[-1] <= 1024  # it hands the rest to SDPA
+    if not wide or memory.device.type != "cuda" or memory.dtype == torch.float32:
+        raise Unable("ffpa-attn is for heads of 257 to 1024, in half precision, on a GPU")
+    from ffpa_attn import ffpa_attn_func
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
+        return ffpa_attn_func(query, memory, memory, scale=1.0)[:, 0]
+
+    return attend
+
+
 def _projections(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
     if row.score == "concat":
         query = linear(tensors["query"], tensors["query_weight"])
@@ -200,6 +216,7 @@ OTHERS = (
     Side("SDPA", _sdpa),
     Side("flex_attention", _flex, slow=True),
     Side("flash-attn", _flash),
+    Side("FFPA", _ffpa),
     Side("in chunks", _chunked),
     Side("as Keras", _keras),
     Side("as OpenNMT", _opennmt),
