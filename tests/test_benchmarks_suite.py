@@ -154,18 +154,16 @@ def test_the_compiled_sides_are_right(bench: SimpleNamespace) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_compiler_does_not_give_up(
-    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_compiler_does_not_give_up(bench: SimpleNamespace) -> None:
     """It compiles a function for so many shapes, and runs it as it is after that."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     chosen = [s for s in bench.suite_sides.sides("cpu") if s.name == "compiled eager"]
     limits = bench.suite_measure.Limits(1e9, 1e9)
     (case,) = (c for c in tiny_cases(bench) if c.row.score == "dot" and not c.row.backward)
     for source in (3, 5, 7):
         sizes = case.row.sizes._replace(source=source)
         longer = replace(case, row=replace(case.row, sizes=sizes))
-        (record,) = bench.suite_measure.measure_case(longer, chosen, "cpu", limits, 0.01)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            (record,) = bench.suite_measure.measure_case(longer, chosen, "cpu", limits, 0.01)
         assert record.seconds is not None and not record.unable
 
 
