@@ -6,6 +6,7 @@ CPUs and nccl on GPUs); alone, a process takes all of it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from typing import Any
@@ -45,6 +46,17 @@ def launch(device: str = "cpu", precision: str = "32") -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def leave() -> None:
+    """End the process group, if there is one, once nothing of the training is held any more.
+
+    Left to the interpreter's end, a thread of gloo may ask for the interpreter's lock when that is
+    gone, and the process dies of ``terminate called without an active exception`` with all done.
+    """
+    if dist.is_initialized():
+        gc.collect()  # a wrapped module holds the group, too
+        dist.destroy_process_group()
 
 
 def total(fabric: Fabric, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fused_attn.seq2seq import checkpoint, task_run
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.options import as_option, note, set_threads
-from fused_attn.seq2seq.processes import gathered, launch, total
+from fused_attn.seq2seq.processes import gathered, launch, leave, total
 from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
 from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
@@ -36,6 +36,13 @@ def train(args: Namespace) -> int:
 
     Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
     """
+    try:
+        return _train(args)
+    finally:
+        leave()
+
+
+def _train(args: Namespace) -> int:
     set_threads(args.threads)
     directory: Path = args.output
     with _stop_signals() as received:
