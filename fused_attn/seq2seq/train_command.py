@@ -36,13 +36,16 @@ def train(args: Namespace) -> int:
 
     Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
     """
-    try:
-        return _train(args)
-    finally:
-        leave()
+    stopped = _train(args)
+    # Not after an error: another process may be waiting for this one, and this one then for it.
+    leave()
+    if stopped:
+        raise KeyboardInterrupt
+    return 0
 
 
-def _train(args: Namespace) -> int:
+def _train(args: Namespace) -> bool:
+    """Return whether a signal stopped it."""
     set_threads(args.threads)
     directory: Path = args.output
     with _stop_signals() as received:
@@ -52,7 +55,7 @@ def _train(args: Namespace) -> int:
             if run.trainer.finished:
                 steps = run.trainer.position.step
                 fabric.print(f"{directory} is complete: all {steps} steps are done")
-                return 0
+                return False
             stopped = not run.train(lambda: _any(fabric, received()))
         except BrokenPipeError:
             raise
@@ -68,10 +71,10 @@ def _train(args: Namespace) -> int:
             f"fused-attn train {args.task} --output {shlex.quote(str(directory))} --resume",
             file=sys.stderr,
         )
-        raise KeyboardInterrupt
+        return True
     fabric.barrier()  # the first process has written by then
     fabric.print(f"best checkpoint: {find_checkpoint(directory)}")
-    return 0
+    return False
 
 
 def _any(fabric: Fabric, value: bool) -> bool:
