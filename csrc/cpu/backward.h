@@ -1,26 +1,28 @@
 // One backward task: a segment of one row's memory against all its queries. The segment owns its
 // rows, so their gradient is written once and without atomics; gradients of the queries are summed
-// over segments afterwards, in a fixed order. The weights P are computed again from the scores and
-// the log-sum-exp, except when the forward pass was asked for them: then they are at hand.
+// over segments afterwards (backward_merge.h), in a fixed order. With P and dS of
+// score_gradients.h:
 //
-//   dP = dO . m (+ dW)      dS = P (dP - delta)      delta = sum_s P dP = dO . O + sum_s W dW
 //   dMemory = P^T dO + dS^T query        dQuery = dS memory          (dot; see concat.h for concat)
 #pragma once
 
-#include "operands.h"
 #include "pairs.h"
+#include "score_gradients.h"
 
 namespace fused_attn {
 namespace {
 
 template <class X>
-struct BackwardTask {
+struct BackwardTask : private ScoreGradients<X> {
   using A = Arithmetic<X>;
-  const AttentionParams& p;
+  using Gradients = ScoreGradients<X>;
+  using Gradients::p, Gradients::ld, Gradients::scores, Gradients::grads, Gradients::kept;
+  using Gradients::read_queries, Gradients::weights_at_hand;
+  using Gradients::score_gradients, Gradients::take_score_gradients;
   const Plan& plan;
   const Shared& shared;
-  int64_t memory_width, score_width, ld;  // padded
-  A *query, *memory, *grad_context, *scores, *grads, *kept, *grad_memory, *delta, *base, *bell;
+  int64_t memory_width, score_width;  // padded
+  A *query, *memory, *grad_context, *grad_memory;
   int64_t *index, *place;
   uint8_t* spoiled;
   // concat only
@@ -33,21 +35,14 @@ struct BackwardTask {
   A* pairs;  // weights of two queries
 
   BackwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
-      : p(params), plan(plan_), shared(shared_) {
+      : Gradients(params, plan_, c), plan(plan_), shared(shared_) {
     memory_width = padded_memory_width<A>(p);
     score_width = padded_score_width<A>(p);
-    ld = padded_chunk<A>(plan);
     query = c.take<A>(p.score == Score::dot ? plan.t_block * score_width : 0);
     memory = c.take<A>(plan.chunk * memory_width);
     grad_context = c.take<A>(plan.t_block * memory_width);
-    scores = c.take<A>(plan.t_block * ld);
-    grads = c.take<A>(plan.t_block * ld);
-    kept = p.keep || p.centers ? c.take<A>(plan.t_block * ld) : scores;
-    bell = c.take<A>(p.centers ? ld : 0);
     place = c.take<int64_t>(p.bounds ? plan.chunk : 0);
     grad_memory = c.take<A>(plan.chunk * memory_width);
-    delta = c.take<A>(p.T);
-    base = c.take<A>(p.T);
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
     if (kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && !p.bounds &&
@@ -116,18 +111,9 @@ struct BackwardTask {
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
   }
 
-  // delta and the log-sum-exp of every query, and the factors of all queries for concat.
+  // What the chunks need of all queries.
   void prepare(int64_t b) {
-    for (int64_t t = 0; t < p.T && !p.raw_grad_scores; ++t) {
-      const int64_t row = b * p.T + t;
-      const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
-      base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
-      const X* output = static_cast<const X*>(p.context) + row * p.E;
-      const X* grad = static_cast<const X*>(p.grad_context.data) + b * p.grad_context.batch_stride +
-                      t * p.grad_context.row_stride;
-      delta[t] = inner(output, grad, p.E);
-      if (p.grad_weights.data) delta[t] += weights_delta(b, t);
-    }
+    read_queries(b);
     if (stored) pack_queries(b);
     if (p.score == Score::dot) return;
     concat.read_v(p);
@@ -138,29 +124,8 @@ struct BackwardTask {
     }
   }
 
-  A weights_delta(int64_t b, int64_t t) const {
-    const int64_t row = b * p.T + t;
-    const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
-    if (!p.bounds) return inner(weights, grads, p.S);
-    const int64_t first = p.bounds[2 * row], n = p.bounds[2 * row + 1] - first;
-    return inner(weights + first, grads + first, n);
-  }
-
   int64_t block_size() const { return Layout<A>::size(plan.t_block, score_width); }
   A* factors_of(int64_t block) const { return query_factors + block * 2 * block_size(); }
-  const X* weight_grads(int64_t b, int64_t t) const {
-    return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
-           t * p.grad_weights.row_stride;
-  }
-
-  static A inner(const X* x, const X* y, int64_t n) {
-    A lanes[16] = {};  // a fixed number of partial sums: the same order whatever the vector length
-    for (int64_t i = 0; i < n; ++i) lanes[i % 16] += widen(x[i]) * widen(y[i]);
-    A sum = 0;
-    for (A lane : lanes) sum += lane;
-    return sum;
-  }
-
   void chunk(int64_t b, int64_t task, const Picked& picked) {
     const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
     uint8_t* marks = nullptr;
@@ -374,84 +339,6 @@ struct BackwardTask {
     add_v_constant(task, rows, picked);
   }
 
-  void take_score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
-    const int64_t width = round_up(picked.count, kLanes<A>);
-    for (int64_t i = 0; i < rows; ++i) {
-      const A* row = static_cast<const A*>(p.raw_grad_scores) + (b * p.T + t0 + i) * p.S;
-      A* g = grads + i * ld;
-      for (int64_t j = 0; j < picked.count; ++j)
-        g[j] = mask_varies(p) && !allowed(p, b, t0 + i, picked[j]) ? A(0) : row[picked[j]];
-      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
-    }
-  }
-
-  // `scores` become P, and `grads`, which are dP, the gradients of the scores; `kept` are the
-  // weights after dropout.
-  void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
-                       const uint8_t* marks, A* moment = nullptr) const {
-    if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
-    const int64_t width = round_up(picked.count, kLanes<A>);
-    const A scale = p.score == Score::dot ? A(p.scale) : A(1);
-    for (int64_t i = 0; i < rows; ++i) {
-      A *weight = scores + i * ld, *g = grads + i * ld;
-      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
-      if (weights_at_hand())
-        take_weights(b, t0 + i, picked, weight, width);
-      else
-        for (int64_t j = 0; j < width; j += kLanes<A>)
-          store(weight + j, exponential(load(weight + j) - base[t0 + i]));
-      if (p.centers) {
-        bell_factors(p, b * p.T + t0 + i, picked, bell);
-        for (int64_t j = 0; j < width; j += kLanes<A>)
-          store(kept + i * ld + j, load(weight + j) * load(bell + j));
-      } else if (p.keep) {
-        memcpy(kept + i * ld, weight, size_t(width) * sizeof(A));
-      }
-      if (p.keep) {
-        const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
-        for (int64_t j = 0; j < picked.count; ++j) {
-          const A factor = keep[picked[j]] ? A(p.keep_scale) : A(0);
-          kept[i * ld + j] *= factor;
-          g[j] *= factor;
-        }
-      }
-      if (p.grad_weights.data) {
-        const X* extra = weight_grads(b, t0 + i);
-        for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
-      }
-      if (p.centers) center_gradient(b * p.T + t0 + i, picked, weight, g, moment);
-      for (int64_t j = 0; j < width; j += kLanes<A>)
-        store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
-      if (!marks) continue;
-      // A query that a spoiled row has made NaN must still give nothing to rows it does not see.
-      for (int64_t j = 0; j < picked.count; ++j)
-        if (!allowed(p, b, t0 + i, picked[j])) kept[i * ld + j] = g[j] = A(0);
-    }
-  }
-
-  // With a factor g after the softmax, dP = g dW, and the center gets sum W dW (s - center) rate^2.
-  void center_gradient(int64_t row, const Picked& picked, const A* weight, A* g, A* moment) const {
-    const A center = static_cast<const A*>(p.centers)[row];
-    A sum = 0;
-    for (int64_t j = 0; j < picked.count; ++j) {
-      g[j] *= bell[j];
-      sum += weight[j] * g[j] * (A(picked[j]) - center);
-    }
-    *moment += sum * A(p.rate * p.rate);
-  }
-
-  // Not where they were rounded to a shorter type: dS would carry that error.
-  bool weights_at_hand() const { return __is_same(X, A) && p.weights && !p.centers; }
-
-  void take_weights(int64_t b, int64_t t, const Picked& picked, A* out, int64_t width) const {
-    const A* row = static_cast<const A*>(p.weights) + (b * p.T + t) * p.S;
-    if (picked.dense)
-      memcpy(out, row + picked.first, size_t(picked.count) * sizeof(A));
-    else
-      for (int64_t j = 0; j < picked.count; ++j) out[j] = row[picked.index[j]];
-    for (int64_t j = picked.count; j < width; ++j) out[j] = A(0);
-  }
-
   void add_to_memory(int64_t rows, const Picked& picked, const Block<A>& grad, bool first) const {
     add_scaled_rows<A>({kept, 1, ld}, picked.count, grad.data, grad.stride, rows, memory_width,
                        grad_memory, memory_width, {!first, nullptr});
@@ -488,42 +375,6 @@ struct BackwardTask {
   static void scale_by_v(const A* v, int64_t padded, A* row) {
     for (int64_t d = 0; d < padded; d += kLanes<A>)
       store(row + d, load(row + d) * (A(4) * load(v + d)));
-  }
-
-  // dQuery of one query: its segments' sums, in their order. `row` is b T + t.
-  static void merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
-    const int64_t width = padded_score_width<A>(p), b = row / p.T, t = row % p.T;
-    const bool blocked = p.score == Score::concat;
-    const int64_t step = blocked ? p.T * kLanes<A> : kLanes<A>;
-    A* base = static_cast<A*>(shared.grad_query) + b * plan.segments * p.T * width;
-    A* first = base + t * (blocked ? kLanes<A> : width);
-    X* out = static_cast<X*>(p.grad_query) + row * p.K;
-    if (p.centers && plan.segments > 1) {
-      const A* moments = static_cast<const A*>(shared.grad_centers) + b * plan.segments * p.T + t;
-      A sum = 0;
-      for (int64_t s = 0; s < plan.segments; ++s) sum += moments[s * p.T];
-      static_cast<A*>(p.grad_centers)[row] = sum;
-    }
-    for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
-      Vec<A> sum = load(first + k * step);
-      for (int64_t s = 1; s < plan.segments; ++s) sum += load(first + k * step + s * p.T * width);
-      A lanes[kLanes<A>];
-      store(lanes, sum);
-      const int64_t n = p.K - d < kLanes<A> ? p.K - d : kLanes<A>;
-      if (blocked)
-        for (int64_t i = 0; i < n; ++i) lanes[i] *= A(4) * widen(static_cast<const X*>(p.v)[d + i]);
-      narrow_row(lanes, A(1), n, out + d);
-    }
-  }
-
-  static void merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
-    const int64_t width = padded_score_width<A>(p);
-    const A* parts = static_cast<const A*>(shared.grad_v);
-    for (int64_t d = 0; d < p.K; ++d) {
-      A sum = 0;
-      for (int64_t task = 0; task < p.B * plan.segments; ++task) sum += parts[task * width + d];
-      narrow(A(-2) * sum, static_cast<X*>(p.grad_v)[d]);
-    }
   }
 };
 

@@ -1,5 +1,6 @@
 // Compiled once per instruction set. The only symbol it exports is its table of entry points.
 #include "backward.h"
+#include "backward_merge.h"
 #include "forward.h"
 #include "peak.h"
 
@@ -69,11 +70,11 @@ void backward_task(const AttentionParams& p, const Plan& plan, const Shared& sha
 }
 
 void backward_merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
-  with_type(p.dtype, [&](auto tag) { BackwardTask<FA_TYPE>::merge(p, plan, shared, row); });
+  with_type(p.dtype, [&](auto tag) { merge_query<FA_TYPE>(p, plan, shared, row); });
 }
 
 void backward_merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
-  with_type(p.dtype, [&](auto tag) { BackwardTask<FA_TYPE>::merge_v(p, plan, shared); });
+  with_type(p.dtype, [&](auto tag) { merge_v<FA_TYPE>(p, plan, shared); });
 }
 
 }  // namespace

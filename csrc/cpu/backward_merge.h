@@ -1,0 +1,51 @@
+// What the tasks of the backward pass have left for one query, and for v, made into the gradients:
+// added up in the order of the tasks, so that the number of threads does not show.
+#pragma once
+
+#include "operands.h"
+
+namespace fused_attn {
+namespace {
+
+// dQuery of one query: its segments' sums, in their order. `row` is b T + t.
+template <class X>
+void merge_query(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
+  using A = Arithmetic<X>;
+  const int64_t width = padded_score_width<A>(p), b = row / p.T, t = row % p.T;
+  const bool blocked = p.score == Score::concat;
+  const int64_t step = blocked ? p.T * kLanes<A> : kLanes<A>;
+  A* base = static_cast<A*>(shared.grad_query) + b * plan.segments * p.T * width;
+  A* first = base + t * (blocked ? kLanes<A> : width);
+  X* out = static_cast<X*>(p.grad_query) + row * p.K;
+  if (p.centers && plan.segments > 1) {
+    const A* moments = static_cast<const A*>(shared.grad_centers) + b * plan.segments * p.T + t;
+    A sum = 0;
+    for (int64_t s = 0; s < plan.segments; ++s) sum += moments[s * p.T];
+    static_cast<A*>(p.grad_centers)[row] = sum;
+  }
+  for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
+    Vec<A> sum = load(first + k * step);
+    for (int64_t s = 1; s < plan.segments; ++s) sum += load(first + k * step + s * p.T * width);
+    A lanes[kLanes<A>];
+    store(lanes, sum);
+    const int64_t n = p.K - d < kLanes<A> ? p.K - d : kLanes<A>;
+    if (blocked)
+      for (int64_t i = 0; i < n; ++i) lanes[i] *= A(4) * widen(static_cast<const X*>(p.v)[d + i]);
+    narrow_row(lanes, A(1), n, out + d);
+  }
+}
+
+template <class X>
+void merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
+  using A = Arithmetic<X>;
+  const int64_t width = padded_score_width<A>(p);
+  const A* parts = static_cast<const A*>(shared.grad_v);
+  for (int64_t d = 0; d < p.K; ++d) {
+    A sum = 0;
+    for (int64_t task = 0; task < p.B * plan.segments; ++task) sum += parts[task * width + d];
+    narrow(A(-2) * sum, static_cast<X*>(p.grad_v)[d]);
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn

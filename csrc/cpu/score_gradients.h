@@ -1,0 +1,148 @@
+// The gradients of the scores, of some queries against some rows of the memory:
+//
+//   P = exp(score - logsumexp)      dP = dO . m (+ dW)      dS = P (dP - delta)
+//   delta = sum_s P dP = dO . O + sum_s W dW
+//
+// The weights P are computed again from the scores and the log-sum-exp, except when the forward
+// pass was asked for them: then they are at hand.
+#pragma once
+
+#include "operands.h"
+
+namespace fused_attn {
+namespace {
+
+template <class X>
+struct ScoreGradients {
+  using A = Arithmetic<X>;
+  const AttentionParams& p;
+  int64_t ld;  // padded
+  A *scores, *grads, *kept, *delta, *base, *bell;
+
+  ScoreGradients(const AttentionParams& params, const Plan& plan, Carver& c)
+      : p(params), ld(padded_chunk<A>(plan)) {
+    scores = c.take<A>(plan.t_block * ld);
+    grads = c.take<A>(plan.t_block * ld);
+    kept = p.keep || p.centers ? c.take<A>(plan.t_block * ld) : scores;
+    bell = c.take<A>(p.centers ? ld : 0);
+    delta = c.take<A>(p.T);
+    base = c.take<A>(p.T);
+  }
+
+  // delta and the log-sum-exp of every query.
+  void read_queries(int64_t b) {
+    for (int64_t t = 0; t < p.T && !p.raw_grad_scores; ++t) {
+      const int64_t row = b * p.T + t;
+      const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
+      base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
+      const X* output = static_cast<const X*>(p.context) + row * p.E;
+      const X* grad = static_cast<const X*>(p.grad_context.data) + b * p.grad_context.batch_stride +
+                      t * p.grad_context.row_stride;
+      delta[t] = inner(output, grad, p.E);
+      if (p.grad_weights.data) delta[t] += weights_delta(b, t);
+    }
+  }
+
+  // `scores` become P, and `grads`, which are dP, the gradients of the scores; `kept` are the
+  // weights after dropout.
+  void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
+                       const uint8_t* marks, A* moment = nullptr) const {
+    if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    const A scale = p.score == Score::dot ? A(p.scale) : A(1);
+    for (int64_t i = 0; i < rows; ++i) {
+      A *weight = scores + i * ld, *g = grads + i * ld;
+      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
+      if (weights_at_hand())
+        take_weights(b, t0 + i, picked, weight, width);
+      else
+        for (int64_t j = 0; j < width; j += kLanes<A>)
+          store(weight + j, exponential(load(weight + j) - base[t0 + i]));
+      if (p.centers) {
+        bell_factors(p, b * p.T + t0 + i, picked, bell);
+        for (int64_t j = 0; j < width; j += kLanes<A>)
+          store(kept + i * ld + j, load(weight + j) * load(bell + j));
+      } else if (p.keep) {
+        memcpy(kept + i * ld, weight, size_t(width) * sizeof(A));
+      }
+      if (p.keep) {
+        const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
+        for (int64_t j = 0; j < picked.count; ++j) {
+          const A factor = keep[picked[j]] ? A(p.keep_scale) : A(0);
+          kept[i * ld + j] *= factor;
+          g[j] *= factor;
+        }
+      }
+      if (p.grad_weights.data) {
+        const X* extra = weight_grads(b, t0 + i);
+        for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
+      }
+      if (p.centers) center_gradient(b * p.T + t0 + i, picked, weight, g, moment);
+      for (int64_t j = 0; j < width; j += kLanes<A>)
+        store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
+      if (!marks) continue;
+      // A query that a spoiled row has made NaN must still give nothing to rows it does not see.
+      for (int64_t j = 0; j < picked.count; ++j)
+        if (!allowed(p, b, t0 + i, picked[j])) kept[i * ld + j] = g[j] = A(0);
+    }
+  }
+
+  void take_score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* row = static_cast<const A*>(p.raw_grad_scores) + (b * p.T + t0 + i) * p.S;
+      A* g = grads + i * ld;
+      for (int64_t j = 0; j < picked.count; ++j)
+        g[j] = mask_varies(p) && !allowed(p, b, t0 + i, picked[j]) ? A(0) : row[picked[j]];
+      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
+    }
+  }
+
+  // Not where they were rounded to a shorter type: dS would carry that error.
+  bool weights_at_hand() const { return __is_same(X, A) && p.weights && !p.centers; }
+
+ private:
+  A weights_delta(int64_t b, int64_t t) const {
+    const int64_t row = b * p.T + t;
+    const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
+    if (!p.bounds) return inner(weights, grads, p.S);
+    const int64_t first = p.bounds[2 * row], n = p.bounds[2 * row + 1] - first;
+    return inner(weights + first, grads + first, n);
+  }
+
+  const X* weight_grads(int64_t b, int64_t t) const {
+    return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
+           t * p.grad_weights.row_stride;
+  }
+
+  static A inner(const X* x, const X* y, int64_t n) {
+    A lanes[16] = {};  // a fixed number of partial sums: the same order whatever the vector length
+    for (int64_t i = 0; i < n; ++i) lanes[i % 16] += widen(x[i]) * widen(y[i]);
+    A sum = 0;
+    for (A lane : lanes) sum += lane;
+    return sum;
+  }
+
+  // With a factor g after the softmax, dP = g dW, and the center gets sum W dW (s - center) rate^2.
+  void center_gradient(int64_t row, const Picked& picked, const A* weight, A* g, A* moment) const {
+    const A center = static_cast<const A*>(p.centers)[row];
+    A sum = 0;
+    for (int64_t j = 0; j < picked.count; ++j) {
+      g[j] *= bell[j];
+      sum += weight[j] * g[j] * (A(picked[j]) - center);
+    }
+    *moment += sum * A(p.rate * p.rate);
+  }
+
+  void take_weights(int64_t b, int64_t t, const Picked& picked, A* out, int64_t width) const {
+    const A* row = static_cast<const A*>(p.weights) + (b * p.T + t) * p.S;
+    if (picked.dense)
+      memcpy(out, row + picked.first, size_t(picked.count) * sizeof(A));
+    else
+      for (int64_t j = 0; j < picked.count; ++j) out[j] = row[picked.index[j]];
+    for (int64_t j = picked.count; j < width; ++j) out[j] = A(0);
+  }
+};
+
+}  // namespace
+}  // namespace fused_attn
