@@ -113,7 +113,12 @@ def _add_explain_options(parser: argparse.ArgumentParser) -> None:
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
-    parser.add_argument("--half", action="store_true", help="store the parameters in float16")
+    parser.add_argument(
+        "--store",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="type of the stored parameters; a model computes in float32 (default: float32)",
+    )
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.threads(1)
 def test_it_is_as_good_as_is_claimed() -> None:
-    """On 600 of the words that it was not to see: within three deviations, 0.018 each."""
+    """On 600 of the words that it was not to see: within three deviations, 0.017 each."""
     place = find_checkpoint(Path("g2p"))
     task = load_recipe(place, checkpoint.load_metadata(place)).task
     lexicon = g2p.load_dictionary()
@@ -41,5 +41,5 @@ def test_it_is_as_good_as_is_claimed() -> None:
     items = [Item(tuple(word), lexicon[word]) for word in words]
     found = judging.targets(Predictor.load(place), items, SearchConfig(beam=5))
     errors = judging.judge(found, items)
-    claimed = 0.2554  # README, beam 5, all 11,994 words
-    assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.053)
+    claimed = 0.2394  # README, beam 5, all 11,994 words
+    assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.052)
