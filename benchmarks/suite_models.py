@@ -186,7 +186,10 @@ def _decoding(
     calls: dict[str, Call] = {
         name: partial(search, model.eval(), *sources, config) for name, model in models.items()
     }
-    found = {name: [h[0].tokens for h in call()] for name, call in calls.items()}  # type: ignore[attr-defined]
+    found = {
+        name: [best[0].tokens for best in search(model, *sources, config)]
+        for name, model in models.items()
+    }
     same = sum(a == b for a, b in zip(found[OURS], found[EAGER], strict=True)) / case.batch
     wrong = () if same >= AGREEING else ("targets",)
     records = []

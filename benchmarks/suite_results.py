@@ -7,6 +7,7 @@ import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ def machine_name(facts: dict[str, Any]) -> str:
 def best_of_ours(sides: dict[str, Record]) -> Record | None:
     """The fastest of our sides that was right; or one that was not, so that it is seen."""
     ours = [record for record in sides.values() if record.ours and not record.unable]
-    timed = [record for record in ours if record.seconds is not None]
-    if timed:
-        return min(timed, key=lambda record: record.seconds.median)  # type: ignore[union-attr]
-    return ours[0] if ours else None
+    found = _timed(ours) or ours
+    return found[0] if found else None
 
 
 def speedup(ours: Record | None, other: Record | None) -> float | None:
@@ -122,8 +121,12 @@ def speedup(ours: Record | None, other: Record | None) -> float | None:
 
 def rivals(sides: dict[str, Record]) -> list[Record]:
     """The others that have a time, the fastest first."""
-    timed = [record for record in sides.values() if not record.ours and record.seconds is not None]
-    return sorted(timed, key=lambda record: record.seconds.median)  # type: ignore[union-attr]
+    return _timed([record for record in sides.values() if not record.ours])
+
+
+def _timed(records: list[Record]) -> list[Record]:
+    timed = [(record.seconds.median, record) for record in records if record.seconds is not None]
+    return [record for _, record in sorted(timed, key=itemgetter(0))]
 
 
 def sizes_of(record: Record) -> str:

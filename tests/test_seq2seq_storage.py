@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.errors import InputError
@@ -44,13 +45,20 @@ def test_what_is_no_matrix_stays_as_it_is() -> None:
     assert {t.dtype for t in narrowed(parameters, "float16").values()} == {torch.float16}
 
 
-def test_a_missing_scale_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"), [("lost", "it lacks .*{}"), ("short", "{} has shape .*, for rows")]
+)
+def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
+    change: str, problem: str, tmp_path: Path
+) -> None:
     place = find_checkpoint(Path("g2p"))
     meta = checkpoint.load_metadata(place)
-    tensors = checkpoint.load_tensors(place, checkpoint.MODEL)
+    tensors = load_file(place / checkpoint.MODEL)
     scale = next(name for name in tensors if name.endswith(".int8-scale"))
-    del tensors[scale]
+    whole = tensors.pop(scale)
+    if change == "short":
+        tensors[scale] = whole[1:]
     kept = {key: value for key, value in meta.items() if key != "format_version"}
     checkpoint.save(tmp_path / "model", kept, tensors, None)
-    with pytest.raises(InputError, match=f"is damaged: it lacks .*{scale}"):
+    with pytest.raises(InputError, match="is damaged: " + problem.format(scale)):
         load_model(tmp_path / "model", meta)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.storage_types import widened
 
 FORMAT_VERSION = 2
 
@@ -88,9 +89,12 @@ def load_metadata(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of the file `MODEL` or `TRAINING`; raises `InputError`."""
+    """Return the tensors of the file `MODEL` or `TRAINING`; raises `InputError`.
+
+    Those stored in int8 are float32 again.
+    """
     with _readable(directory):
-        tensors = safetensors.torch.load((directory / name).read_bytes())
+        tensors = widened(safetensors.torch.load((directory / name).read_bytes()))
     # Views of one buffer, at any offset; cloned, each is aligned as any other tensor.
     return {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -17,7 +17,7 @@ from fused_attn.seq2seq.options import load_models, note, search_config, set_thr
 from fused_attn.seq2seq.parallel import read_text
 from fused_attn.seq2seq.recipe import load_recipe
 from fused_attn.seq2seq.runs import find_checkpoint
-from fused_attn.seq2seq.storage_types import narrowed, widened
+from fused_attn.seq2seq.storage_types import narrowed
 from fused_attn.seq2seq.task import Item, Task
 
 
@@ -29,11 +29,7 @@ def export(args: Namespace) -> int:
     place = find_checkpoint(args.model)
     meta = checkpoint.load_metadata(place)
     load_recipe(place, meta)
-    try:
-        parameters = widened(checkpoint.load_tensors(place, checkpoint.MODEL))
-    except (KeyError, RuntimeError) as error:
-        raise checkpoint.damaged(place, error) from None
-    stored = narrowed(parameters, args.store)
+    stored = narrowed(checkpoint.load_tensors(place, checkpoint.MODEL), args.store)
     # What a training goes on from is not needed any more.
     kept = {key: value for key, value in meta.items() if key not in ("position", "format_version")}
     checkpoint.save(directory, kept, stored, None)

@@ -19,7 +19,6 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.hypothesis import Hypothesis
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.storage_types import widened
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
@@ -60,12 +59,11 @@ def load_model(
 
     Raises `InputError` if the checkpoint is damaged or the backend cannot run it.
     """
-    stored = checkpoint.load_tensors(directory, checkpoint.MODEL)
+    parameters = checkpoint.load_tensors(directory, checkpoint.MODEL)
     try:
-        parameters = widened(stored)
         source, target = Vocabulary(meta["source"]), Vocabulary(meta["target"])
         config = ModelConfig(**meta["model"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.damaged(directory, error) from None
     require_backend(backend, config.score, device)
     model = Seq2Seq(config, len(source), len(target), backend=backend)

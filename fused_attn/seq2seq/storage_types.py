@@ -35,12 +35,15 @@ def narrowed(parameters: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 def widened(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters that `narrowed` has stored, or those of any other checkpoint.
 
-    Raises KeyError if the scale of an int8 matrix is missing.
+    Raises KeyError if the scale of an int8 matrix is missing, ValueError if it is of another size.
     """
     parameters: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if tensor.dtype == torch.int8:
             scale = stored[name + _SCALE]
+            if scale.shape != tensor.shape[:1]:
+                shapes = f"{tuple(scale.shape)}, for rows {tuple(tensor.shape)}"
+                raise ValueError(f"{name + _SCALE} has shape {shapes}")
             parameters[name] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
         elif not name.endswith(_SCALE):
             parameters[name] = tensor
