@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from fused_attn.cli import main
+from fused_attn.seq2seq import layers
 from fused_attn.seq2seq.batching import Examples, epoch_batches, split_batch
-from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.config import CELLS, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.devices import choose_device
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
@@ -95,6 +98,29 @@ def test_bfloat16_learns_the_same() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert mixed[-1] < 0.7 * mixed[0]
     assert sum(mixed[-5:]) == pytest.approx(sum(single[-5:]), rel=0.1)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_processor_without_a_bfloat16_lstm(
+    cell: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There torch raises; the recurrent layers stay in float32 and give its numbers."""
+    monkeypatch.setattr(layers, "_has_bfloat16_lstm", lambda: False)
+    torch.manual_seed(2)
+    stack = layers.Stack(ModelConfig(cell=cell, dropout=0.0), 7, 5, 2)
+    # Both states in bfloat16, as a linear layer before would leave them.
+    state = tuple(torch.randn(2, 3, 5).bfloat16() for _ in range(2 if cell == "lstm" else 1))
+    x: Any = torch.randn(3, 4, 7).bfloat16()
+    whole: Any = x.float()
+    if is_packed:
+        x, whole = (pack_padded_sequence(t, [4, 2, 1], batch_first=True) for t in (x, whole))
+    expected, last = stack(whole, tuple(tensor.float() for tensor in state))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, final = stack(x, state)
+    assert found.data.dtype == torch.float32
+    assert torch.equal(found.data, expected.data)
+    assert all(map(torch.equal, final, last))
 
 
 def test_float16_needs_a_gpu() -> None:

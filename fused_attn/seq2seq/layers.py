@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from fused_attn.seq2seq.config import ModelConfig
 Hidden = tuple[Tensor, ...]
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+@cache
+def _has_bfloat16_lstm() -> bool:
+    """Whether this processor has the LSTM that torch calls under CPU autocast: oneDNN's."""
+    if not torch.backends.mkldnn.is_available():
+        return True  # torch's own, of any processor
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Dropout(nn.Module):
@@ -89,7 +98,17 @@ class Stack(nn.Module):
 
         Returns the last layer's states (N, T, width) or packed, and the state behind the last step,
         of which each tensor is (layers, N, width): both directions side by side.
+
+        Under CPU autocast the layers stay in float32 where torch has no LSTM in bfloat16.
         """
+        if x.data.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
+            with torch.autocast("cpu", enabled=False):
+                return self._run(_whole(x), state and tuple(t.float() for t in state))
+        return self._run(x, state)
+
+    def _run(
+        self, x: Tensor | PackedSequence, state: Hidden | None
+    ) -> tuple[Tensor | PackedSequence, Hidden]:
         finals: list[Sequence[Tensor]] = []
         for number, layer in enumerate(self.layers):
             x = self.dropout(x) if number else x
@@ -104,6 +123,10 @@ class Stack(nn.Module):
             tensors = final if isinstance(final, tuple) else (final,)
             finals.append([t.transpose(0, 1).flatten(1) for t in tensors])
         return x, tuple(torch.stack(tensors) for tensors in zip(*finals, strict=True))
+
+
+def _whole(x: Tensor | PackedSequence) -> Tensor | PackedSequence:
+    return x._replace(data=x.data.float()) if isinstance(x, PackedSequence) else x.float()
 
 
 def _width(x: Tensor | PackedSequence) -> int:

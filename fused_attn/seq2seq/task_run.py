@@ -26,6 +26,7 @@ from fused_attn.seq2seq.runs import PAIRS, Run, last_checkpoint
 from fused_attn.seq2seq.task import Data, Item, Symbols, Task
 from fused_attn.seq2seq.tasks import make_task
 from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.vocabulary import Vocabulary
 
 _ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
@@ -50,14 +51,18 @@ def start(
     progress: Progress,
     machine: Machine,
     note: Callable[[str], None] = lambda text: None,
+    origin: Path | None = None,
 ) -> Run:
     """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
 
-    Raises `InputError` if the data cannot be had or the backend cannot run the model, OSError if
-    the directory cannot be written.
+    origin: a checkpoint whose parameters and vocabularies the run begins with.
+
+    Raises `InputError` if the data cannot be had or the backend cannot run the model, or if those
+    of ``origin`` do not fit, OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
-    recipe, data, examples = _load(directory, recipe, machine)
+    known = None if origin is None else _vocabularies(origin, checkpoint.load_metadata(origin))
+    recipe, data, examples = _load(directory, recipe, machine, known)
     for text in data.notes:
         note(text)
     torch.manual_seed(recipe.training.seed)
@@ -66,6 +71,8 @@ def start(
         model = Seq2Seq(recipe.model, *sizes, backend=machine.backend)
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    if origin is not None:
+        _begin_with(model, origin)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
     if rank := machine.fabric.global_rank:  # each process drops other columns
         torch.manual_seed(recipe.training.seed + rank)
@@ -81,24 +88,52 @@ def start(
     return run
 
 
-def _load(directory: Path, recipe: Recipe, machine: Machine) -> tuple[Recipe, Data, Examples]:
-    """The data, encoded. The first process is ahead: it learns subwords and writes files."""
+def _vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
+    try:
+        return Vocabulary(meta["source"]), Vocabulary(meta["target"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.damaged(directory, error) from None
+
+
+def _begin_with(model: Seq2Seq, origin: Path) -> None:
+    """Give the model the parameters of a checkpoint."""
+    try:
+        model.load_state_dict(checkpoint.load_tensors(origin, checkpoint.MODEL))
+    except RuntimeError as error:  # names or shapes that do not fit
+        reason = " ".join(str(error).split())
+        raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
+
+
+def _load(
+    directory: Path,
+    recipe: Recipe,
+    machine: Machine,
+    known: tuple[Vocabulary, Vocabulary] | None = None,
+) -> tuple[Recipe, Data, Examples]:
+    """The data, encoded. The first process is ahead: it learns subwords and writes files.
+
+    known: the vocabularies of source and target, of a model that is there already.
+    """
     fabric, task = machine.fabric, recipe.task
     place = directory / PAIRS if machine.on_disk else None
     data: Data | None = None
     if fabric.is_global_zero:
-        data = task.load()
+        data = _with(task.load(), known)
         if place is not None:
             _write(data, place)
     learned = make_task(gathered(fabric, task.to_json())[0])
     if data is None:
-        data = learned.load()
+        data = _with(learned.load(), known)
     examples = _encode(data, None) if place is None else Examples.open(place)
     if not len(examples):
         raise InputError("there are no pairs to train on")
     if recipe.training.guided and not examples.has_links:
         raise InputError("--guided needs links, and no pair has any")
     return replace(recipe, task=learned), data, examples
+
+
+def _with(data: Data, known: tuple[Vocabulary, Vocabulary] | None) -> Data:
+    return data if known is None else replace(data, source=known[0], target=known[1])
 
 
 def _write(data: Data, place: Path) -> None:
@@ -137,7 +172,8 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     """
     last = last_checkpoint(directory)
     meta = checkpoint.load_metadata(last)
-    recipe, data, examples = _load(directory, load_recipe(last, meta), machine)
+    known = _vocabularies(last, meta)
+    recipe, data, examples = _load(directory, load_recipe(last, meta), machine, known)
     if data.fingerprint != meta.get("training_pairs"):
         raise InputError(f"{directory} was trained on other data: the training pairs have changed")
     model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)

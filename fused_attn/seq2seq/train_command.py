@@ -94,16 +94,23 @@ def _start(args: Namespace) -> Run:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
     kind = TASKS[args.task]
-    recipe = Recipe(
-        _updated(kind.model, args), _updated(kind.training, args), _task(kind, {}, args)
-    )
+    model, values, origin = kind.model, {}, None
+    if args.start_from is not None:
+        origin = find_checkpoint(args.start_from)
+        before = load_recipe(origin, checkpoint.load_metadata(origin))
+        if before.task.name != args.task:
+            raise InputError(f"--start-from: {origin} is of the task {before.task.name}")
+        model, values = before.model, asdict(before.task.config)
+    recipe = Recipe(_updated(model, args), _updated(kind.training, args), _task(kind, values, args))
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    return task_run.start(directory, recipe, make_progress(), machine, tell)
+    return task_run.start(directory, recipe, make_progress(), machine, tell, origin)
 
 
 def _resume(args: Namespace) -> Run:
+    if args.start_from is not None:
+        raise InputError("--start-from begins a new run, and --resume goes on with one")
     last = last_checkpoint(args.output)
     recipe = load_recipe(last, checkpoint.load_metadata(last))
     if recipe.task.name != args.task:
