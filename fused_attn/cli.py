@@ -114,6 +114,10 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
     parser.add_argument(
+        "--average", type=Path, action="append", default=[], metavar="MODEL",
+        help="take the mean of the parameters of this model too; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
         "--store",
         choices=["float32", "float16", "int8"],
         default="float32",

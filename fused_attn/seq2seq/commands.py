@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fused_attn.seq2seq import checkpoint, judging
 from fused_attn.seq2seq.alignments import Link, alignment_error_rate, parse_pharaoh
+from fused_attn.seq2seq.averaging import averaged
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import PERPLEXITY, shown
 from fused_attn.seq2seq.options import load_models, note, search_config, set_threads
 from fused_attn.seq2seq.parallel import read_text
-from fused_attn.seq2seq.recipe import load_recipe
 from fused_attn.seq2seq.runs import find_checkpoint
 from fused_attn.seq2seq.storage_types import narrowed
 from fused_attn.seq2seq.task import Item, Task
@@ -26,13 +26,11 @@ def export(args: Namespace) -> int:
     directory: Path = args.output
     if directory.exists():
         raise InputError(f"--output: {directory} is already there")
-    place = find_checkpoint(args.model)
-    meta = checkpoint.load_metadata(place)
-    load_recipe(place, meta)
-    stored = narrowed(checkpoint.load_tensors(place, checkpoint.MODEL), args.store)
-    # What a training goes on from is not needed any more.
-    kept = {key: value for key, value in meta.items() if key not in ("position", "format_version")}
-    checkpoint.save(directory, kept, stored, None)
+    meta, parameters = averaged([find_checkpoint(model) for model in (args.model, *args.average)])
+    # What a training goes on from is not needed any more; of a mean nothing has been measured.
+    left = {"position", "format_version"} | ({"dev"} if args.average else set())
+    kept = {key: value for key, value in meta.items() if key not in left}
+    checkpoint.save(directory, kept, narrowed(parameters, args.store), None)
     size = sum(file.stat().st_size for file in directory.iterdir())
     print(f"{directory}: {size / 1e6:.1f} MB")
     return 0

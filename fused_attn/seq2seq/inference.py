@@ -46,6 +46,17 @@ def require_backend(backend: str, score: str, device: torch.device) -> None:
         raise InputError(" ".join(str(error).split())) from None
 
 
+def load_vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
+    """Return source and target vocabulary of a checkpoint with this metadata.
+
+    Raises `InputError` if it is damaged.
+    """
+    try:
+        return Vocabulary(meta["source"]), Vocabulary(meta["target"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.damaged(directory, error) from None
+
+
 def load_model(
     directory: Path,
     meta: dict[str, Any],
@@ -60,8 +71,8 @@ def load_model(
     Raises `InputError` if the checkpoint is damaged or the backend cannot run it.
     """
     parameters = checkpoint.load_tensors(directory, checkpoint.MODEL)
+    source, target = load_vocabularies(directory, meta)
     try:
-        source, target = Vocabulary(meta["source"]), Vocabulary(meta["target"])
         config = ModelConfig(**meta["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.damaged(directory, error) from None

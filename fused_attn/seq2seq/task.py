@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,6 +81,10 @@ class Task(ABC):
 
         What is learned from them, a model of subwords, is in the configuration afterwards.
         """
+
+    def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
+        """What `load` has returned, for a model that has vocabularies already."""
+        return replace(data, source=source, target=target)
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:

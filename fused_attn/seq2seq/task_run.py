@@ -16,7 +16,12 @@ from fused_attn.seq2seq import checkpoint, judging
 from fused_attn.seq2seq.batching import Examples
 from fused_attn.seq2seq.constraints import LengthBound
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference import Predictor, load_model, require_backend
+from fused_attn.seq2seq.inference import (
+    Predictor,
+    load_model,
+    load_vocabularies,
+    require_backend,
+)
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import gathered
@@ -26,7 +31,7 @@ from fused_attn.seq2seq.runs import PAIRS, Run, last_checkpoint
 from fused_attn.seq2seq.task import Data, Item, Symbols, Task
 from fused_attn.seq2seq.tasks import make_task
 from fused_attn.seq2seq.training import Trainer
-from fused_attn.seq2seq.vocabulary import Vocabulary
+from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
 _ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
@@ -61,8 +66,14 @@ def start(
     of ``origin`` do not fit, OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
-    known = None if origin is None else _vocabularies(origin, checkpoint.load_metadata(origin))
-    recipe, data, examples = _load(directory, recipe, machine, known)
+
+    def fit(data: Data) -> Data:
+        if origin is None:
+            return data
+        known = load_vocabularies(origin, checkpoint.load_metadata(origin))
+        return recipe.task.with_vocabularies(data, *known)
+
+    recipe, data, examples = _load(directory, recipe, machine, fit)
     for text in data.notes:
         note(text)
     torch.manual_seed(recipe.training.seed)
@@ -88,13 +99,6 @@ def start(
     return run
 
 
-def _vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
-    try:
-        return Vocabulary(meta["source"]), Vocabulary(meta["target"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.damaged(directory, error) from None
-
-
 def _begin_with(model: Seq2Seq, origin: Path) -> None:
     """Give the model the parameters of a checkpoint."""
     try:
@@ -105,35 +109,28 @@ def _begin_with(model: Seq2Seq, origin: Path) -> None:
 
 
 def _load(
-    directory: Path,
-    recipe: Recipe,
-    machine: Machine,
-    known: tuple[Vocabulary, Vocabulary] | None = None,
+    directory: Path, recipe: Recipe, machine: Machine, fit: Callable[[Data], Data]
 ) -> tuple[Recipe, Data, Examples]:
     """The data, encoded. The first process is ahead: it learns subwords and writes files.
 
-    known: the vocabularies of source and target, of a model that is there already.
+    fit: makes of the data what the model wants of it.
     """
     fabric, task = machine.fabric, recipe.task
     place = directory / PAIRS if machine.on_disk else None
     data: Data | None = None
     if fabric.is_global_zero:
-        data = _with(task.load(), known)
+        data = fit(task.load())
         if place is not None:
             _write(data, place)
     learned = make_task(gathered(fabric, task.to_json())[0])
     if data is None:
-        data = _with(learned.load(), known)
+        data = fit(learned.load())
     examples = _encode(data, None) if place is None else Examples.open(place)
     if not len(examples):
         raise InputError("there are no pairs to train on")
     if recipe.training.guided and not examples.has_links:
         raise InputError("--guided needs links, and no pair has any")
     return replace(recipe, task=learned), data, examples
-
-
-def _with(data: Data, known: tuple[Vocabulary, Vocabulary] | None) -> Data:
-    return data if known is None else replace(data, source=known[0], target=known[1])
 
 
 def _write(data: Data, place: Path) -> None:
@@ -154,7 +151,12 @@ def _encode(data: Data, place: Path | None) -> Examples:
         (data.source.encode(pair.source), data.target.encode(pair.target), pair.links)
         for pair in data.train
     )
-    return Examples.collect(pairs, place)
+    try:
+        return Examples.collect(pairs, place)
+    except UnknownSymbolError as error:
+        raise InputError(
+            f"the training pairs have the symbol {error.symbol!r}, which the model does not know"
+        ) from None
 
 
 def _bound(examples: Examples) -> LengthBound:
@@ -172,10 +174,16 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     """
     last = last_checkpoint(directory)
     meta = checkpoint.load_metadata(last)
-    known = _vocabularies(last, meta)
-    recipe, data, examples = _load(directory, load_recipe(last, meta), machine, known)
-    if data.fingerprint != meta.get("training_pairs"):
-        raise InputError(f"{directory} was trained on other data: the training pairs have changed")
+    before = load_recipe(last, meta)
+
+    def fit(data: Data) -> Data:
+        if data.fingerprint != meta.get("training_pairs"):
+            raise InputError(
+                f"{directory} was trained on other data: the training pairs have changed"
+            )
+        return before.task.with_vocabularies(data, *load_vocabularies(last, meta))
+
+    recipe, data, examples = _load(directory, before, machine, fit)
     model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
     tensors = checkpoint.load_tensors(last, checkpoint.TRAINING)

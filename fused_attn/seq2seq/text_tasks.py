@@ -101,6 +101,10 @@ class TextTask(Task):
         return grouped(pairs), pairs.note()
 
 
+def _known(vocabulary: Vocabulary) -> set[str]:
+    return {symbol for symbol in vocabulary.symbols if symbol != UNKNOWN}
+
+
 @dataclass(frozen=True)
 class PairsConfig(TextConfig):
     """train, dev, test: see `PairFile`; without a dev file 2 % of train, at most 2,000 pairs."""
@@ -137,13 +141,18 @@ class Pairs(TextTask):
         if config.dev is None:
             train.without = {item.source for item in dev}
         source, target = self.vocabularies(train)
-        train.known = {symbol for symbol in target.symbols if symbol != UNKNOWN}
+        train.known = _known(target)
         if next(iter(train), None) is None:
             raise InputError(f"{config.train}: too few lines for training and development")
         for _ in train:  # what cannot be used is said before the training begins
             pass
         notes = [*train.note(), *notes]
         return Data(source, target, train, dev, test, self._fingerprint(train), tuple(notes))
+
+    def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
+        assert isinstance(data.train, PairFile)
+        data.train.known = _known(target)
+        return super().with_vocabularies(data, source, target)
 
     def reader_of_text(self) -> Reader:
         """A reader for a file of which only the texts are wanted."""

@@ -1,0 +1,187 @@
+"""Trainings that begin with a trained model, and the mean of several."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn.cli import main
+from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.runs import checkpoints, find_checkpoint
+
+WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf"}
+OPTIONS = ["--batch-size", "16", "--threads", "1", "--dropout", "0"]
+
+
+def lines(words: list[str], count: int) -> list[str]:
+    """Sentences of these words, of up to four."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(1, 5, (), generator=generator))
+        chosen = [words[i] for i in torch.randint(len(words), (length,), generator=generator)]
+        found.append(" ".join(chosen) + "\t" + " ".join(WORDS[word] for word in chosen))
+    return found
+
+
+def write(path: Path, text: list[str]) -> Path:
+    path.write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+    return path
+
+
+def train(output: Path, data: Path, *options: str) -> int:
+    command = ["train", "pairs", "--output", str(output), "--train", str(data), *OPTIONS]
+    return main([*command, "--dev", str(data), *options])
+
+
+def parameters(place: Path) -> dict[str, Tensor]:
+    return checkpoint.load_tensors(find_checkpoint(place), checkpoint.MODEL)
+
+
+def first_loss(run: Path) -> float:
+    with (run / "steps.csv").open() as file:
+        return float(next(csv.DictReader(file))["loss"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows all the words."""
+    place = tmp_path_factory.mktemp("base")
+    data = write(place / "base.tsv", lines(list(WORDS), 400))
+    shape = ["--hidden", "24", "--embedding", "8", "--cell", "gru"]
+    assert train(place / "run", data, *shape, "--epochs", "6", "--lr", "0.01") == 0
+    return place / "run"
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Data with fewer words than the model knows."""
+    return write(tmp_path / "few.tsv", lines(["two", "five"], 100))
+
+
+@pytest.mark.parametrize("kind", ["run", "float32", "int8"])
+def test_a_training_begins_with_the_model(
+    kind: str, base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its parameters, vocabularies and options; what is given overrides, and the rest is new."""
+    origin = base
+    if kind != "run":
+        origin = tmp_path / "exported"
+        assert main(["export", str(base), "--output", str(origin), "--store", kind]) == 0
+    run = tmp_path / "run"
+    options = ["--start-from", str(origin), "--dropout", "0.1", "--epochs", "1"]
+    assert train(run, few, *options, "--batch-size", "200") == 0  # two checkpoints: all are kept
+    start, before = checkpoints(run)[0], parameters(origin)
+    found = checkpoint.load_tensors(start, checkpoint.MODEL)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    meta, known = (checkpoint.load_metadata(place) for place in (start, find_checkpoint(base)))
+    assert (meta["source"], meta["target"]) == (known["source"], known["target"])
+    assert set(WORDS) < set(meta["source"])
+    assert meta["model"] == known["model"] | {"dropout": 0.1}
+    assert meta["position"]["step"] == 0
+    capfd.readouterr()
+    # A word that only the model has seen, not this training.
+    assert main(["predict", str(run), "three two"]) == 0
+    assert capfd.readouterr().out == "drei zwei\n"
+
+
+def test_what_was_learned_is_there(base: Path, few: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "on", few, "--start-from", str(base), "--max-steps", "1") == 0
+    shape = ["--hidden", "24", "--embedding", "8", "--cell", "gru"]
+    assert train(tmp_path / "new", few, *shape, "--max-steps", "1") == 0
+    assert first_loss(tmp_path / "on") < 0.5 * first_loss(tmp_path / "new")
+
+
+def test_it_can_be_resumed(base: Path, few: Path, tmp_path: Path) -> None:
+    """With the model's vocabularies, though its data has fewer words."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert train(run, few, "--start-from", str(base), "--epochs", "2") == 0
+    shutil.copytree(run, again)
+    shutil.rmtree(checkpoints(again)[-1])
+    assert train(again, few, "--resume") == 0
+    expected, found = (
+        checkpoint.load_tensors(checkpoints(place)[-1], checkpoint.MODEL) for place in (run, again)
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_does_not_fit_is_refused(
+    base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, start = tmp_path / "run", ["--start-from", str(base)]
+    strange = write(tmp_path / "strange.tsv", ["two two\tzwei zwei", "six\tsechs"])
+    cases = [
+        (few, [*start, "--hidden", "25"], "--start-from: .* is not of this shape: .*size mismatch"),
+        (few, [*start, "--cell", "lstm"], "--start-from: .* is not of this shape"),
+        (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
+        (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
+        (few, [*start, "--resume"], "--start-from begins a new run, and --resume goes on with one"),
+    ]
+    for data, options, message in cases:
+        assert train(run, data, *options) == 2
+        error = capfd.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert re.search(message, error), error
+        assert not run.exists()
+    assert main(["train", "scan", "--output", str(run), *start]) == 2
+    assert "is of the task pairs" in capfd.readouterr().err
+
+
+def test_a_symbol_that_the_model_does_not_have(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the vocabulary has none for the unknown."""
+
+    def reverse(output: Path, numbers: int, *options: str) -> int:
+        size = ["--numbers", str(numbers), "--pairs", "50", "--longest", "3", "--test-longest", "4"]
+        command = ["train", "reverse", "--output", str(output), "--hidden", "8", *OPTIONS]
+        return main([*command, *size, "--max-steps", "1", *options])
+
+    assert reverse(tmp_path / "five", 5) == 0
+    assert reverse(tmp_path / "more", 9, "--start-from", str(tmp_path / "five")) == 2
+    error = capfd.readouterr().err
+    assert re.search("the training pairs have the symbol '[5-8]', which the model does not", error)
+    assert not (tmp_path / "more").exists()
+
+
+def test_the_mean_of_models(base: Path, few: Path, tmp_path: Path) -> None:
+    """By hand, and it is a model; one that was trained with another dropout may be among them."""
+    runs = [base]
+    for seed, dropout in (("1", "0"), ("2", "0.3")):
+        runs.append(tmp_path / seed)
+        options = ["--seed", seed, "--dropout", dropout, "--lr", "1e-4", "--epochs", "1"]
+        assert train(runs[-1], few, "--start-from", str(base), *options) == 0
+    models = [parameters(run) for run in runs]
+    assert all(not torch.equal(models[1][name], models[2][name]) for name in models[0])
+    mean = tmp_path / "mean"
+    others = [text for run in runs[1:] for text in ("--average", str(run))]
+    assert main(["export", str(base), *others, "--output", str(mean)]) == 0
+    for name, tensor in parameters(mean).items():
+        expected = sum(model[name].double() for model in models) / 3
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+        assert tensor.dtype == torch.float32
+    assert "dev" not in checkpoint.load_metadata(mean)  # nothing of it has been measured
+    assert main(["predict", str(mean), "three two"]) == 0
+
+
+def test_a_mean_of_what_does_not_go_together(
+    base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--hidden", "24", "--embedding", "8", "--cell", "gru", "--max-steps", "1"]
+    assert train(tmp_path / "words", few, *shape) == 0
+    assert train(tmp_path / "shape", few, "--max-steps", "1", "--hidden", "8") == 0
+    capfd.readouterr()
+    for name, message in (("words", "vocabularies"), ("shape", "options")):
+        output = tmp_path / "mean"
+        command = ["export", str(base), "--average", str(tmp_path / name), "--output", str(output)]
+        assert main(command) == 2
+        error = capfd.readouterr().err
+        assert message in error and str(tmp_path / name) in error
+        assert not output.exists()
