@@ -99,13 +99,19 @@ def test_what_was_learned_is_there(base: Path, few: Path, tmp_path: Path) -> Non
     assert first_loss(tmp_path / "on") < 0.5 * first_loss(tmp_path / "new")
 
 
-def test_it_can_be_resumed(base: Path, few: Path, tmp_path: Path) -> None:
+def test_it_can_be_resumed(
+    base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """With the model's vocabularies, though its data has fewer words."""
     run, again = tmp_path / "run", tmp_path / "again"
     assert train(run, few, "--start-from", str(base), "--epochs", "2") == 0
     shutil.copytree(run, again)
     shutil.rmtree(checkpoints(again)[-1])
-    assert train(again, few, "--resume") == 0
+    # Given again, as from a configuration file, it is the same run; another one is refused.
+    capfd.readouterr()
+    assert train(again, few, "--resume", "--start-from", str(run)) == 2
+    assert "was not started with this --start-from; leave it out" in capfd.readouterr().err
+    assert train(again, few, "--resume", "--start-from", str(base)) == 0
     expected, found = (
         checkpoint.load_tensors(checkpoints(place)[-1], checkpoint.MODEL) for place in (run, again)
     )
@@ -122,7 +128,6 @@ def test_what_does_not_fit_is_refused(
         (few, [*start, "--cell", "lstm"], "--start-from: .* is not of this shape"),
         (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
-        (few, [*start, "--resume"], "--start-from begins a new run, and --resume goes on with one"),
     ]
     for data, options, message in cases:
         assert train(run, data, *options) == 2

@@ -27,12 +27,13 @@ from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import gathered
 from fused_attn.seq2seq.progress import NoProgress, Progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
-from fused_attn.seq2seq.runs import PAIRS, Run, last_checkpoint
+from fused_attn.seq2seq.runs import PAIRS, Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task import Data, Item, Symbols, Task
 from fused_attn.seq2seq.tasks import make_task
 from fused_attn.seq2seq.training import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
+START_FROM = "start_from"  # in the metadata: the model that the run began with
 _ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
 
@@ -56,16 +57,17 @@ def start(
     progress: Progress,
     machine: Machine,
     note: Callable[[str], None] = lambda text: None,
-    origin: Path | None = None,
+    start_from: Path | None = None,
 ) -> Run:
     """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
 
-    origin: a checkpoint whose parameters and vocabularies the run begins with.
+    start_from: the model whose parameters and vocabularies the run begins with.
 
-    Raises `InputError` if the data cannot be had or the backend cannot run the model, or if those
-    of ``origin`` do not fit, OSError if the directory cannot be written.
+    Raises `InputError` if the data cannot be had or the backend cannot run the model, or if
+    ``start_from`` does not fit them, OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
+    origin = None if start_from is None else find_checkpoint(start_from)
 
     def fit(data: Data) -> Data:
         if origin is None:
@@ -93,6 +95,7 @@ def start(
         "target": data.target.symbols,
         "training_pairs": data.fingerprint,
         "target_bound": asdict(_bound(examples)),
+        START_FROM: None if start_from is None else str(start_from),
     }
     run = _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
     run.start()
@@ -192,7 +195,10 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise checkpoint.damaged(last, error) from None
     kept = ("model", "training", "task", "source", "target", "training_pairs")
-    meta = {key: meta[key] for key in kept} | {"target_bound": asdict(_bound(examples))}
+    meta = {key: meta[key] for key in kept} | {
+        "target_bound": asdict(_bound(examples)),
+        START_FROM: meta.get(START_FROM),
+    }
     return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
 
 

@@ -25,7 +25,7 @@ from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
 from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task import Task
-from fused_attn.seq2seq.task_run import Machine
+from fused_attn.seq2seq.task_run import START_FROM, Machine
 from fused_attn.seq2seq.tasks import TASKS
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
@@ -94,7 +94,7 @@ def _start(args: Namespace) -> Run:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
     kind = TASKS[args.task]
-    model, values, origin = kind.model, {}, None
+    model, values = kind.model, {}
     if args.start_from is not None:
         origin = find_checkpoint(args.start_from)
         before = load_recipe(origin, checkpoint.load_metadata(origin))
@@ -105,14 +105,13 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    return task_run.start(directory, recipe, make_progress(), machine, tell, origin)
+    return task_run.start(directory, recipe, make_progress(), machine, tell, args.start_from)
 
 
 def _resume(args: Namespace) -> Run:
-    if args.start_from is not None:
-        raise InputError("--start-from begins a new run, and --resume goes on with one")
     last = last_checkpoint(args.output)
-    recipe = load_recipe(last, checkpoint.load_metadata(last))
+    meta = checkpoint.load_metadata(last)
+    recipe = load_recipe(last, meta)
     if recipe.task.name != args.task:
         raise InputError(f"the run in {args.output} is of the task {recipe.task.name}")
     asked = Recipe(
@@ -120,7 +119,11 @@ def _resume(args: Namespace) -> Run:
         _updated(recipe.training, args),
         _task(type(recipe.task), asdict(recipe.task.config), args),
     )
-    for part, other in zip(recipe.to_json().values(), asked.to_json().values(), strict=True):
+    origin = meta.get(START_FROM)
+    given = origin if args.start_from is None else str(args.start_from)
+    parts = [{START_FROM: origin}, *recipe.to_json().values()]
+    others = [{START_FROM: given}, *asked.to_json().values()]
+    for part, other in zip(parts, others, strict=True):
         for name, value in part.items():
             if other[name] != value:
                 raise InputError(
