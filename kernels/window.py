@@ -12,7 +12,15 @@ import triton.language as tl
 
 from .concat import TWO_LOG2E
 from .step import looked_at
-from .tiles import bell, exp, load_tile, readable_rows, row_count, split_nonfinite
+from .tiles import (
+    bell,
+    exp,
+    inverse_or_zero,
+    load_tile,
+    readable_rows,
+    row_count,
+    split_nonfinite,
+)
 
 
 @triton.jit
@@ -73,6 +81,9 @@ def window_backward(
     bounds int64 (B, T, 2), centers (B, T) or None. kept_out and grads_out (B, T, W), float32:
     weights and score gradients (times scale) of the positions from the first of the window on.
     partial_v (B T, A) for concat. The first walk sums delta = sum_s W dW, the second needs it.
+
+    The weights come from the stored log-sum-exp, and sum to 1 but for its rounding. Divided by what
+    they sum to, delta is the mean that makes the gradients of the scores sum to 0, as they must.
     """
     query_b, query_t = query_b * UNIT, query_t * UNIT
     memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
@@ -112,6 +123,7 @@ def window_backward(
     at_pair = at_row * S
     extra = wide * extra_b + t.to(tl.int64) * extra_t
     sums = tl.zeros((BLOCK_S,), tl.float32)
+    totals = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(begin, end, BLOCK_S):
         offs_s = start + slots
         rows, weight, share, kept, grad, tile, r = window_pass(
@@ -120,7 +132,8 @@ def window_backward(
             memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED,
         )  # fmt: skip
         sums += tl.where(rows, weight * share * grad, 0.0)
-    delta = tl.sum(sums, axis=0)
+        totals += weight
+    delta = tl.sum(sums, axis=0) * inverse_or_zero(tl.sum(totals, axis=0))
     if CONCAT:
         acc = tl.zeros((BLOCK_A,), tl.float32)
     else:
