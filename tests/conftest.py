@@ -14,11 +14,13 @@ if IS_WORKER:
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from interpreter import patch_once_a_launch  # noqa: E402
 
 if not torch.cuda.is_available():
     # The Triton kernels then run in Triton's interpreter, on CPU tensors: the same arithmetic. Read
     # when the first kernel is defined, here and in processes that tests start.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    patch_once_a_launch()
 
 # A shared machine has no deadlines. "short": a failure must come back with the same command.
 # "long" draws anew each time, and prints what brings a failure back.
