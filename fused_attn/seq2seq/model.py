@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from fused_attn.composed import coverage_loss
 from fused_attn.prepared import PreparedMemory
@@ -164,6 +164,7 @@ class Seq2Seq(nn.Module):
         coverage_weight: float = 0.0,
         alignment: Tensor | None = None,
         guided_weight: float = 0.0,
+        rdrop: float = 0.0,
         tokens: int | None = None,
     ) -> Tensor:
         """Return the loss in nats, summed over the target symbols that are not padding, per symbol.
@@ -173,9 +174,18 @@ class Seq2Seq(nn.Module):
             that of the weights against ``alignment`` (Chen et al. 2016, eq. 4).
         alignment: (B, T, S), the shares of the source in each target symbol; rows of zeros do not
             count.
+        rdrop: the alpha of R-Drop (Liang et al. 2021, eq. 4): every pair goes through the model
+            twice, under different dropout, and the two predictions are drawn to each other. The
+            loss is half of that equation's, so that alpha 0 is the loss without it.
         tokens: what to divide by, if not by the number of those symbols: of a batch of which these
             pairs are a part.
         """
+        if rdrop > 0.0:
+            tokens = int((target[:, 1:] != PAD).sum()) if tokens is None else tokens
+            source, source_lengths, target = (
+                torch.cat([once, once]) for once in (source, source_lengths, target)
+            )
+            alignment = None if alignment is None else torch.cat([alignment, alignment])
         inputs, expected = target[:, :-1], target[:, 1:]
         covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
         logits, weights = self(
@@ -199,6 +209,8 @@ class Seq2Seq(nn.Module):
         if guided:
             assert alignment is not None
             loss = loss + guided_weight * guided_alignment_loss(weights, alignment)
+        if rdrop > 0.0:
+            loss = 0.5 * (loss + rdrop * rdrop_loss(logits, expected))
         return loss / ((expected != PAD).sum() if tokens is None else tokens)
 
     def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory | None:
@@ -218,3 +230,18 @@ def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:
     """
     # The addend bounds the gradient where a weight has vanished.
     return -(alignment * torch.log(weights.float() + 1e-8)).sum()
+
+
+def rdrop_loss(logits: Tensor, expected: Tensor) -> Tensor:
+    """Return the mean of both Kullback-Leibler divergences between two passes, summed over symbols.
+
+    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 2. The gradient goes
+    into both passes.
+
+    logits: (2 B, T, V), the second pass behind the first. expected: int64 (2 B, T); where it is
+        padding nothing counts.
+    """
+    first, second = log_softmax(logits.float(), dim=-1).chunk(2)
+    # KL(p|q) + KL(q|p) = sum (p - q) (log p - log q)
+    both = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1)
+    return 0.5 * both.masked_fill(expected[: len(both)] == PAD, 0.0).sum()

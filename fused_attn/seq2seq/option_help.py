@@ -54,6 +54,7 @@ TRAINING_HELP = {
     "label_smoothing": "share of the probability spread over all symbols",
     "coverage_loss": "weight of the coverage loss",
     "guided": "weight of the guided alignment loss, for pairs with links",
+    "rdrop": "weight of R-Drop: two passes of a pair under different dropout agree",
     "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
     "sampling_per": f"draw for each {' or '.join(SAMPLING_UNITS)}",
     "sampling_max": "probability of the model's own symbols at the end",

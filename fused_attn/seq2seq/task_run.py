@@ -67,6 +67,8 @@ def start(
     ``start_from`` does not fit them, OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
+    if recipe.training.rdrop and not recipe.model.dropout:
+        raise InputError("--rdrop needs --dropout above 0: without it both passes are the same")
     origin = None if start_from is None else find_checkpoint(start_from)
 
     def fit(data: Data) -> Data:

@@ -160,6 +160,7 @@ class Trainer:
                         coverage_weight=config.coverage_loss,
                         alignment=batch.alignment,
                         guided_weight=config.guided,
+                        rdrop=config.rdrop,
                         tokens=tokens,
                     )
                 # The gradients of the processes are averaged, and their shares are to be added.
