@@ -68,6 +68,18 @@ def test_an_epoch_has_every_pair_once_and_hardly_pads() -> None:
     assert len(mixed) * 16 < 11 * 16  # at most one batch's worth left over of each length
 
 
+def test_targets_of_a_batch_are_of_mixed_lengths() -> None:
+    """As mixed as those of all pairs with such a source: by the spread within and over batches."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(1, 9, (640,), generator=generator).tolist()
+    examples = Examples.of([[3] * 5] * 640, [[3] * n for n in targets])
+    batches = epoch_batches(examples, TrainingConfig(batch_size=32), 0)
+    assert len(batches) == 20
+    lengths = torch.stack([examples.target_lengths[rows] for rows in batches]).double()
+    assert lengths.var(dim=1).mean() > 0.9 * lengths.var()
+    assert lengths.mean(dim=1).var() < 3 * lengths.var() / 32
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     examples = make_examples(100)
 

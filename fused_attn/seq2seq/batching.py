@@ -127,7 +127,7 @@ def epoch_batches(examples: Examples, config: TrainingConfig, epoch: int) -> lis
 
     The order depends on the arguments only, so that a run resumes inside an epoch without any
     state of a generator. With ``config.bucket`` sources in a batch are equally long, which spares
-    packing, and their targets nearly so. What a length leaves over fills mixed batches: small
+    packing; their targets are as they come. What a length leaves over fills mixed batches: small
     batches of the rare lengths would be steps of their own, as large as those of a full batch.
     """
     generator = torch.Generator().manual_seed((config.seed << 20) + epoch)
@@ -157,10 +157,9 @@ def _by_pairs(
 ) -> tuple[list[Tensor], Tensor]:
     """Full batches of equally many pairs, and what is left over."""
     full = len(rows) // config.batch_size * config.batch_size
-    chosen = rows[:full]
-    if (examples.source_lengths[chosen] == examples.source_lengths[rows[0]]).all():
-        chosen = chosen[examples.target_lengths[chosen].argsort(stable=True)]
-    return list(chosen.split(config.batch_size)) if full else [], rows[full:]
+    # Not sorted by their targets: that saves some padding, but a batch of targets of one length is
+    # of one kind of pair, and models that learn from such batches are worse (DESIGN).
+    return list(rows[:full].split(config.batch_size)) if full else [], rows[full:]
 
 
 def _by_tokens(
