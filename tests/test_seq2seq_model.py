@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fused_attn import layer_options
 from fused_attn.seq2seq import checkpoint
@@ -21,7 +20,6 @@ from fused_attn.seq2seq.config import (
     ModelConfig,
     TrainingConfig,
 )
-from fused_attn.seq2seq.layers import Dropout
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
 from fused_attn.seq2seq.training import Trainer
@@ -256,27 +254,6 @@ def test_bridges(bridge: str) -> None:
                 "mean": lambda mean=mean, part=part: torch.tanh(model.bridge.maps[part](mean)),
             }[bridge]()
             torch.testing.assert_close(found[level], expected)
-
-
-@pytest.mark.parametrize("variational", [False, True])
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_dropout(variational: bool, is_packed: bool) -> None:
-    """The same columns at all steps of a sequence, or not; and the mean stays."""
-    torch.manual_seed(0)
-    layer = Dropout(0.5, variational)
-    x, lengths = torch.ones(40, 9, 30), torch.randint(1, 10, (40,))
-    if is_packed:
-        packed = layer(pack_padded_sequence(x, lengths, True, enforce_sorted=False))
-        y, _ = pad_packed_sequence(packed, True, total_length=9)
-    else:
-        y = layer(x)
-    parts = [y[b, :length] for b, length in enumerate(lengths.tolist())]
-    assert sum(float(p.sum()) for p in parts) / sum(p.numel() for p in parts) == pytest.approx(
-        1.0, abs=0.1
-    )
-    assert all((part == part[:1]).all() for part in parts) == variational
-    assert not torch.equal(parts[0][0], parts[1][0])
-    assert torch.equal(layer.eval()(x), x)
 
 
 def test_shared_and_tied_parameters_are_one(tmp_path: Path) -> None:
