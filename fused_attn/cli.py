@@ -138,7 +138,8 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     parser.add_argument(
         "--start-from", type=Path, metavar="MODEL",
-        help="begin with the parameters of MODEL; its options of model and task are the defaults",
+        help="begin with the parameters of MODEL; its options of model and task are the defaults, "
+        "and a larger --hidden makes it wider",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action=flag, default=False, help="go on from the last checkpoint in DIR"

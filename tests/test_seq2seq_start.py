@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(
     run, start = tmp_path / "run", ["--start-from", str(base)]
     strange = write(tmp_path / "strange.tsv", ["two two\tzwei zwei", "six\tsechs"])
     cases = [
-        (few, [*start, "--hidden", "25"], "--start-from: .* is not of this shape: .*size mismatch"),
+        (few, [*start, "--hidden", "23"], "--start-from: .* is not of this shape: .*size mismatch"),
         (few, [*start, "--cell", "lstm"], "--start-from: .* is not of this shape"),
         (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),

@@ -16,6 +16,7 @@ from fused_attn.seq2seq import checkpoint, judging
 from fused_attn.seq2seq.batching import Examples
 from fused_attn.seq2seq.constraints import LengthBound
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.growing import can_grow, grown
 from fused_attn.seq2seq.inference import (
     Predictor,
     load_model,
@@ -105,9 +106,15 @@ def start(
 
 
 def _begin_with(model: Seq2Seq, origin: Path) -> None:
-    """Give the model the parameters of a checkpoint."""
+    """Give the model the parameters of a checkpoint, which may be narrower."""
+    parameters = checkpoint.load_tensors(origin, checkpoint.MODEL)
+    before = load_recipe(origin, checkpoint.load_metadata(origin)).model
     try:
-        model.load_state_dict(checkpoint.load_tensors(origin, checkpoint.MODEL))
+        if can_grow(before, model.config):
+            parameters = grown(before, parameters, model.config, model.state_dict())
+        model.load_state_dict(parameters)
+    except (KeyError, ValueError) as error:
+        raise checkpoint.damaged(origin, error) from None
     except RuntimeError as error:  # names or shapes that do not fit
         reason = " ".join(str(error).split())
         raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
