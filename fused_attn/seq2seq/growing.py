@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ def can_grow(before: ModelConfig, config: ModelConfig) -> bool:
     as they are has no parameter that could leave the new columns out.
     """
     unprojected_dot = config.score == "dot" and config.memory_dim == config.hidden
-    same = {"hidden": config.hidden, "dropout": config.dropout, "variational": config.variational}
+    same: dict[str, Any] = {
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+        "variational": config.variational,
+    }
     return (
         before.hidden < config.hidden
         and config.encoder_hidden is None
