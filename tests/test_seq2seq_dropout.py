@@ -61,3 +61,11 @@ def test_dropout_of_any_shape(shape: tuple[int, ...]) -> None:
         y = dropout(x, probability)
         assert y.shape == x.shape
         assert ((y == 0) | (y.sign() == x.sign())).all()
+
+
+def test_the_ends_of_dropout() -> None:
+    """Nearly nothing dropped, nearly nothing kept: 16 bits come as near as they can."""
+    torch.manual_seed(0)
+    x = torch.ones(10_000)
+    assert (dropout(x, 1e-9) > 0).all()
+    assert (dropout(x, 1 - 1e-9) > 0).sum() <= 5

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.parallel import read_text
+from fused_attn.seq2seq.parallel import read_lines, read_text
 
 Pronunciation = tuple[str, ...]
 Lexicon = Mapping[str, tuple[Pronunciation, ...]]
@@ -50,15 +50,62 @@ def parse_dictionary(lines: Iterable[str]) -> Lexicon:
     """
     lexicon: dict[str, tuple[Pronunciation, ...]] = {}
     for line in lines:
-        entry, *phones = line.partition("#")[0].split() or [""]
-        word = _VARIANT.sub("", entry)
-        if not _PLAIN_WORD.fullmatch(word):
-            continue
-        pronunciation = tuple(_STRESS.sub("", phone) for phone in phones)
-        known = lexicon.get(word, ())
-        if pronunciation not in known:
-            lexicon[word] = (*known, pronunciation)
+        word, pronunciation = _entry(line)
+        if _PLAIN_WORD.fullmatch(word):
+            _add(lexicon, word, pronunciation)
     return lexicon
+
+
+def read_lexicon(path: Path, known: Collection[str]) -> Lexicon:
+    """Return the words of a file in the dictionary's format, in lower case.
+
+    Between a word and its phones is white space of any kind: a tab will do.
+
+    known: the phones that there are.
+
+    Raises `InputError` with the line of a word with other letters or phones, or without phones.
+    """
+    lexicon: dict[str, tuple[Pronunciation, ...]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            word, pronunciation = _entry(line.decode())
+            if word:
+                _add(lexicon, *_checked(word.lower(), pronunciation, known))
+        except UnicodeDecodeError as error:
+            reason = f"it is not UTF-8 text (byte {error.start + 1})"
+            raise InputError(f"{path}, line {number}: {reason}") from None
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    if not lexicon:
+        raise InputError(f"{path} has no words")
+    return lexicon
+
+
+def _checked(
+    word: str, pronunciation: Pronunciation, known: Collection[str]
+) -> tuple[str, Pronunciation]:
+    if not _PLAIN_WORD.fullmatch(word):
+        raise ValueError(f"the word {word!r} has other letters than {LETTERS}")
+    if not pronunciation:
+        raise ValueError(f"the word {word!r} has no phones")
+    for phone in pronunciation:
+        if phone not in known:
+            raise ValueError(f"unknown phone {phone!r}; known are {' '.join(sorted(known))}")
+    return word, pronunciation
+
+
+def _entry(line: str) -> tuple[str, Pronunciation]:
+    """The word of a line, "" if it has none, and its phones."""
+    word, *phones = line.partition("#")[0].split() or [""]
+    return _VARIANT.sub("", word), tuple(_STRESS.sub("", phone) for phone in phones)
+
+
+def _add(
+    lexicon: dict[str, tuple[Pronunciation, ...]], word: str, pronunciation: Pronunciation
+) -> None:
+    variants = lexicon.get(word, ())
+    if pronunciation not in variants:
+        lexicon[word] = (*variants, pronunciation)
 
 
 def phones(lexicon: Lexicon) -> list[str]:

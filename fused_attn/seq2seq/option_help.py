@@ -86,7 +86,10 @@ TASK_SUMMARIES = {
     "chat": "utterances to the next ones",
 }
 TASK_HELP: dict[str, dict[str, str]] = {
-    "g2p": {"limit_words": "g2p: train on so many words only (default: all)"},
+    "g2p": {
+        "limit_words": "g2p: train on so many words only (default: all)",
+        "lexicon": "g2p: a file of more words to train on, lines WORD PHONE PHONE ...",
+    },
     "scan": {"split": f"scan: {', '.join(SPLITS)}"},
     "reverse": {
         "numbers": "reverse: different numbers",

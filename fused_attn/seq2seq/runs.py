@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # prediction needs nothing of training
 
 CHECKPOINTS = "checkpoints"
 PAIRS = "pairs"
+START_FROM = "start_from"  # in the metadata: the model that the run began with
 # Besides the best.
 KEPT_CHECKPOINTS = 2
 

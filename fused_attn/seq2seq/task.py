@@ -71,6 +71,8 @@ class Task(ABC):
     training: ClassVar[TrainingConfig] = TrainingConfig()
     # Whether the development set is judged by the perplexity of its targets: where many are right.
     by_perplexity: ClassVar[bool] = False
+    # Of the configuration, what a model that is sent somewhere else leaves behind.
+    only_trained_on: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config

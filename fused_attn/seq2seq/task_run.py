@@ -28,13 +28,12 @@ from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import gathered
 from fused_attn.seq2seq.progress import NoProgress, Progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
-from fused_attn.seq2seq.runs import PAIRS, Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.runs import PAIRS, START_FROM, Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task import Data, Item, Symbols, Task
 from fused_attn.seq2seq.tasks import make_task
 from fused_attn.seq2seq.training import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
-START_FROM = "start_from"  # in the metadata: the model that the run began with
 _ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,10 +32,12 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 class G2PConfig:
     """test_words: words to keep for the test; None to choose them by hash.
     limit_words: use only so many words for training and development; None for all.
+    lexicon: a file of more words to train on, see `g2p.read_lexicon`; None for those alone.
     """
 
     test_words: Symbols | None = None
     limit_words: int | None = None
+    lexicon: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit_words is not None and self.limit_words < 1:
@@ -47,17 +49,40 @@ class G2P(Task):
 
     name, kind = "g2p", G2PConfig
     units, rates = ("words", "phones"), ("WER", "PER")
+    only_trained_on = ("lexicon",)
 
     def load(self) -> Data:
         lexicon = g2p.load_dictionary()
         split = g2p.split_words(lexicon, self.config.test_words, self.config.limit_words)
+        phones = g2p.phones(lexicon)
         pairs = [Pair(tuple(word), variant) for word in split.train for variant in lexicon[word]]
+        notes: list[str] = []
+        if self.config.lexicon is not None:
+            pairs += self._more(Path(self.config.lexicon), phones, split, set(pairs), notes)
         dev, test = (
             [Item(tuple(word), lexicon[word]) for word in words]
             for words in (split.dev, split.test)
         )
-        letters, phones = Vocabulary(g2p.LETTERS), Vocabulary(g2p.phones(lexicon))
-        return Data(letters, phones, pairs, dev, test, fingerprint(pairs))
+        letters, targets = Vocabulary(g2p.LETTERS), Vocabulary(phones)
+        return Data(letters, targets, pairs, dev, test, fingerprint(pairs), tuple(notes))
+
+    def _more(
+        self,
+        path: Path,
+        phones: Sequence[str],
+        split: g2p.Split,
+        known: Collection[Pair],
+        notes: list[str],
+    ) -> list[Pair]:
+        """The pairs of a lexicon that are not known yet, without the words to judge on."""
+        more = g2p.read_lexicon(path, phones)
+        judged = set(self.config.test_words or ()).union(split.dev, split.test)
+        if left_out := len(more.keys() & judged):
+            notes.append(f"{path}: {left_out} words are kept for development and test")
+        found = [
+            Pair(tuple(w), v) for w, variants in more.items() if w not in judged for v in variants
+        ]
+        return [pair for pair in found if pair not in known]
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:

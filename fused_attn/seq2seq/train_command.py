@@ -23,9 +23,9 @@ from fused_attn.seq2seq.options import as_option, note, set_threads
 from fused_attn.seq2seq.processes import gathered, launch, leave, total
 from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
-from fused_attn.seq2seq.runs import Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.runs import START_FROM, Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task import Task
-from fused_attn.seq2seq.task_run import START_FROM, Machine
+from fused_attn.seq2seq.task_run import Machine
 from fused_attn.seq2seq.tasks import TASKS
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
