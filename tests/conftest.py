@@ -11,11 +11,6 @@ if IS_WORKER:
     # the environment, so that the processes that tests start inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# With AMX, oneDNN's product of bfloat16 matrices carries a NaN of one row into the next one
-# (`nn.functional.linear`, 17 rows of 61, torch 2.13: DESIGN, known limits). It is the projection
-# around our operators, and the tests of what a bad row spoils are about ours.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402

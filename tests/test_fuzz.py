@@ -249,6 +249,7 @@ def test_drawn_calls(score: str, data: st.DataObject) -> None:
         testing.check_results(call.run(target, poisoned), oracle, plain, scales)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of `flags`, about a GPU
 @pytest.mark.parametrize("score", SCORES)
 @given(data=st.data())
 def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> None:
@@ -276,7 +277,10 @@ def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> N
     spared = {"context": ~looks, "weights": ~looks, query: ~looks}
     spared |= {f"grad_{name}": ~met for name in ("memory", "memory_proj") if name in clean.tensors}
     for target in CPU_TARGETS:
-        got = call.run(target, inputs)
+        # With AMX, oneDNN's product of bfloat16 matrices carries a NaN of one row into the next
+        # (DESIGN, known limits): the projection around our operators, which are meant here.
+        with torch.backends.mkldnn.flags(enabled=False):
+            got = call.run(target, inputs)
         assert got["context"][looks].isnan().all()
         for result, where in spared.items():
             testing.check_within_budget(
