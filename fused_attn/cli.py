@@ -142,6 +142,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         "and a larger --hidden makes it wider",
     )  # fmt: skip
     parser.add_argument(
+        "--teacher", type=Path, action="append", default=[], metavar="MODEL",
+        help="learn what this model says of every target symbol beside the right one; given "
+        "several times, what they say together",
+    )  # fmt: skip
+    parser.add_argument(
         "--resume", action=flag, default=False, help="go on from the last checkpoint in DIR"
     )
     parser.add_argument(

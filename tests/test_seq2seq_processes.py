@@ -178,8 +178,9 @@ def table(directory: Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """The same batches, each half of it in a process: loss and measures of one process."""
-    alone = run(tmp_path, "alone", 1, "--bucket")
-    together = run(tmp_path, "together", 2, "--bucket", "--on-disk", "--tensorboard")
+    taught = ["--bucket", "--teacher", str(run(tmp_path, "teacher", 1, "--max-steps", "4"))]
+    alone = run(tmp_path, "alone", 1, *taught)
+    together = run(tmp_path, "together", 2, *taught, "--on-disk", "--tensorboard")
     steps = [table(directory, "steps.csv") for directory in (alone, together)]
     assert len(steps[0]) == len(steps[1]) == 12
     expected, found = ([float(row["loss"]) for row in rows] for rows in steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.storage import Sequences, SequenceWriter
+from fused_attn.seq2seq.teaching import Lesson, Teaching
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 
@@ -24,6 +25,7 @@ class Batch:
     target: Tensor  # int64 (B, T + 1), BOS ... EOS
     tokens: int  # target symbols to predict, EOS included
     alignment: Tensor | None = None  # float32 (B, T, S), rows of links that sum to 1, or of zeros
+    lesson: Lesson | None = None  # what teachers say of the target
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -33,6 +35,7 @@ class Batch:
             self.target.to(device),
             self.tokens,
             None if self.alignment is None else self.alignment.to(device),
+            None if self.lesson is None else self.lesson.to(device),
         )
 
 
@@ -42,12 +45,16 @@ Encoded = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 class Examples:
-    """Encoded pairs, from which any can be drawn at once."""
+    """Encoded pairs, from which any can be drawn at once.
+
+    teaching: what teachers say of their targets; None without any.
+    """
 
     def __init__(self, source: Sequences, target: Sequences, links: Sequences) -> None:
         self._source = source
         self._target = target
         self._links = links
+        self.teaching: Teaching | None = None
 
     @classmethod
     def of(cls, sources: Iterable[Sequence[int]], targets: Iterable[Sequence[int]]) -> Self:
@@ -98,7 +105,8 @@ class Examples:
         alignment = None
         if int(counts.sum()):
             alignment = _alignment(links, counts, (len(rows), target.shape[1] - 1, source.shape[1]))
-        return Batch(source, lengths, target, tokens, alignment)
+        lesson = None if self.teaching is None else self.teaching.lesson(rows)
+        return Batch(source, lengths, target, tokens, alignment, lesson)
 
 
 _COLUMNS = ("source", "target", "links")

@@ -99,6 +99,18 @@ def load_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors that is either whole or as it was before; raises OSError."""
+    write_atomically(path, safetensors.torch.save(_contiguous(tensors)))
+
+
+def map_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file, which is read as they are used; raises `InputError`."""
+    with _readable(directory):
+        (directory / name).stat()  # whose error names the file
+        return safetensors.torch.load_file(directory / name)
+
+
 @contextmanager
 def _readable(directory: Path) -> Iterator[None]:
     try:

@@ -16,7 +16,7 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import PERPLEXITY, shown
 from fused_attn.seq2seq.options import load_models, note, search_config, set_threads
 from fused_attn.seq2seq.parallel import read_text
-from fused_attn.seq2seq.runs import START_FROM, find_checkpoint
+from fused_attn.seq2seq.runs import START_FROM, TEACHER, find_checkpoint
 from fused_attn.seq2seq.storage_types import narrowed
 from fused_attn.seq2seq.task import Item, Task
 from fused_attn.seq2seq.tasks import TASKS
@@ -29,7 +29,9 @@ def export(args: Namespace) -> int:
         raise InputError(f"--output: {directory} is already there")
     meta, parameters = averaged([find_checkpoint(model) for model in (args.model, *args.average)])
     # What a training goes on from is not needed any more; of a mean nothing has been measured.
-    left = {"position", "format_version", START_FROM} | ({"dev"} if args.average else set())
+    left = {"position", "format_version", START_FROM, TEACHER} | (
+        {"dev"} if args.average else set()
+    )
     kept = {key: value for key, value in meta.items() if key not in left}
     kept["task"] = kept["task"] | dict.fromkeys(TASKS[kept["task"]["name"]].only_trained_on)
     checkpoint.save(directory, kept, narrowed(parameters, args.store), None)

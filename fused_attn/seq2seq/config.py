@@ -146,6 +146,7 @@ class TrainingConfig:
     guided: weight of the guided alignment loss (Chen et al. 2016), for pairs that come with links.
     rdrop: weight of the difference between two passes of a pair under different dropout (R-Drop,
         Liang et al. 2021, who take 5 for translation); 0 for one pass, in half the time.
+    teacher_weight: share of the loss that is the teachers', of a training that has any.
     sampling: how the probability grows that the decoder is given its own symbol in place of the
         right one: "none" (teacher forcing), "constant", "linear", "exponential" or
         "inverse-sigmoid" (Bengio et al. 2015).
@@ -172,6 +173,7 @@ class TrainingConfig:
     coverage_loss: float = 0.0
     guided: float = 0.0
     rdrop: float = 0.0
+    teacher_weight: float = 0.5
     sampling: str = "none"
     sampling_per: str = "token"
     sampling_max: float = 0.25
@@ -204,6 +206,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
+        if not 0.0 < self.teacher_weight <= 1.0:
+            raise ValueError(
+                f"teacher_weight must be above 0 and at most 1, got {self.teacher_weight!r}"
+            )
         _check_choice("sampling", self.sampling, SCHEDULES)
         _check_choice("sampling_per", self.sampling_per, SAMPLING_UNITS)
         if not 0 <= self.seed < 2**32:

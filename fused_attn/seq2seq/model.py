@@ -12,6 +12,7 @@ from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.decoder import Decoder, DecoderState
 from fused_attn.seq2seq.encoder import Bridge, Encoder
 from fused_attn.seq2seq.layers import Dropout, Stack
+from fused_attn.seq2seq.teaching import Lesson
 from fused_attn.seq2seq.vocabulary import PAD
 
 
@@ -165,6 +166,8 @@ class Seq2Seq(nn.Module):
         alignment: Tensor | None = None,
         guided_weight: float = 0.0,
         rdrop: float = 0.0,
+        lesson: Lesson | None = None,
+        teacher_weight: float = 0.5,
         tokens: int | None = None,
     ) -> Tensor:
         """Return the loss in nats, summed over the target symbols that are not padding, per symbol.
@@ -177,6 +180,8 @@ class Seq2Seq(nn.Module):
         rdrop: the alpha of R-Drop (Liang et al. 2021, eq. 4): every pair goes through the model
             twice, under different dropout, and the two predictions are drawn to each other. The
             loss is half of that equation's, so that alpha 0 is the loss without it.
+        lesson: what teachers say of the target. With it the cross-entropy is ``teacher_weight``
+            times that with the teachers and the rest that with the target (Kim & Rush 2016, 2.2).
         tokens: what to divide by, if not by the number of those symbols: of a batch of which these
             pairs are a part.
         """
@@ -186,6 +191,7 @@ class Seq2Seq(nn.Module):
                 torch.cat([once, once]) for once in (source, source_lengths, target)
             )
             alignment = None if alignment is None else torch.cat([alignment, alignment])
+            lesson = None if lesson is None else lesson.twice()
         inputs, expected = target[:, :-1], target[:, 1:]
         covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
         logits, weights = self(
@@ -196,13 +202,9 @@ class Seq2Seq(nn.Module):
             sampling_per=sampling_per,
             return_weights=covers or guided,
         )
-        loss = cross_entropy(
-            logits.flatten(0, 1),
-            expected.flatten(),
-            ignore_index=PAD,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
+        loss = entropy(logits, expected, label_smoothing)
+        if lesson is not None:
+            loss = (1.0 - teacher_weight) * loss + teacher_weight * lesson.loss(logits)
         if covers:
             again = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
             loss = loss + coverage_weight * again
@@ -220,6 +222,17 @@ class Seq2Seq(nn.Module):
         """
         attention = self.decoder.attention
         return None if attention is None else attention.prepare_memory(memory, lengths)
+
+
+def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
+    """Return the cross-entropy of logits (B, T, V) with symbols (B, T), summed, without padding."""
+    return cross_entropy(
+        logits.flatten(0, 1),
+        expected.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
 
 
 def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ TRAINING_HELP = {
     "coverage_loss": "weight of the coverage loss",
     "guided": "weight of the guided alignment loss, for pairs with links",
     "rdrop": "weight of R-Drop: two passes of a pair under different dropout agree",
+    "teacher_weight": "share of the loss that is the teachers', with --teacher",
     "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
     "sampling_per": f"draw for each {' or '.join(SAMPLING_UNITS)}",
     "sampling_max": "probability of the model's own symbols at the end",

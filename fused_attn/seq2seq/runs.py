@@ -1,6 +1,7 @@
 """A run: the directory that a training writes, with its log and its checkpoints.
 
 DIR/steps.csv, DIR/epochs.csv           its log, see `logs`
+DIR/teacher.safetensors                 what the teachers of a training with --teacher say
 DIR/pairs/                              the encoded pairs of a training from the disk
 DIR/checkpoints/step-0000465            the beginning, or where the training was stopped
 DIR/checkpoints/step-0000926-epoch-02   after an epoch, with its error rates
@@ -25,7 +26,8 @@ if TYPE_CHECKING:  # prediction needs nothing of training
 
 CHECKPOINTS = "checkpoints"
 PAIRS = "pairs"
-START_FROM = "start_from"  # in the metadata: the model that the run began with
+# In the metadata: the model that the run began with, and those that it learns from.
+START_FROM, TEACHER = "start_from", "teacher"
 # Besides the best.
 KEPT_CHECKPOINTS = 2
 

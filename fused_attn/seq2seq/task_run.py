@@ -28,9 +28,17 @@ from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import gathered
 from fused_attn.seq2seq.progress import NoProgress, Progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
-from fused_attn.seq2seq.runs import PAIRS, START_FROM, Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.runs import (
+    PAIRS,
+    START_FROM,
+    TEACHER,
+    Run,
+    find_checkpoint,
+    last_checkpoint,
+)
 from fused_attn.seq2seq.task import Data, Item, Symbols, Task
 from fused_attn.seq2seq.tasks import make_task
+from fused_attn.seq2seq.teaching import Teaching
 from fused_attn.seq2seq.training import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
@@ -58,13 +66,15 @@ def start(
     machine: Machine,
     note: Callable[[str], None] = lambda text: None,
     start_from: Path | None = None,
+    teachers: Sequence[Path] = (),
 ) -> Run:
     """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
 
     start_from: the model whose parameters and vocabularies the run begins with.
+    teachers: the models that it learns from, beside the data.
 
     Raises `InputError` if the data cannot be had or the backend cannot run the model, or if
-    ``start_from`` does not fit them, OSError if the directory cannot be written.
+    ``start_from`` or a teacher does not fit them, OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     if recipe.training.rdrop and not recipe.model.dropout:
@@ -88,6 +98,8 @@ def start(
         raise InputError(f"--{error}") from None
     if origin is not None:
         _begin_with(model, origin)
+    if teachers:
+        _ask(teachers, data, examples, directory, machine, note)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
     if rank := machine.fabric.global_rank:  # each process drops other columns
         torch.manual_seed(recipe.training.seed + rank)
@@ -98,6 +110,7 @@ def start(
         "training_pairs": data.fingerprint,
         "target_bound": asdict(_bound(examples)),
         START_FROM: None if start_from is None else str(start_from),
+        TEACHER: [str(teacher) for teacher in teachers],
     }
     run = _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
     run.start()
@@ -117,6 +130,34 @@ def _begin_with(model: Seq2Seq, origin: Path) -> None:
     except RuntimeError as error:  # names or shapes that do not fit
         reason = " ".join(str(error).split())
         raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
+
+
+def _ask(
+    teachers: Sequence[Path],
+    data: Data,
+    examples: Examples,
+    directory: Path,
+    machine: Machine,
+    note: Callable[[str], None],
+) -> None:
+    """Let the examples have what the teachers say of them. The first process asks and writes it."""
+    fabric = machine.fabric
+    if fabric.is_global_zero:
+        places = [find_checkpoint(teacher) for teacher in teachers]
+        asked = Predictor.load(*places, backend=machine.backend, device=fabric.device)
+        for name, theirs, ours in (
+            ("source", asked.source, data.source),
+            ("target", asked.target, data.target),
+        ):
+            if theirs.symbols != ours.symbols:
+                raise InputError(f"--teacher: {places[0]} has another {name} vocabulary")
+        models = "a teacher" if len(places) == 1 else f"{len(places)} teachers"
+        note(f"{models} first read {len(examples):,} pairs")
+        said = Teaching.of(asked.models, examples)
+        directory.mkdir(parents=True, exist_ok=True)
+        said.save(directory)
+    gathered(fabric, None)
+    examples.teaching = Teaching.open(directory, examples)
 
 
 def _load(
@@ -195,6 +236,8 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
         return before.task.with_vocabularies(data, *load_vocabularies(last, meta))
 
     recipe, data, examples = _load(directory, before, machine, fit)
+    if meta.get(TEACHER):
+        examples.teaching = Teaching.open(directory, examples)
     model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
     tensors = checkpoint.load_tensors(last, checkpoint.TRAINING)
@@ -206,6 +249,7 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     meta = {key: meta[key] for key in kept} | {
         "target_bound": asdict(_bound(examples)),
         START_FROM: meta.get(START_FROM),
+        TEACHER: meta.get(TEACHER, []),
     }
     return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
 

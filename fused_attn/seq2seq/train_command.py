@@ -23,7 +23,7 @@ from fused_attn.seq2seq.options import as_option, note, set_threads
 from fused_attn.seq2seq.processes import gathered, launch, leave, total
 from fused_attn.seq2seq.progress import make_progress
 from fused_attn.seq2seq.recipe import Recipe, load_recipe
-from fused_attn.seq2seq.runs import START_FROM, Run, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.runs import START_FROM, TEACHER, Run, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.task import Task
 from fused_attn.seq2seq.task_run import Machine
 from fused_attn.seq2seq.tasks import TASKS
@@ -93,6 +93,8 @@ def _start(args: Namespace) -> Run:
     directory: Path = args.output
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
+    if args.teacher_weight is not None and not args.teacher:
+        raise InputError("--teacher-weight needs a --teacher")
     kind = TASKS[args.task]
     model, values = kind.model, {}
     if args.start_from is not None:
@@ -105,7 +107,9 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    return task_run.start(directory, recipe, make_progress(), machine, tell, args.start_from)
+    return task_run.start(
+        directory, recipe, make_progress(), machine, tell, args.start_from, args.teacher
+    )
 
 
 def _resume(args: Namespace) -> Run:
@@ -119,10 +123,14 @@ def _resume(args: Namespace) -> Run:
         _updated(recipe.training, args),
         _task(type(recipe.task), asdict(recipe.task.config), args),
     )
-    origin = meta.get(START_FROM)
-    given = origin if args.start_from is None else str(args.start_from)
-    parts = [{START_FROM: origin}, *recipe.to_json().values()]
-    others = [{START_FROM: given}, *asked.to_json().values()]
+    before = {START_FROM: meta.get(START_FROM), TEACHER: meta.get(TEACHER, [])}
+    given = dict(before)
+    if args.start_from is not None:
+        given[START_FROM] = str(args.start_from)
+    if args.teacher:
+        given[TEACHER] = [str(teacher) for teacher in args.teacher]
+    parts = [before, *recipe.to_json().values()]
+    others = [given, *asked.to_json().values()]
     for part, other in zip(parts, others, strict=True):
         for name, value in part.items():
             if other[name] != value:

@@ -161,6 +161,8 @@ class Trainer:
                         alignment=batch.alignment,
                         guided_weight=config.guided,
                         rdrop=config.rdrop,
+                        lesson=batch.lesson,
+                        teacher_weight=config.teacher_weight,
                         tokens=tokens,
                     )
                 # The gradients of the processes are averaged, and their shares are to be added.
