@@ -41,5 +41,5 @@ def test_it_is_as_good_as_is_claimed() -> None:
     items = [Item(tuple(word), lexicon[word]) for word in words]
     found = judging.targets(Predictor.load(place), items, SearchConfig(beam=5))
     errors = judging.judge(found, items)
-    claimed = 0.2304  # README, beam 5, all 11,994 words
+    claimed = 0.2269  # README, beam 5, all 11,994 words
     assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.052)
