@@ -137,3 +137,29 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert main(["evaluate", str(exported), "--limit", "5"]) == 0
     again = ["train", "g2p", "--output", str(tmp_path / "on"), "--start-from", str(exported)]
     assert main([*again, "--max-steps", "1"]) == 0
+
+
+def test_what_a_model_has_seen_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a list to judge it on: words of its training, those that chose it, those of a lexicon."""
+    file = tmp_path / "own.dict"
+    data = load(None)
+    trained, dev, test = (
+        ["".join(item.source) for item in items] for items in (data.train, data.dev, data.test)
+    )
+    file.write_text(f"{trained[0]} K AE T\n")
+    run = tmp_path / "run"
+    assert main(["train", "g2p", "--output", str(run), "--lexicon", str(file), *TINY]) == 0
+    words = tmp_path / "words.txt"
+    capfd.readouterr()
+    notes = []
+    for listed in ([trained[0], *dev[:2], *test[:3]], test[:3]):
+        words.write_text("\n".join(listed))
+        assert main(["evaluate", str(run), "--test", str(words)]) == 0
+        notes.append(capfd.readouterr().err.splitlines())
+    assert notes == [
+        [
+            "note: the model was trained on 1 of these words",
+            "note: the model was chosen by 2 of these words",
+        ],
+        [],
+    ]

@@ -122,10 +122,11 @@ def _items(args: Namespace, task: Task) -> list[Item]:
             note(f"whether the model was trained on these {task.units[0]} is not known: {error}")
             return sorted(items, key=_shuffled)[: args.limit]
         judged = {item.source for item in items}
-        known = {pair.source for pair in data.train if pair.source in judged}
-        known |= {item.source for item in data.dev} & judged
-        if known:
-            note(f"the model was trained on {len(known)} of these {task.units[0]}")
+        trained = {pair.source for pair in data.train if pair.source in judged}
+        chosen = ({item.source for item in data.dev} & judged) - trained
+        for what, seen in (("trained on", trained), ("chosen by", chosen)):
+            if seen:
+                note(f"the model was {what} {len(seen)} of these {task.units[0]}")
     return sorted(items, key=_shuffled)[: args.limit]
 
 
