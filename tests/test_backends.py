@@ -149,6 +149,16 @@ def test_gradient_of_one_input_alone(score: str, target: Target) -> None:
 
 
 @every_target
+@pytest.mark.parametrize("width", [33, 48, 64, 80, 300])
+@pytest.mark.parametrize("score", ["dot", "general"])
+def test_a_split_source_of_any_width(score: str, width: int, target: Target) -> None:
+    """Partial results lie at one stride for who writes and who reads them, padding included."""
+    target.needs_speed()
+    sizes = {"batch": 1, "queries": 20, "source": 700, "memory_dim": width}
+    target.check(Case(score, torch.bfloat16, **sizes))
+
+
+@every_target
 @pytest.mark.parametrize("empty", ["batch", "queries", "source"])
 @pytest.mark.parametrize("score", SCORES)
 def test_an_empty_dimension(score: str, empty: str, target: Target) -> None:

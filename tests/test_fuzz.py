@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from targets import TARGETS, Target
 from torch import Tensor
@@ -38,6 +38,12 @@ OTHERS = ("memory_lengths", "memory_mask", "keep_mask", "grad_context", "grad_we
 WIDTHS = st.sampled_from((*range(1, 81), *range(8, 81, 8)))
 QUERIES = st.one_of(st.just(1), st.sampled_from(range(1, 71)))
 SOURCES = st.sampled_from(range(151))
+# Large ones: several segments of the source, tiles and their tails, each remainder of 32.
+LARGE_WIDTHS = st.sampled_from((*range(33, 1001), *range(64, 1001, 32)))
+LARGE_SOURCES = st.sampled_from(range(200, 2501))
+LARGE_QUERIES = st.sampled_from((1, 2, 7, 8, *range(9, 41)))
+# Products that the oracle has to make for a call: multiply-adds, or terms with a tanh each.
+LARGEST = {"dot": 6_000_000, "general": 6_000_000, "concat": 1_500_000, "projected": 1_500_000}
 
 pytestmark = pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not usable here")
 
@@ -108,17 +114,38 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def calls(draw: st.DrawFn, score: str, mask: str | None = None) -> Call:
+def sizes(draw: st.DrawFn) -> tuple[int, ...]:
+    """B, T, S and three widths: D, E, A."""
+    widths = (draw(WIDTHS), draw(WIDTHS), draw(WIDTHS))
+    return draw(st.sampled_from(range(1, 5))), draw(QUERIES), draw(SOURCES), *widths
+
+
+@st.composite
+def large_sizes(draw: st.DrawFn, score: str) -> tuple[int, ...]:
+    """The same. What costs too much gets fewer queries, a narrower score, and a shorter source."""
+    source, width, queries = draw(LARGE_SOURCES), draw(LARGE_WIDTHS), draw(LARGE_QUERIES)
+    scored = draw(LARGE_WIDTHS) if score in ("concat", "projected") else width
+    most = LARGEST[score]
+    queries = max(min(queries, most // (source * scored)), min(queries, 9))
+    if queries * source * scored > most and score in ("concat", "projected"):
+        scored = scored % 32 + 32 * max(1, most // (queries * source * 32) - 1)
+    source = max(min(source, most // (queries * scored)), 200)
+    batch = draw(st.integers(1, max(1, min(4, most // (queries * source * scored)))))
+    return batch, queries, source, draw(WIDTHS), width, scored
+
+
+@st.composite
+def calls(
+    draw: st.DrawFn,
+    score: str,
+    mask: str | None = None,
+    shapes: st.SearchStrategy[tuple[int, ...]] | None = None,
+) -> Call:
     options = {name: draw(st.booleans()) for name in ("lengths", "keep", "bias", "weights")}
     case = Case(
         score,
         draw(st.sampled_from(DTYPES)),
-        draw(st.sampled_from(range(1, 5))),
-        draw(QUERIES),
-        draw(SOURCES),
-        draw(WIDTHS),
-        draw(WIDTHS),
-        draw(WIDTHS),
+        *draw(sizes() if shapes is None else shapes),
         mask=mask or draw(st.sampled_from(MASKS)),
         window="none" if mask else draw(st.sampled_from(("none", "none", "hard"))),
         **options,
@@ -247,6 +274,17 @@ def test_drawn_calls(score: str, data: st.DataObject) -> None:
     poisoned = spoiled(call, inputs)
     for target in CPU_TARGETS:  # the oracle costs more than the kernels
         testing.check_results(call.run(target, poisoned), oracle, plain, scales)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@settings(max_examples=settings.default.max_examples // 4)
+@given(data=st.data())
+def test_drawn_large_calls(score: str, data: st.DataObject) -> None:
+    call = data.draw(calls(score, shapes=large_sizes(score)))
+    inputs = call.inputs()
+    oracle, plain, scales = right_answers(inputs)
+    for target in CPU_TARGETS:
+        testing.check_results(call.run(target, inputs), oracle, plain, scales)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of `flags`, about a GPU

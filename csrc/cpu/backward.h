@@ -21,6 +21,7 @@ struct BackwardTask : private ScoreGradients<X> {
   using Gradients::score_gradients, Gradients::take_score_gradients;
   const Plan& plan;
   const Shared& shared;
+  const Sums<X> sums;
   int64_t memory_width, score_width;  // padded
   A *query, *memory, *grad_context, *grad_memory;
   int64_t *index, *place;
@@ -35,9 +36,10 @@ struct BackwardTask : private ScoreGradients<X> {
   A* pairs;  // weights of two queries
 
   BackwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
-      : Gradients(params, plan_, c), plan(plan_), shared(shared_) {
-    memory_width = padded_memory_width<A>(p);
-    score_width = padded_score_width<A>(p);
+      : Gradients(params, plan_, c), plan(plan_), shared(shared_), sums(params, plan_) {
+    const Widths widths = backward_widths<X>(p);
+    memory_width = widths.memory;
+    score_width = widths.score;
     query = c.take<A>(p.score == Score::dot ? plan.t_block * score_width : 0);
     memory = c.take<A>(plan.chunk * memory_width);
     grad_context = c.take<A>(plan.t_block * memory_width);
@@ -45,8 +47,7 @@ struct BackwardTask : private ScoreGradients<X> {
     grad_memory = c.take<A>(plan.chunk * memory_width);
     index = c.take<int64_t>(plan.chunk);
     spoiled = c.take<uint8_t>(plan.chunk);
-    if (kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && !p.bounds &&
-        p.E % 32 == 0) {
+    if (widths.pairs) {
       stored = c.take<X>(plan.chunk * p.E);
       packed_memory = c.take<X>((plan.chunk + 1) * p.E);
       packed_query = c.take<X>(plan.t_blocks * packed_size());
@@ -65,13 +66,9 @@ struct BackwardTask : private ScoreGradients<X> {
 
   int64_t rows_at(int64_t t0) const { return p.T - t0 < plan.t_block ? p.T - t0 : plan.t_block; }
 
-  // dQuery of this task: by rows (T, score_width) for dot, blocked (score_width / lanes, T, lanes)
-  // for concat.
-  A* query_sum(int64_t task) const {
-    return static_cast<A*>(shared.grad_query) + task * p.T * score_width;
-  }
-  A* center_sum(int64_t task) const { return static_cast<A*>(shared.grad_centers) + task * p.T; }
-  A* v_sum(int64_t task) const { return static_cast<A*>(shared.grad_v) + task * score_width; }
+  A* query_sum(int64_t task) const { return sums.query(shared, task); }
+  A* center_sum(int64_t task) const { return sums.centers(shared, task); }
+  A* v_sum(int64_t task) const { return sums.v(shared, task); }
 
   void run(int64_t task) {
     const int64_t segment = task % plan.segments, b = task / plan.segments;
@@ -231,17 +228,23 @@ struct BackwardTask : private ScoreGradients<X> {
       s = s > s0 ? s : s0;
       end = end < s1 ? end : s1;
       while (s < end) {
-        if (p.mask && !allowed(p, b, t, s)) {
+        if (!is_met(b, t, s, s0)) {
           ++s;
           continue;
         }
         int64_t stop = p.mask ? s + 1 : end;
-        while (stop < end && allowed(p, b, t, stop)) ++stop;
+        while (stop < end && is_met(b, t, stop, s0)) ++stop;
         window_run(b, task, t, {nullptr, s, stop - s, true}, place[s - s0], m, m_factors, m_extent);
         s = stop;
       }
     }
     write_chunk(b, picked);
+  }
+
+  // Whether a query meets a row of its window. The mask alone would not do: it is read a second
+  // time here, and somebody may have changed it since the rows were picked.
+  bool is_met(int64_t b, int64_t t, int64_t s, int64_t s0) const {
+    return place[s - s0] >= 0 && (!p.mask || allowed(p, b, t, s));
   }
 
   // What a window covers, and in `place` where it lies among that.

@@ -11,21 +11,21 @@ namespace {
 template <class X>
 void merge_query(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
   using A = Arithmetic<X>;
-  const int64_t width = padded_score_width<A>(p), b = row / p.T, t = row % p.T;
-  const bool blocked = p.score == Score::concat;
+  const Sums<X> sums(p, plan);
+  const int64_t b = row / p.T, t = row % p.T, task = b * plan.segments;
+  const bool blocked = sums.concat;
   const int64_t step = blocked ? p.T * kLanes<A> : kLanes<A>;
-  A* base = static_cast<A*>(shared.grad_query) + b * plan.segments * p.T * width;
-  A* first = base + t * (blocked ? kLanes<A> : width);
+  const int64_t at = t * (blocked ? kLanes<A> : sums.width);
   X* out = static_cast<X*>(p.grad_query) + row * p.K;
   if (p.centers && plan.segments > 1) {
-    const A* moments = static_cast<const A*>(shared.grad_centers) + b * plan.segments * p.T + t;
     A sum = 0;
-    for (int64_t s = 0; s < plan.segments; ++s) sum += moments[s * p.T];
+    for (int64_t s = 0; s < plan.segments; ++s) sum += sums.centers(shared, task + s)[t];
     static_cast<A*>(p.grad_centers)[row] = sum;
   }
   for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
-    Vec<A> sum = load(first + k * step);
-    for (int64_t s = 1; s < plan.segments; ++s) sum += load(first + k * step + s * p.T * width);
+    Vec<A> sum = load(sums.query(shared, task) + at + k * step);
+    for (int64_t s = 1; s < plan.segments; ++s)
+      sum += load(sums.query(shared, task + s) + at + k * step);
     A lanes[kLanes<A>];
     store(lanes, sum);
     const int64_t n = p.K - d < kLanes<A> ? p.K - d : kLanes<A>;
@@ -38,11 +38,10 @@ void merge_query(const AttentionParams& p, const Plan& plan, const Shared& share
 template <class X>
 void merge_v(const AttentionParams& p, const Plan& plan, const Shared& shared) {
   using A = Arithmetic<X>;
-  const int64_t width = padded_score_width<A>(p);
-  const A* parts = static_cast<const A*>(shared.grad_v);
+  const Sums<X> sums(p, plan);
   for (int64_t d = 0; d < p.K; ++d) {
     A sum = 0;
-    for (int64_t task = 0; task < p.B * plan.segments; ++task) sum += parts[task * width + d];
+    for (int64_t task = 0; task < p.B * plan.segments; ++task) sum += sums.v(shared, task)[d];
     narrow(A(-2) * sum, static_cast<X*>(p.grad_v)[d]);
   }
 }

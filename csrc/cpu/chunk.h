@@ -3,37 +3,36 @@
 
 #include "../attention_params.h"
 #include "convert.h"
+#include "guard.h"
 #include "plan.h"
 
 namespace fused_attn {
 namespace {
 
-// Hands out aligned pieces of a thread's scratch. With a null base it only counts the bytes.
+// Hands out aligned pieces of a thread's scratch. With a null base it only counts the bytes; in a
+// debug build it also fills the pieces and sets guards behind them, or checks those of another.
 class Carver {
  public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  enum Mode { carve, check };
+  explicit Carver(void* base, Mode mode = carve) : base_(static_cast<char*>(base)), mode_(mode) {}
   template <class X>
   X* take(int64_t n) {
+    const int64_t bytes = n * int64_t(sizeof(X)), whole = round_up(bytes, 64) + kGuardBytes;
     char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(n * int64_t(sizeof(X)), 64);
+    used_ += whole;
+    if (kGuardBytes && piece)
+      mode_ == carve ? set_guard(piece, bytes, piece + whole)
+                     : check_guard(piece, bytes, piece + whole);
     return reinterpret_cast<X*>(piece);
   }
   int64_t used() const { return used_; }
 
  private:
   char* base_;
+  Mode mode_;
   int64_t used_ = 0;
 };
 
-// Widths rounded up so that the inner loops have no tails.
-template <class A>
-FA_INLINE int64_t padded_memory_width(const AttentionParams& p) {
-  return round_up(p.E, kLanes<A>);
-}
-template <class A>
-FA_INLINE int64_t padded_score_width(const AttentionParams& p) {
-  return round_up(p.K, kLanes<A>);
-}
 template <class A>
 FA_INLINE int64_t padded_chunk(const Plan& plan) {
   return round_up(plan.chunk, kLanes<A>);

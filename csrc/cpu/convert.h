@@ -13,6 +13,14 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Whether there is an instruction that multiplies bfloat16 in pairs, and the elements it takes.
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+constexpr int64_t kPairWidth = 32;
+
 template <bool First, class X, class Y>
 struct Pick {
   typedef X type;
@@ -104,7 +112,9 @@ FA_INLINE Vec<float> load_wide(const X* p) {
 // A vector's worth of stored 16-bit elements, two to a lane.
 template <class X>
 FA_INLINE VecOf<float>::bits load_bits(const X* p) {
-  return (VecOf<float>::bits)load(reinterpret_cast<const float*>(p));
+  VecOf<float>::bits raw;
+  memcpy(&raw, p, sizeof raw);  // its address need not be that of a float
+  return raw;
 }
 
 // dst[0..n) = src[0..n), then zeros up to dst[padded).

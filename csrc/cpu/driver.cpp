@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "guard.h"
 #include "isa.h"
 #include "plan.h"
 
@@ -98,6 +99,31 @@ Buffer allocate(int64_t bytes) {
   return buffer;
 }
 
+// A piece of so many bytes for each task. A null pointer where the pieces are empty.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t bytes) : count_(count), bytes_(bytes) {
+    if (!bytes) return;
+    buffer_ = allocate(count * bytes);
+    for (int64_t i = 0; kGuardBytes && i < count; ++i) set_guard(at(i), guarded(), at(i + 1));
+  }
+  ~Pieces() {
+    for (int64_t i = 0; kGuardBytes && bytes_ && i < count_; ++i)
+      check_guard(at(i), guarded(), at(i + 1));
+    if (kGuardBytes && bytes_) lift_guards(data(), count_ * bytes_);
+  }
+  Pieces(const Pieces&) = delete;
+  Pieces& operator=(const Pieces&) = delete;
+  void* data() const { return buffer_.get(); }
+
+ private:
+  char* at(int64_t i) const { return static_cast<char*>(data()) + i * bytes_; }
+  int64_t guarded() const { return bytes_ - kGuardBytes; }
+
+  Buffer buffer_;
+  int64_t count_, bytes_;
+};
+
 // A thread's scratch outlives the call: a fresh mapping would be zeroed by the system each time.
 struct Scratch {
   Buffer buffer;
@@ -112,6 +138,7 @@ struct Scratch {
     return buffer.get();
   }
   void trim() {
+    if (kGuardBytes && buffer) lift_guards(buffer.get(), size);
     if (size <= kKeptScratch) return;
     buffer.reset();
     size = 0;
@@ -170,26 +197,23 @@ int threads_for(const AttentionParams& p) {
 void cpu_forward(const AttentionParams& p) {
   const KernelTable& table = kernels();
   const Plan plan = forward_plan(p);
+  const ForwardSizes sizes = table.forward_sizes(p, plan);
   const int threads = threads_for(p);
-  const int64_t size = arithmetic_bytes(p), lanes = table.vector_bytes / size;
+  const int64_t size = arithmetic_bytes(p);
   const int64_t tasks = p.B * plan.t_blocks * plan.segments, queries = p.B * p.T;
   prefer_large_pages(p.context, queries * p.E * stored_bytes(p));
   prefer_large_pages(p.weights, queries * p.S * stored_bytes(p));
   prefer_large_pages(p.raw_scores, queries * p.S * size);
+  const bool is_short = p.dtype == DType::bf16 || p.dtype == DType::f16;
+  const Pieces partial(tasks, sizes.partial);
+  const Pieces scores(1, p.weights && is_short ? queries * p.S * size + kGuardBytes : 0);
   Shared shared;
-  Buffer partial, scores;
-  if (plan.segments > 1 && !p.raw_scores) {
-    partial = allocate(tasks * plan.t_block * (round_up(p.E, lanes) + 2) * size);
-    shared.partial = partial.get();
-  }
-  if (p.weights && (p.dtype == DType::bf16 || p.dtype == DType::f16)) {
-    scores = allocate(queries * p.S * size);
-    shared.scores = scores.get();
-  }
-  for_each(tasks, threads, table.forward_scratch(p, plan), [&](int64_t task, void* scratch) {
+  shared.partial = partial.data();
+  shared.scores = scores.data();
+  for_each(tasks, threads, sizes.scratch, [&](int64_t task, void* scratch) {
     table.forward_task(p, plan, shared, task, scratch);
   });
-  if (plan.segments > 1 && !p.raw_scores)
+  if (sizes.partial)
     for_each(queries, threads, 0,
              [&](int64_t row, void*) { table.forward_merge(p, plan, shared, row); });
 }
@@ -197,31 +221,26 @@ void cpu_forward(const AttentionParams& p) {
 void cpu_backward(const AttentionParams& p) {
   const KernelTable& table = kernels();
   const Plan plan = backward_plan(p);
+  const BackwardSizes sizes = table.backward_sizes(p, plan);
   const int threads = threads_for(p);
-  const int64_t size = arithmetic_bytes(p), lanes = table.vector_bytes / size;
-  const bool concat = p.score == Score::concat;
-  const int64_t width = round_up(p.K, lanes);
   const int64_t tasks = p.B * plan.segments, queries = p.B * p.T;
   prefer_large_pages(p.grad_query, queries * p.K * stored_bytes(p));
   const int64_t rows = p.memory.starts ? p.memory.starts[p.B] : p.B * p.S;
   prefer_large_pages(p.grad_memory, rows * p.E * stored_bytes(p));
   prefer_large_pages(p.grad_memory_proj, rows * p.K * stored_bytes(p));
+  const Pieces grad_query(tasks, sizes.grad_query), grad_v(tasks, sizes.grad_v),
+      grad_centers(tasks, sizes.grad_centers);
   Shared shared;
-  // With one segment, nothing to pad and nothing to round, the tasks sum where the result belongs.
-  const bool in_place = plan.segments == 1 && !concat && width == p.K && stored_bytes(p) == size;
-  const Buffer grad_query = allocate(in_place ? 0 : tasks * p.T * width * size);
-  const Buffer grad_v = allocate(concat ? tasks * width * size : 0);
-  shared.grad_query = in_place ? p.grad_query : grad_query.get();
-  shared.grad_v = grad_v.get();
-  const Buffer grad_centers = allocate(p.centers && plan.segments > 1 ? tasks * p.T * size : 0);
-  shared.grad_centers = plan.segments > 1 ? grad_centers.get() : p.grad_centers;
-  for_each(tasks, threads, table.backward_scratch(p, plan), [&](int64_t task, void* scratch) {
+  shared.grad_query = sizes.grad_query ? grad_query.data() : p.grad_query;
+  shared.grad_v = grad_v.data();
+  shared.grad_centers = sizes.grad_centers ? grad_centers.data() : p.grad_centers;
+  for_each(tasks, threads, sizes.scratch, [&](int64_t task, void* scratch) {
     table.backward_task(p, plan, shared, task, scratch);
   });
-  if (!in_place)
+  if (sizes.grad_query)
     for_each(queries, threads, 0,
              [&](int64_t row, void*) { table.backward_merge(p, plan, shared, row); });
-  if (concat) table.backward_merge_v(p, plan, shared);
+  if (sizes.grad_v) table.backward_merge_v(p, plan, shared);
 }
 
 int64_t multiply_adds(int64_t rounds, int threads) {

@@ -26,12 +26,11 @@ struct ForwardTask {
 
   ForwardTask(const AttentionParams& params, const Plan& plan_, const Shared& shared_, Carver& c)
       : p(params), plan(plan_), shared(shared_) {
-    const bool pairs =
-        kPairs && p.score == Score::dot && p.T > kFewRows && !mask_varies(p) && !p.bounds;
-    memory_width = pairs ? round_up(p.E, 32) : padded_memory_width<A>(p);
-    score_width = pairs ? memory_width : padded_score_width<A>(p);
+    const Widths widths = forward_widths<X>(p);
+    memory_width = widths.memory;
+    score_width = widths.score;
     ld = padded_chunk<A>(plan);
-    if (pairs) {
+    if (widths.pairs) {
       stored_query = c.take<X>(plan.t_block * memory_width);
       stored = c.take<X>(plan.chunk * memory_width);
       packed = c.take<X>((plan.chunk + 1) * memory_width);
@@ -264,10 +263,10 @@ struct ForwardTask {
   }
 
   void leave_partial(int64_t task, int64_t rows) const {
-    A* out = static_cast<A*>(shared.partial) + task * plan.t_block * (memory_width + 2);
-    memcpy(out, context, size_t(rows * memory_width) * sizeof(A));
-    memcpy(out + plan.t_block * memory_width, row_max, size_t(rows) * sizeof(A));
-    memcpy(out + plan.t_block * (memory_width + 1), row_sum, size_t(rows) * sizeof(A));
+    const Partial<X> partial(p, plan);
+    memcpy(partial.context(shared, task), context, size_t(rows * partial.width) * sizeof(A));
+    memcpy(partial.row_max(shared, task), row_max, size_t(rows) * sizeof(A));
+    memcpy(partial.row_sum(shared, task), row_sum, size_t(rows) * sizeof(A));
   }
 
   // Divides by the sum, and turns kept scores into weights. These are taken from the maximum and
@@ -311,21 +310,21 @@ struct ForwardTask {
 
   // Merges the segments of one query, in their order. `row` is b T + t.
   static void merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
-    const int64_t width = padded_memory_width<A>(p), size = plan.t_block * (width + 2);
-    const int64_t b = row / p.T, t = row % p.T;
+    const Partial<X> partial(p, plan);
+    const int64_t width = partial.width, b = row / p.T, t = row % p.T;
     const int64_t first = (b * plan.t_blocks + t / plan.t_block) * plan.segments;
     const int64_t i = t % plan.t_block;
-    A* base = static_cast<A*>(shared.partial) + first * size;
-    const auto max_at = [&](int64_t s) { return base[s * size + plan.t_block * width + i]; };
-    const auto sum_at = [&](int64_t s) { return base[s * size + plan.t_block * (width + 1) + i]; };
+    const auto max_at = [&](int64_t s) { return partial.row_max(shared, first + s)[i]; };
+    const auto sum_at = [&](int64_t s) { return partial.row_sum(shared, first + s)[i]; };
     A top = -kInfinity<A>;
     for (int64_t s = 0; s < plan.segments; ++s) top = max_at(s) > top ? max_at(s) : top;
     const A safe = top == -kInfinity<A> ? A(0) : top;
-    A* total = base + i * width;  // the first segment's place takes the sum
+    A* total =
+        partial.context(shared, first) + i * width;  // the first segment's place takes the sum
     A sum = A(0);
     for (int64_t s = 0; s < plan.segments; ++s) {
       const A factor = exp_of(max_at(s) - safe);
-      const A* part = base + s * size + i * width;
+      const A* part = partial.context(shared, first + s) + i * width;
       for (int64_t d = 0; d < width; d += kLanes<A>)
         store(total + d, s ? load(total + d) + factor * load(part + d) : factor * load(part + d));
       sum += factor * sum_at(s);

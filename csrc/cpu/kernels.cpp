@@ -33,11 +33,21 @@ struct Pointee<X*> {
 };
 #define FA_TYPE typename Pointee<decltype(tag)>::type
 
-int64_t forward_scratch(const AttentionParams& p, const Plan& plan) {
+// In a debug build: the guards that the task's own carver set, found by carving once more.
+template <class Task>
+FA_INLINE void check_scratch(const AttentionParams& p, const Plan& plan, const Shared& shared,
+                             void* scratch) {
+  if (kGuardBytes == 0) return;
+  Carver carver(scratch, Carver::check);
+  Task task(p, plan, shared, carver);
+}
+
+ForwardSizes forward_sizes(const AttentionParams& p, const Plan& plan) {
   return with_type(p.dtype, [&](auto tag) {
     Carver carver(nullptr);
     ForwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
-    return carver.used();
+    const bool is_split = plan.segments > 1 && !p.raw_scores;
+    return ForwardSizes{carver.used(), is_split ? Partial<FA_TYPE>(p, plan).bytes() : 0};
   });
 }
 
@@ -46,6 +56,7 @@ void forward_task(const AttentionParams& p, const Plan& plan, const Shared& shar
   with_type(p.dtype, [&](auto tag) {
     Carver carver(scratch);
     ForwardTask<FA_TYPE>(p, plan, shared, carver).run(index);
+    check_scratch<ForwardTask<FA_TYPE>>(p, plan, shared, scratch);
   });
 }
 
@@ -53,11 +64,14 @@ void forward_merge(const AttentionParams& p, const Plan& plan, const Shared& sha
   with_type(p.dtype, [&](auto tag) { ForwardTask<FA_TYPE>::merge(p, plan, shared, row); });
 }
 
-int64_t backward_scratch(const AttentionParams& p, const Plan& plan) {
+BackwardSizes backward_sizes(const AttentionParams& p, const Plan& plan) {
   return with_type(p.dtype, [&](auto tag) {
     Carver carver(nullptr);
     BackwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
-    return carver.used();
+    const Sums<FA_TYPE>& sums = task.sums;
+    return BackwardSizes{carver.used(), sums.query_in_place ? 0 : sums.query_bytes(),
+                         sums.concat ? sums.v_bytes() : 0,
+                         p.centers && !sums.centers_in_place ? sums.center_bytes() : 0};
   });
 }
 
@@ -66,6 +80,7 @@ void backward_task(const AttentionParams& p, const Plan& plan, const Shared& sha
   with_type(p.dtype, [&](auto tag) {
     Carver carver(scratch);
     BackwardTask<FA_TYPE>(p, plan, shared, carver).run(index);
+    check_scratch<BackwardTask<FA_TYPE>>(p, plan, shared, scratch);
   });
 }
 
@@ -83,9 +98,8 @@ void backward_merge_v(const AttentionParams& p, const Plan& plan, const Shared& 
 #define FA_ENTRY(isa) FA_JOIN(fused_attn_kernels_, isa)
 
 extern "C" __attribute__((visibility("hidden"))) const KernelTable* FA_ENTRY(FUSED_ATTN_ISA)() {
-  static const KernelTable table = {kVectorBytes,   forward_scratch,  forward_task,
-                                    forward_merge,  backward_scratch, backward_task,
-                                    backward_merge, backward_merge_v, multiply_adds};
+  static const KernelTable table = {forward_sizes, forward_task,   forward_merge,    backward_sizes,
+                                    backward_task, backward_merge, backward_merge_v, multiply_adds};
   return &table;
 }
 

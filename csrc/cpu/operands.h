@@ -38,7 +38,7 @@ struct ConcatOperands {
   Layout<A> query_layout, memory_layout;
 
   void carve(Carver& carver, const AttentionParams& p, const Plan& plan) {
-    padded = padded_score_width<A>(p);
+    padded = vector_widths<X>(p).score;
     v = carver.take<A>(padded);
     staged = carver.take<A>(padded);
     memory_factors = carver.take<A>(Layout<A>::size(plan.chunk, padded));

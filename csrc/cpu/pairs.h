@@ -10,9 +10,6 @@ namespace fused_attn {
 namespace {
 
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-constexpr int kPairWidth = 32;  // elements in a vector: row widths are padded to a multiple
-
 template <>
 struct Operand<BFloat16> {
   static constexpr int kStep = kPairWidth;
@@ -139,8 +136,6 @@ static void add_scaled_pairs(Coefficients<float> p, int64_t m, const BFloat16* x
   if (i + 2 <= m) rows(Count<2>{});
   if (i < m) rows(Count<1>{});
 }
-#else
-constexpr bool kHasPairs = false;
 #endif
 
 }  // namespace

@@ -14,24 +14,33 @@ struct Plan {
   int64_t segments;      // tasks along S; their partial results are merged in order
 };
 
-// The buffers a call shares between its tasks. `A` stands for the arithmetic type, float or double.
+// The buffers a call shares between its tasks: a piece for each, laid out by sizes.h, but for
+// `scores`. `A` stands for the arithmetic type, float or double.
 struct Shared {
-  void* partial = nullptr;  // forward, segments > 1: A (tasks, t_block, Ep + 2): context, max, sum
-  void* scores = nullptr;   // A (B, T, S) when weights are wanted and their dtype is not A
-  void* grad_query = nullptr;    // backward: A (B, segments, T, Kp)
-  void* grad_v = nullptr;        // backward, concat: A (B, segments, Kp)
-  void* grad_centers = nullptr;  // backward, with centers: A (B, segments, T)
+  void* partial = nullptr;       // forward, segments > 1: what `Partial` says
+  void* scores = nullptr;        // A (B, T, S) when weights are wanted and their dtype is not A
+  void* grad_query = nullptr;    // backward: what `Sums` says, like the next two
+  void* grad_v = nullptr;        // concat
+  void* grad_centers = nullptr;  // with centers
+};
+
+// Bytes that the kernels want: of a thread's scratch, and of what each task leaves. 0 where a task
+// leaves nothing, or writes to the result itself.
+struct ForwardSizes {
+  int64_t scratch, partial;
+};
+struct BackwardSizes {
+  int64_t scratch, grad_query, grad_v, grad_centers;
 };
 
 struct AttentionParams;
 
 // What one instruction set offers. Scratch is private to the thread that runs a task.
 struct KernelTable {
-  int64_t vector_bytes;
-  int64_t (*forward_scratch)(const AttentionParams&, const Plan&);
+  ForwardSizes (*forward_sizes)(const AttentionParams&, const Plan&);
   void (*forward_task)(const AttentionParams&, const Plan&, const Shared&, int64_t, void*);
   void (*forward_merge)(const AttentionParams&, const Plan&, const Shared&, int64_t);
-  int64_t (*backward_scratch)(const AttentionParams&, const Plan&);
+  BackwardSizes (*backward_sizes)(const AttentionParams&, const Plan&);
   void (*backward_task)(const AttentionParams&, const Plan&, const Shared&, int64_t, void*);
   void (*backward_merge)(const AttentionParams&, const Plan&, const Shared&, int64_t);
   void (*backward_merge_v)(const AttentionParams&, const Plan&, const Shared&);

@@ -6,7 +6,7 @@
 // Row widths are multiples of the vector length (shorter rows come copied and padded with zeros).
 #pragma once
 
-#include "convert.h"
+#include "sizes.h"
 
 namespace fused_attn {
 namespace {
@@ -119,8 +119,6 @@ FA_INLINE void stream_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int
     }
   }
 }
-
-constexpr int64_t kFewRows = 8;
 
 template <class A>
 FA_INLINE void rows_dot_stream(const A* a, int64_t lda, int64_t m, const A* b, int64_t ldb,

@@ -1,0 +1,59 @@
+// Guards behind the pieces of a buffer that tasks share or carve up, in debug builds: bytes that
+// nothing may touch. Under AddressSanitizer touching one is reported on the spot, reads included;
+// elsewhere a changed guard ends the process where it is checked.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(FUSED_ATTN_GUARDS) && defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace fused_attn {
+namespace {
+
+#if defined(FUSED_ATTN_GUARDS)
+constexpr int64_t kGuardBytes = 64;
+#else
+constexpr int64_t kGuardBytes = 0;  // and then nobody calls what follows
+#endif
+constexpr unsigned char kGuardByte = 0xff;  // of a float, NaN: an input made of it shows
+
+// Fills `bytes` of a fresh piece, and sets the guard behind it, up to `end`.
+[[maybe_unused]] static inline void set_guard(char* piece, int64_t bytes, char* end) {
+#if defined(FUSED_ATTN_GUARDS) && defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(piece, size_t(end - piece));
+  memset(piece, kGuardByte, size_t(bytes));
+  __asan_poison_memory_region(piece + bytes, size_t(end - piece - bytes));
+#else
+  (void)bytes;
+  memset(piece, kGuardByte, size_t(end - piece));
+#endif
+}
+
+[[maybe_unused]] static inline void check_guard([[maybe_unused]] const char* piece,
+                                                [[maybe_unused]] int64_t bytes,
+                                                [[maybe_unused]] const char* end) {
+#if !defined(__SANITIZE_ADDRESS__)
+  for (const char* at = piece + bytes; at < end; ++at) {
+    if (static_cast<unsigned char>(*at) == kGuardByte) continue;
+    fprintf(stderr, "fused_attn: a kernel wrote %lld bytes behind a piece of %lld bytes\n",
+            static_cast<long long>(at - piece - bytes), static_cast<long long>(bytes));
+    abort();
+  }
+#endif
+}
+
+// Before the memory is given back, which may be reused by code that knows nothing of guards.
+[[maybe_unused]] static inline void lift_guards([[maybe_unused]] void* data,
+                                                [[maybe_unused]] int64_t bytes) {
+#if defined(FUSED_ATTN_GUARDS) && defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(data, size_t(bytes));
+#endif
+}
+
+}  // namespace
+}  // namespace fused_attn
