@@ -3,6 +3,8 @@
 // B batch, T queries, S source positions, E width of the memory, K width of the scored vectors
 // (E for the dot score, A for concat). All strides are in elements. The last dimension of every
 // tensor has unit stride unless a stride is given for it. Nothing is checked here: the caller has.
+// A tensor without elements may have a null pointer, so null never says what a call is: it says
+// that there is nothing to read, or that nobody wants what would be written.
 #pragma once
 
 #include <cstdint>
@@ -52,11 +54,11 @@ struct AttentionParams {
   // Written by the forward pass, read by the backward one. Contiguous.
   void* context = nullptr;    // (B, T, E)
   void* weights = nullptr;    // (B, T, S), or null
-  void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double; on a GPU
-                              // null where nobody asked for it
+  void* logsumexp = nullptr;  // (B, T), float for everything but f64, which has double; or null
 
   // Concat scores alone, without a softmax: memory is not there, and E is 0.
-  void* raw_scores = nullptr;             // (B, T, S) in the type of logsumexp, or null
+  bool scores_only = false;
+  void* raw_scores = nullptr;             // (B, T, S) in the type of logsumexp
   const void* raw_grad_scores = nullptr;  // their gradient, contiguous; 0 where nothing counts
 
   // On a GPU only.
@@ -69,9 +71,10 @@ struct AttentionParams {
   float* workspace = nullptr;      // as many as cuda_workspace() says; uninitialised
 
   // Backward only.
-  Rows grad_context;                 // (B, T, E)
-  Rows grad_weights;                 // (B, T, S), or null; needs weights
-  void* grad_query = nullptr;        // (B, T, K), contiguous like all gradients written here
+  Rows grad_context;  // (B, T, E)
+  Rows grad_weights;  // (B, T, S), or null; needs weights
+  // Gradients are contiguous; null where nobody wants one, which then costs nothing.
+  void* grad_query = nullptr;        // (B, T, K)
   void* grad_memory = nullptr;       // (B, S, E), or (rows, E) where memory has starts
   void* grad_memory_proj = nullptr;  // (B, S, K), concat
   void* grad_v = nullptr;            // (K), concat

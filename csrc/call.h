@@ -23,6 +23,33 @@ inline double number(PyObject* object) {
   return value;
 }
 
+// The tensors of the gradients that a caller wants, in the inputs' order; None for the others.
+class Gradients {
+ public:
+  // `wanted` is a list of bools, one for each of `count` inputs.
+  Gradients(PyObject* wanted, size_t count) : wanted_(wanted), results_(count) {
+    if (!PyList_Check(wanted) || size_t(PyList_GET_SIZE(wanted)) != count)
+      throw py::type_error("wanted must be a list of " + std::to_string(count) + " bools");
+    for (size_t i = 0; i < count; ++i) results_[i] = py::none();
+  }
+
+  // Where to write the gradient of that input, or null.
+  template <class... Type>
+  void* make(size_t index, const Argument& like, Sizes sizes, Type... dtype) {
+    if (PyList_GET_ITEM(wanted_, Py_ssize_t(index)) != Py_True) return nullptr;
+    Argument made = new_empty(like, sizes, dtype...);
+    void* data = made.data();
+    results_[index] = made.release();
+    return data;
+  }
+
+  PyObject* release() { return results_.release().ptr(); }
+
+ private:
+  PyObject* wanted_;
+  py::tuple results_;
+};
+
 // The parameters, and what must live until the call is over.
 class Call {
  public:
@@ -39,6 +66,10 @@ class Call {
     p.E = memory_.size(memory_.ndim() - 1);
     p.T = query_.size(1);
     p.K = query_.size(2);
+    if (p.E < 1 || p.K < 1) {
+      throw py::value_error("query and memory must have widths of at least 1, got shapes " +
+                            query_.shape() + " and " + memory_.shape());
+    }
     if (on_gpu()) {
       p.device = memory_.device().id;
       p.stream = current_stream(memory_.device());
@@ -114,12 +145,8 @@ class Call {
     Argument context = new_empty(memory_, {p.B, p.T, p.E}), weights, logsumexp;
     p.context = context.data();
     if (with_weights) p.weights = (weights = new_empty(memory_, {p.B, p.T, p.S})).data();
-    std::unique_ptr<double[]> unwanted;  // the CPU's kernels write it always
-    if (with_logsumexp) {
+    if (with_logsumexp)
       p.logsumexp = (logsumexp = new_empty(memory_, {p.B, p.T}, statistics())).data();
-    } else if (!on_gpu()) {
-      p.logsumexp = (unwanted = std::unique_ptr<double[]>(new double[p.B * p.T])).get();
-    }
     on_gpu() ? run_on_gpu() : run(cpu_forward);
     py::tuple results(3);
     results[0] = context.release();
@@ -131,28 +158,31 @@ class Call {
   // The call's memory is the projection itself here, of which only the shape is used.
   PyObject* scores() {
     p.E = 0;
+    p.scores_only = true;
     Argument scores = new_empty(memory_, {p.B, p.T, p.S}, statistics());
     p.raw_scores = scores.data();
     run(cpu_forward);
     return scores.release().release().ptr();
   }
 
-  PyObject* scores_backward(PyObject* grad_scores) {
+  PyObject* scores_backward(PyObject* grad_scores, PyObject* wanted) {
     p.E = 0;
+    p.scores_only = true;
     Argument grad("grad_scores", grad_scores);
     grad.check_shape({p.B, p.T, p.S}).check_dtype(statistics());
     p.raw_grad_scores = grad.make_contiguous().data();
-    Argument query = new_empty(memory_, {p.B, p.T, p.K});
-    Argument proj = new_empty(memory_, {p.B, p.S, p.K}), v = new_empty(memory_, {p.K});
-    p.grad_query = query.data();
-    p.grad_memory_proj = proj.data();
-    p.grad_v = v.data();
+    Gradients grads(wanted, 3);
+    p.grad_query = grads.make(0, memory_, {p.B, p.T, p.K});
+    p.grad_memory_proj = grads.make(1, memory_, {p.B, p.S, p.K});
+    p.grad_v = grads.make(2, memory_, {p.K});
     run(cpu_backward);
-    return py::make_tuple(query.release(), proj.release(), v.release()).release().ptr();
+    return grads.release();
   }
 
-  // `saved` is (context, weights or None, logsumexp). Returns the gradients in the inputs' order.
-  PyObject* backward(PyObject* grad_context, PyObject* grad_weights, PyObject* saved) {
+  // `saved` is (context, weights or None, logsumexp). Returns the gradients in the inputs' order,
+  // None for those that are not wanted.
+  PyObject* backward(PyObject* grad_context, PyObject* grad_weights, PyObject* saved,
+                     PyObject* wanted) {
     if (!PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 3) {
       throw py::type_error("saved must be a tuple (context, weights, logsumexp)");
     }
@@ -173,27 +203,17 @@ class Call {
     logsumexp.check_shape({p.B, p.T}).check_dtype(statistics());
     p.logsumexp = logsumexp.make_contiguous().data();
 
-    Argument query = new_empty(memory_, {p.B, p.T, p.K});
-    Argument memory = new_memory(p.E);
-    p.grad_query = query.data();
-    p.grad_memory = memory.data();
-    py::object centers = py::none();
-    if (p.centers) {
-      Argument grad = new_empty(memory_, {p.B, p.T}, statistics());
-      p.grad_centers = grad.data();
-      centers = grad.release();
+    const bool concat = p.score == Score::concat;
+    Gradients grads(wanted, concat ? 5 : 3);
+    p.grad_query = grads.make(0, memory_, {p.B, p.T, p.K});
+    if (concat) {
+      p.grad_memory_proj = new_memory(grads, 1, p.K);
+      p.grad_v = grads.make(2, memory_, {p.K});
     }
-    if (p.score == Score::dot) {
-      run(cpu_backward);
-      return py::make_tuple(query.release(), memory.release(), centers).release().ptr();
-    }
-    Argument proj = new_memory(p.K), v = new_empty(memory_, {p.K});
-    p.grad_memory_proj = proj.data();
-    p.grad_v = v.data();
+    p.grad_memory = new_memory(grads, concat ? 3 : 1, p.E);
+    if (p.centers) p.grad_centers = grads.make(concat ? 4 : 2, memory_, {p.B, p.T}, statistics());
     run(cpu_backward);
-    return py::make_tuple(query.release(), proj.release(), v.release(), memory.release(), centers)
-        .release()
-        .ptr();
+    return grads.release();
   }
 
   AttentionParams p;
@@ -209,9 +229,9 @@ class Call {
                       : rows(argument, {p.B, p.S, p.K}, dtype);
   }
 
-  Argument new_memory(int64_t width) const {
-    return is_ragged_ ? new_empty(memory_, {memory_.size(0), width})
-                      : new_empty(memory_, {p.B, p.S, width});
+  void* new_memory(Gradients& grads, size_t index, int64_t width) const {
+    return is_ragged_ ? grads.make(index, memory_, {memory_.size(0), width})
+                      : grads.make(index, memory_, {p.B, p.S, width});
   }
 
   bool on_gpu() const { return memory_.device().type == kCuda; }
@@ -303,6 +323,10 @@ class Call {
     const Argument given = argument("offsets", PyTuple_GET_ITEM(pair, 0)).check_shape({p.B + 1});
     p.S = PyLong_AsLongLong(PyTuple_GET_ITEM(pair, 1));
     if (p.S == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (p.S < 0 || p.S > kLongest) {
+      throw py::value_error("max_source must lie in 0.." + std::to_string(kLongest) + ", got " +
+                            std::to_string(p.S));
+    }
     starts_.resize(p.B + 1);
     for (int64_t b = 0; b <= p.B; ++b) starts_[b] = integer_at(given, b);
     lengths_.resize(p.B);
@@ -318,6 +342,9 @@ class Call {
     p.lengths = lengths_.data();
     p.memory.starts = p.memory_proj.starts = p.memory_exp.starts = starts_.data();
   }
+
+  // Far more than fits in memory, and little enough to count with.
+  static constexpr int64_t kLongest = int64_t(1) << 40;
 
   static int64_t integer_at(const Argument& tensor, int64_t index) {
     check_integer(tensor);

@@ -10,6 +10,7 @@
 #include "call.h"
 #include "cpu/isa.h"
 #include "cuda_build.h"
+#include "plain.h"
 
 using namespace fused_attn;
 
@@ -50,7 +51,7 @@ PyObject* dot_backward(PyObject* const* a) {
   Call call(a[2], a[3]);
   call.dot(number(a[4]));
   call.masking(a[5]);
-  return call.backward(a[0], a[1], a[6]);
+  return call.backward(a[0], a[1], a[6], a[7]);
 }
 
 template <int32_t device>
@@ -65,7 +66,7 @@ PyObject* concat_backward(PyObject* const* a) {
   Call call(a[2], a[6]);
   call.concat(a[3], a[4], a[5]);
   call.masking(a[7]);
-  return call.backward(a[0], a[1], a[8]);
+  return call.backward(a[0], a[1], a[8], a[9]);
 }
 
 PyObject* concat_scores(PyObject* const* a) {
@@ -79,7 +80,18 @@ PyObject* concat_scores_backward(PyObject* const* a) {
   Call call(a[1], a[2]);
   call.concat(a[2], a[3], a[4]);
   call.masking(a[5]);
-  return call.scores_backward(a[0]);
+  return call.scores_backward(a[0], a[6]);
+}
+
+PyObject* usual(PyObject* const* a) { return PyBool_FromLong(is_usual(a)); }
+
+PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    return PyBool_FromLong(are_plain(arguments, count));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
 }
 
 template <Py_ssize_t count, PyObject* (*body)(PyObject* const*)>
@@ -90,12 +102,15 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef kCalls[] = {
+    method<4, usual>("is_usual"),
+    {"are_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&plain)),
+     METH_FASTCALL, "Whether all are ordinary tensors, or None."},
     method<6, dot_forward<kCpu>>("dot_forward"),
-    method<7, dot_backward>("dot_backward"),
+    method<8, dot_backward>("dot_backward"),
     method<8, concat_forward<kCpu>>("concat_forward"),
-    method<9, concat_backward>("concat_backward"),
+    method<10, concat_backward>("concat_backward"),
     method<5, concat_scores>("concat_scores"),
-    method<6, concat_scores_backward>("concat_scores_backward"),
+    method<7, concat_scores_backward>("concat_scores_backward"),
 #ifdef FUSED_ATTN_CUDA
     method<6, dot_forward<kCuda>>("cuda_dot_forward"),
     method<8, concat_forward<kCuda>>("cuda_concat_forward"),

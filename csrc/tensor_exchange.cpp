@@ -24,6 +24,8 @@ const char* const kDTypeNames[] = {"float32", "float64", "bfloat16", "float16"};
 struct Torch {
   const ExchangeTable* table = nullptr;
   PyTypeObject* tensor_type = nullptr;
+  PyTypeObject* parameter_type = nullptr;
+  PyObject* is_neg = nullptr;
   PyObject* new_empty = nullptr;
   PyObject* float32 = nullptr;
   PyObject* get_num_threads = nullptr;
@@ -78,12 +80,32 @@ void bind_torch(const py::module_& torch) {
     throw py::import_error("torch " + version + " exchanges tensors by DLPack " +
                            std::to_string(newest) + ", expected " + std::to_string(kMajor));
   }
+  torch_api.is_neg = py::object(type.attr("is_neg")).release().ptr();
+  torch_api.parameter_type = reinterpret_cast<PyTypeObject*>(
+      py::object(torch.attr("nn").attr("Parameter")).release().ptr());
   torch_api.new_empty = py::object(type.attr("new_empty")).release().ptr();
   torch_api.get_num_threads = py::object(torch.attr("get_num_threads")).release().ptr();
   torch_api.float32 = py::object(torch.attr("float32")).release().ptr();
   torch_api.dtype_keyword = py::make_tuple("dtype").release().ptr();
   torch_api.tensor_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
   torch_api.table = table;
+}
+
+bool is_exact_tensor(PyObject* object) {
+  const PyTypeObject* type = Py_TYPE(object);
+  return torch_api.table && (type == torch_api.tensor_type || type == torch_api.parameter_type);
+}
+
+bool look_at(PyObject* tensor, TensorView& view) {
+  if (torch_api.table->view_of_py_object(tensor, &view) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool is_negated(PyObject* tensor) {
+  PyObject* answer = PyObject_Vectorcall(torch_api.is_neg, &tensor, 1, nullptr);
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer).is(py::handle(Py_True));
 }
 
 int torch_threads() {

@@ -48,6 +48,14 @@ struct Device {
 // no table of functions, or one of another major version.
 void bind_torch(const py::module_& torch);
 
+// Of torch.Tensor or torch.nn.Parameter themselves, and no subclass.
+bool is_exact_tensor(PyObject* object);
+
+// Fills the view of a tensor; false, and no error, where DLPack cannot tell it.
+bool look_at(PyObject* tensor, TensorView& view);
+
+bool is_negated(PyObject* tensor);  // Tensor.is_neg(): memory holds the numbers' negatives
+
 int torch_threads();  // torch.get_num_threads()
 
 // torch.cuda.current_stream(device), as the runtime of CUDA takes it.

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from fused_attn.reference import MaskingFields, Outputs, Saved
+from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 class CudaBuild(TypedDict):
     missing: str | None  # why there is no CUDA in it
@@ -18,6 +18,10 @@ def cpu_isas_supported() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def multiply_adds(rounds: int, threads: int) -> int: ...
 def cuda_build() -> CudaBuild: ...
+def is_usual(
+    query: object, memory: object, memory_lengths: object, memory_mask: object, /
+) -> bool: ...
+def are_plain(*tensors: object) -> bool: ...
 def dot_forward(
     query: Tensor,
     memory: Tensor,
@@ -35,8 +39,9 @@ def dot_backward(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
     /,
-) -> tuple[Tensor, Tensor]: ...
+) -> Gradients: ...
 def concat_forward(
     query_proj: Tensor,
     memory_proj: Tensor,
@@ -58,8 +63,27 @@ def concat_backward(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
     /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+) -> Gradients: ...
+def concat_scores(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    masking: MaskingFields,
+    /,
+) -> Tensor: ...
+def concat_scores_backward(
+    grad_scores: Tensor,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    masking: MaskingFields,
+    wanted: list[bool],
+    /,
+) -> Gradients: ...
 
 # Only where cuda_build()["missing"] is None.
 def cuda_dot_forward(

@@ -1,45 +1,231 @@
-"""The operators under autograd: what is saved, and which gradients come back.
+"""The derivatives of the operators: what is saved, which gradients come back, and when a call is
+composed instead.
 
-One plain `autograd.Function` per operator. Saved for backward are the inputs, the context, the
-log-sum-exp, and the weights if they were returned; without those the scores are computed again.
-Second derivatives come from the reference. So does everything under a transform of torch.func, in
-forward mode and in an export to ONNX: what these need is a composition of ATen operators.
+The dispatcher finds the derivative under the operator's name: a graph that holds the operator
+trains, whoever made it. Saved for backward are the inputs, the context, the log-sum-exp, and the
+weights if they were returned; without those the scores are computed again. Only those gradients are
+computed that somebody needs. The backward operators have derivatives too: they are composed of ATen
+operators then, as everything is under a transform of torch.func, in forward mode, and in a trace
+for ONNX or TorchScript.
+
+A call on ordinary tensors that nobody watches does not pass the dispatcher, which would take longer
+than a small problem does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_attn import ops, reference
-from fused_attn.reference import Masking, Outputs
+from fused_attn import composites, ops
+from fused_attn.backends import cpu
 
-assert ops  # it defines the operators
-DOT = torch.ops.fused_attn.dot_attention.default
-DOT_BACKWARD = torch.ops.fused_attn.dot_attention_backward.default
-CONCAT = torch.ops.fused_attn.concat_attention.default
-CONCAT_BACKWARD = torch.ops.fused_attn.concat_attention_backward.default
-_SCORES = torch.ops.fused_attn.concat_scores.default
-_SCORES_BACKWARD = torch.ops.fused_attn.concat_scores_backward.default
+DIRECT, OPERATOR, COMPOSED = range(3)
 
-# Whether a transform of torch.func (vmap, grad, jvp) is under way: the top of its stack, or None.
-_transform: Any = torch._C._functorch.peek_interpreter_stack
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+# Whether a transform of torch.func (vmap, grad, jvp) is under way. A compiler knows it too.
+_transformed: Any = torch._C._are_functorch_transforms_active
+_modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
+_function_modes: Any = torch._C._len_torch_function_stack
+_trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
+_profiled: Any = torch.autograd._profiler_enabled
+# Whether all are ordinary tensors that a backend can read by their pointers, or None. Without the
+# native module nothing is in a hurry.
+_are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
 
 
-def composes() -> bool:
-    """Whether the call has to be made of ATen operators. Takes 0.25 us."""
+def route() -> int:
+    """How a call has to be made. Takes 0.4 us.
+
+    ``COMPOSED`` of ATen operators, under a transform, in forward mode, and in a trace for ONNX or
+    TorchScript; as an ``OPERATOR`` where a compiler, a mode or a profiler looks; else ``DIRECT``.
+    """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return _transform() is not None or forward_ad._current_level >= 0
+        is_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        return COMPOSED if is_onnx or _is_transformed() else OPERATOR
+    if _transformed() or forward_ad._current_level >= 0 or _trace() is not None:
+        return COMPOSED
+    return OPERATOR if _modes() or _function_modes() or _profiled() else DIRECT
 
 
-def _composed(
-    result: reference.Attention, dtype: torch.dtype, return_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    return result.context.to(dtype), result.weights.to(dtype) if return_weights else None
+def _is_transformed() -> bool:
+    return _transformed() or forward_ad._current_level >= 0
+
+
+class Operator(NamedTuple):
+    """A forward operator and its backward, with the functions behind them."""
+
+    forward: Any
+    run: Callable[..., Any]
+    compose: Callable[..., Any]
+    backward: Any
+    run_backward: Callable[..., Any]
+    inputs: int  # arguments in front of memory_lengths and memory_mask
+    differentiable: tuple[int, ...]  # arguments that may have a gradient; the last are the centers
+    others: tuple[int, ...]  # further arguments that may be tensors
+    defaults: tuple[Any, ...]  # of all arguments
+
+
+def _operator(name: str, *functions: Any, differentiable: tuple[str, ...]) -> Operator:
+    run, compose, run_backward = functions
+    forward = getattr(torch.ops.fused_attn, name).default
+    backward = getattr(torch.ops.fused_attn, f"{name}_backward").default
+    arguments = forward._schema.arguments
+    names = [argument.name for argument in arguments]
+    places = tuple(names.index(name) for name in differentiable)
+    tensors = (i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
+    others = tuple(i for i in tensors if i not in places)
+    defaults = tuple(argument.default_value for argument in arguments)
+    inputs = names.index("memory_lengths")
+    return Operator(forward, run, compose, backward, run_backward, inputs, places, others, defaults)
+
+
+DOT = _operator(
+    "dot_attention",
+    *(ops.dot_forward, composites.dot_attention, ops.dot_backward),
+    differentiable=("query", "memory", "centers"),
+)
+CONCAT = _operator(
+    "concat_attention",
+    *(ops.concat_forward, composites.concat_attention, ops.concat_backward),
+    differentiable=("query_proj", "memory_proj", "v", "memory", "centers"),
+)
+SCORES = _operator(
+    "concat_scores",
+    *(ops.concat_scores, composites.concat_scores, ops.concat_scores_backward),
+    differentiable=("query_proj", "memory_proj", "v"),
+)
+
+
+class _Differentiated(torch.autograd.Function):
+    """An operator whose inputs want a gradient.
+
+    ``direct`` says that its function may be called on these arguments, without the dispatcher.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, direct: bool, *arguments: Any) -> Any:
+        ctx.operator, ctx.direct = operator, direct
+        fields = list(arguments)
+        lengths, mask = operator.inputs, operator.inputs + 1
+        # Copies, so that a mask may be changed for the next call before this one's backward.
+        if fields[lengths] is not None:
+            fields[lengths] = fields[lengths].clone()
+        if fields[mask] is not None:
+            fields[mask] = fields[mask].clone()
+        if operator is SCORES:
+            outputs = found = _run(operator.forward, operator.run, direct, fields)
+            saved: tuple[Any, ...] = ()
+        else:
+            ctx.returns = fields[mask + 1], fields[mask + 2]
+            fields[mask + 2] = True  # the backward wants the log-sum-exp
+            outputs = saved = _run(operator.forward, operator.run, direct, fields)
+            found = _returned(ctx, outputs)
+        places = [i for i in (*operator.differentiable, *operator.others) if i < len(fields)]
+        ctx.save_for_backward(*(fields[i] for i in places), *saved)
+        for i in places:
+            fields[i] = None
+        ctx.fields, ctx.places = fields, places
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        operator, fields, places = ctx.operator, list(ctx.fields), ctx.places
+        tensors = ctx.saved_tensors
+        for i, tensor in zip(places, tensors, strict=False):
+            fields[i] = tensor
+        mask = operator.inputs + 1
+        needs = ctx.needs_input_grad
+        count = len(fields)
+        wanted = [i < count and needs[2 + i] for i in operator.differentiable]
+        if operator is SCORES:
+            seeds, rest = grads, fields[mask - 1 :]
+        else:
+            seeds = _seeds(ctx, grads)
+            rest = fields[mask - 1 : mask + 1] + fields[mask + 3 :]
+        results: list[Any] = [None] * (2 + count)
+        if all(seed is None for seed in seeds):
+            return tuple(results)
+        # With create_graph=True these gradients have derivatives, which the operator knows.
+        direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
+        called = (*seeds, *fields[: mask - 1], *tensors[len(places) :], wanted, *rest)
+        direct = direct and _are_plain(*seeds)
+        found = _run(operator.backward, operator.run_backward, direct, called)
+        for i, grad in zip(operator.differentiable, found, strict=True):
+            if i < count:
+                results[2 + i] = grad
+        return tuple(results)
+
+
+def _returned(ctx: Any, outputs: tuple[Any, ...]) -> Any:
+    """Of context, weights and log-sum-exp those that were asked for."""
+    context, weights, logsumexp = outputs
+    returns_weights, returns_logsumexp = ctx.returns
+    if not returns_weights and not returns_logsumexp:
+        return context
+    ctx.set_materialize_grads(False)  # some of them may get no gradient
+    if not returns_logsumexp:
+        return context, weights
+    return (context, weights, logsumexp) if returns_weights else (context, logsumexp)
+
+
+def _seeds(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients of context, weights and log-sum-exp."""
+    returns_weights, returns_logsumexp = ctx.returns
+    grad_logsumexp = grads[-1] if returns_logsumexp else None
+    return grads[0], grads[1] if returns_weights else None, grad_logsumexp
+
+
+def _run(operator: Any, run: Callable[..., Any], direct: bool, arguments: Any) -> Any:
+    if direct:
+        return run(*arguments)
+    if torch.is_grad_enabled():  # the backward, differentiated
+        return operator(*arguments)
+    with _below_autograd():
+        return operator(*arguments)
+
+
+def _needs_grad(operator: Operator, arguments: tuple[Any, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    count = len(arguments)
+    for i in operator.differentiable:
+        if i < count and arguments[i] is not None and arguments[i].requires_grad:
+            return True
+    return False
+
+
+def _differentiated(operator: Operator, direct: bool, arguments: tuple[Any, ...]) -> Any:
+    """Results as the operator returns them."""
+    found = _Differentiated.apply(operator, direct, *arguments)
+    if operator is SCORES:
+        return found
+    returns_weights, returns_logsumexp = arguments[operator.inputs + 2 : operator.inputs + 4]
+    if not returns_weights and not returns_logsumexp:
+        return found, None, None
+    return (
+        found[0],
+        found[1] if returns_weights else None,
+        found[-1] if returns_logsumexp else None,
+    )
+
+
+def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
+    """Call an operator on checked arguments, in the cheapest way that is right here.
+
+    The arguments are those of its schema, of which the last may be left out, and ``tensors`` are
+    all tensors among them.
+    """
+    how = route()
+    if how == DIRECT and _are_plain(*tensors):
+        if _needs_grad(operator, arguments):
+            return _differentiated(operator, True, arguments)
+        return operator.run(*arguments)
+    return operator.compose(*arguments) if how == COMPOSED else operator.forward(*arguments)
 
 
 Window = tuple[Tensor, float, bool] | None
@@ -48,122 +234,10 @@ Window = tuple[Tensor, float, bool] | None
 def _options(
     keep_mask: Tensor | None, keep_scale: float, window: Window, backend: str
 ) -> tuple[Any, ...]:
-    """The last arguments of an operator, none of them where all are the schema's defaults.
-
-    Argument by argument the dispatcher takes 0.1 us, even for a default that is spelled out.
-    """
+    """The last arguments of an operator, none of them where all are the schema's defaults."""
     if window is not None:
         return (keep_mask, keep_scale, backend, *window)
     return () if keep_mask is None and backend == "auto" else (keep_mask, keep_scale, backend)
-
-
-def _window(centers: Tensor | None, shape: tuple[float, bool]) -> Window:
-    return None if centers is None else (centers, *shape)
-
-
-class _DotAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        memory: Tensor,
-        centers: Tensor | None,
-        scale: float,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        keep: Tensor | None,
-        keep_scale: float,
-        shape: tuple[float, bool],
-        return_weights: bool,
-        backend: str,
-    ) -> Any:
-        options = _options(keep, keep_scale, _window(centers, shape), backend)
-        outputs = DOT(query, memory, lengths, mask, return_weights, True, scale, *options)
-        ctx.scalars = (scale, keep_scale, shape, backend)
-        return keep_for_backward(ctx, (query, memory, centers, lengths, mask, keep), outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
-        query, memory, centers, lengths, mask, keep, *saved = ctx.saved_tensors
-        scale, keep_scale, shape, backend = ctx.scalars
-        window = _window(centers, shape)
-        grads: Any
-        if torch.is_grad_enabled():  # create_graph=True: the reference knows second derivatives
-            masking = reference.as_masking((lengths, mask, keep, keep_scale, window))
-            result = reference.dot_attention(query, memory, scale, masking)
-            grads = graph_gradients(result, (query, memory, centers), grad_context, grad_weights)
-        else:
-            inputs = (query, memory, *saved, lengths, mask, scale)
-            options = _options(keep, keep_scale, window, backend)
-            grads = DOT_BACKWARD(grad_context, grad_weights, *inputs, *options)
-        return *grads, *(None,) * 8
-
-
-class _ConcatAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_proj: Tensor,
-        memory_proj: Tensor,
-        memory_exp: Tensor | None,
-        v: Tensor,
-        memory: Tensor,
-        centers: Tensor | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        keep: Tensor | None,
-        keep_scale: float,
-        shape: tuple[float, bool],
-        return_weights: bool,
-        backend: str,
-    ) -> Any:
-        inputs = (query_proj, memory_proj, memory_exp, v, memory, lengths, mask)
-        options = _options(keep, keep_scale, _window(centers, shape), backend)
-        outputs = CONCAT(*inputs, return_weights, True, *options)
-        ctx.scalars = (keep_scale, shape, backend)
-        return keep_for_backward(ctx, (*inputs, centers, keep), outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
-        query_proj, memory_proj, memory_exp, v, memory, *rest = ctx.saved_tensors
-        keep_scale, shape, backend = ctx.scalars
-        lengths, mask, centers, keep, *saved = rest
-        window = _window(centers, shape)
-        grads: Any
-        if torch.is_grad_enabled():
-            inputs = (query_proj, memory_proj, v, memory, centers)
-            masking = reference.as_masking((lengths, mask, keep, keep_scale, window))
-            result = reference.concat_attention(*inputs[:4], masking)
-            grads = graph_gradients(result, inputs, grad_context, grad_weights)
-        else:
-            operands = (query_proj, memory_proj, memory_exp, v, memory, *saved, lengths, mask)
-            options = _options(keep, keep_scale, window, backend)
-            grads = CONCAT_BACKWARD(grad_context, grad_weights, *operands, *options)
-        grad_query_proj, grad_memory_proj, *grads = grads
-        return grad_query_proj, grad_memory_proj, None, *grads, *(None,) * 7
-
-
-def keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: Outputs) -> Any:
-    """Save what the backward needs, and return what is differentiable of ``outputs``."""
-    ctx.save_for_backward(*inputs, *outputs)
-    context, weights, _ = outputs
-    if weights is None:
-        return context
-    ctx.set_materialize_grads(False)  # one of the two may get no gradient
-    return context, weights
-
-
-def graph_gradients(
-    result: reference.Attention,
-    inputs: tuple[Tensor | None, ...],
-    grad_context: Tensor | None,
-    grad_weights: Tensor | None,
-) -> list[Tensor | None]:
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    found = iter(reference.gradients(result, wanted, grad_context, grad_weights, True))
-    return [
-        next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs
-    ]
 
 
 def dot_attention(
@@ -179,25 +253,12 @@ def dot_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot attention on checked arguments: (context, weights or None)."""
-    if composes():
-        fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
-        whole = reference.dot_attention(query, memory, scale, reference.as_masking(fields))
-        return _composed(whole, memory.dtype, return_weights)
-    if torch.is_grad_enabled() and (
-        query.requires_grad or memory.requires_grad or (window and window[0].requires_grad)
-    ):
-        centers, *shape = window or (None, 0.0, False)
-        masking = (memory_lengths, memory_mask, keep_mask, keep_scale, tuple(shape))
-        inputs = (query, memory, centers, scale)
-        result = _DotAttention.apply(*inputs, *masking, return_weights, backend)
-        return result if return_weights else (result, None)
-    options: tuple[Any, ...] = _options(keep_mask, keep_scale, window, backend)
-    if options or scale != 1.0:
-        options = (scale, *options)
-    elif memory_lengths is None and memory_mask is None and not return_weights:
-        return DOT(query, memory)[0], None
-    wanted = (return_weights, False)
-    context, weights, _ = DOT(query, memory, memory_lengths, memory_mask, *wanted, *options)
+    options = _options(keep_mask, keep_scale, window, backend)
+    tensors = (query, memory, memory_lengths, memory_mask, keep_mask, window and window[0])
+    context, weights, _ = call(
+        *(DOT, tensors, query, memory, memory_lengths, memory_mask, return_weights, False),
+        *(scale, *options),
+    )
     return context, weights
 
 
@@ -219,57 +280,11 @@ def concat_attention(
 
     ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
     """
-    if composes():
-        fields = (memory_lengths, memory_mask, keep_mask, keep_scale, window)
-        operands = (query_proj, memory_proj, v, memory)
-        whole = reference.concat_attention(*operands, reference.as_masking(fields))
-        return _composed(whole, memory.dtype, return_weights)
-    inputs = (query_proj, memory_proj, memory_exp, v, memory)
-    centers, *shape = window or (None, 0.0, False)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*inputs, centers)
-    ):
-        masking = (memory_lengths, memory_mask, keep_mask, keep_scale, tuple(shape))
-        result = _ConcatAttention.apply(*inputs, centers, *masking, return_weights, backend)
-        return result if return_weights else (result, None)
     options = _options(keep_mask, keep_scale, window, backend)
-    wanted = (return_weights, False)
-    context, weights, _ = CONCAT(*inputs, memory_lengths, memory_mask, *wanted, *options)
+    inputs = (query_proj, memory_proj, memory_exp, v, memory, memory_lengths, memory_mask)
+    tensors = (*inputs, keep_mask, window and window[0])
+    context, weights, _ = call(CONCAT, tensors, *inputs, return_weights, False, *options)
     return context, weights
-
-
-class _ConcatScores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_proj: Tensor,
-        memory_proj: Tensor,
-        memory_exp: Tensor | None,
-        v: Tensor,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        backend: str,
-    ) -> Tensor:
-        inputs = (query_proj, memory_proj, memory_exp, v, lengths, mask)
-        ctx.save_for_backward(*inputs)
-        ctx.backend = backend
-        return _SCORES(*inputs, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad_scores: Tensor) -> Any:
-        query_proj, memory_proj, memory_exp, v, lengths, mask = ctx.saved_tensors
-        grads: Any
-        if torch.is_grad_enabled():
-            inputs = (query_proj, memory_proj, v)
-            scores, counts = reference.counted_concat_scores(*inputs, Masking(lengths, mask))
-            wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            seed = grad_scores.masked_fill(~counts, 0.0)
-            found = iter(torch.autograd.grad(scores, wanted, seed, create_graph=True))
-            grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
-        else:
-            operands = (query_proj, memory_proj, memory_exp, v, lengths, mask)
-            grads = _SCORES_BACKWARD(grad_scores, *operands, ctx.backend)
-        return grads[0], grads[1], None, grads[2], None, None, None
 
 
 def concat_scores(
@@ -285,10 +300,41 @@ def concat_scores(
 
     -inf where a position does not count.
     """
-    if composes():
-        masking = Masking(memory_lengths, memory_mask)
-        return reference.counted_concat_scores(query_proj, memory_proj, v, masking)[0]
     inputs = (query_proj, memory_proj, memory_exp, v, memory_lengths, memory_mask)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4]):
-        return _ConcatScores.apply(*inputs, backend)
-    return _SCORES(*inputs, backend)
+    result: Tensor = call(SCORES, inputs, *inputs, backend)
+    return result
+
+
+def _register(operator: Operator) -> None:
+    """Give the operator and its backward their derivatives, for everybody who calls them."""
+    names = [argument.name for argument in operator.forward._schema.arguments]
+    tensors = operator.differentiable + operator.others
+    backward_names = [argument.name for argument in operator.backward._schema.arguments]
+
+    def forward(*given: Any, **named: Any) -> Any:
+        arguments = (*given, *operator.defaults[len(given) :])
+        arguments = tuple(named.get(n, a) for n, a in zip(names, arguments, strict=True))
+        if _is_transformed():
+            return operator.compose(*arguments)
+        if _needs_grad(operator, arguments):
+            return _differentiated(operator, False, arguments)
+        if route() == DIRECT and _are_plain(*(arguments[i] for i in tensors)):
+            return operator.run(*arguments)
+        with _below_autograd():
+            return operator.forward(*arguments)
+
+    def backward(*given: Any, **named: Any) -> Any:
+        arguments = dict(zip(backward_names, given, strict=False)) | named
+        grads = (a.requires_grad for a in arguments.values() if isinstance(a, Tensor))
+        if _is_transformed() or (torch.is_grad_enabled() and any(grads)):
+            return operator.run_backward(**arguments | {"backend": "eager"})
+        with _below_autograd():
+            return operator.backward(*given, **named)
+
+    name = operator.forward._schema.name.removeprefix("fused_attn::")
+    ops.library.impl(name, forward, "Autograd")
+    ops.library.impl(f"{name}_backward", backward, "Autograd")
+
+
+for _each in (DOT, CONCAT, SCORES):
+    _register(_each)

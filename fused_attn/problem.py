@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +41,24 @@ class AttentionProblem:
         """Evaluations of tanh in one pass over the scores: B T S A for concat, else 0."""
         return self.pairs * self.score_dim if self.score == "concat" else 0
 
-    def flops(self, backward: bool = False) -> int:
+    def flops(self, backward: bool = False, wanted: Sequence[bool] | None = None) -> int:
         """Multiply-adds of matrix products, counted as two operations each.
 
         Forward: scores and weighted sum, 4 B T S E. Backward: scores again, dP, dQ and both
         halves of dMemory, 10 B T S E. For concat only the products with memory are counted here;
-        the score itself is counted by `concat_elements`.
+        the score itself is counted by `concat_elements`. ``wanted`` says which gradients a backward
+        computes, in the order of the operator's results; all of them if None.
         """
         product = 2 * self.pairs * self.memory_dim
         if self.score == "concat":
-            return product * (2 if backward else 1)
-        return product * (5 if backward else 2)
+            if not backward:
+                return product
+            of_query, of_proj, of_v, of_memory, *rest = wanted or (True,) * 4
+            return product * (any((of_query, of_proj, of_v, *rest)) + of_memory)
+        if not backward:
+            return 2 * product
+        of_query, of_memory, *_ = wanted or (True, True)
+        return product * (2 + of_query + 2 * of_memory)
 
     def bytes(self, backward: bool = False) -> int:
         """Least traffic in bytes: each input read once, each output written once."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fused_attn import autograd, reference
-from fused_attn.reference import Masking
+from fused_attn import autograd
 
 NestedTensor: Any
 try:  # not public, and asked for attributes that are not: elsewhere such a memory is padded
@@ -42,7 +40,7 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     """
     if not isinstance(memory, NestedTensor) or any(mask is not None for mask in masks):
         return None
-    if torch.compiler.is_compiling() or autograd.composes():
+    if autograd.route() != autograd.DIRECT:
         return None
     if not all(hasattr(memory, part) for part in _PARTS):
         return None
@@ -50,85 +48,6 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     if not is_plain or memory._values.device.type != "cpu":
         return None
     return Rows(memory.values(), memory._offsets, int(memory._get_max_seqlen()))
-
-
-class _DotAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        memory: Tensor,
-        offsets: Tensor,
-        longest: int,
-        scale: float,
-        return_weights: bool,
-        backend: str,
-    ) -> Any:
-        ctx.scalars = (scale, longest, backend)
-        outputs = autograd.DOT(
-            *(query, memory, offsets, None, return_weights, True, scale),
-            *_options(backend, longest),
-        )
-        return autograd.keep_for_backward(ctx, (query, memory, offsets), outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
-        query, memory, offsets, *saved = ctx.saved_tensors
-        scale, longest, backend = ctx.scalars
-        grads: Any
-        if torch.is_grad_enabled():  # create_graph=True
-            padded = reference.pad_rows(memory, offsets, longest)
-            masking = Masking(offsets.diff())
-            result = reference.dot_attention(query, padded, scale, masking)
-            grads = autograd.graph_gradients(result, (query, memory), grad_context, grad_weights)
-        else:
-            grads = autograd.DOT_BACKWARD(
-                *(grad_context, grad_weights, query, memory, *saved, offsets, None, scale),
-                *_options(backend, longest),
-            )
-        return *grads[:2], None, None, None, None, None
-
-
-class _ConcatAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_proj: Tensor,
-        memory_proj: Tensor,
-        v: Tensor,
-        memory: Tensor,
-        offsets: Tensor,
-        longest: int,
-        return_weights: bool,
-        backend: str,
-    ) -> Any:
-        ctx.scalars = (longest, backend)
-        outputs = autograd.CONCAT(
-            *(query_proj, memory_proj, None, v, memory, offsets, None, return_weights, True),
-            *_options(backend, longest),
-        )
-        return autograd.keep_for_backward(
-            ctx, (query_proj, memory_proj, v, memory, offsets), outputs
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad_context: Any, grad_weights: Any = None) -> Any:
-        query_proj, memory_proj, v, memory, offsets, *saved = ctx.saved_tensors
-        longest, backend = ctx.scalars
-        grads: Any
-        if torch.is_grad_enabled():
-            rows = (reference.pad_rows(t, offsets, longest) for t in (memory_proj, memory))
-            proj, padded = rows
-            masking = Masking(offsets.diff())
-            result = reference.concat_attention(query_proj, proj, v, padded, masking)
-            inputs = (query_proj, memory_proj, v, memory)
-            grads = autograd.graph_gradients(result, inputs, grad_context, grad_weights)
-        else:
-            grads = autograd.CONCAT_BACKWARD(
-                *(grad_context, grad_weights, query_proj, memory_proj, None, v, memory, *saved),
-                *(offsets, None, *_options(backend, longest)),
-            )
-        return *grads[:4], None, None, None, None
 
 
 def _options(backend: str, longest: int) -> tuple[Any, ...]:
@@ -142,8 +61,10 @@ def attend_dot(
     if isinstance(scale, Tensor):
         query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     queries = query if query.dim() == 3 else query.unsqueeze(1)
-    result = _DotAttention.apply(queries, *rows, float(scale), return_weights, backend)
-    return _shaped(query, result, return_weights)
+    inputs = (queries, rows.values, rows.offsets)
+    wanted = (None, return_weights, False, float(scale))
+    result = autograd.call(autograd.DOT, inputs, *inputs, *wanted, *_options(backend, rows.longest))
+    return _shaped(query, result)
 
 
 def attend_concat(
@@ -156,12 +77,14 @@ def attend_concat(
 ) -> tuple[Tensor, Tensor | None]:
     """`functional.attend_concat`; query_proj (B, T, A) or (B, A), memory_proj (N, A)."""
     queries = query_proj if query_proj.dim() == 3 else query_proj.unsqueeze(1)
-    result = _ConcatAttention.apply(queries, memory_proj, v, *rows, return_weights, backend)
-    return _shaped(query_proj, result, return_weights)
+    inputs = (queries, memory_proj, None, v, rows.values, rows.offsets)
+    wanted, options = (None, return_weights, False), _options(backend, rows.longest)
+    result = autograd.call(autograd.CONCAT, inputs, *inputs, *wanted, *options)
+    return _shaped(query_proj, result)
 
 
-def _shaped(query: Tensor, result: Any, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-    context, weights = result if return_weights else (result, None)
+def _shaped(query: Tensor, result: Any) -> tuple[Tensor, Tensor | None]:
+    context, weights, _ = result
     if query.dim() == 3:
         return context, weights
     return context.squeeze(1), None if weights is None else weights.squeeze(1)

@@ -125,9 +125,9 @@ def rows_backward(
 ):  # fmt: skip
     """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
 
-    kept and grad_scores (B, T, S): P and dS. grad_query (B, splits, T, E), None for concat, whose
-    query gets its gradient from `concat_gradients`. With SPLIT ``deltas`` (B, T) is None where the
-    weights got no gradient: then delta = dO . O is made here.
+    kept and grad_scores (B, T, S): P and dS. grad_query (B, splits, T, E), or None where nobody
+    wants it, and for concat, whose query has it from `concat_gradients`. With SPLIT ``deltas``
+    (B, T) is None where the weights got no gradient: then delta = dO . O is made here.
     """
     query_b, query_t = query_b * UNIT, query_t * UNIT
     memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
@@ -193,7 +193,7 @@ def rows_backward(
         grad_weights, logsumexp, keep, kept, grad_scores,
         extra_b, extra_t, extra_s, T, S, count, scale, keep_scale, not SPLIT,
     )  # fmt: skip
-    if not CONCAT:
+    if grad_query is not None:
         grad = grad.to(memory.dtype.element_ty)
         context += wide * T * E
         grad_query += (wide * splits + split) * T * E
@@ -278,11 +278,13 @@ def online_backward(
             grad_weights, logsumexp, keep, kept, grad_scores,
             extra_b, extra_t, extra_s, T, S, end, scale, keep_scale, False,
         )  # fmt: skip
-        excess += part_excess
-        acc = product(grad.to(memory.dtype.element_ty), tile, acc, PRECISION, WIDEN)
-    if keep is None:
-        acc = without_excess(acc, excess, context, offs_t, queries, offs_e, E)
-    store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)
+        if grad_query is not None:
+            excess += part_excess
+            acc = product(grad.to(memory.dtype.element_ty), tile, acc, PRECISION, WIDEN)
+    if grad_query is not None:
+        if keep is None:
+            acc = without_excess(acc, excess, context, offs_t, queries, offs_e, E)
+        store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)
 
 
 @triton.jit

@@ -177,7 +177,8 @@ def step_backward(
     """Backward of the dot score for T = 1: memory is read once and its gradient written once.
 
     grad_context (B, 1, E) or None, grad_weights (B, 1, S) or None, then with ``weights`` (B, 1, S).
-    grad_query (B, splits, 1, E) in float32 if there are splits.
+    grad_query (B, splits, 1, E) in float32 if there are splits; grad_memory (B, S, E). None where
+    nobody wants it.
     """
     seed_b, query_b = seed_b * UNIT, query_b * UNIT
     memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
@@ -211,7 +212,8 @@ def step_backward(
     log = tl.load(logsumexp + b)
     log = tl.where(log == float("-inf"), 0.0, log)
     memory += wide * memory_b
-    grad_memory += wide * S * E
+    if grad_memory is not None:
+        grad_memory += wide * S * E
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     excess = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(begin, end, BLOCK_S):
@@ -233,20 +235,24 @@ def step_backward(
         grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
         acc += grad[:, None] * tile
         excess += grad
-        written = tl.where(
-            rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0
-        )
-        at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
-        inside = (offs_s < end)[:, None] & columns[None, :]
-        tl.store(at, written.to(grad_memory.dtype.element_ty), mask=inside)
-    for start in range(tl.maximum(begin, end), last, BLOCK_S):  # padding
-        offs_s = start + slots
-        at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
-        zeros = tl.zeros((BLOCK_S, BLOCK_E), grad_memory.dtype.element_ty)
-        tl.store(at, zeros, mask=(offs_s < last)[:, None] & columns[None, :])
-    slot = wide * splits + split
-    total = tl.sum(acc, axis=0)
-    if keep is None:  # see `without_excess` in backward.py
-        whole = tl.load(context + wide * E + offs_e, mask=columns, other=0.0).to(tl.float32)
-        total -= tl.sum(excess, axis=0) * whole
-    tl.store(grad_query + slot * E + offs_e, total.to(grad_query.dtype.element_ty), mask=columns)
+        if grad_memory is not None:
+            written = tl.where(
+                rows[:, None], kept[:, None] * seed[None, :] + grad[:, None] * q[None, :], 0.0
+            )
+            at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+            inside = (offs_s < end)[:, None] & columns[None, :]
+            tl.store(at, written.to(grad_memory.dtype.element_ty), mask=inside)
+    if grad_memory is not None:
+        for start in range(tl.maximum(begin, end), last, BLOCK_S):  # padding
+            offs_s = start + slots
+            at = grad_memory + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+            zeros = tl.zeros((BLOCK_S, BLOCK_E), grad_memory.dtype.element_ty)
+            tl.store(at, zeros, mask=(offs_s < last)[:, None] & columns[None, :])
+    if grad_query is not None:
+        slot = wide * splits + split
+        total = tl.sum(acc, axis=0)
+        if keep is None:  # see `without_excess` in backward.py
+            whole = tl.load(context + wide * E + offs_e, mask=columns, other=0.0).to(tl.float32)
+            total -= tl.sum(excess, axis=0) * whole
+        at = grad_query + slot * E + offs_e
+        tl.store(at, total.to(grad_query.dtype.element_ty), mask=columns)

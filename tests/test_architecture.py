@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference"),
-    ("composed", "prepared"),
+    ("composed", "composites", "fakes", "prepared"),
     ("backends.*.*",),
     ("backends.*",),
     ("backends",),

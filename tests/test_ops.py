@@ -68,7 +68,8 @@ def operands(
     saved = op(name.removesuffix("_backward"))(*forward)
     grads = (inputs.grad_context, inputs.grad_weights)
     grads = tuple(grad if given else None for grad, given in zip(grads, seeds, strict=True))
-    return (*grads, *arguments, *saved, *positions, *options)
+    wanted = [True] * (3 if score == "dot" else 5)
+    return (*grads, None, *arguments, *saved, wanted, *positions, *options)
 
 
 @every_target

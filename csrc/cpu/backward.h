@@ -17,7 +17,7 @@ struct BackwardTask : private ScoreGradients<X> {
   using A = Arithmetic<X>;
   using Gradients = ScoreGradients<X>;
   using Gradients::p, Gradients::ld, Gradients::scores, Gradients::grads, Gradients::kept;
-  using Gradients::read_queries, Gradients::weights_at_hand;
+  using Gradients::read_queries, Gradients::weights_at_hand, Gradients::through_scores;
   using Gradients::score_gradients, Gradients::take_score_gradients;
   const Plan& plan;
   const Shared& shared;
@@ -79,9 +79,10 @@ struct BackwardTask : private ScoreGradients<X> {
     const int64_t stop = end < length ? end : length;
     const bool scattered = p.mask || p.bounds || p.T == 0;
     clear_gradients(b, scattered || stop < begin ? begin : stop, end);
-    memset(query_sum(task), 0, size_t(p.T * score_width) * sizeof(A));
+    if (p.grad_query || sums.concat)
+      memset(query_sum(task), 0, size_t(p.T * score_width) * sizeof(A));
     if (p.score == Score::concat) memset(v_sum(task), 0, size_t(score_width) * sizeof(A));
-    if (p.centers) memset(center_sum(task), 0, size_t(p.T) * sizeof(A));
+    if (p.grad_centers) memset(center_sum(task), 0, size_t(p.T) * sizeof(A));
     if (begin >= stop || p.T == 0) return;
     prepare(b);
     Picked picked{index, 0, 0, true};
@@ -99,11 +100,11 @@ struct BackwardTask : private ScoreGradients<X> {
   // Rows that nobody reads have gradient 0. With a mask they lie anywhere: clear all, then write.
   void clear_gradients(int64_t b, int64_t from, int64_t to) const {
     if (from >= to) return;
-    if (p.E) {
+    if (p.grad_memory) {
       X* memory_rows = static_cast<X*>(p.grad_memory) + (first_row(p, b) + from) * p.E;
       memset(memory_rows, 0, size_t((to - from) * p.E) * sizeof(X));
     }
-    if (p.score == Score::dot) return;
+    if (!p.grad_memory_proj) return;
     X* proj_rows = static_cast<X*>(p.grad_memory_proj) + (first_row(p, b) + from) * p.K;
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
   }
@@ -151,11 +152,14 @@ struct BackwardTask : private ScoreGradients<X> {
         rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
                       grads, ld);
         score_gradients(b, t0, rows, picked, marks);
-        add_to_memory(rows, picked, grad, first);
-        add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
-                           grad_memory, memory_width, {true, nullptr});
-        add_scaled_rows<A>({grads, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
-                           query_sum(task) + t0 * score_width, score_width, {true, nullptr});
+        if (p.grad_memory) {
+          add_to_memory(rows, picked, grad, first);
+          add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
+                             grad_memory, memory_width, {true, nullptr});
+        }
+        if (p.grad_query)
+          add_scaled_rows<A>({grads, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
+                             query_sum(task) + t0 * score_width, score_width, {true, nullptr});
       } else {
         concat_block(b, task, t0, rows, picked, marks, grad, m, m_factors, m_extent, first);
       }
@@ -169,7 +173,7 @@ struct BackwardTask : private ScoreGradients<X> {
   // use.
   void pack_queries([[maybe_unused]] int64_t b) {
     if constexpr (kPairs)
-      for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
+      for (int64_t t0 = 0; t0 < p.T && p.grad_memory; t0 += plan.t_block) {
         const Picked rows{nullptr, t0, rows_at(t0), true};
         const int64_t at = t0 / plan.t_block * packed_size();
         pack_pairs(stored_rows(p.query, b, rows, p.E, p.E, stored), rows.count, p.E,
@@ -186,7 +190,7 @@ struct BackwardTask : private ScoreGradients<X> {
     if constexpr (kPairs) {
       const Block<X> m = stored_rows(p.memory, b, picked, p.E, p.E, stored);
       const int64_t n = picked.count;
-      pack_pairs(m, n, p.E, packed_memory);
+      if (p.grad_query) pack_pairs(m, n, p.E, packed_memory);
       for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
         const Picked block{nullptr, t0, rows_at(t0), true};
         const Block<X> q = stored_rows(p.query, b, block, p.E, p.E, stored);
@@ -196,12 +200,15 @@ struct BackwardTask : private ScoreGradients<X> {
         rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, n, p.E, scores, ld);
         rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, n, p.E, grads, ld);
         score_gradients(b, t0, rows, picked, nullptr);
-        pair_queries(kept, ld, rows, n, pairs);
-        add_scaled_pairs({pairs, 1, ld}, n, packed_grad + at, half, p.E, grad_memory, memory_width,
-                         {t0 != 0, nullptr});
-        pair_queries(grads, ld, rows, n, pairs);
-        add_scaled_pairs({pairs, 1, ld}, n, packed_query + at, half, p.E, grad_memory, memory_width,
-                         {true, nullptr});
+        if (p.grad_memory) {
+          pair_queries(kept, ld, rows, n, pairs);
+          add_scaled_pairs({pairs, 1, ld}, n, packed_grad + at, half, p.E, grad_memory,
+                           memory_width, {t0 != 0, nullptr});
+          pair_queries(grads, ld, rows, n, pairs);
+          add_scaled_pairs({pairs, 1, ld}, n, packed_query + at, half, p.E, grad_memory,
+                           memory_width, {true, nullptr});
+        }
+        if (!p.grad_query) continue;
         pair_weights(grads, ld, rows, n);
         add_scaled_pairs({grads, ld, 1}, rows, packed_memory, (n + 1) / 2, p.E,
                          query_sum(task) + t0 * score_width, score_width, {true, nullptr});
@@ -275,7 +282,7 @@ struct BackwardTask : private ScoreGradients<X> {
     const Block<A> grad =
         read_range<X, A>(p.grad_context, b, t, 1, p.E, memory_width, grad_context);
     A* grad_rows = grad_memory + at * memory_width;
-    A* moment = p.centers ? center_sum(task) + t : nullptr;
+    A* moment = p.grad_centers ? center_sum(task) + t : nullptr;
     Block<A> q{};
     Factors<A> q_factors{};
     Range range{};
@@ -297,17 +304,22 @@ struct BackwardTask : private ScoreGradients<X> {
         concat_scores_in<true>(range, q_factors, 1, m_factors, run.count, concat.v, score_width,
                                concat.v_sum, scores, ld);
     }
-    rows_dot_rows(grad.data, grad.stride, 1, m.data, m.stride, run.count, memory_width, grads, ld);
+    if (through_scores())
+      rows_dot_rows(grad.data, grad.stride, 1, m.data, m.stride, run.count, memory_width, grads,
+                    ld);
     score_gradients(b, t, 1, run, nullptr, moment);
-    add_scaled_rows<A>({kept, 1, ld}, run.count, grad.data, grad.stride, 1, memory_width, grad_rows,
-                       memory_width, {true, nullptr});
+    if (p.grad_memory)
+      add_scaled_rows<A>({kept, 1, ld}, run.count, grad.data, grad.stride, 1, memory_width,
+                         grad_rows, memory_width, {true, nullptr});
     if (p.score == Score::dot) {
-      add_scaled_rows<A>({grads, 1, ld}, run.count, q.data, q.stride, 1, score_width, grad_rows,
-                         memory_width, {true, nullptr});
-      add_scaled_rows<A>({grads, ld, 1}, 1, m.data, m.stride, run.count, memory_width,
-                         query_sum(task) + t * score_width, score_width, {true, nullptr});
-    } else {
-      concat_backward_in(range, q_factors, 1, m_factors, run.count, grads, ld, score_width,
+      if (p.grad_memory)
+        add_scaled_rows<A>({grads, 1, ld}, run.count, q.data, q.stride, 1, score_width, grad_rows,
+                           memory_width, {true, nullptr});
+      if (p.grad_query)
+        add_scaled_rows<A>({grads, ld, 1}, 1, m.data, m.stride, run.count, memory_width,
+                           query_sum(task) + t * score_width, score_width, {true, nullptr});
+    } else if (const int wanted = wanted_sums()) {
+      concat_backward_in(range, wanted, q_factors, 1, m_factors, run.count, grads, ld, score_width,
                          query_sum(task) + t * kLanes<A>, p.T * kLanes<A>,
                          grad_proj + at * kLanes<A>, plan.chunk * kLanes<A>, v_sum(task));
       add_v_constant(task, 1, run);
@@ -325,21 +337,30 @@ struct BackwardTask : private ScoreGradients<X> {
       q = concat.exact_queries(p, b, t0, rows);
       m_factors = concat.exact_chunk(p, b, picked, marks);
     }
-    if (p.raw_grad_scores) {
+    const int wanted = wanted_sums();
+    if (p.scores_only) {
       take_score_gradients(b, t0, rows, picked);
     } else {
       if (!weights_at_hand())
         concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
                                concat.v_sum, scores, ld);
-      rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
-                    grads, ld);
+      if (through_scores())
+        rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
+                      grads, ld);
       score_gradients(b, t0, rows, picked, marks);
-      add_to_memory(rows, picked, grad, first);
+      if (p.grad_memory) add_to_memory(rows, picked, grad, first);
     }
-    concat_backward_in(range, q, rows, m_factors, picked.count, grads, ld, score_width,
+    if (!wanted) return;
+    concat_backward_in(range, wanted, q, rows, m_factors, picked.count, grads, ld, score_width,
                        query_sum(task) + t0 * kLanes<A>, p.T * kLanes<A>, grad_proj,
                        plan.chunk * kLanes<A>, v_sum(task));
     add_v_constant(task, rows, picked);
+  }
+
+  // The sums of concat_backward that somebody wants.
+  int wanted_sums() const {
+    return (p.grad_query ? kOfQuery : 0) | (p.grad_memory_proj ? kOfMemory : 0) |
+           (p.grad_v ? kOfV : 0);
   }
 
   void add_to_memory(int64_t rows, const Picked& picked, const Block<A>& grad, bool first) const {
@@ -349,6 +370,7 @@ struct BackwardTask : private ScoreGradients<X> {
 
   // dv = sum g (1 - 2r): concat_backward summed g r; here the sum of g joins, as -1/2 of itself.
   void add_v_constant(int64_t task, int64_t rows, const Picked& picked) const {
+    if (!p.grad_v) return;
     Vec<A> sum{};
     const int64_t width = round_up(picked.count, kLanes<A>);
     for (int64_t i = 0; i < rows; ++i)
@@ -361,10 +383,10 @@ struct BackwardTask : private ScoreGradients<X> {
   void write_chunk(int64_t b, const Picked& picked) const {
     for (int64_t j = 0; j < picked.count; ++j) {
       const int64_t row = first_row(p, b) + picked[j];
-      if (p.E)
+      if (p.grad_memory)
         narrow_row(grad_memory + j * memory_width, A(1), p.E,
                    static_cast<X*>(p.grad_memory) + row * p.E);
-      if (p.score == Score::dot) continue;
+      if (!p.grad_memory_proj) continue;
       gather(grad_proj + j * kLanes<A>, plan.chunk * kLanes<A>, score_width, grad_row);
       scale_by_v(concat.v, score_width, grad_row);
       narrow_row(grad_row, A(1), p.K, static_cast<X*>(p.grad_memory_proj) + row * p.K);

@@ -17,11 +17,12 @@ void merge_query(const AttentionParams& p, const Plan& plan, const Shared& share
   const int64_t step = blocked ? p.T * kLanes<A> : kLanes<A>;
   const int64_t at = t * (blocked ? kLanes<A> : sums.width);
   X* out = static_cast<X*>(p.grad_query) + row * p.K;
-  if (p.centers && plan.segments > 1) {
+  if (p.grad_centers && !sums.centers_in_place) {
     A sum = 0;
     for (int64_t s = 0; s < plan.segments; ++s) sum += sums.centers(shared, task + s)[t];
     static_cast<A*>(p.grad_centers)[row] = sum;
   }
+  if (!p.grad_query || sums.query_in_place) return;
   for (int64_t d = 0, k = 0; d < p.K; d += kLanes<A>, ++k) {
     Vec<A> sum = load(sums.query(shared, task) + at + k * step);
     for (int64_t s = 1; s < plan.segments; ++s)

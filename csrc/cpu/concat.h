@@ -21,6 +21,11 @@ enum class Range {
   exact    // some |q| or |m| too large for exp(2x): operands are q and m themselves
 };
 
+template <Range R>
+struct In {
+  static constexpr Range value = R;
+};
+
 template <class A>
 struct Limits;
 template <>
@@ -241,8 +246,11 @@ FA_INLINE void concat_scores_in(Range range, const Factors<A>& q, int64_t rows, 
 //   dv   += sum_ij g_ij r   (dv itself is sum g - 2 times this).
 // Lanes lie along the width, so nothing is reduced across them and g is a broadcast. For a quad's
 // range u = p w s^2 and r = p s with s = 1 / (p + w), and p and w leave the sums: seven operations
-// of the multiply-add pipes for a term instead of eight.
-template <class A, Range R, int M>
+// of the multiply-add pipes for a term instead of eight. Of the three sums only those in `Wanted`
+// are made.
+enum Wanted { kOfQuery = 1, kOfMemory = 2, kOfV = 4 };
+
+template <class A, Range R, int Want, int M>
 FA_INLINE void concat_backward_rows(const A* q, const A* m, const A* g, int64_t ldg, int64_t n,
                                     A* dq, A* dm, Vec<A>& dv) {
   constexpr bool factored = R == Range::quad;
@@ -256,31 +264,41 @@ FA_INLINE void concat_backward_rows(const A* q, const A* m, const A* g, int64_t 
     for (int i = 0; i < M; ++i) {
       const A gij = g[i * ldg + j];
       if constexpr (factored) {
-        const Vec<A> s = reciprocal<A>(qi[i] + mj), gs = gij * s, gss = gs * s;
-        dqi[i] += gss * mj;
-        dmj += gss * qi[i];
-        dvi[i] += gs;
+        const Vec<A> s = reciprocal<A>(qi[i] + mj), gs = gij * s;
+        if constexpr (Want & (kOfQuery | kOfMemory)) {
+          const Vec<A> gss = gs * s;
+          if constexpr (Want & kOfQuery) dqi[i] += gss * mj;
+          if constexpr (Want & kOfMemory) dmj += gss * qi[i];
+        }
+        if constexpr (Want & kOfV) dvi[i] += gs;
       } else {
-        const Vec<A> r = ratio<A, R>(qi[i], mj), gu = gij * (r - r * r);
-        dqi[i] += gu;
-        dmj += gu;
-        dvi[i] += gij * r;
+        const Vec<A> r = ratio<A, R>(qi[i], mj);
+        if constexpr (Want & (kOfQuery | kOfMemory)) {
+          const Vec<A> gu = gij * (r - r * r);
+          if constexpr (Want & kOfQuery) dqi[i] += gu;
+          if constexpr (Want & kOfMemory) dmj += gu;
+        }
+        if constexpr (Want & kOfV) dvi[i] += gij * r;
       }
     }
-    const Vec<A> before = load(dm + j * kLanes<A>);
-    store(dm + j * kLanes<A>, factored ? before + mj * dmj : before + dmj);
+    if constexpr (Want & kOfMemory) {
+      const Vec<A> before = load(dm + j * kLanes<A>);
+      store(dm + j * kLanes<A>, factored ? before + mj * dmj : before + dmj);
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-    const Vec<A> before = load(dq + i * kLanes<A>);
-    store(dq + i * kLanes<A>, factored ? before + qi[i] * dqi[i] : before + dqi[i]);
-    dv += factored ? qi[i] * dvi[i] : dvi[i];
+    if constexpr (Want & kOfQuery) {
+      const Vec<A> before = load(dq + i * kLanes<A>);
+      store(dq + i * kLanes<A>, factored ? before + qi[i] * dqi[i] : before + dqi[i]);
+    }
+    if constexpr (Want & kOfV) dv += factored ? qi[i] * dvi[i] : dvi[i];
   }
 }
 
 // Blocked layout: vector k of row i at data + k * step + i * lanes. dq and dm are blocked too,
 // with steps of their own; dv is a row.
-template <class A, Range R>
+template <class A, Range R, int Want>
 static void concat_backward(Factors<A> q, int64_t rows, Factors<A> m, int64_t n, const A* g,
                             int64_t ldg, int64_t padded, A* dq, int64_t dq_step, A* dm,
                             int64_t dm_step, A* dv) {
@@ -291,29 +309,50 @@ static void concat_backward(Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
     Vec<A> dvk = load(dv + k * kLanes<A>);
     int64_t i = 0;
     for (; i + M <= rows; i += M)
-      concat_backward_rows<A, R, M>(qk + i * kLanes<A>, mk, g + i * ldg, ldg, n,
-                                    dqk + i * kLanes<A>, dmk, dvk);
+      concat_backward_rows<A, R, Want, M>(qk + i * kLanes<A>, mk, g + i * ldg, ldg, n,
+                                          dqk + i * kLanes<A>, dmk, dvk);
     for (; i < rows; ++i)
-      concat_backward_rows<A, R, 1>(qk + i * kLanes<A>, mk, g + i * ldg, ldg, n,
-                                    dqk + i * kLanes<A>, dmk, dvk);
+      concat_backward_rows<A, R, Want, 1>(qk + i * kLanes<A>, mk, g + i * ldg, ldg, n,
+                                          dqk + i * kLanes<A>, dmk, dvk);
     store(dv + k * kLanes<A>, dvk);
   }
 }
 
-template <class A>
-FA_INLINE void concat_backward_in(Range range, Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
+// Each loop exists for those wanted sums that are usual: all of them, a fixed v, a memory that is
+// fixed too, or v alone. Other combinations make a sum that nobody reads.
+template <class A, Range R>
+FA_INLINE void concat_backward_of(int wanted, Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
                                   const A* g, int64_t ldg, int64_t padded, A* dq, int64_t dq_step,
                                   A* dm, int64_t dm_step, A* dv) {
+  const auto sum = [&](auto want) {
+    concat_backward<A, R, decltype(want)::value>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
+                                                 dm_step, dv);
+  };
+  if (wanted == kOfQuery)
+    sum(Count<kOfQuery>{});
+  else if (wanted == kOfV)
+    sum(Count<kOfV>{});
+  else if (!(wanted & kOfV))
+    sum(Count<kOfQuery | kOfMemory>{});
+  else
+    sum(Count<kOfQuery | kOfMemory | kOfV>{});
+}
+
+template <class A>
+FA_INLINE void concat_backward_in(Range range, int wanted, Factors<A> q, int64_t rows, Factors<A> m,
+                                  int64_t n, const A* g, int64_t ldg, int64_t padded, A* dq,
+                                  int64_t dq_step, A* dm, int64_t dm_step, A* dv) {
+  const auto sum = [&](auto tag) {
+    concat_backward_of<A, decltype(tag)::value>(wanted, q, rows, m, n, g, ldg, padded, dq, dq_step,
+                                                dm, dm_step, dv);
+  };
   switch (range) {
     case Range::quad:
-      return concat_backward<A, Range::quad>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
-                                             dm_step, dv);
+      return sum(In<Range::quad>{});
     case Range::single:
-      return concat_backward<A, Range::single>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
-                                               dm_step, dv);
+      return sum(In<Range::single>{});
     case Range::exact:
-      return concat_backward<A, Range::exact>(q, rows, m, n, g, ldg, padded, dq, dq_step, dm,
-                                              dm_step, dv);
+      return sum(In<Range::exact>{});
   }
 }
 

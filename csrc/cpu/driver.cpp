@@ -237,10 +237,10 @@ void cpu_backward(const AttentionParams& p) {
   for_each(tasks, threads, sizes.scratch, [&](int64_t task, void* scratch) {
     table.backward_task(p, plan, shared, task, scratch);
   });
-  if (sizes.grad_query)
+  if (sizes.grad_query || sizes.grad_centers)
     for_each(queries, threads, 0,
              [&](int64_t row, void*) { table.backward_merge(p, plan, shared, row); });
-  if (sizes.grad_v) table.backward_merge_v(p, plan, shared);
+  if (p.grad_v) table.backward_merge_v(p, plan, shared);
 }
 
 int64_t multiply_adds(int64_t rounds, int threads) {

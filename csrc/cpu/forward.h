@@ -53,7 +53,7 @@ struct ForwardTask {
 
   // Scores are kept for the weights in the weights themselves when these have the type for it.
   A* kept_scores() const {
-    if (p.raw_scores) return static_cast<A*>(p.raw_scores);
+    if (p.scores_only) return static_cast<A*>(p.raw_scores);
     if (!p.weights) return nullptr;
     return static_cast<A*>(__is_same(X, A) ? p.weights : shared.scores);
   }
@@ -88,7 +88,7 @@ struct ForwardTask {
       attend(b, t0, rows, begin, stop, fresh);
     }
     if (fresh) memset(context, 0, size_t(rows * memory_width) * sizeof(A));
-    if (p.raw_scores) return;
+    if (p.scores_only) return;
     if (plan.segments > 1)
       leave_partial(task, rows);
     else
@@ -99,7 +99,8 @@ struct ForwardTask {
 
   // Whether `attend_step` can do it: one query that looks at every row, and no remainders.
   bool is_step() const {
-    if (plan.t_block != 1 || p.mask || p.raw_scores || p.E % Behind<X>::kColumns != 0) return false;
+    if (plan.t_block != 1 || p.mask || p.scores_only || p.E % Behind<X>::kColumns != 0)
+      return false;
     return p.score == Score::dot || (p.memory_exp.data && p.K % (4 * kLanes<A>) == 0);
   }
 
@@ -177,7 +178,7 @@ struct ForwardTask {
         concat_scores_in<false>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
                                 concat.v_sum, scores, ld);
       }
-      if (p.raw_scores) {
+      if (p.scores_only) {
         finish_scores(p, b, t0, rows, picked, marks, scores, ld);
         keep_scores(b, t0, rows, picked);
         continue;
@@ -276,7 +277,7 @@ struct ForwardTask {
                          const A* kept) {
     const bool empty = sum == A(0);
     const A inverse = empty ? A(0) : A(1) / sum;
-    static_cast<A*>(p.logsumexp)[row] = empty ? -kInfinity<A> : max + log_of(sum);
+    if (p.logsumexp) static_cast<A*>(p.logsumexp)[row] = empty ? -kInfinity<A> : max + log_of(sum);
     narrow_row(context, inverse, p.E, static_cast<X*>(p.context) + row * p.E);
     if (!kept) return;
     const A* from = kept + row * p.S;

@@ -46,7 +46,7 @@ ForwardSizes forward_sizes(const AttentionParams& p, const Plan& plan) {
   return with_type(p.dtype, [&](auto tag) {
     Carver carver(nullptr);
     ForwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
-    const bool is_split = plan.segments > 1 && !p.raw_scores;
+    const bool is_split = plan.segments > 1 && !p.scores_only;
     return ForwardSizes{carver.used(), is_split ? Partial<FA_TYPE>(p, plan).bytes() : 0};
   });
 }
@@ -69,9 +69,11 @@ BackwardSizes backward_sizes(const AttentionParams& p, const Plan& plan) {
     Carver carver(nullptr);
     BackwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
     const Sums<FA_TYPE>& sums = task.sums;
-    return BackwardSizes{carver.used(), sums.query_in_place ? 0 : sums.query_bytes(),
+    // The loop of concat sums all gradients of its operands, wanted or not.
+    const bool queries = !sums.query_in_place && (p.grad_query || sums.concat);
+    return BackwardSizes{carver.used(), queries ? sums.query_bytes() : 0,
                          sums.concat ? sums.v_bytes() : 0,
-                         p.centers && !sums.centers_in_place ? sums.center_bytes() : 0};
+                         p.grad_centers && !sums.centers_in_place ? sums.center_bytes() : 0};
   });
 }
 

@@ -3,6 +3,10 @@
 //   P = exp(score - logsumexp)      dP = dO . m (+ dW)      dS = P (dP - delta)
 //   delta = sum_s P dP = dO . O + sum_s W dW
 //
+// A query that looks at one position has the weight 1 whatever the score, so dS is 0. The
+// difference above would leave rounding there, which an optimiser like Adam makes as large as any
+// gradient.
+//
 // The weights P are computed again from the scores and the log-sum-exp, except when the forward
 // pass was asked for them: then they are at hand.
 #pragma once
@@ -18,6 +22,7 @@ struct ScoreGradients {
   const AttentionParams& p;
   int64_t ld;  // padded
   A *scores, *grads, *kept, *delta, *base, *bell;
+  uint8_t* alone;  // by query: whether it looks at one position
 
   ScoreGradients(const AttentionParams& params, const Plan& plan, Carver& c)
       : p(params), ld(padded_chunk<A>(plan)) {
@@ -27,14 +32,24 @@ struct ScoreGradients {
     bell = c.take<A>(p.centers ? ld : 0);
     delta = c.take<A>(p.T);
     base = c.take<A>(p.T);
+    alone = c.take<uint8_t>(p.T);
+  }
+
+  // Whether somebody wants a gradient that comes through the scores. That of the memory alone, in
+  // concat, does not: it needs the weights.
+  bool through_scores() const {
+    return p.grad_query || p.grad_memory_proj || p.grad_v || p.grad_centers ||
+           (p.score == Score::dot && p.grad_memory);
   }
 
   // delta and the log-sum-exp of every query.
   void read_queries(int64_t b) {
-    for (int64_t t = 0; t < p.T && !p.raw_grad_scores; ++t) {
+    for (int64_t t = 0; t < p.T && !p.scores_only; ++t) {
       const int64_t row = b * p.T + t;
+      alone[t] = counts_one(b, t);
       const A logsumexp = static_cast<const A*>(p.logsumexp)[row];
       base[t] = logsumexp == -kInfinity<A> ? kInfinity<A> : logsumexp;  // exp(s - inf) is 0
+      if (!through_scores()) continue;
       const X* output = static_cast<const X*>(p.context) + row * p.E;
       const X* grad = static_cast<const X*>(p.grad_context.data) + b * p.grad_context.batch_stride +
                       t * p.grad_context.row_stride;
@@ -43,47 +58,19 @@ struct ScoreGradients {
     }
   }
 
-  // `scores` become P, and `grads`, which are dP, the gradients of the scores; `kept` are the
-  // weights after dropout.
+  // `scores` become P, and `grads`, which are dP, the gradients of the scores, if anybody wants
+  // those; `kept` are the weights after dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
                        const uint8_t* marks, A* moment = nullptr) const {
     if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
-    const int64_t width = round_up(picked.count, kLanes<A>);
-    const A scale = p.score == Score::dot ? A(p.scale) : A(1);
     for (int64_t i = 0; i < rows; ++i) {
-      A *weight = scores + i * ld, *g = grads + i * ld;
-      for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
-      if (weights_at_hand())
-        take_weights(b, t0 + i, picked, weight, width);
-      else
-        for (int64_t j = 0; j < width; j += kLanes<A>)
-          store(weight + j, exponential(load(weight + j) - base[t0 + i]));
-      if (p.centers) {
-        bell_factors(p, b * p.T + t0 + i, picked, bell);
-        for (int64_t j = 0; j < width; j += kLanes<A>)
-          store(kept + i * ld + j, load(weight + j) * load(bell + j));
-      } else if (p.keep) {
-        memcpy(kept + i * ld, weight, size_t(width) * sizeof(A));
-      }
-      if (p.keep) {
-        const uint8_t* keep = p.keep + (b * p.T + t0 + i) * p.S;
-        for (int64_t j = 0; j < picked.count; ++j) {
-          const A factor = keep[picked[j]] ? A(p.keep_scale) : A(0);
-          kept[i * ld + j] *= factor;
-          g[j] *= factor;
-        }
-      }
-      if (p.grad_weights.data) {
-        const X* extra = weight_grads(b, t0 + i);
-        for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
-      }
-      if (p.centers) center_gradient(b * p.T + t0 + i, picked, weight, g, moment);
-      for (int64_t j = 0; j < width; j += kLanes<A>)
-        store(g + j, load(weight + j) * (load(g + j) - delta[t0 + i]) * scale);
+      A *weight = scores + i * ld, *keep = kept + i * ld, *g = grads + i * ld;
+      weigh(b, t0 + i, picked, weight, keep);
+      if (through_scores()) differentiate(b, t0 + i, picked, weight, g, moment);
       if (!marks) continue;
       // A query that a spoiled row has made NaN must still give nothing to rows it does not see.
       for (int64_t j = 0; j < picked.count; ++j)
-        if (!allowed(p, b, t0 + i, picked[j])) kept[i * ld + j] = g[j] = A(0);
+        if (!allowed(p, b, t0 + i, picked[j])) keep[j] = g[j] = A(0);
     }
   }
 
@@ -102,6 +89,57 @@ struct ScoreGradients {
   bool weights_at_hand() const { return __is_same(X, A) && p.weights && !p.centers; }
 
  private:
+  // Scores of a query become P; `keep` is that after the window's factor and dropout.
+  void weigh(int64_t b, int64_t t, const Picked& picked, A* weight, A* keep) const {
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    if (weights_at_hand())
+      take_weights(b, t, picked, weight, width);
+    else
+      for (int64_t j = 0; j < width; j += kLanes<A>)
+        store(weight + j, exponential(load(weight + j) - base[t]));
+    if (p.centers) {
+      bell_factors(p, b * p.T + t, picked, bell);
+      for (int64_t j = 0; j < width; j += kLanes<A>)
+        store(keep + j, load(weight + j) * load(bell + j));
+    } else if (p.keep) {
+      memcpy(keep, weight, size_t(width) * sizeof(A));
+    }
+    if (p.keep)
+      for (int64_t j = 0; j < picked.count; ++j) keep[j] *= keep_factor(b, t, picked[j]);
+  }
+
+  // dP of a query becomes dS.
+  void differentiate(int64_t b, int64_t t, const Picked& picked, const A* weight, A* g,
+                     A* moment) const {
+    const int64_t width = round_up(picked.count, kLanes<A>);
+    const A scale = p.score == Score::dot ? A(p.scale) : A(1);
+    for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
+    if (p.keep)
+      for (int64_t j = 0; j < picked.count; ++j) g[j] *= keep_factor(b, t, picked[j]);
+    if (p.grad_weights.data) {
+      const X* extra = weight_grads(b, t);
+      for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
+    }
+    if (p.centers) center_gradient(b * p.T + t, picked, weight, g, moment);
+    for (int64_t j = 0; j < width; j += kLanes<A>)
+      store(g + j, load(weight + j) * (load(g + j) - delta[t]) * scale);
+    if (alone[t])
+      for (int64_t j = 0; j < picked.count; ++j) g[j] *= A(0);  // what is NaN stays it
+  }
+
+  A keep_factor(int64_t b, int64_t t, int64_t s) const {
+    return p.keep[(b * p.T + t) * p.S + s] ? A(p.keep_scale) : A(0);
+  }
+
+  bool counts_one(int64_t b, int64_t t) const {
+    const int64_t* bounds = p.bounds ? p.bounds + 2 * (b * p.T + t) : nullptr;
+    const int64_t begin = bounds ? bounds[0] : 0, end = bounds ? bounds[1] : length_of(p, b);
+    if (!p.mask) return end - begin == 1;
+    int64_t count = 0;
+    for (int64_t s = begin; s < end && count < 2; ++s) count += allowed(p, b, t, s);
+    return count == 1;
+  }
+
   A weights_delta(int64_t b, int64_t t) const {
     const int64_t row = b * p.T + t;
     const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
@@ -131,7 +169,7 @@ struct ScoreGradients {
       g[j] *= bell[j];
       sum += weight[j] * g[j] * (A(picked[j]) - center);
     }
-    *moment += sum * A(p.rate * p.rate);
+    if (moment) *moment += sum * A(p.rate * p.rate);
   }
 
   void take_weights(int64_t b, int64_t t, const Picked& picked, A* out, int64_t width) const {

@@ -23,7 +23,8 @@ class Backend(Protocol):
     Forward returns context, weights and log-sum-exp, None for what is not asked for, and refuses a
     length outside 0..S (those on a GPU are not read back to check them). Backward receives what was
     ``saved``, and returns a gradient for each differentiable input, in the inputs' order, and then
-    that of the centers of a Gaussian window or None.
+    that of the centers of a Gaussian window. ``wanted`` has a bool for each: what it says nobody
+    needs is None, and costs nothing.
 
     A backend whose module has ``TAKES_OFFSETS`` also takes a memory (N, E) of sequences one after
     another, with a pair (offsets (B + 1), longest) for the lengths; others get it padded.
@@ -54,6 +55,7 @@ class Backend(Protocol):
         scale: float,
         masking: MaskingFields,
         saved: Saved,
+        wanted: list[bool],
     ) -> Gradients: ...
 
     def concat_forward(
@@ -79,6 +81,7 @@ class Backend(Protocol):
         memory: Tensor,
         masking: MaskingFields,
         saved: Saved,
+        wanted: list[bool],
     ) -> Gradients: ...
 
     def concat_scores(
@@ -99,8 +102,9 @@ class Backend(Protocol):
         memory_exp: Tensor | None,
         v: Tensor,
         masking: MaskingFields,
-    ) -> tuple[Tensor, ...]:
-        """Gradients of the two projections and of v."""
+        wanted: list[bool],
+    ) -> Gradients:
+        """Gradients of the two projections and of v, None for those that are not ``wanted``."""
 
 
 def load(name: str) -> Backend:

@@ -37,6 +37,7 @@ def _outputs(
 def _score_gradients(
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
+    grad_logsumexp: Tensor | None,
     result: Attention,
     clean: Tensor,
     counts: Tensor,
@@ -47,7 +48,7 @@ def _score_gradients(
 
     With P the weights and dP their gradient: dS = P (dP - sum_s P dP), 0 where nothing counts. A
     Gaussian g multiplies P afterwards: W = P g takes dW, so dP = g dW, and p_t gets
-    sum_s W dW (s - p_t) / sigma^2.
+    sum_s W dW (s - p_t) / sigma^2. A gradient of the log-sum-exp adds P times itself.
     """
     grad = result.context.new_zeros(()) if grad_context is None else grad_context
     grad = grad.to(clean.dtype).expand_as(result.context)
@@ -58,6 +59,8 @@ def _score_gradients(
     grad_weight = grad_kept if grad_weights is None else grad_kept + grad_weights
     weighted = (result.weights * grad_weight).masked_fill(~counts, 0.0)
     delta = weighted.sum(dim=-1, keepdim=True)
+    if grad_logsumexp is not None:
+        delta = delta - grad_logsumexp[..., None]
     if masking.window is None or not masking.window[2]:
         grad_scores = result.weights * (grad_weight - delta)
         return grad_scores.masked_fill(~counts, 0.0), kept, grad, None
@@ -69,8 +72,11 @@ def _score_gradients(
     return grad_scores.masked_fill(~counts, 0.0), kept, grad, moment.to(centers.dtype)
 
 
-def _narrowed(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    return [g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True)]
+def _narrowed(grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> Gradients:
+    return tuple(
+        None if grad is None else grad.to(tensor.dtype).contiguous()
+        for grad, tensor in zip(grads, inputs, strict=True)
+    )
 
 
 def dot_forward(
@@ -94,19 +100,39 @@ def dot_backward(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
+    seeds = (grad_context, grad_weights, None)
+    return dot_gradients(*seeds, query, memory, scale, masking, saved, wanted)
+
+
+def dot_gradients(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    memory: Tensor,
+    scale: float,
+    masking: MaskingFields,
+    saved: Saved,
+    wanted: list[bool],
+) -> Gradients:
+    """`dot_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
     masks = reference.as_masking(masking)
     result = reference.dot_attention(query, memory, scale, masks)
     counts = reference.counted_positions(memory, masks)
     clean, _ = reference.readable(memory.to(result.scores.dtype), counts)
-    grad_scores, kept, grad, grad_centers = _score_gradients(
-        grad_context, grad_weights, result, clean, counts, masks
-    )
+    seeds = (grad_context, grad_weights, grad_logsumexp)
+    found = _score_gradients(*seeds, result, clean, counts, masks)
+    grad_scores, kept, grad, grad_centers = found
     grad_scores = scale * grad_scores
-    grad_query = grad_scores @ clean
-    grad_memory = kept.mT @ grad + grad_scores.mT @ query.to(clean.dtype)
-    grads = (grad_query, grad_memory)
-    return *_narrowed(grads, (query, memory)), grad_centers
+    of_query, of_memory, of_centers = wanted
+    grad_query = grad_scores @ clean if of_query else None
+    grad_memory = None
+    if of_memory:
+        grad_memory = kept.mT @ grad + grad_scores.mT @ query.to(clean.dtype)
+    grads = _narrowed((grad_query, grad_memory), (query, memory))
+    return *grads, grad_centers if of_centers else None
 
 
 def concat_forward(
@@ -145,22 +171,30 @@ def concat_scores_backward(
     memory_exp: Tensor | None,
     v: Tensor,
     masking: MaskingFields,
-) -> tuple[Tensor, ...]:
+    wanted: list[bool],
+) -> Gradients:
     counts = reference.counted_positions(memory_proj, masking)
     projection, _ = reference.readable(memory_proj.to(grad_scores.dtype), counts)
-    grads = _projection_gradients(grad_scores.masked_fill(~counts, 0.0), query_proj, projection, v)
-    return tuple(_narrowed(grads, (query_proj, memory_proj, v)))
+    readable = grad_scores.masked_fill(~counts, 0.0)
+    grads = _projection_gradients(readable, query_proj, projection, v, wanted)
+    return _narrowed(grads, (query_proj, memory_proj, v))
 
 
 def _projection_gradients(
-    grad_scores: Tensor, query_proj: Tensor, memory_proj: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_scores: Tensor, query_proj: Tensor, memory_proj: Tensor, v: Tensor, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of both projections and of v from those of the scores v . tanh(q + m)."""
+    of_query, of_memory, of_v = wanted[:3]
+    if not (of_query or of_memory or of_v):
+        return None, None, None
     dtype = grad_scores.dtype
     tanh = torch.tanh(query_proj.to(dtype)[:, :, None] + memory_proj[:, None])
-    grad_v = (grad_scores[..., None] * tanh).sum(dim=(0, 1, 2))
+    grad_v = (grad_scores[..., None] * tanh).sum(dim=(0, 1, 2)) if of_v else None
+    if not (of_query or of_memory):
+        return None, None, grad_v
     grad_sum = grad_scores[..., None] * v.to(dtype) * (1.0 - tanh * tanh)  # of q + m
-    return grad_sum.sum(dim=2), grad_sum.sum(dim=1), grad_v
+    grad_query = grad_sum.sum(dim=2) if of_query else None
+    return grad_query, grad_sum.sum(dim=1) if of_memory else None, grad_v
 
 
 def concat_backward(
@@ -173,16 +207,39 @@ def concat_backward(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
+    seeds = (grad_context, grad_weights, None)
+    inputs = (query_proj, memory_proj, memory_exp, v, memory)
+    return concat_gradients(*seeds, *inputs, masking, saved, wanted)
+
+
+def concat_gradients(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+    saved: Saved,
+    wanted: list[bool],
+) -> Gradients:
+    """`concat_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
     masks = reference.as_masking(masking)
     result = reference.concat_attention(query_proj, memory_proj, v, memory, masks)
     counts = reference.counted_positions(memory, masks)
     dtype = result.scores.dtype
     clean, _ = reference.readable(memory.to(dtype), counts)
     projection, _ = reference.readable(memory_proj.to(dtype), counts)
-    grad_scores, kept, grad, grad_centers = _score_gradients(
-        grad_context, grad_weights, result, clean, counts, masks
+    seeds = (grad_context, grad_weights, grad_logsumexp)
+    found = _score_gradients(*seeds, result, clean, counts, masks)
+    grad_scores, kept, grad, grad_centers = found
+    grads = (
+        *_projection_gradients(grad_scores, query_proj, projection, v, wanted),
+        kept.mT @ grad if wanted[3] else None,
     )
-    grads = (*_projection_gradients(grad_scores, query_proj, projection, v), kept.mT @ grad)
     inputs = (query_proj, memory_proj, v, memory)
-    return *_narrowed(grads, inputs), grad_centers
+    return *_narrowed(grads, inputs), grad_centers if wanted[4] else None

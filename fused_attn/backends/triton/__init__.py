@@ -78,10 +78,12 @@ def dot_backward(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
     from fused_attn.backends.triton import backward
 
-    return backward.dot(grad_context, grad_weights, query, memory, scale, masking, saved)
+    seeds = (grad_context, grad_weights)
+    return backward.dot(*seeds, query, memory, scale, masking, saved, wanted)
 
 
 def concat_forward(
@@ -110,11 +112,12 @@ def concat_backward(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
     from fused_attn.backends.triton import backward
 
     grads = (grad_context, grad_weights)
-    return backward.concat(*grads, query_proj, memory_proj, v, memory, masking, saved)
+    return backward.concat(*grads, query_proj, memory_proj, v, memory, masking, saved, wanted)
 
 
 def concat_scores(
@@ -136,7 +139,8 @@ def concat_scores_backward(
     memory_exp: Tensor | None,
     v: Tensor,
     masking: MaskingFields,
-) -> tuple[Tensor, ...]:
+    wanted: list[bool],
+) -> Gradients:
     from fused_attn.backends.triton import backward
 
-    return backward.concat_scores(grad_scores, query_proj, memory_proj, v, masking)
+    return backward.concat_scores(grad_scores, query_proj, memory_proj, v, masking, wanted)

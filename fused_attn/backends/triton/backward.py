@@ -46,13 +46,16 @@ def _needs_deltas(plan: launch.Plan) -> bool:
     return plan.regime == "online" or (plan.regime == "rows" and plan.splits > 1)
 
 
-def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[Tensor, Tensor]:
+def _step(
+    call: Call, plan: launch.Plan, seeds: _Seeds, scale: float, wanted: list[bool]
+) -> Gradients:
     batch, _, source, memory_dim, _ = call.sizes
     query, memory, masks = call.query, call.memory, call.masks
-    grad_memory = memory.new_empty((batch, source, memory_dim))
-    grad_query = memory.new_empty((batch, 1, memory_dim))
-    is_split = plan.splits > 1
-    part = call.floats(batch, plan.splits, 1, memory_dim) if is_split else grad_query
+    grad_memory = memory.new_empty((batch, source, memory_dim)) if wanted[1] else None
+    grad_query = memory.new_empty((batch, 1, memory_dim)) if wanted[0] else None
+    part = grad_query
+    if grad_query is not None and plan.splits > 1:
+        part = call.floats(batch, plan.splits, 1, memory_dim)
     enqueue(
         step.step_backward,
         (batch * plan.splits,),
@@ -69,16 +72,21 @@ def _step(call: Call, plan: launch.Plan, seeds: _Seeds, scale: float) -> tuple[T
         **plan.options,
         **call.unit,
     )
-    if is_split:
+    if grad_query is not None and part is not None and plan.splits > 1:
         # Splits of padding alone left zeros.
         call.merge_sum(part, grad_query, plan.splits, plan.segment)
-    return grad_query, grad_memory
+    return grad_query, grad_memory, None
 
 
 def _read_memory(
-    call: Call, plan: launch.Plan, seeds: _Seeds, scale: float, inputs: Any
+    call: Call,
+    plan: launch.Plan,
+    seeds: _Seeds,
+    scale: float,
+    inputs: Any,
+    wants_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Factors]:
-    """One pass over the memory: the weights P, the gradient dS, and for dot that of the query."""
+    """One pass over the memory: P, dS, and for dot, where it is wanted, the query's gradient."""
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
     kept = memory.new_empty((batch, queries, source))
@@ -87,7 +95,7 @@ def _read_memory(
     grad_scores = call.floats(batch, queries, source) if is_concat else torch.empty_like(kept)
     grad_query: Tensor | None = None
     part: Tensor | None = None
-    if not is_concat:
+    if wants_query:
         grad_query = part = memory.new_empty((batch, queries, memory_dim))
         if plan.splits > 1:
             part = call.floats(batch, plan.splits, queries, memory_dim)
@@ -156,19 +164,22 @@ def dot(
     scale: float,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
         if call.masks.bounds is not None:
-            return window.backward(call, grad_context, grad_weights, scale, None, saved[2])
+            seeds = (grad_context, grad_weights, saved[2])
+            return window.backward(call, *seeds, scale, None, wanted)
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
-            return *_step(call, plan, seeds, scale), None
-        kept, grad_scores, grad_query, _ = _read_memory(call, plan, seeds, scale, None)
-        assert grad_query is not None
-        return grad_query, _grad_memory(call, seeds, kept, grad_scores), None
+            return _step(call, plan, seeds, scale, wanted)
+        found = _read_memory(call, plan, seeds, scale, None, wanted[0])
+        kept, grad_scores, grad_query, _ = found
+        grad_memory = _grad_memory(call, seeds, kept, grad_scores) if wanted[1] else None
+        return grad_query, grad_memory, None
 
 
 def _concat_grads(
@@ -203,13 +214,19 @@ def _concat_grads(
     return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype)
 
 
+def _only(wanted: list[bool], grads: tuple[Tensor, ...]) -> Gradients:
+    """The wanted ones of what one launch computes together."""
+    return tuple(g if is_wanted else None for g, is_wanted in zip(grads, wanted, strict=True))
+
+
 def concat_scores(
     grad_scores: Tensor,
     query_proj: Tensor,
     memory_proj: Tensor,
     v: Tensor,
     masking: MaskingFields,
-) -> tuple[Tensor, ...]:
+    wanted: list[bool],
+) -> Gradients:
     with torch.cuda.device_of(memory_proj):
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory_proj, masking, "concat", (memory_proj,))
@@ -219,7 +236,7 @@ def concat_scores(
         hidden = ~reference.counted_positions(memory_proj, masking)
         grads = grad_scores.masked_fill(hidden, 0.0).contiguous()
         factors = factors_of(call, memory_proj, plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"])
-        return _concat_grads(call, memory_proj, v, grads, factors)
+        return _only(wanted, _concat_grads(call, memory_proj, v, grads, factors))
 
 
 def concat(
@@ -231,6 +248,7 @@ def concat(
     memory: Tensor,
     masking: MaskingFields,
     saved: Saved,
+    wanted: list[bool],
 ) -> Gradients:
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
@@ -238,10 +256,14 @@ def concat(
         call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
         if call.masks.bounds is not None:
             inputs = (memory_proj, v)
-            return window.backward(call, grad_context, grad_weights, 1.0, inputs, saved[2])
+            seeds = (grad_context, grad_weights, saved[2])
+            return window.backward(call, *seeds, 1.0, inputs, wanted)
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)
-        kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs)
-        grads = _concat_grads(call, memory_proj, v, grad_scores, factors)
-        return *grads, _grad_memory(call, seeds, kept, None), None
+        kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs, False)
+        grads: Gradients = (None, None, None)
+        if any(wanted[:3]):
+            grads = _only(wanted[:3], _concat_grads(call, memory_proj, v, grad_scores, factors))
+        grad_memory = _grad_memory(call, seeds, kept, None) if wanted[3] else None
+        return *grads, grad_memory, None

@@ -14,9 +14,10 @@ def backward(
     call: Call,
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
+    logsumexp: Tensor,
     scale: float,
     inputs: tuple[Tensor, Tensor] | None,
-    logsumexp: Tensor,
+    wanted: list[bool],
 ) -> Gradients:
     """Gradients as `backward.dot` and `backward.concat` return them."""
     batch, queries, source, memory_dim, width = call.sizes
@@ -47,11 +48,15 @@ def backward(
         **call.unit,
     )
     sums = (call, kept, grads, grad_context)
+    of_query = grad_query if wanted[0] else None
+    of_centers = grad_centers if wanted[-1] else None
     if proj is None or v is None or partial_v is None:
-        return grad_query, _source(*sums, call.query, None, None), grad_centers
-    grad_memory = _source(*sums, None, None, None)
-    grad_proj = _source(*sums, call.query, proj, v)
-    return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype), grad_memory, grad_centers
+        of_memory = _source(*sums, call.query, None, None) if wanted[1] else None
+        return of_query, of_memory, of_centers
+    of_proj = _source(*sums, call.query, proj, v) if wanted[1] else None
+    of_v = partial_v.sum(dim=0).to(v.dtype) if wanted[2] else None
+    of_memory = _source(*sums, None, None, None) if wanted[3] else None
+    return of_query, of_proj, of_v, of_memory, of_centers
 
 
 def _source(
