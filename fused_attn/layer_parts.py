@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_attn import modules
 from fused_attn.reference import (
     LocalWindow,
     Masking,
@@ -44,7 +46,7 @@ class PredictedPosition(nn.Module):
 
         lengths: int (B,), the S of every row; ``source`` for all if None.
         """
-        hidden = torch.tanh(self.proj(query))
+        hidden = torch.tanh(modules.project(self.proj, query, "query"))
         dtype = arithmetic_dtype(query.dtype)
         place = torch.sigmoid(hidden.to(dtype) @ self.v.to(dtype))
         if lengths is None:
@@ -61,8 +63,8 @@ def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
             )
         positions = torch.arange(query.shape[1], device=query.device)
     shape = query.shape[:-1]
-    if isinstance(positions, int):
-        centers = query.new_full(shape, positions, dtype=arithmetic_dtype(query.dtype))
+    if isinstance(positions, Integral):
+        centers = query.new_full(shape, int(positions), dtype=arithmetic_dtype(query.dtype))
     elif isinstance(positions, Tensor):
         try:
             centers = positions.to(arithmetic_dtype(query.dtype)).expand(shape)

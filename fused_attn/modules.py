@@ -1,0 +1,154 @@
+"""Parts as modules: a part of a layer is called, so that whatever wraps it sees the call.
+
+Hooks, LoRA and its kin, pruning, the old weight_norm, quantisation and sharding all act when a module
+is called. Only a `nn.Linear` that nothing has wrapped may be read instead, where a fused form needs
+its weight; and a method beside `forward`, which no hook of the layer precedes, says so by
+`beside_forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Proxy
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no subclass else: its weight may be in another form
+_RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """What is done when this module is called beside its class's forward: kinds of hooks."""
+    hooks = [name for name in _HOOKS if getattr(module, name, None)]
+    return [*hooks, "forward"] if "forward" in module.__dict__ else hooks
+
+
+def readable_weight(linear: nn.Module) -> Tensor | None:
+    """The weight of a linear layer whose forward is known; None for one that must be called.
+
+    Known is that of a `nn.Linear` without hooks and with a dense weight, which a parametrization
+    may have made.
+    """
+    kind = type(linear)
+    if kind is not nn.Linear and not (
+        kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(linear)
+    ):
+        return None
+    if hooks_of(linear) or nn_module._has_any_global_hook():
+        return None
+    weight = linear.weight
+    return weight if isinstance(weight, Tensor) and type(weight) in _PLAIN else None
+
+
+def read_only(layer: nn.Module) -> str | None:
+    """Why the parameters of ``layer`` are not simply its weights; None if they are.
+
+    Weights that are computed cannot be written, and may be of the step before when they are read.
+    """
+    for path, part in layer.named_modules():
+        name = path or "the layer"
+        if hooks := hooks_of(part):
+            return f"{name} has hooks ({', '.join(hooks)})"
+        if parametrize.is_parametrized(part):
+            return f"{name} is parametrized"
+        if isinstance(part, nn.LazyLinear):
+            continue
+        for parameter in part.parameters(recurse=False):
+            if type(parameter) not in _PLAIN:
+                return f"{name} holds a {type(parameter).__name__}"
+    return None
+
+
+def project(part: nn.Module, states: Tensor, name: str) -> Tensor:
+    """``part(states)``; a dtype that its parameters do not have is a TypeError about ``name``.
+
+    Told afterwards: a part that someone has wrapped may well take more dtypes than it has.
+    """
+    if torch.compiler.is_compiling():  # a graph that breaks within a try is given up as a whole
+        return part(states)
+    try:
+        return part(states)
+    except RuntimeError as error:
+        dtypes = [p.dtype for p in part.parameters() if p.is_floating_point()]
+        if dtypes and states.dtype not in dtypes:
+            raise _dtype_error(name, states, dtypes[0]) from error
+        raise
+
+
+def check_dtype(name: str, states: Tensor, dtype: torch.dtype) -> None:
+    """Refuse states that have not the dtype of a weight that is read."""
+    if states.dtype != dtype:
+        raise _dtype_error(name, states, dtype)
+
+
+def _dtype_error(name: str, states: Tensor, dtype: torch.dtype) -> TypeError:
+    wanted, got = (str(kind).removeprefix("torch.") for kind in (dtype, states.dtype))
+    return TypeError(f"{name} must have the dtype of the layer's parameters, {wanted}, got {got}")
+
+
+def refresh(layer: nn.Module) -> None:
+    """Compute again the parameters of ``layer`` itself that are computed when it is called.
+
+    Pruning, and the weight and spectral norm that are older than parametrizations, leave a tensor
+    of the last call in place of a parameter: it belongs to a graph that may be gone.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, _RECOMPUTES):
+            hook(layer, ())
+
+
+def beside_forward(
+    method: Callable[Concatenate[Any, _Arguments], _Result],
+) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    """For a method that reads parameters although nobody calls the module for it."""
+
+    @functools.wraps(method)
+    def run(layer: Any, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        refresh(layer)
+        if torch.compiler.is_compiling():
+            return method(layer, *args, **kwargs)
+        try:
+            return method(layer, *args, **kwargs)
+        except RuntimeError as error:
+            if not _is_sharded(layer):
+                raise
+            name = method.__name__
+            raise RuntimeError(
+                f"{name} found the parameters sharded: call it within the forward of a module given "
+                "to fully_shard, or before the first call register it with "
+                f"torch.distributed.fsdp.register_fsdp_forward_method(layer, {name!r})"
+            ) from error
+
+    return run
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")  # there if anything is sharded
+    return tensors is not None and any(
+        isinstance(parameter, tensors.DTensor) for parameter in layer.parameters()
+    )
+
+
+def as_node(layer: nn.Module, query: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """One node for the call of ``layer`` in the graph that `torch.fx.symbolic_trace` makes."""
+    tracer = query.tracer
+    path = getattr(tracer, "path_of_module", lambda _: "")(layer)
+    if not path:
+        raise TypeError(
+            f"query is a Proxy: torch.fx.symbolic_trace cannot look into {type(layer).__name__}. "
+            "Trace a module that holds it, which makes it one node, or use torch.export.export"
+        )
+    return tracer.create_proxy("call_module", path, (query, *args), kwargs)
