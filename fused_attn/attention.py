@@ -219,7 +219,7 @@ class LuongAttention(nn.Module):
         memory_exp: Tensor | None
         memory_proj: Tensor | None
         states: Any
-        if type(query) is not Tensor and isinstance(query, torch.fx.Proxy):
+        if type(query) is not Tensor and modules.is_proxy(query):
             masks = (memory_lengths, memory_mask)
             rest = {"positions": positions, "coverage": coverage}
             rest |= {"previous_weights": previous_weights, "return_weights": return_weights}

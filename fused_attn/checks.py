@@ -145,26 +145,27 @@ def check_scale(scale: object) -> None:
         raise TypeError(f"scale must be a number or a Tensor of one element, got {scale!r}")
 
 
-def number(name: str, value: object, expected: str = "a number") -> float:
+def number(name: str, value: Any, expected: str = "a number") -> float:
     """Return a real number as float: Python's or NumPy's, and not a bool."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
 
-def integer(value: object) -> int | None:
+def integer(value: Any) -> int | None:
     """Return an integer as int: Python's or NumPy's, and not a bool; None for anything else."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    return int(value) if is_integer else None  # type: ignore[call-overload] # Integral has it
+    return int(value) if is_integer else None
 
 
-def probability(name: str, value: object) -> float:
+def probability(name: str, value: Any) -> float:
     """Return a number in 0..1 as float."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a probability in 0..1, got {value!r}")
-    if not 0.0 <= value <= 1.0:
+    chance = float(value)
+    if not 0.0 <= chance <= 1.0:
         raise ValueError(f"{name} must be a probability in 0..1, got {value}")
-    return float(value)
+    return chance
 
 
 def _check_float(name: str, tensor: object) -> None:
@@ -337,7 +338,7 @@ def check_bounds(lengths: Tensor | None, memory: Tensor) -> None:
         lengths is None
         or type(lengths) is not Tensor
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
         or torch._C._len_torch_dispatch_stack()
     ):

@@ -54,8 +54,11 @@ class PredictedPosition(nn.Module):
         return lengths.to(dtype).reshape(-1, *[1] * (place.dim() - 1)) * place
 
 
-def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
-    """The steps t of the queries (B, T, D) or (B, D), as centers p_t = t (local-m)."""
+def monotonic_centers(query: Tensor, positions: Any) -> Tensor:
+    """The steps t of the queries (B, T, D) or (B, D), as centers p_t = t (local-m).
+
+    positions: an int, a Tensor that broadcasts, or None.
+    """
     if positions is None:
         if query.dim() == 2:
             raise ValueError(
@@ -63,8 +66,9 @@ def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
             )
         positions = torch.arange(query.shape[1], device=query.device)
     shape = query.shape[:-1]
-    if isinstance(positions, Integral):
-        centers = query.new_full(shape, int(positions), dtype=arithmetic_dtype(query.dtype))
+    is_number = isinstance(positions, Integral)
+    if is_number:
+        centers = query.new_full(shape, positions, dtype=arithmetic_dtype(query.dtype))
     elif isinstance(positions, Tensor):
         try:
             centers = positions.to(arithmetic_dtype(query.dtype)).expand(shape)

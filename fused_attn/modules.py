@@ -1,9 +1,9 @@
 """Parts as modules: a part of a layer is called, so that whatever wraps it sees the call.
 
-Hooks, LoRA and its kin, pruning, the old weight_norm, quantisation and sharding all act when a module
-is called. Only a `nn.Linear` that nothing has wrapped may be read instead, where a fused form needs
-its weight; and a method beside `forward`, which no hook of the layer precedes, says so by
-`beside_forward`.
+Hooks, LoRA and its kin, pruning, the old weight_norm, quantisation and sharding all act when a
+module is called. Only a `nn.Linear` that nothing has wrapped may be read instead, where a fused
+form needs its weight; and a method beside `forward`, which no hook of the layer precedes, says so
+by `beside_forward`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no subclass else: its weight may 
 _RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def hooks_of(module: nn.Module) -> list[str]:
@@ -59,13 +60,13 @@ def read_only(layer: nn.Module) -> str | None:
     Weights that are computed cannot be written, and may be of the step before when they are read.
     """
     for path, part in layer.named_modules():
+        if isinstance(part, nn.LazyLinear):  # it has a hook of its own, and no weight yet
+            continue
         name = path or "the layer"
         if hooks := hooks_of(part):
             return f"{name} has hooks ({', '.join(hooks)})"
         if parametrize.is_parametrized(part):
             return f"{name} is parametrized"
-        if isinstance(part, nn.LazyLinear):
-            continue
         for parameter in part.parameters(recurse=False):
             if type(parameter) not in _PLAIN:
                 return f"{name} holds a {type(parameter).__name__}"
@@ -111,12 +112,12 @@ def refresh(layer: nn.Module) -> None:
 
 
 def beside_forward(
-    method: Callable[Concatenate[Any, _Arguments], _Result],
-) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    method: Callable[Concatenate[_Layer, _Arguments], _Result],
+) -> Callable[Concatenate[_Layer, _Arguments], _Result]:
     """For a method that reads parameters although nobody calls the module for it."""
 
     @functools.wraps(method)
-    def run(layer: Any, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def run(layer: _Layer, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         refresh(layer)
         if torch.compiler.is_compiling():
             return method(layer, *args, **kwargs)
@@ -127,8 +128,8 @@ def beside_forward(
                 raise
             name = method.__name__
             raise RuntimeError(
-                f"{name} found the parameters sharded: call it within the forward of a module given "
-                "to fully_shard, or before the first call register it with "
+                f"{name} found the parameters sharded: call it within the forward of a module "
+                "given to fully_shard, or register it before the first call with "
                 f"torch.distributed.fsdp.register_fsdp_forward_method(layer, {name!r})"
             ) from error
 
@@ -142,7 +143,12 @@ def _is_sharded(layer: nn.Module) -> bool:
     )
 
 
-def as_node(layer: nn.Module, query: Proxy, *args: Any, **kwargs: Any) -> Any:
+def is_proxy(value: Any) -> bool:
+    """Whether `torch.fx.symbolic_trace` is at work, which has no tensors."""
+    return isinstance(value, Proxy)
+
+
+def as_node(layer: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
     """One node for the call of ``layer`` in the graph that `torch.fx.symbolic_trace` makes."""
     tracer = query.tracer
     path = getattr(tracer, "path_of_module", lambda _: "")(layer)

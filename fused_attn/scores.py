@@ -62,9 +62,9 @@ def dot_scores(
 
     Arguments as there. Returns scores (B, T, S), -inf where a position does not count, and
     log-sum-exp (B, T), -inf where nothing counts, both in float32 (float64 for float64); without
-    the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights of a query that has
-    something to attend to. Of one that has not it is NaN, -inf less -inf, where the weights are 0:
-    ``.masked_fill(logsumexp[..., None].isneginf(), 0)`` makes it so.
+    the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights of a query that
+    has something to attend to. Of one that has not it is NaN, -inf less -inf, where the weights are
+    0: ``.masked_fill(logsumexp[..., None].isneginf(), 0)`` makes it so.
     """
     checks.check_scale(scale)
     memory, memory_lengths = checks.padded(memory, memory_lengths)

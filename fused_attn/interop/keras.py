@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import checks, functional
+from fused_attn.interop.adapter import attend_keys
 from fused_attn.reference import Masking
 
 
@@ -22,9 +23,9 @@ class _KerasAttention(nn.Module):
 
     def __init__(self, dropout: float, seed: int | None) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
+        self.dropout = checks.probability("dropout", dropout)
+        if self.dropout == 1.0:
             raise ValueError(f"dropout must be in 0..1 and below 1, got {dropout!r}")
-        self.dropout = dropout
         self.seed = seed
         self._generator: torch.Generator | None = None
 
@@ -113,13 +114,7 @@ class KerasAttention(_KerasAttention):
             return self._summed(query * scale, key * scale, v, value, masking)
         if key is value:
             return functional.attend_dot(query, value, scale, masking, True, "auto")
-        # Keys of their own: the weights come from them, and sum the values.
-        _, weights = functional.attend_dot(
-            query, key, scale, masking._replace(keep_mask=None), True, "auto"
-        )
-        assert weights is not None
-        kept = weights if masking.keep_mask is None else weights * masking.keep_mask
-        return (kept * masking.keep_scale).to(value.dtype) @ _clean(value, masking), weights
+        return attend_keys(query, key, value, scale, masking)
 
 
 class KerasAdditiveAttention(_KerasAttention):
@@ -149,9 +144,3 @@ class KerasAdditiveAttention(_KerasAttention):
         self.build(width)
         v = query.new_ones(width) if self.scale is None else self.scale.to(query.dtype)
         return self._summed(query, key, v, value, masking)
-
-
-def _clean(value: Tensor, masking: Masking) -> Tensor:
-    if masking.memory_mask is None:
-        return value
-    return value.masked_fill(~masking.memory_mask.any(dim=1)[..., None], 0)
