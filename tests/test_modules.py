@@ -6,35 +6,17 @@ training. The lists are walked, so that a new part is here without a line of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import wrapped
 from torch import Tensor, nn
-from wrapped import CASES, pair, parameters_of, parts_of, train
+from wrapped import CASES, assert_trains_alike, pair, parameters_of, parts_of, train
 
 PARTS = [(name, path) for name in CASES for path in parts_of(name)]
 LINEARS = [(name, path) for name in CASES for path in parts_of(name, nn.Linear)]
 PARAMETERS = [(name, path) for name in CASES for path in parameters_of(name)]
-
-
-def assert_trains_alike(name: str, wrap: Callable[[nn.Module], Any] | None = None) -> None:
-    ours, formula = pair(name)
-    for layer in (ours, formula):
-        if wrap is not None:
-            wrap(layer)
-    names = [[path for path, _ in layer.named_parameters()] for layer in (ours, formula)]
-    assert sorted(names[0]) == sorted(names[1])
-    order = [names[0].index(path) for path in names[1]]
-    found, expected = train(ours, CASES[name].call), train(formula, CASES[name].call)
-    count, results = len(order), len(expected) // 2 - len(order)
-    for step in (0, len(found) // 2):
-        got = found[step : step + results + count]
-        got = got[:results] + [got[results + i] for i in order]
-        torch.testing.assert_close(got, expected[step : step + results + count])
-        assert all(x.isfinite().all() for x in got)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -322,9 +322,11 @@ def weight_normed(layer: nn.Module, path: str) -> None:
     weight_norm(parent, name, 0 if getattr(parent, name).dim() > 1 else -1)
 
 
-def train(layer: Any, call: Callable[[Any, torch.dtype], Any], steps: int = 2) -> list[Tensor]:
-    """Results and gradients of some steps of gradient descent, in the order of the parameters."""
-    found: list[Tensor] = []
+def train(
+    layer: Any, call: Callable[[Any, torch.dtype], Any], steps: int = 2
+) -> list[dict[str, Tensor]]:
+    """Results and gradients, by the parameters' names, of some steps of gradient descent."""
+    found: list[dict[str, Tensor]] = []
     for _ in range(steps):
         layer.zero_grad()
         results = call(layer, torch.float64)
@@ -332,10 +334,31 @@ def train(layer: Any, call: Callable[[Any, torch.dtype], Any], steps: int = 2) -
         loss = sum((r * draw(*r.shape, seed=9 + i)).sum() for i, r in enumerate(results))
         assert isinstance(loss, Tensor)
         loss.backward()
-        parameters = list(layer.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        found += [r.detach() for r in results] + grads
-        with torch.no_grad():
-            for parameter, grad in zip(parameters, grads, strict=True):
+        step = {f"result {i}": result.detach() for i, result in enumerate(results)}
+        for name, parameter in layer.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            step[name] = whole(grad.clone())
+            with torch.no_grad():
                 parameter -= 0.1 * grad
+        found.append(step)
     return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_trains_alike(
+    name: str,
+    wrap: Callable[[nn.Module], object] | None = None,
+    wrap_formula: Callable[[nn.Module], object] | None = None,
+) -> None:
+    """Both wrapped, or ours differently, give the same in two steps of training."""
+    ours, formula = pair(name)
+    for layer, change in ((ours, wrap), (formula, wrap_formula or wrap)):
+        if change is not None:
+            change(layer)
+    found, expected = train(ours, CASES[name].call), train(formula, CASES[name].call)
+    torch.testing.assert_close(found, expected)
+    assert all(x.isfinite().all() for step in found for x in step.values())

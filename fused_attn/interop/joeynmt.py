@@ -59,9 +59,11 @@ class JoeyBahdanauAttention(_JoeyAttention):
         return dict(zip(("hidden_size", "key_size", "query_size"), sizes, strict=True))
 
     @beside_forward
-    def compute_proj_keys(self, keys: Tensor) -> None:
-        self.proj_keys = self.key_layer(keys)
-        self._exponentials = exponentials(self.proj_keys)
+    def compute_proj_keys(self, keys: Tensor) -> Tensor:
+        """Project the keys. Returned too, unlike the peer's: fully_shard hooks what is returned."""
+        self.proj_keys = proj_keys = self.key_layer(keys)
+        self._exponentials = exponentials(proj_keys)
+        return proj_keys
 
     def compute_proj_query(self, query: Tensor) -> None:
         self.proj_query = self.query_layer(query)
@@ -100,10 +102,11 @@ class JoeyLuongAttention(_JoeyAttention):
         return {"hidden_size": keys.out_features, "key_size": keys.in_features}
 
     @beside_forward
-    def compute_proj_keys(self, keys: Tensor) -> None:
+    def compute_proj_keys(self, keys: Tensor) -> Tensor:
         self.proj_keys = keys
         is_read = readable_weight(self.key_layer) is not None
         self._projection = None if is_read else self.key_layer(keys)
+        return keys if self._projection is None else self._projection
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         masking = self._check(query, mask, values, self.hidden_size)

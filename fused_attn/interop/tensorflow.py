@@ -53,8 +53,11 @@ class _Mechanism(nn.Module):
         memory: Tensor,
         memory_sequence_length: Tensor | None = None,
         memory_mask: Tensor | None = None,
-    ) -> None:
-        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both."""
+    ) -> PreparedMemory:
+        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both.
+
+        Returns what is kept, since fully_shard hooks what is returned.
+        """
         if memory_sequence_length is not None and memory_mask is not None:
             raise ValueError("memory_sequence_length and memory_mask must not be given together")
         check_memory(memory)
@@ -63,7 +66,8 @@ class _Mechanism(nn.Module):
         mask = check_mask(memory_mask, memory, 1)
         if mask is not None and mask.dim() == 2:
             mask = mask.unsqueeze(1)
-        self.memory = self._prepare(memory, Masking(lengths, mask))
+        self.memory = prepared = self._prepare(memory, Masking(lengths, mask))
+        return prepared
 
     def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
         raise NotImplementedError
