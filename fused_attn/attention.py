@@ -387,8 +387,8 @@ class LuongAttention(nn.Module):
         if weight is None:  # called as a whole: what wraps it may need that
             return modules.project(self.query_proj, query, "query")[..., :source]
         bias = self.query_proj.bias
-        modules.check_dtype("query", query, weight.dtype)
-        return nn.functional.linear(query, weight[:source], None if bias is None else bias[:source])
+        rows = (weight[:source], None if bias is None else bias[:source])
+        return modules.project(self.query_proj, query, "query", rows)
 
     def _scores(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
+from torch.nn.functional import linear
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -37,20 +38,20 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [*hooks, "forward"] if "forward" in module.__dict__ else hooks
 
 
-def readable_weight(linear: nn.Module) -> Tensor | None:
+def readable_weight(part: nn.Module) -> Tensor | None:
     """The weight of a linear layer whose forward is known; None for one that must be called.
 
     Known is that of a `nn.Linear` without hooks and with a dense weight, which a parametrization
     may have made.
     """
-    kind = type(linear)
+    kind = type(part)
     if kind is not nn.Linear and not (
-        kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(linear)
+        kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(part)
     ):
         return None
-    if hooks_of(linear) or nn_module._has_any_global_hook():
+    if hooks_of(part) or nn_module._has_any_global_hook():
         return None
-    weight = linear.weight
+    weight = part.weight
     return weight if isinstance(weight, Tensor) and type(weight) in _PLAIN else None
 
 
@@ -73,31 +74,26 @@ def read_only(layer: nn.Module) -> str | None:
     return None
 
 
-def project(part: nn.Module, states: Tensor, name: str) -> Tensor:
+def project(
+    part: nn.Module, states: Tensor, name: str, read: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor:
     """``part(states)``; a dtype that its parameters do not have is a TypeError about ``name``.
 
-    Told afterwards: a part that someone has wrapped may well take more dtypes than it has.
+    Told afterwards: a part that someone has wrapped may well take more dtypes than it has. ``read``
+    are weight and bias to use in place of the part's own.
     """
     if torch.compiler.is_compiling():  # a graph that breaks within a try is given up as a whole
-        return part(states)
+        return part(states) if read is None else linear(states, *read)
     try:
-        return part(states)
+        return part(states) if read is None else linear(states, *read)
     except RuntimeError as error:
         dtypes = [p.dtype for p in part.parameters() if p.is_floating_point()]
-        if dtypes and states.dtype not in dtypes:
-            raise _dtype_error(name, states, dtypes[0]) from error
-        raise
-
-
-def check_dtype(name: str, states: Tensor, dtype: torch.dtype) -> None:
-    """Refuse states that have not the dtype of a weight that is read."""
-    if states.dtype != dtype:
-        raise _dtype_error(name, states, dtype)
-
-
-def _dtype_error(name: str, states: Tensor, dtype: torch.dtype) -> TypeError:
-    wanted, got = (str(kind).removeprefix("torch.") for kind in (dtype, states.dtype))
-    return TypeError(f"{name} must have the dtype of the layer's parameters, {wanted}, got {got}")
+        if not dtypes or states.dtype in dtypes:
+            raise
+        wanted, got = (str(kind).removeprefix("torch.") for kind in (dtypes[0], states.dtype))
+        raise TypeError(
+            f"{name} must have the dtype of the layer's parameters, {wanted}, got {got}"
+        ) from error
 
 
 def refresh(layer: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_attn.checks import check_bounds
 from fused_attn.functional import attend_concat
 from fused_attn.interop.adapter import Adapter, both, normalised
 from fused_attn.reference import Masking, zero_uncounted_rows
@@ -71,6 +72,7 @@ class GNMTBahdanauAttention(Adapter):
 
     def set_mask(self, context_len: Tensor, context: Tensor) -> None:
         """``mask`` (B, S), True = ignore, as the peer keeps it."""
+        check_bounds(context_len, context if self.batch_first else context.transpose(0, 1))
         source = context.shape[1 if self.batch_first else 0]
         positions = torch.arange(source, device=context.device)
         self.mask = positions >= context_len.to(context.device)[:, None]
