@@ -23,8 +23,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.module_tracker import ModuleTracker
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _HOOKS)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no subclass else: its weight may be in another form
 _RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
 _Arguments = ParamSpec("_Arguments")
@@ -49,10 +51,20 @@ def readable_weight(part: nn.Module) -> Tensor | None:
         kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(part)
     ):
         return None
-    if hooks_of(part) or nn_module._has_any_global_hook():
+    if hooks_of(part) or _has_global_hooks():
         return None
     weight = part.weight
     return weight if isinstance(weight, Tensor) and type(weight) in _PLAIN else None
+
+
+def _has_global_hooks() -> bool:
+    """Whether hooks of every module ask for a call. Those that count FLOPs only look on, and are
+    to count what runs without them.
+    """
+    if not nn_module._has_any_global_hook():
+        return False
+    hooks = (hook for kind in _GLOBAL_HOOKS for hook in getattr(nn_module, kind).values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def read_only(layer: nn.Module) -> str | None:
