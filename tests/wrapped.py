@@ -7,6 +7,7 @@ either. A wrapper is applied to both; what they return and every gradient must t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import peers
@@ -212,8 +213,8 @@ CASES = {
     ),
     **{
         f"tutorial_{method}": Case(
-            lambda method=method: interop.TutorialAttn(method, D),  # type: ignore[misc] # the loop's
-            lambda method=method: peers.Tutorial(method, D),  # type: ignore[misc] # the loop's
+            partial(interop.TutorialAttn, method, D),
+            partial(peers.Tutorial, method, D),
             _tutorial,
         )
         for method in ("general", "concat")
