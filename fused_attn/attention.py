@@ -327,7 +327,7 @@ class LuongAttention(nn.Module):
         masking = checks.check_masking(query, states, memory_lengths, memory_mask, window, 0.0)
         proj = exp = None
         if v is not None and prepared is not None:
-            proj, exp = prepared.memory_proj, prepared.memory_exp
+            (proj,), exp = checks.autocast(prepared.memory_proj), prepared.memory_exp
         elif v is not None:
             clean = zero_uncounted_rows(states, masking)
             proj = modules.project(self.memory_proj, clean, "memory")

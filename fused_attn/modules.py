@@ -40,15 +40,16 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [*hooks, "forward"] if "forward" in module.__dict__ else hooks
 
 
-def readable_weight(part: nn.Module) -> Tensor | None:
+def readable_weight(part: nn.Module, at_call: bool = True) -> Tensor | None:
     """The weight of a linear layer whose forward is known; None for one that must be called.
 
     Known is that of a `nn.Linear` without hooks and with a dense weight, which a parametrization
-    may have made.
+    may have made if it is read ``at_call``, once where the layer would be called: at another time
+    it may draw or count anew.
     """
     kind = type(part)
     if kind is not nn.Linear and not (
-        kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(part)
+        at_call and kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(part)
     ):
         return None
     if hooks_of(part) or _has_global_hooks():

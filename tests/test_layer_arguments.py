@@ -144,10 +144,14 @@ def test_autocast_mixes_what_may_be_mixed(name: str) -> None:
     wanted = call(layer, QUERY, MEMORY)[0]
     narrow = layer_of(name).eval().bfloat16()
     narrow.load_state_dict(layer.state_dict())
+    prepared = layer.prepare_memory(MEMORY)
     with torch.autocast("cpu"):
+        _, log = layer.scores(QUERY, prepared)
+        assert (log - layer.scores(QUERY, MEMORY)[1]).norm() < 0.05 * log.norm()
         found = [
             call(layer, QUERY, MEMORY)[0],
             call(layer, QUERY.bfloat16(), MEMORY)[0],
+            call(layer, QUERY, prepared)[0],
             call(layer, QUERY, layer.prepare_memory(MEMORY))[0],
             call(narrow, QUERY, MEMORY)[0],
         ]

@@ -130,3 +130,51 @@ def test_dynamic_quantisation(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     exact = CASES[name].call(pair(name, torch.float32)[0], torch.float32)
     exact = exact if isinstance(exact, tuple) else (exact,)
     assert not all(torch.equal(x, y) for x, y in zip(results[0], exact, strict=True))
+
+
+HAVE_MASKS = [name for name in CASES if not name.startswith(("tutorial", "keras"))]
+MASKED = [(name, path) for name in HAVE_MASKS for path in ["", *parts_of(name, nn.Linear)]]
+
+
+@pytest.mark.parametrize(("name", "path"), MASKED)
+def test_padding_is_not_read_by_what_is_wrapped(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the padding of the memory reaches no result and no gradient of a parameter."""
+    outside = (torch.arange(wrapped.S) >= wrapped.LENGTHS[:, None])[..., None]
+
+    def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        states = wrapped.draw(*shape, seed=seed, dtype=dtype)
+        if len(shape) == 3 and seed == 1:
+            is_time_first = shape[0] == wrapped.S
+            hidden = outside.transpose(0, 1) if is_time_first else outside
+            states = states.masked_fill(hidden, torch.nan)
+        return states.requires_grad_()
+
+    monkeypatch.setattr(wrapped, "leaf", leaf)
+    ours, _ = pair(name)
+    if path:
+        wrapped.lora(ours, path)
+    for step in train(ours, CASES[name].call):
+        assert all(x.isfinite().all() for x in step.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    """As in the peers: narrow results, and not an error about two dtypes."""
+    ours, _ = pair(name, torch.float32)
+    with torch.no_grad():
+        exact = CASES[name].call(ours, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        found = CASES[name].call(ours, torch.float32)
+    exact, found = (x if isinstance(x, tuple) else (x,) for x in (exact, found))
+    assert all(x.dtype == dtype for x in found)
+    assert all((x - y).norm() < 0.05 * y.norm() for x, y in zip(found, exact, strict=True))
+    sum(x.float().square().sum() for x in found).backward()
+    if path := next(iter(parts_of(name, nn.Linear)), None):
+        wrapped.lora(ours, path)
+        with torch.autocast("cpu", dtype=dtype):
+            again = CASES[name].call(ours, torch.float32)
+        again = again if isinstance(again, tuple) else (again,)
+        assert all(x.dtype == dtype for x in again)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import composed, functional, modules, scores
+from fused_attn.checks import autocast
 from fused_attn.reference import Masking, zero_uncounted_rows
 
 
@@ -59,6 +60,38 @@ class Adapter(nn.Module):
         return adapter.train(layer.training)
 
 
+def attend_dot(
+    query: Tensor, memory: Tensor, scale: float | Tensor, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """Dot attention of checked arguments, cast where autocast is on: context and weights."""
+    query, memory = autocast(query, memory)
+    return both(functional.attend_dot(query, memory, scale, masking, True, "auto"))
+
+
+def attend_concat(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: Masking,
+) -> tuple[Tensor, Tensor]:
+    """Concat attention in the same way; the memory takes the dtype of the projections."""
+    query_proj, memory_proj, v = autocast(query_proj, memory_proj, v)
+    operands = (query_proj, memory_proj, memory_exp, v, memory.to(query_proj.dtype))
+    return both(functional.attend_concat(*operands, masking, True, "auto"))
+
+
+def projected(part: nn.Module, states: Tensor) -> Tensor:
+    """``part(states)`` of states whose mask is not known yet, so that padding may hold anything.
+
+    A row that is not finite becomes NaN: no query that may not look at it sees it, and it leaves
+    no NaN, which is 0 times it, in the gradient of ``part``.
+    """
+    spoiled = ~states.isfinite().all(dim=-1, keepdim=True)
+    return part(states.masked_fill(spoiled, 0.0)).masked_fill(spoiled, torch.nan)
+
+
 def attend_energy(
     query_proj: Tensor,
     memory_proj: Tensor,
@@ -75,13 +108,14 @@ def attend_energy(
     An energy layer that must be called gets the peer's (B, S, A) of one query, or (B, T, S, A).
     """
     weight = modules.readable_weight(energy)
-    memory = memory.to(query_proj.dtype)
     if weight is not None:
         v = weight[0] if scale == 1.0 else weight[0] * scale
-        inputs = (query_proj, memory_proj, memory_exp, v.to(query_proj.dtype))
+        v = v.to(query_proj.dtype)
         if normalizer == "softmax":
-            return both(functional.attend_concat(*inputs, memory, masking, True, "auto"))
-        found = scores.of_concat(_three(query_proj), *inputs[1:], masking, "auto")
+            return attend_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
+        query_proj, memory_proj, v, memory = autocast(query_proj, memory_proj, v, memory)
+        inputs = (_three(query_proj), memory_proj, memory_exp, v)
+        found = scores.of_concat(*inputs, masking, "auto")
     else:
         memory_proj = zero_uncounted_rows(memory_proj, masking)  # tanh'(NaN) is NaN, times 0 too
         queries = _three(query_proj)
@@ -89,6 +123,7 @@ def attend_energy(
         keys = memory_proj if queries.dim() == 3 else memory_proj[:, None]
         found = energy(torch.tanh(queries + keys)).squeeze(-1) * scale
         found = found if found.dim() == 3 else found[:, None]
+    memory = memory.to(query_proj.dtype)
     return attend_scores(found, memory, masking, query_proj.dim() == 2, normalizer)
 
 
@@ -101,6 +136,7 @@ def attend_keys(
     normalizer: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """Dot attention whose weights come from keys (B, S, D), and sum values (B, S, E)."""
+    query, keys, values = autocast(query, keys, values)
     found = scores.of_dot(_three(query), keys, scale, masking)
     return attend_scores(found, values, masking, query.dim() == 2, normalizer)
 

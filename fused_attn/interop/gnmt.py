@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.checks import check_bounds
-from fused_attn.functional import attend_concat
-from fused_attn.interop.adapter import Adapter, both, normalised
+from fused_attn.interop.adapter import Adapter, attend_concat, normalised
 from fused_attn.reference import Masking, zero_uncounted_rows
 
 
@@ -88,8 +87,7 @@ class GNMTBahdanauAttention(Adapter):
             query_proj = query_proj + self.normalize_bias
         operands = (query_proj, self.linear_k(zero_uncounted_rows(memory, masking)), None)
         v = normalised(self.linear_att, self.normalize_scalar)
-        v, memory = v.to(query_proj.dtype), memory.to(query_proj.dtype)
-        context, weights = both(attend_concat(*operands, v, memory, masking, True, "auto"))
+        context, weights = attend_concat(*operands, v.to(query_proj.dtype), memory, masking)
         if is_turned:
             context, weights = context.transpose(0, 1), weights.transpose(0, 1)
         return context, weights

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_attn.functional import attend_dot
-from fused_attn.interop.adapter import Adapter, attend_energy, attend_keys, both
+from fused_attn.interop.adapter import Adapter, attend_dot, attend_energy, attend_keys, projected
 from fused_attn.modules import beside_forward, readable_weight
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
@@ -61,7 +60,7 @@ class JoeyBahdanauAttention(_JoeyAttention):
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
         """Project the keys. Returned too, unlike the peer's: fully_shard hooks what is returned."""
-        self.proj_keys = proj_keys = self.key_layer(keys)
+        self.proj_keys = proj_keys = projected(self.key_layer, keys)
         self._exponentials = exponentials(proj_keys)
         return proj_keys
 
@@ -104,21 +103,21 @@ class JoeyLuongAttention(_JoeyAttention):
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
         self.proj_keys = keys
-        is_read = readable_weight(self.key_layer) is not None
-        self._projection = None if is_read else self.key_layer(keys)
+        is_read = readable_weight(self.key_layer, at_call=False) is not None
+        self._projection = None if is_read else projected(self.key_layer, keys)
         return keys if self._projection is None else self._projection
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         masking = self._check(query, mask, values, self.hidden_size)
         if self.proj_keys is None:
             raise ValueError("proj_keys must be made by compute_proj_keys before forward")
-        weight = readable_weight(self.key_layer)
+        weight = readable_weight(self.key_layer, at_call=False)
         if self._projection is None and weight is None:  # wrapped since
-            self._projection = self.key_layer(self.proj_keys)
+            self._projection = projected(self.key_layer, self.proj_keys)
         if self._projection is not None:
             return attend_keys(query, self._projection, values, 1.0, masking)
         assert weight is not None
-        projected = query @ weight
+        query = query @ weight
         if self.proj_keys is not values:  # keys of their own: the weights come from them
-            return attend_keys(projected, self.proj_keys, values, 1.0, masking)
-        return both(attend_dot(projected, values, 1.0, masking, True, "auto"))
+            return attend_keys(query, self.proj_keys, values, 1.0, masking)
+        return attend_dot(query, values, 1.0, masking)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_attn import composed, functional
+from fused_attn import composed
 from fused_attn.checks import autocast, check_lengths, check_mask, check_memory, check_query
-from fused_attn.interop.adapter import Adapter, attend_energy, attend_keys, both
+from fused_attn.interop.adapter import Adapter, attend_dot, attend_energy, attend_keys
 from fused_attn.reference import Masking, zero_uncounted_rows
 
 
@@ -93,7 +93,7 @@ class OpenNMTGlobalAttention(Adapter):
             return attend_energy(*operands, masking, self.attn_func)
         query = self.linear_in(query) if self.attn_type == "general" else query
         if self.attn_func == "softmax":
-            return both(functional.attend_dot(query, memory, 1.0, masking, True, "auto"))
+            return attend_dot(query, memory, 1.0, masking)
         return attend_keys(query, memory, memory, 1.0, masking, self.attn_func)
 
 

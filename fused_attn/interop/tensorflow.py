@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.checks import check_bounds, check_lengths, check_mask, check_memory
-from fused_attn.functional import attend_concat, attend_dot
-from fused_attn.interop.adapter import attend_keys, both, normalised
+from fused_attn.interop.adapter import attend_concat, attend_dot, attend_keys, normalised
 from fused_attn.modules import beside_forward, read_only, readable_weight
 from fused_attn.prepared import PreparedMemory, exponentials
 from fused_attn.reference import Masking, zero_uncounted_rows
@@ -116,7 +115,7 @@ class TFALuongAttention(_Mechanism):
 
     def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
         keys = None
-        if readable_weight(self.memory_layer) is None:  # a lazy one takes its width from this
+        if self._weight() is None:  # a lazy one takes its width from this
             keys = self.memory_layer(zero_uncounted_rows(memory, masking))
         return PreparedMemory("general", memory, keys, None, masking[0], masking[1])
 
@@ -124,13 +123,16 @@ class TFALuongAttention(_Mechanism):
         held = self._set()
         scale = 1.0 if self.attention_g is None else self.attention_g
         masking = Masking(held.memory_lengths, held.memory_mask)
-        weight = readable_weight(self.memory_layer)
+        weight = self._weight()
         if held.memory_proj is None and weight is not None:
-            return both(attend_dot(query @ weight, held.memory, scale, masking, True, "auto"))
+            return attend_dot(query @ weight, held.memory, scale, masking)
         if held.memory_proj is None:  # wrapped since
             self.memory = held = self._prepare(held.memory, masking)
         assert held.memory_proj is not None
         return attend_keys(query, held.memory_proj, held.memory, scale, masking)
+
+    def _weight(self) -> Tensor | None:
+        return readable_weight(self.memory_layer, at_call=False)
 
     def load_kernels(self, weights: list[Any]) -> None:
         """From ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
@@ -172,7 +174,7 @@ class TFABahdanauAttention(_Mechanism):
         masking = Masking(held.memory_lengths, held.memory_mask)
         assert held.memory_proj is not None
         operands = (query_proj, held.memory_proj, held.memory_exp, v, held.memory)
-        return both(attend_concat(*operands, masking, True, "auto"))
+        return attend_concat(*operands, masking)
 
     def load_kernels(self, weights: list[Any]) -> None:
         """From ``get_weights()``: attention_v, then attention_g and attention_b with
