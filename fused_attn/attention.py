@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_attn import checks, composed, functional, ragged, scores, warm_up
+from fused_attn import checks, composed, functional, modules, ragged, scores, warm_up
 from fused_attn import layer_options as options
 from fused_attn.layer_parts import (
     AlignmentHistory,
@@ -93,15 +93,18 @@ class LuongAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        memory_dim = query_dim if memory_dim is None else memory_dim
-        sizes = {"attn_dim": attn_dim, "output_dim": output_dim, "max_source": max_source}
-        options.check_sizes(query_dim=query_dim, memory_dim=memory_dim, **sizes)
+        query_dim = options.check_size("query_dim", query_dim)
+        memory_dim = options.check_optional_size("memory_dim", memory_dim) or query_dim
+        attn_dim = options.check_optional_size("attn_dim", attn_dim)
+        output_dim = options.check_optional_size("output_dim", output_dim)
+        max_source = options.check_optional_size("max_source", max_source)
         options.check_score(score, query_dim, memory_dim, attn_dim, bias, max_source)
-        options.check_scale(scale)
-        options.check_local(local, window)
+        factor = options.check_scale(scale)
+        window = options.check_local(local, window)
         parts = {"weight_norm": weight_norm, "layer_norm": layer_norm, "coverage": coverage}
-        options.check_concat_parts(score, parts, conv_channels, conv_width)
-        options.check_normalizer(normalizer, dropout)
+        conv = options.check_concat_parts(score, parts, conv_channels, conv_width)
+        options.check_normalizer(normalizer)
+        dropout = checks.probability("dropout", dropout)
         checks.check_backend(backend)
         self.query_dim = query_dim
         self.memory_dim = memory_dim
@@ -116,10 +119,7 @@ class LuongAttention(nn.Module):
         self.backend = backend
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scale: float | nn.Parameter
-        if scale == "learned":
-            self.scale = nn.Parameter(torch.empty((), **where))
-        else:
-            self.scale = float(scale)
+        self.scale = nn.Parameter(torch.empty((), **where)) if factor is None else factor
         scored = {"general": memory_dim, "concat": self.attn_dim, "location": max_source}.get(score)
         self.layer_norm = layer_norm
         self.query_proj: nn.Linear
@@ -136,9 +136,8 @@ class LuongAttention(nn.Module):
         self.g = nn.Parameter(torch.empty((), **where)) if weight_norm else None
         self.position = PredictedPosition(query_dim, **where) if local == "predictive" else None
         self.history: AlignmentHistory | None = None
-        if self.attn_dim is not None and (coverage or conv_channels):
-            shape = (self.attn_dim, coverage, conv_channels, conv_width)
-            self.history = AlignmentHistory(*shape, **where)
+        if self.attn_dim is not None and (coverage or conv[0]):
+            self.history = AlignmentHistory(self.attn_dim, coverage, *conv, **where)
         if output_dim is not None:
             self.output_proj = nn.Linear(memory_dim + query_dim, output_dim, bias=False, **where)
         self.reset_parameters()
@@ -160,6 +159,7 @@ class LuongAttention(nn.Module):
         if isinstance(self.scale, nn.Parameter):
             nn.init.ones_(self.scale)
 
+    @modules.beside_forward
     def prepare_memory(
         self,
         memory: Tensor | PackedSequence,
@@ -174,6 +174,7 @@ class LuongAttention(nn.Module):
         (states,) = checks.autocast(states)
         self._check_memory(states)
         lengths = checks.check_lengths(memory_lengths, states)
+        checks.check_bounds(lengths, states)
         cube = isinstance(memory_mask, Tensor) and memory_mask.dim() == 3
         queries = memory_mask.shape[1] if memory_mask is not None and cube else 1
         mask = checks.check_mask(memory_mask, states, queries)
@@ -181,7 +182,8 @@ class LuongAttention(nn.Module):
         mask = mask.unsqueeze(1) if mask is not None and not cube else mask
         if self.score != "concat":
             return PreparedMemory(self.score, states, None, None, lengths, mask)
-        proj = self.memory_proj(zero_uncounted_rows(states, Masking(lengths, mask)))
+        clean = zero_uncounted_rows(states, Masking(lengths, mask))
+        proj = modules.project(self.memory_proj, clean, "memory")
         return PreparedMemory(self.score, states, proj, exponentials(proj), lengths, mask)
 
     def forward(
@@ -217,6 +219,11 @@ class LuongAttention(nn.Module):
         memory_exp: Tensor | None
         memory_proj: Tensor | None
         states: Any
+        if type(query) is not Tensor and modules.is_proxy(query):
+            masks = (memory_lengths, memory_mask)
+            rest = {"positions": positions, "coverage": coverage}
+            rest |= {"previous_weights": previous_weights, "return_weights": return_weights}
+            return modules.as_node(self, query, memory, *masks, **rest)
         memory_proj = memory_exp = None
         if isinstance(memory, PreparedMemory):
             options.check_prepared(self, memory, memory_lengths, memory_mask)
@@ -253,7 +260,8 @@ class LuongAttention(nn.Module):
                 query, states, memory_lengths, memory_mask, window, dropout_p
             )
         if v is not None and memory_proj is None:
-            memory_proj = self.memory_proj(zero_uncounted_rows(states, masking))
+            clean = zero_uncounted_rows(states, masking)
+            memory_proj = modules.project(self.memory_proj, clean, "memory")
         operands = (self._scored(query, states), memory_proj, memory_exp, v, states, masking)
         context, weights = self._attend(operands, coverage, previous_weights, return_weights)
         return self._finished(context, query), weights
@@ -275,7 +283,7 @@ class LuongAttention(nn.Module):
         if v is None:
             context, weights = ragged.attend_dot(scored, rows, self.scale, *wanted)
         else:
-            proj = self.memory_proj(values)
+            proj = modules.project(self.memory_proj, values, "memory")
             context, weights = ragged.attend_concat(scored, proj, v, rows, *wanted)
         return self._finished(context, query), weights
 
@@ -283,8 +291,10 @@ class LuongAttention(nn.Module):
         """The context, or the attentional state if there is an output layer."""
         if self.output_dim is None:
             return context
-        return torch.tanh(self.output_proj(torch.cat((context, query), dim=-1)))
+        both = torch.cat((context, query), dim=-1)
+        return torch.tanh(modules.project(self.output_proj, both, "query"))
 
+    @modules.beside_forward
     def scores(
         self,
         query: Tensor,
@@ -317,9 +327,10 @@ class LuongAttention(nn.Module):
         masking = checks.check_masking(query, states, memory_lengths, memory_mask, window, 0.0)
         proj = exp = None
         if v is not None and prepared is not None:
-            proj, exp = prepared.memory_proj, prepared.memory_exp
+            (proj,), exp = checks.autocast(prepared.memory_proj), prepared.memory_exp
         elif v is not None:
-            proj = self.memory_proj(zero_uncounted_rows(states, masking))
+            clean = zero_uncounted_rows(states, masking)
+            proj = modules.project(self.memory_proj, clean, "memory")
         found = self._scores(self._scored(query, states), proj, exp, v, states, masking)
         log = composed.log_sum_exp(found)
         return (found, log) if query.dim() == 3 else (found.squeeze(1), log.squeeze(1))
@@ -366,15 +377,18 @@ class LuongAttention(nn.Module):
         if self.score == "dot":
             return query
         if self.max_source is None:
-            return self.query_proj(query)
+            return modules.project(self.query_proj, query, "query")
         source = states.shape[1]
         if source > self.max_source:
             raise ValueError(
                 f"memory must have S <= max_source = {self.max_source}, got S={source}"
             )
+        weight = modules.readable_weight(self.query_proj)
+        if weight is None:  # called as a whole: what wraps it may need that
+            return modules.project(self.query_proj, query, "query")[..., :source]
         bias = self.query_proj.bias
-        rows = (self.query_proj.weight[:source], None if bias is None else bias[:source])
-        return nn.functional.linear(query, *rows)
+        rows = (weight[:source], None if bias is None else bias[:source])
+        return modules.project(self.query_proj, query, "query", rows)
 
     def _scores(
         self,

@@ -6,13 +6,14 @@ raise TypeError or ValueError and name the argument, what was expected and what 
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fused_attn import backends
+from fused_attn import backends, reference
 from fused_attn.backends import cpu
 from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype, pad_rows
 
@@ -110,13 +111,39 @@ def check_scale(scale: object) -> None:
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"scale must be a number or one element, got shape {_shape(scale)}")
-    elif not isinstance(scale, int | float):
+    elif not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or a Tensor of one element, got {scale!r}")
+
+
+def number(name: str, value: Any, expected: str = "a number") -> float:
+    """Return a real number as float: Python's or NumPy's, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def integer(value: Any) -> int | None:
+    """Return an integer as int: Python's or NumPy's, and not a bool; None for anything else."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if is_integer else None
+
+
+def probability(name: str, value: Any) -> float:
+    """Return a number in 0..1 as float."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a probability in 0..1, got {value!r}")
+    chance = float(value)
+    if not 0.0 <= chance <= 1.0:
+        raise ValueError(f"{name} must be a probability in 0..1, got {value}")
+    return chance
 
 
 def _check_float(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        hint = ""
+        if isinstance(tensor, torch.fx.Proxy):
+            hint = ": torch.fx.symbolic_trace does not see through the operators, torch.export does"
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}{hint}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) Tensor, got layout {tensor.layout}")
     if tensor.dtype not in _FLOATS:
@@ -220,8 +247,7 @@ def check_masking(
     lengths = check_lengths(memory_lengths, memory)
     queries = query.shape[1] if query.dim() == 3 else 1
     mask = check_mask(memory_mask, memory, queries)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be a probability in 0..1, got {dropout_p}")
+    dropout_p = probability("dropout_p", dropout_p)
     if window is not None:
         window = check_window(window, query, memory)
     if dropout_p == 0.0:
@@ -245,19 +271,21 @@ def check_window(window: object, query: Tensor, memory: Tensor) -> LocalWindow:
             f"got {_shape(centers)}"
         )
     _check_device("window.centers", centers, memory)
-    if not isinstance(half_width, int | float) or isinstance(half_width, bool):
-        raise TypeError(f"window.half_width must be a number, got {half_width!r}")
+    half_width = number("window.half_width", half_width)
     least = "positive (its sigma is half_width / 2)" if gaussian else "at least 0"
     if not (0 < half_width < float("inf") or (half_width == 0 and not gaussian)):
         raise ValueError(f"window.half_width must be finite and {least}, got {half_width}")
     centers = centers.to(arithmetic_dtype(memory.dtype))
     if query.dim() == 2:
         centers = centers.unsqueeze(1)
-    return LocalWindow(centers, float(half_width), bool(gaussian))
+    return LocalWindow(centers, half_width, bool(gaussian))
 
 
 def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | None:
-    """Return the lengths, int (B,). Values outside 0..S are refused when the call runs."""
+    """Return the lengths, int (B,). Values outside 0..S are refused when the call runs.
+
+    The operators do that, and `check_bounds` where there is none.
+    """
     if memory_lengths is None:
         return None
     if not isinstance(memory_lengths, Tensor) or memory_lengths.dtype not in _INTEGERS:
@@ -269,6 +297,23 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | Non
         )
     _check_device("memory_lengths", memory_lengths, memory)
     return memory_lengths
+
+
+def check_bounds(lengths: Tensor | None, memory: Tensor) -> None:
+    """Refuse checked lengths outside 0..S, for what no operator follows that would.
+
+    Where a compiler or a transform looks on, and on GPUs, they are not read.
+    """
+    if (
+        lengths is None
+        or type(lengths) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return
+    reference.check_lengths(lengths, memory)
 
 
 def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tensor | None:

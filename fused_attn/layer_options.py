@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_attn import checks
 from fused_attn.composed import NORMALIZERS
 from fused_attn.prepared import PreparedMemory
 
@@ -13,12 +14,16 @@ SCORES = ("dot", "general", "concat", "location")
 LOCALS = ("monotonic", "predictive")
 
 
-def check_sizes(**sizes: object) -> None:
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive int, got {size!r}")
+def check_size(name: str, size: object) -> int:
+    """Return a size as int."""
+    number = checks.integer(size)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be a positive int, got {size!r}")
+    return number
+
+
+def check_optional_size(name: str, size: object) -> int | None:
+    return None if size is None else check_size(name, size)
 
 
 def check_score(
@@ -41,46 +46,47 @@ def check_score(
         raise ValueError(f"max_source must be {expected} for score {score!r}, got {max_source!r}")
 
 
-def check_scale(scale: object) -> None:
-    if scale == "learned":
-        return
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or 'learned', got {scale!r}")
+def check_scale(scale: object) -> float | None:
+    """Return the scale as float, None for one that is learned."""
+    if isinstance(scale, str) and scale == "learned":
+        return None
+    return checks.number("scale", scale, "a number or 'learned'")
 
 
-def check_local(local: object, window: object) -> None:
+def check_local(local: object, window: Any) -> Any:
+    """Return the window, as float if it is used."""
     if local is None:
-        return
+        return window
     if local not in LOCALS:
         names = ", ".join(map(repr, LOCALS))
         raise ValueError(f"local must be None or one of {names}, got {local!r}")
-    if not isinstance(window, int | float) or isinstance(window, bool):
-        raise TypeError(f"window must be a number, got {window!r}")
-    if not 0 < window < float("inf"):
+    half_width = checks.number("window", window)
+    if not 0 < half_width < float("inf"):
         raise ValueError(f"window must be positive and finite, got {window!r}")
+    return half_width
 
 
 def check_concat_parts(
     score: str, parts: dict[str, bool], conv_channels: object, conv_width: object
-) -> None:
-    """``parts``: the options of concat that are on or off, by name."""
+) -> tuple[int, int]:
+    """Return channels and width. ``parts``: the options of concat that are on or off, by name."""
     for name, value in (*parts.items(), ("conv_channels", conv_channels)):
         if value and score != "concat":
             raise ValueError(
                 f"{name} belongs to score 'concat', got {name}={value!r} for {score!r}"
             )
-    if not isinstance(conv_channels, int) or isinstance(conv_channels, bool) or conv_channels < 0:
+    channels, width = checks.integer(conv_channels), checks.integer(conv_width)
+    if channels is None or channels < 0:
         raise ValueError(f"conv_channels must be an int of at least 0, got {conv_channels!r}")
-    if not isinstance(conv_width, int) or conv_width < 1 or conv_width % 2 == 0:
+    if width is None or width < 1 or width % 2 == 0:
         raise ValueError(f"conv_width must be a positive odd int, got {conv_width!r}")
+    return channels, width
 
 
-def check_normalizer(normalizer: object, dropout: float) -> None:
+def check_normalizer(normalizer: object) -> None:
     if normalizer not in NORMALIZERS:
         names = ", ".join(map(repr, NORMALIZERS))
         raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be a probability in 0..1, got {dropout!r}")
 
 
 def check_prepared(

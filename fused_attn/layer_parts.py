@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_attn import modules
 from fused_attn.reference import (
     LocalWindow,
     Masking,
@@ -44,7 +46,7 @@ class PredictedPosition(nn.Module):
 
         lengths: int (B,), the S of every row; ``source`` for all if None.
         """
-        hidden = torch.tanh(self.proj(query))
+        hidden = torch.tanh(modules.project(self.proj, query, "query"))
         dtype = arithmetic_dtype(query.dtype)
         place = torch.sigmoid(hidden.to(dtype) @ self.v.to(dtype))
         if lengths is None:
@@ -52,8 +54,11 @@ class PredictedPosition(nn.Module):
         return lengths.to(dtype).reshape(-1, *[1] * (place.dim() - 1)) * place
 
 
-def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
-    """The steps t of the queries (B, T, D) or (B, D), as centers p_t = t (local-m)."""
+def monotonic_centers(query: Tensor, positions: Any) -> Tensor:
+    """The steps t of the queries (B, T, D) or (B, D), as centers p_t = t (local-m).
+
+    positions: an int, a Tensor that broadcasts, or None.
+    """
     if positions is None:
         if query.dim() == 2:
             raise ValueError(
@@ -61,7 +66,8 @@ def monotonic_centers(query: Tensor, positions: int | Tensor | None) -> Tensor:
             )
         positions = torch.arange(query.shape[1], device=query.device)
     shape = query.shape[:-1]
-    if isinstance(positions, int):
+    is_number = isinstance(positions, Integral)
+    if is_number:
         centers = query.new_full(shape, positions, dtype=arithmetic_dtype(query.dtype))
     elif isinstance(positions, Tensor):
         try:

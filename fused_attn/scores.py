@@ -13,16 +13,18 @@ from fused_attn.reference import LocalWindow, MaskingFields, arithmetic_dtype, z
 
 def counted(scores: Tensor, memory: Tensor, masking: MaskingFields) -> Tensor:
     """The scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+    checks.check_bounds(masking[0], memory)
     counts = reference.counted_positions(memory, masking)
     return scores.to(arithmetic_dtype(memory.dtype)).masked_fill(~counts, -torch.inf)
 
 
 def of_dot(query: Tensor, memory: Tensor, scale: float | Tensor, masking: MaskingFields) -> Tensor:
     """Scores ``scale * h_t . h_s`` of checked arguments (B, T, E) and (B, S, E): (B, T, S)."""
+    checks.check_bounds(masking[0], memory)
     dtype = arithmetic_dtype(memory.dtype)
     counts = reference.counted_positions(memory, masking)
     clean, present = reference.readable(memory.to(dtype), counts)
-    scores = (query.to(dtype) @ clean.mT) * scale
+    scores = (query.to(dtype) @ clean.mT) * (scale if isinstance(scale, Tensor) else float(scale))
     scores = reference.hide_absent(scores, present, counts)
     return scores.masked_fill(~counts, -torch.inf)
 
@@ -60,7 +62,9 @@ def dot_scores(
 
     Arguments as there. Returns scores (B, T, S), -inf where a position does not count, and
     log-sum-exp (B, T), -inf where nothing counts, both in float32 (float64 for float64); without
-    the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights.
+    the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights of a query that
+    has something to attend to. Of one that has not it is NaN, -inf less -inf, where the weights are
+    0: ``.masked_fill(logsumexp[..., None].isneginf(), 0)`` makes it so.
     """
     checks.check_scale(scale)
     memory, memory_lengths = checks.padded(memory, memory_lengths)

@@ -1,7 +1,8 @@
 """Small eager layers with the names, parameters and behaviour that the peers document.
 
 Written from their documentation and signatures as formulas, to be what the adapters are held
-against and what `swap` finds in a model. Padding gets the peers' treatment: -inf, or -65504.
+against and what `swap` finds in a model. Padding gets the peers' treatment: -inf, or -65504. Parts
+are called, as the peers call them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,24 @@ def softmax(scores: Tensor, keep: Tensor | None, fill: float = -torch.inf) -> Te
     return torch.softmax(scores if keep is None else scores.masked_fill(~keep, fill), -1)
 
 
+def sparsemax(scores: Tensor, keep: Tensor | None) -> Tensor:
+    """The projection onto the simplex: z - tau, with tau from the largest support that fits."""
+    scores = scores if keep is None else scores.masked_fill(~keep, -1e9)
+    ranked = scores.sort(dim=-1, descending=True).values
+    sizes = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
+    sums = ranked.cumsum(-1)
+    size = (1 + sizes * ranked > sums).sum(-1, keepdim=True)
+    return (scores - (sums.gather(-1, size - 1) - 1) / size).clamp(min=0)
+
+
 def below(lengths: Tensor | None, source: int) -> Tensor | None:
     return None if lengths is None else torch.arange(source) < lengths[:, None]
 
 
-def additive(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
-    """v . tanh(q_t + k_s) of (B, T, A) and (B, S, A): (B, T, S)."""
-    return torch.einsum("btsa,a->bts", torch.tanh(query[:, :, None] + keys[:, None]), v)
+def additive(query: Tensor, keys: Tensor, v: Any) -> Tensor:
+    """v . tanh(q_t + k_s) of (B, T, A) and (B, S, A): (B, T, S). v: (A,), or a layer A -> 1."""
+    hidden = torch.tanh(query[:, :, None] + keys[:, None])
+    return v(hidden)[..., 0] if isinstance(v, nn.Module) else torch.einsum("btsa,a->bts", hidden, v)
 
 
 class OpenNMT(nn.Module):
@@ -49,14 +61,13 @@ class OpenNMT(nn.Module):
     def run(self, source: Any, memory: Any, keep: Any, coverage: Any) -> tuple[Tensor, Tensor]:
         query = source if source.dim() == 3 else source[:, None]
         if coverage is not None:
-            memory = torch.tanh(memory + coverage[..., None] * self.linear_cover.weight[:, 0])
+            memory = torch.tanh(memory + self.linear_cover(coverage[..., None]))
         if self.attn_type == "mlp":
-            keys = memory @ self.linear_context.weight.T
-            scores = additive(self.linear_query(query), keys, self.v.weight[0])
+            scores = additive(self.linear_query(query), self.linear_context(memory), self.v)
         else:
             projected = self.linear_in(query) if self.attn_type == "general" else query
             scores = torch.einsum("btd,bsd->bts", projected, memory)
-        weights = softmax(scores, keep)
+        weights = (softmax if self.attn_func == "softmax" else sparsemax)(scores, keep)
         context = torch.einsum("bts,bsd->btd", weights, memory)
         state = self.linear_out(torch.cat([context, query], -1))
         state = state if self.attn_type == "mlp" else torch.tanh(state)
@@ -100,7 +111,7 @@ class JoeyBahdanau(nn.Module):
         self.proj_keys = self.key_layer(keys)
 
     def forward(self, query: Any, mask: Any, values: Any) -> tuple[Tensor, Tensor]:
-        scores = additive(self.query_layer(query), self.proj_keys, self.energy_layer.weight[0])
+        scores = additive(self.query_layer(query), self.proj_keys, self.energy_layer)
         weights = softmax(scores, mask > 0)
         return weights @ values, weights
 
@@ -206,21 +217,80 @@ class SpeechBrain(nn.Module):
 
     def reset(self) -> None:
         self.prev_attn: Any = None
+        self.precomputed_enc_h: Any = None
 
     def forward(self, enc_states: Any, enc_len: Any, dec_states: Any) -> tuple[Tensor, Tensor]:
         keep = below(enc_len, enc_states.shape[1])
-        keys = self.mlp_enc(enc_states)
+        if self.precomputed_enc_h is None:
+            self.precomputed_enc_h = self.mlp_enc(enc_states)
+        keys = self.precomputed_enc_h
         if self.is_aware:
             if self.prev_attn is None:
                 self.prev_attn = keep / enc_len[:, None].double()
-            kernel, half = self.conv_loc.weight[:, 0], self.conv_loc.padding[0]
-            padded = nn.functional.pad(self.prev_attn.to(kernel), (half, half))
-            features = padded.unfold(1, kernel.shape[1], 1) @ kernel.T
-            keys = keys + self.mlp_loc(features)
-        scores = additive(self.mlp_dec(dec_states)[:, None], keys, self.mlp_attn.weight[0])
+            features = self.conv_loc(self.prev_attn.to(keys.dtype)[:, None])
+            keys = keys + self.mlp_loc(features.mT)
+        scores = additive(self.mlp_dec(dec_states)[:, None], keys, self.mlp_attn)
         weights = softmax(self.scaling * scores[:, 0], keep)
         self.prev_attn = weights.detach()
         return self.mlp_out(torch.einsum("bs,bse->be", weights, enc_states)), weights
+
+
+class TFALuong(nn.Module):
+    """TensorFlow Addons' mechanism, its memory set before: the context and the alignments."""
+
+    def __init__(self, units: int, memory_dim: int, scale: bool) -> None:
+        super().__init__()
+        self.memory_layer = nn.Linear(memory_dim, units, bias=False)
+        self.attention_g = nn.Parameter(torch.tensor(1.7)) if scale else None
+
+    def setup_memory(self, memory: Tensor, lengths: Tensor | None) -> None:
+        self.memory, self.keys = memory, self.memory_layer(memory)
+        self.keep = below(lengths, memory.shape[1])
+
+    def scores(self, query: Tensor) -> Tensor:
+        scores = torch.einsum("bu,bsu->bs", query, self.keys)
+        return scores if self.attention_g is None else scores * self.attention_g
+
+    def forward(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        weights = softmax(self.scores(inputs[0]), self.keep)
+        return weights, weights
+
+
+class TFABahdanau(TFALuong):
+    def __init__(self, units: int, memory_dim: int, query_dim: int, normalize: bool) -> None:
+        super().__init__(units, memory_dim, False)
+        self.query_layer = nn.Linear(query_dim, units, bias=False)
+        self.attention_v = nn.Parameter(torch.randn(units))
+        self.attention_g = nn.Parameter(torch.tensor(0.8)) if normalize else None
+        self.attention_b = nn.Parameter(torch.randn(units)) if normalize else None
+
+    def scores(self, query: Tensor) -> Tensor:
+        v, hidden = self.attention_v, self.query_layer(query)
+        if self.attention_g is not None:
+            v, hidden = self.attention_g * v / v.norm(), hidden + self.attention_b
+        return additive(hidden[:, None], self.keys, v)[:, 0]
+
+
+class Keras(nn.Module):
+    """Attention of "dot" or "concat", and AdditiveAttention ("additive"), with their scales."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.scale = nn.Parameter(torch.rand(width) if kind == "additive" else torch.tensor(0.7))
+        self.concat_score_weight = nn.Parameter(torch.tensor(1.2)) if kind == "concat" else None
+
+    def forward(self, inputs: Any, return_attention_scores: bool) -> tuple[Tensor, Tensor]:
+        query, value, key = inputs
+        if self.kind == "dot":
+            scores = self.scale * query @ key.mT
+        elif self.kind == "additive":
+            scores = additive(query, key, self.scale)
+        else:
+            ones = torch.ones_like(query[0, 0])
+            scores = additive(self.scale * query, self.scale * key, self.concat_score_weight * ones)
+        weights = torch.softmax(scores, -1)
+        return weights @ value, weights
 
 
 def named(name: str, base: type[nn.Module], *arguments: Any, dtype: Any = torch.float64) -> Any:

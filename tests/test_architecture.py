@@ -23,7 +23,7 @@ KERNELS = ROOT / "kernels"
 # Lowest first; a module imports from lower layers only, or from its own package.
 LAYERS = (
     ("_C", "kernels"),
-    ("problem", "reference"),
+    ("problem", "reference", "modules"),
     ("composed", "composites", "fakes", "prepared"),
     ("backends.*.*",),
     ("backends.*",),

@@ -1,4 +1,5 @@
-"""What all adapters share: how one is made from a peer's layer that exists already."""
+"""What all adapters share: how one is made from a peer's layer that exists already, and a score
+whose vector is a layer of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from fused_attn import composed, functional, modules, scores
+from fused_attn.checks import autocast
+from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class Adapter(nn.Module):
@@ -53,6 +58,107 @@ class Adapter(nn.Module):
             if parameter is not None:
                 setattr(adapter, name, getattr(layer, name))
         return adapter.train(layer.training)
+
+
+def attend_dot(
+    query: Tensor, memory: Tensor, scale: float | Tensor, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """Dot attention of checked arguments, cast where autocast is on: context and weights."""
+    query, memory = autocast(query, memory)
+    return both(functional.attend_dot(query, memory, scale, masking, True, "auto"))
+
+
+def attend_concat(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: Masking,
+) -> tuple[Tensor, Tensor]:
+    """Concat attention in the same way; the memory takes the dtype of the projections."""
+    query_proj, memory_proj, v = autocast(query_proj, memory_proj, v)
+    operands = (query_proj, memory_proj, memory_exp, v, memory.to(query_proj.dtype))
+    return both(functional.attend_concat(*operands, masking, True, "auto"))
+
+
+def projected(part: nn.Module, states: Tensor) -> Tensor:
+    """``part(states)`` of states whose mask is not known yet, so that padding may hold anything.
+
+    A row that is not finite becomes NaN: no query that may not look at it sees it, and it leaves
+    no NaN, which is 0 times it, in the gradient of ``part``.
+    """
+    spoiled = ~states.isfinite().all(dim=-1, keepdim=True)
+    return part(states.masked_fill(spoiled, 0.0)).masked_fill(spoiled, torch.nan)
+
+
+def attend_energy(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    energy: nn.Module,
+    scale: float,
+    memory: Tensor,
+    masking: Masking,
+    normalizer: str = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """Concat attention with ``scale * energy(tanh(q + m))``, ``energy`` a linear layer (A -> 1).
+
+    query_proj (B, T, A) or (B, A), memory_proj (B, S, A), the rest as `attend_concat` has it.
+    An energy layer that must be called gets the peer's (B, S, A) of one query, or (B, T, S, A).
+    """
+    weight = modules.readable_weight(energy)
+    if weight is not None:
+        v = weight[0] if scale == 1.0 else weight[0] * scale
+        v = v.to(query_proj.dtype)
+        if normalizer == "softmax":
+            return attend_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
+        query_proj, memory_proj, v, memory = autocast(query_proj, memory_proj, v, memory)
+        inputs = (_three(query_proj), memory_proj, memory_exp, v)
+        found = scores.of_concat(*inputs, masking, "auto")
+    else:
+        memory_proj = zero_uncounted_rows(memory_proj, masking)  # tanh'(NaN) is NaN, times 0 too
+        queries = _three(query_proj)
+        queries = queries if queries.shape[1] == 1 else queries[:, :, None]
+        keys = memory_proj if queries.dim() == 3 else memory_proj[:, None]
+        found = energy(torch.tanh(queries + keys)).squeeze(-1) * scale
+        found = found if found.dim() == 3 else found[:, None]
+    memory = memory.to(query_proj.dtype)
+    return attend_scores(found, memory, masking, query_proj.dim() == 2, normalizer)
+
+
+def attend_keys(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | Tensor,
+    masking: Masking,
+    normalizer: str = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """Dot attention whose weights come from keys (B, S, D), and sum values (B, S, E)."""
+    query, keys, values = autocast(query, keys, values)
+    found = scores.of_dot(_three(query), keys, scale, masking)
+    return attend_scores(found, values, masking, query.dim() == 2, normalizer)
+
+
+def attend_scores(
+    found: Tensor, memory: Tensor, masking: Masking, is_step: bool, normalizer: str = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """Context and weights of scores (B, T, S); without the T for one step."""
+    found = scores.counted(found, memory, masking)
+    result = composed.attend_scores(found, memory, masking, normalizer, True)
+    return both(functional.one_step(*result) if is_step else result)
+
+
+def both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Context and weights of a call that asked for the weights."""
+    context, weights = result
+    assert weights is not None
+    return context, weights
+
+
+def _three(query: Tensor) -> Tensor:
+    return query if query.dim() == 3 else query.unsqueeze(1)
 
 
 def normalised(v: Tensor, gain: Tensor | None) -> Tensor:

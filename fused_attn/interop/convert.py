@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_attn import modules
 from fused_attn.attention import LuongAttention
 from fused_attn.interop.fairseq import FairseqAttentionLayer
 from fused_attn.interop.gnmt import GNMTBahdanauAttention
@@ -201,9 +202,17 @@ _READERS: dict[type[nn.Module], Callable[[Any], tuple[dict[str, Any], Pairs]]] =
 def _read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
     for kind, reader in _READERS.items():
         if isinstance(layer, kind):
+            _check_plain("layer", layer)
             return reader(layer)
     known = ", ".join(kind.__name__ for kind in _READERS)
     raise TypeError(f"layer must be one of {known}, got {type(layer).__name__}")
+
+
+def _check_plain(name: str, layer: nn.Module) -> None:
+    if reason := modules.read_only(layer):
+        raise ValueError(
+            f"{name} must have weights of its own: {reason}. Take that off, or merge it, first"
+        )
 
 
 def _other_biases(layer: nn.Module) -> list[Tensor]:
@@ -242,6 +251,7 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
     ValueError, and changes nothing, if the two do not go together.
     """
     options, pairs = _read(layer)
+    _check_plain("luong", luong)
     for name, value in options.items():
         got = "learned" if name == "scale" and isinstance(luong.scale, Tensor) else None
         got = _option(luong, name) if got is None else got

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.functional import dot_attention
-from fused_attn.interop.adapter import Adapter
+from fused_attn.interop.adapter import Adapter, both
 
 
 class FairseqAttentionLayer(Adapter):
@@ -49,7 +49,6 @@ class FairseqAttentionLayer(Adapter):
         memory = source_hids.transpose(0, 1)  # strided, not copied
         mask = None if encoder_padding_mask is None else ~encoder_padding_mask.bool().t()
         query = self.input_proj(input)
-        context, weights = dot_attention(query, memory, memory_mask=mask, return_weights=True)
-        assert weights is not None
+        context, weights = both(dot_attention(query, memory, memory_mask=mask, return_weights=True))
         state = self.output_proj(torch.cat((context, input), dim=1))
         return torch.tanh(state), weights.t()

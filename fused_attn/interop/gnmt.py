@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn.functional import attend_concat
-from fused_attn.interop.adapter import Adapter, normalised
+from fused_attn.checks import check_bounds
+from fused_attn.interop.adapter import Adapter, attend_concat, normalised
 from fused_attn.reference import Masking, zero_uncounted_rows
 
 
@@ -71,6 +71,7 @@ class GNMTBahdanauAttention(Adapter):
 
     def set_mask(self, context_len: Tensor, context: Tensor) -> None:
         """``mask`` (B, S), True = ignore, as the peer keeps it."""
+        check_bounds(context_len, context if self.batch_first else context.transpose(0, 1))
         source = context.shape[1 if self.batch_first else 0]
         positions = torch.arange(source, device=context.device)
         self.mask = positions >= context_len.to(context.device)[:, None]
@@ -86,9 +87,7 @@ class GNMTBahdanauAttention(Adapter):
             query_proj = query_proj + self.normalize_bias
         operands = (query_proj, self.linear_k(zero_uncounted_rows(memory, masking)), None)
         v = normalised(self.linear_att, self.normalize_scalar)
-        v, memory = v.to(query_proj.dtype), memory.to(query_proj.dtype)
-        context, weights = attend_concat(*operands, v, memory, masking, True, "auto")
-        assert weights is not None
+        context, weights = attend_concat(*operands, v.to(query_proj.dtype), memory, masking)
         if is_turned:
             context, weights = context.transpose(0, 1), weights.transpose(0, 1)
         return context, weights

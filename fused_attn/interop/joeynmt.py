@@ -6,19 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_attn.functional import attend_concat, attend_dot
-from fused_attn.interop.adapter import Adapter
+from fused_attn.interop.adapter import Adapter, attend_dot, attend_energy, attend_keys, projected
+from fused_attn.modules import beside_forward, readable_weight
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 
 
 class _JoeyAttention(Adapter):
     signatures = (("query", "mask", "values"),)
-    key_layer: nn.Linear
+    key_size: int
 
-    def _check(self, query: Tensor, mask: Tensor, values: Tensor, query_size: int) -> Tensor:
-        """Return the mask as bool (B, 1, S); non-zero = attend."""
-        batch, source, key_size = values.shape[0], values.shape[1], self.key_layer.in_features
+    def _check(self, query: Tensor, mask: Tensor, values: Tensor, query_size: int) -> Masking:
+        """Return the mask (B, 1, S), non-zero = attend."""
+        batch, source, key_size = values.shape[0], values.shape[1], self.key_size
         for name, tensor, expected in (
             ("query", query, (batch, 1, query_size)),
             ("mask", mask, (batch, 1, source)),
@@ -27,7 +27,7 @@ class _JoeyAttention(Adapter):
             if tensor is None or tuple(tensor.shape) != expected:
                 got = None if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{name} must have shape {expected}, got {got}")
-        return mask > 0
+        return Masking(memory_mask=mask > 0)
 
 
 class JoeyBahdanauAttention(_JoeyAttention):
@@ -43,6 +43,7 @@ class JoeyBahdanauAttention(_JoeyAttention):
 
     def __init__(self, hidden_size: int = 1, key_size: int = 1, query_size: int = 1) -> None:
         super().__init__()
+        self.key_size, self.query_size = key_size, query_size
         self.key_layer = nn.Linear(key_size, hidden_size, bias=False)
         self.query_layer = nn.Linear(query_size, hidden_size, bias=False)
         self.energy_layer = nn.Linear(hidden_size, 1, bias=False)
@@ -56,32 +57,32 @@ class JoeyBahdanauAttention(_JoeyAttention):
         sizes = (keys.out_features, keys.in_features, queries.in_features)
         return dict(zip(("hidden_size", "key_size", "query_size"), sizes, strict=True))
 
-    def compute_proj_keys(self, keys: Tensor) -> None:
-        self.proj_keys = self.key_layer(keys)
-        self._exponentials = exponentials(self.proj_keys)
+    @beside_forward
+    def compute_proj_keys(self, keys: Tensor) -> Tensor:
+        """Project the keys. Returned too, unlike the peer's: fully_shard hooks what is returned."""
+        self.proj_keys = proj_keys = projected(self.key_layer, keys)
+        self._exponentials = exponentials(proj_keys)
+        return proj_keys
 
     def compute_proj_query(self, query: Tensor) -> None:
         self.proj_query = self.query_layer(query)
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        allowed = self._check(query, mask, values, self.query_layer.in_features)
+        masking = self._check(query, mask, values, self.query_size)
         if self.proj_keys is None:
             raise ValueError("proj_keys must be made by compute_proj_keys before forward")
         self.compute_proj_query(query)
         assert self.proj_query is not None
-        operands = (self.proj_query, self.proj_keys, self._exponentials)
-        masking = Masking(memory_mask=allowed)
-        v = self.energy_layer.weight[0]
-        context, weights = attend_concat(*operands, v, values, masking, True, "auto")
-        assert weights is not None
-        return context, weights
+        operands = (self.proj_query, self.proj_keys, self._exponentials, self.energy_layer)
+        return attend_energy(*operands, 1.0, values, masking)
 
 
 class JoeyLuongAttention(_JoeyAttention):
     """joeynmt.attention.LuongAttention: the general score, with the matrix on the memory.
 
-    As `JoeyBahdanauAttention`. `compute_proj_keys` remembers the keys' matrix and not their
-    projection: ``q . (W m) = (W^T q) . m``, so the queries are projected, and not the memory.
+    As `JoeyBahdanauAttention`. `compute_proj_keys` remembers the keys and not their projection:
+    ``q . (W m) = (W^T q) . m``, so the queries are projected, and not the memory. A key layer that
+    something has wrapped projects the keys, as the peer's does.
     """
 
     peer = "JoeyNMT LuongAttention"
@@ -89,27 +90,34 @@ class JoeyLuongAttention(_JoeyAttention):
 
     def __init__(self, hidden_size: int = 1, key_size: int = 1) -> None:
         super().__init__()
+        self.hidden_size, self.key_size = hidden_size, key_size
         self.key_layer = nn.Linear(key_size, hidden_size, bias=False)
         self.proj_keys: Tensor | None = None
+        self._projection: Tensor | None = None
 
     @classmethod
     def options_of(cls, layer: Any) -> dict[str, Any]:
         keys = layer.key_layer
         return {"hidden_size": keys.out_features, "key_size": keys.in_features}
 
-    def compute_proj_keys(self, keys: Tensor) -> None:
+    @beside_forward
+    def compute_proj_keys(self, keys: Tensor) -> Tensor:
         self.proj_keys = keys
+        is_read = readable_weight(self.key_layer, at_call=False) is not None
+        self._projection = None if is_read else projected(self.key_layer, keys)
+        return keys if self._projection is None else self._projection
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        allowed = self._check(query, mask, values, self.key_layer.out_features)
+        masking = self._check(query, mask, values, self.hidden_size)
         if self.proj_keys is None:
             raise ValueError("proj_keys must be made by compute_proj_keys before forward")
-        masking = Masking(memory_mask=allowed)
-        projected = query @ self.key_layer.weight
+        weight = readable_weight(self.key_layer, at_call=False)
+        if self._projection is None and weight is None:  # wrapped since
+            self._projection = projected(self.key_layer, self.proj_keys)
+        if self._projection is not None:
+            return attend_keys(query, self._projection, values, 1.0, masking)
+        assert weight is not None
+        query = query @ weight
         if self.proj_keys is not values:  # keys of their own: the weights come from them
-            _, weights = attend_dot(projected, self.proj_keys, 1.0, masking, True, "auto")
-            assert weights is not None
-            return weights @ values.masked_fill(~allowed.mT, 0), weights
-        context, weights = attend_dot(projected, values, 1.0, masking, True, "auto")
-        assert weights is not None
-        return context, weights
+            return attend_keys(query, self.proj_keys, values, 1.0, masking)
+        return attend_dot(query, values, 1.0, masking)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn import checks, functional
+from fused_attn import checks
+from fused_attn.interop.adapter import attend_concat, attend_dot, attend_keys
 from fused_attn.reference import Masking
 
 
@@ -22,15 +23,15 @@ class _KerasAttention(nn.Module):
 
     def __init__(self, dropout: float, seed: int | None) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
+        self.dropout = checks.probability("dropout", dropout)
+        if self.dropout == 1.0:
             raise ValueError(f"dropout must be in 0..1 and below 1, got {dropout!r}")
-        self.dropout = dropout
         self.seed = seed
         self._generator: torch.Generator | None = None
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, masking: Masking
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def forward(
@@ -58,7 +59,6 @@ class _KerasAttention(nn.Module):
         keep, keep_scale = self._keep(query, value) if training and self.dropout else (None, 1.0)
         masking = Masking(None, allowed, keep, keep_scale)
         context, weights = self._attend(query, key, value, masking)
-        assert weights is not None
         if query_mask is not None:
             context = context * query_mask[..., None].to(context.dtype)
         if not return_attention_scores:
@@ -75,9 +75,9 @@ class _KerasAttention(nn.Module):
     @staticmethod
     def _summed(
         query: Tensor, key: Tensor, v: Tensor, value: Tensor, masking: Masking
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """``v . tanh(q + k)``: the concat operator with nothing to project."""
-        return functional.attend_concat(query, key, None, v, value, masking, True, "auto")
+        return attend_concat(query, key, None, v, value, masking)
 
 
 class KerasAttention(_KerasAttention):
@@ -106,20 +106,14 @@ class KerasAttention(_KerasAttention):
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, masking: Masking
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         scale: Any = 1.0 if self.scale is None else self.scale
         if self.concat_score_weight is not None:
             v = self.concat_score_weight.to(query.dtype).expand(query.shape[-1])
             return self._summed(query * scale, key * scale, v, value, masking)
         if key is value:
-            return functional.attend_dot(query, value, scale, masking, True, "auto")
-        # Keys of their own: the weights come from them, and sum the values.
-        _, weights = functional.attend_dot(
-            query, key, scale, masking._replace(keep_mask=None), True, "auto"
-        )
-        assert weights is not None
-        kept = weights if masking.keep_mask is None else weights * masking.keep_mask
-        return (kept * masking.keep_scale).to(value.dtype) @ _clean(value, masking), weights
+            return attend_dot(query, value, scale, masking)
+        return attend_keys(query, key, value, scale, masking)
 
 
 class KerasAdditiveAttention(_KerasAttention):
@@ -144,14 +138,8 @@ class KerasAdditiveAttention(_KerasAttention):
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, masking: Masking
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         width = query.shape[-1]
         self.build(width)
         v = query.new_ones(width) if self.scale is None else self.scale.to(query.dtype)
         return self._summed(query, key, v, value, masking)
-
-
-def _clean(value: Tensor, masking: Masking) -> Tensor:
-    if masking.memory_mask is None:
-        return value
-    return value.masked_fill(~masking.memory_mask.any(dim=1)[..., None], 0)

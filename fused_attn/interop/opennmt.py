@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_attn import composed, functional, scores
+from fused_attn import composed
 from fused_attn.checks import autocast, check_lengths, check_mask, check_memory, check_query
-from fused_attn.interop.adapter import Adapter
-from fused_attn.reference import Masking, MaskingFields, zero_uncounted_rows
+from fused_attn.interop.adapter import Adapter, attend_dot, attend_energy, attend_keys
+from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class OpenNMTGlobalAttention(Adapter):
@@ -82,32 +82,19 @@ class OpenNMTGlobalAttention(Adapter):
             cover = zero_uncounted_rows(coverage[..., None].to(memory.dtype), masking)
             memory = torch.tanh(memory + self.linear_cover(cover))
         context, weights = self._attend(source, memory, masking)
-        assert weights is not None
         state = self.linear_out(torch.cat((context, source), dim=-1))
         return state if self.attn_type == "mlp" else torch.tanh(state), weights
 
-    def _attend(
-        self, query: Tensor, memory: Tensor, masking: MaskingFields
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, query: Tensor, memory: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         if self.attn_type == "mlp":
-            query, v = self.linear_query(query), self.v.weight[0]
+            query = self.linear_query(query)
             proj = self.linear_context(zero_uncounted_rows(memory, masking))
-            query, memory, proj, v = autocast(query, memory, proj, v)
-            if self.attn_func == "softmax":
-                inputs = (query, proj, None, v, memory)
-                return functional.attend_concat(*inputs, masking, True, "auto")
-            found = scores.of_concat(_three(query), proj, None, v, masking, "auto")
-        else:
-            query = self.linear_in(query) if self.attn_type == "general" else query
-            if self.attn_func == "softmax":
-                return functional.attend_dot(query, memory, 1.0, masking, True, "auto")
-            found = scores.of_dot(_three(query), memory, 1.0, masking)
-        result = composed.attend_scores(found, memory, masking, "sparsemax", True)
-        return result if query.dim() == 3 else functional.one_step(*result)
-
-
-def _three(query: Tensor) -> Tensor:
-    return query if query.dim() == 3 else query.unsqueeze(1)
+            operands = (query, proj, None, self.v, 1.0, memory)
+            return attend_energy(*operands, masking, self.attn_func)
+        query = self.linear_in(query) if self.attn_type == "general" else query
+        if self.attn_func == "softmax":
+            return attend_dot(query, memory, 1.0, masking)
+        return attend_keys(query, memory, memory, 1.0, masking, self.attn_func)
 
 
 class OpenNMT2GlobalAttention(OpenNMTGlobalAttention):

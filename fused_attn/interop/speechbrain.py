@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn.functional import attend_concat
-from fused_attn.interop.adapter import Adapter
+from fused_attn.interop.adapter import Adapter, attend_energy
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking, zero_uncounted_rows
 
@@ -64,11 +63,8 @@ class ContentBasedAttention(Adapter):
     def _attend(
         self, memory_proj: Tensor, exps: Tensor | None, enc_states: Tensor, dec_states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        query = self.mlp_dec(dec_states)
-        v = (self.mlp_attn.weight[0] * self.scaling).to(query.dtype)
-        operands = (query, memory_proj, exps, v, enc_states.to(query.dtype))
-        context, weights = attend_concat(*operands, Masking(self._lengths), True, "auto")
-        assert weights is not None
+        operands = (self.mlp_dec(dec_states), memory_proj, exps, self.mlp_attn, self.scaling)
+        context, weights = attend_energy(*operands, enc_states, Masking(self._lengths))
         return self.mlp_out(context), weights
 
     def forward(

@@ -17,6 +17,7 @@ from fused_attn.interop.opennmt import (
 )
 from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareAttention
 from fused_attn.interop.tutorial import TutorialAttn
+from fused_attn.modules import hooks_of
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     OpenNMTGlobalAttention,
@@ -30,7 +31,6 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     ContentBasedAttention,
     LocationAwareAttention,
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def _find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
     candidates = [adapter for adapter in ADAPTERS if type(layer).__name__ == adapter.peer_class]
     if not candidates or isinstance(layer, Adapter):
         return None, None
-    hooks = [name for name in _HOOKS if getattr(layer, name, None)]
-    if hooks:
+    if hooks := hooks_of(layer):
         return None, f"it has hooks ({', '.join(hooks)}), which would be lost"
     reasons = []
     for adapter in candidates:

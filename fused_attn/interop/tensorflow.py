@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from fused_attn.checks import check_lengths, check_mask, check_memory
-from fused_attn.functional import attend_concat, attend_dot
-from fused_attn.interop.adapter import normalised
+from fused_attn.checks import check_bounds, check_lengths, check_mask, check_memory
+from fused_attn.interop.adapter import attend_concat, attend_dot, attend_keys, normalised
+from fused_attn.modules import beside_forward, read_only, readable_weight
 from fused_attn.prepared import PreparedMemory, exponentials
 from fused_attn.reference import Masking, zero_uncounted_rows
 
@@ -47,21 +46,27 @@ class _Mechanism(nn.Module):
         if memory is not None:
             self.setup_memory(memory, lengths)
 
+    @beside_forward
     def setup_memory(
         self,
         memory: Tensor,
         memory_sequence_length: Tensor | None = None,
         memory_mask: Tensor | None = None,
-    ) -> None:
-        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both."""
+    ) -> PreparedMemory:
+        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both.
+
+        Returns what is kept, since fully_shard hooks what is returned.
+        """
         if memory_sequence_length is not None and memory_mask is not None:
             raise ValueError("memory_sequence_length and memory_mask must not be given together")
         check_memory(memory)
         lengths = check_lengths(memory_sequence_length, memory)
+        check_bounds(lengths, memory)
         mask = check_mask(memory_mask, memory, 1)
         if mask is not None and mask.dim() == 2:
             mask = mask.unsqueeze(1)
-        self.memory = self._prepare(memory, Masking(lengths, mask))
+        self.memory = prepared = self._prepare(memory, Masking(lengths, mask))
+        return prepared
 
     def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
         raise NotImplementedError
@@ -71,22 +76,27 @@ class _Mechanism(nn.Module):
             raise ValueError("the memory must be set by setup_memory before a query comes")
         return self.memory
 
+    @beside_forward
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Context (B, E) and alignments (B, S), which the original leaves to AttentionWrapper."""
+        return self._attend(query)
+
+    def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def forward(self, inputs: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
         """[query (B, units), state]: the alignments (B, S), twice; the state is not looked at."""
         query, _ = inputs
-        _, alignments = self.attend(query)
+        _, alignments = self._attend(query)
         return alignments, alignments
 
 
 class TFALuongAttention(_Mechanism):
     """tfa.seq2seq.LuongAttention: general, with the matrix on the memory.
 
-    ``g (q . W m) = g (W^T q) . m``: the query is projected. units must be the query's width.
-    ``attention_g`` () is there with ``scale``.
+    ``g (q . W m) = g (W^T q) . m``: the query is projected, unless something has wrapped
+    ``memory_layer``: that projects the memory, as in the original. units must be the query's
+    width. ``attention_g`` () is there with ``scale``.
     """
 
     peer = "TensorFlow Addons LuongAttention"
@@ -104,18 +114,25 @@ class TFALuongAttention(_Mechanism):
         self._set_first()
 
     def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
-        if isinstance(self.memory_layer, nn.LazyLinear):
-            self.memory_layer(memory[:0])  # it takes its width from this
-        return PreparedMemory("general", memory, None, None, masking[0], masking[1])
+        keys = None
+        if self._weight() is None:  # a lazy one takes its width from this
+            keys = self.memory_layer(zero_uncounted_rows(memory, masking))
+        return PreparedMemory("general", memory, keys, None, masking[0], masking[1])
 
-    def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         held = self._set()
         scale = 1.0 if self.attention_g is None else self.attention_g
         masking = Masking(held.memory_lengths, held.memory_mask)
-        projected = query @ self.memory_layer.weight
-        context, alignments = attend_dot(projected, held.memory, scale, masking, True, "auto")
-        assert alignments is not None
-        return context, alignments
+        weight = self._weight()
+        if held.memory_proj is None and weight is not None:
+            return attend_dot(query @ weight, held.memory, scale, masking)
+        if held.memory_proj is None:  # wrapped since
+            self.memory = held = self._prepare(held.memory, masking)
+        assert held.memory_proj is not None
+        return attend_keys(query, held.memory_proj, held.memory, scale, masking)
+
+    def _weight(self) -> Tensor | None:
+        return readable_weight(self.memory_layer, at_call=False)
 
     def load_kernels(self, weights: list[Any]) -> None:
         """From ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
@@ -148,18 +165,16 @@ class TFABahdanauAttention(_Mechanism):
         fields = (proj, exponentials(proj), masking[0], masking[1])
         return PreparedMemory("concat", memory, *fields)
 
-    def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         held = self._set()
-        if isinstance(self.query_layer, nn.LazyLinear):
-            self.query_layer(query[:0])
-        query_proj = linear(query, self.query_layer.weight, self.attention_b)
+        query_proj = self.query_layer(query)
+        if self.attention_b is not None:
+            query_proj = query_proj + self.attention_b
         v = normalised(self.attention_v, self.attention_g)
         masking = Masking(held.memory_lengths, held.memory_mask)
         assert held.memory_proj is not None
         operands = (query_proj, held.memory_proj, held.memory_exp, v, held.memory)
-        context, alignments = attend_concat(*operands, masking, True, "auto")
-        assert alignments is not None
-        return context, alignments
+        return attend_concat(*operands, masking)
 
     def load_kernels(self, weights: list[Any]) -> None:
         """From ``get_weights()``: attention_v, then attention_g and attention_b with
@@ -171,6 +186,8 @@ class TFABahdanauAttention(_Mechanism):
 
 def _load(layer: nn.Module, weights: list[Any], names: list[str]) -> None:
     """Fill parameters from arrays; kernels lie transposed in TensorFlow."""
+    if reason := read_only(layer):
+        raise ValueError(f"load_kernels cannot write the weights: {reason}. Take that off first")
     present = [name for name in names if getattr(layer, name, True) is not None]
     if len(weights) != len(present):
         raise ValueError(f"weights must hold {', '.join(present)}, got {len(weights)} arrays")
