@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 
 from fused_attn import composites, ops
 from fused_attn.backends import cpu
+from fused_attn.checks import check_bounds
+from fused_attn.reference import MaskingFields
 
 DIRECT, OPERATOR, COMPOSED = range(3)
 
@@ -221,45 +223,56 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any
     all tensors among them.
     """
     how = route()
-    if how == DIRECT and _are_plain(*tensors):
+    if how == DIRECT and not _are_plain(*tensors):
+        how = OPERATOR
+    return _called(operator, how, arguments)
+
+
+def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
+    if how == DIRECT:
         if _needs_grad(operator, arguments):
             return _differentiated(operator, True, arguments)
         return operator.run(*arguments)
-    return operator.compose(*arguments) if how == COMPOSED else operator.forward(*arguments)
+    if how == OPERATOR:
+        return operator.forward(*arguments)
+    check_bounds(arguments[operator.inputs], arguments[1])  # which a backend would have checked
+    return operator.compose(*arguments)
 
 
-Window = tuple[Tensor, float, bool] | None
-
-
-def _options(
-    keep_mask: Tensor | None, keep_scale: float, window: Window, backend: str
-) -> tuple[Any, ...]:
+def _options(masking: MaskingFields, backend: str) -> tuple[Any, ...]:
     """The last arguments of an operator, none of them where all are the schema's defaults."""
+    _, _, keep, keep_scale, window = masking
     if window is not None:
-        return (keep_mask, keep_scale, backend, *window)
-    return () if keep_mask is None and backend == "auto" else (keep_mask, keep_scale, backend)
+        return (keep, keep_scale, backend, *window)
+    return () if keep is None and backend == "auto" else (keep, keep_scale, backend)
 
 
 def dot_attention(
     query: Tensor,
     memory: Tensor,
     scale: float,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    window: Window,
+    masking: MaskingFields,
     return_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot attention on checked arguments: (context, weights or None)."""
-    options = _options(keep_mask, keep_scale, window, backend)
-    tensors = (query, memory, memory_lengths, memory_mask, keep_mask, window and window[0])
-    context, weights, _ = call(
-        *(DOT, tensors, query, memory, memory_lengths, memory_mask, return_weights, False),
-        *(scale, *options),
-    )
-    return context, weights
+    lengths, mask, keep, _, window = masking
+    centers = None if window is None else window[0]
+    how = route()
+    if how == DIRECT and _are_plain(query, memory, lengths, mask, keep, centers):
+        if not torch.is_grad_enabled() or not (
+            query.requires_grad
+            or memory.requires_grad
+            or (centers is not None and centers.requires_grad)
+        ):  # the way of a decoder, whose steps are short: nothing between here and the backend
+            chosen = ops.select(query, memory, "dot", backend, windowed=window is not None)
+            outputs = chosen.dot_forward(query, memory, scale, masking, return_weights, False)
+            return outputs[0], outputs[1]
+    elif how == DIRECT:
+        how = OPERATOR
+    arguments = (query, memory, lengths, mask, return_weights, False, scale)
+    outputs = _called(DOT, how, arguments + _options(masking, backend))
+    return outputs[0], outputs[1]
 
 
 def concat_attention(
@@ -268,11 +281,7 @@ def concat_attention(
     memory_exp: Tensor | None,
     v: Tensor,
     memory: Tensor,
-    memory_lengths: Tensor | None,
-    memory_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    keep_scale: float,
-    window: Window,
+    masking: MaskingFields,
     return_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
@@ -280,11 +289,15 @@ def concat_attention(
 
     ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
     """
-    options = _options(keep_mask, keep_scale, window, backend)
-    inputs = (query_proj, memory_proj, memory_exp, v, memory, memory_lengths, memory_mask)
-    tensors = (*inputs, keep_mask, window and window[0])
-    context, weights, _ = call(CONCAT, tensors, *inputs, return_weights, False, *options)
-    return context, weights
+    lengths, mask, keep, _, window = masking
+    inputs = (query_proj, memory_proj, memory_exp, v, memory)
+    centers = None if window is None else window[0]
+    how = route()
+    if how == DIRECT and not _are_plain(*inputs, lengths, mask, keep, centers):
+        how = OPERATOR
+    arguments = (*inputs, lengths, mask, return_weights, False)
+    outputs = _called(CONCAT, how, arguments + _options(masking, backend))
+    return outputs[0], outputs[1]
 
 
 def concat_scores(

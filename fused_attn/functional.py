@@ -221,14 +221,10 @@ def attend_dot(
     if type(scale) is not float and isinstance(scale, Tensor):
         # A learned scale gets its gradient through the query, which is small.
         query, scale = query * scale.reshape(()).to(query.dtype), 1.0
+    rest = (float(scale), masking, return_weights, backend)
     if query.dim() == 3:
-        return autograd.dot_attention(
-            query, memory, float(scale), *masking, return_weights, backend
-        )
-    query = query.unsqueeze(1)
-    return one_step(
-        *autograd.dot_attention(query, memory, float(scale), *masking, return_weights, backend)
-    )
+        return autograd.dot_attention(query, memory, *rest)
+    return one_step(*autograd.dot_attention(query.unsqueeze(1), memory, *rest))
 
 
 def attend_concat(
@@ -242,7 +238,7 @@ def attend_concat(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the concat operator on checked arguments; query_proj (B, T, A) or (B, A)."""
-    rest = (memory_proj, memory_exp, v, memory, *masking, return_weights, backend)
+    rest = (memory_proj, memory_exp, v, memory, masking, return_weights, backend)
     if query_proj.dim() == 3:
         return autograd.concat_attention(query_proj, *rest)
     return one_step(*autograd.concat_attention(query_proj.unsqueeze(1), *rest))

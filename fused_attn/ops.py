@@ -66,7 +66,7 @@ library.define(
 )
 
 
-def _select(
+def select(
     query: Tensor,
     memory: Tensor,
     score: str,
@@ -133,7 +133,7 @@ def dot_forward(
     gaussian: bool = False,
     max_source: int | None = None,
 ) -> Outputs:
-    chosen = _select(query, memory, "dot", backend, windowed=centers is not None)
+    chosen = select(query, memory, "dot", backend, windowed=centers is not None)
     if max_source is not None:
         memory_lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
     window = (centers, half_width, gaussian)
@@ -164,7 +164,7 @@ def dot_backward(
 ) -> reference.Gradients:
     windowed = centers is not None
     backend = "eager" if grad_logsumexp is not None else backend
-    chosen = _select(query, memory, "dot", backend, backward=True, windowed=windowed)
+    chosen = select(query, memory, "dot", backend, backward=True, windowed=windowed)
     lengths: Any = memory_lengths
     if max_source is not None:
         lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
@@ -199,7 +199,7 @@ def concat_forward(
     max_source: int | None = None,
 ) -> Outputs:
     kinds = {"prepared": memory_exp is not None, "windowed": centers is not None}
-    chosen = _select(query_proj, memory, "concat", backend, **kinds)
+    chosen = select(query_proj, memory, "concat", backend, **kinds)
     if max_source is not None:
         rows = (memory_proj, memory_exp, memory)
         found = _ragged(chosen, memory_lengths, max_source, *rows)
@@ -235,7 +235,7 @@ def concat_backward(
 ) -> reference.Gradients:
     kinds = {"prepared": memory_exp is not None, "windowed": centers is not None}
     backend = "eager" if grad_logsumexp is not None else backend
-    chosen = _select(query_proj, memory, "concat", backend, backward=True, **kinds)
+    chosen = select(query_proj, memory, "concat", backend, backward=True, **kinds)
     lengths: Any = memory_lengths
     if max_source is not None:
         rows = (memory_proj, memory_exp, memory)
@@ -262,7 +262,7 @@ def concat_scores(
     memory_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    chosen = _select(query_proj, memory_proj, "scores", backend)
+    chosen = select(query_proj, memory_proj, "scores", backend)
     masking = (memory_lengths, memory_mask, None, 1.0, None)
     return chosen.concat_scores(query_proj, memory_proj, memory_exp, v, masking)
 
@@ -278,7 +278,7 @@ def concat_scores_backward(
     memory_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> reference.Gradients:
-    chosen = _select(query_proj, memory_proj, "scores", backend, backward=True)
+    chosen = select(query_proj, memory_proj, "scores", backend, backward=True)
     masking = (memory_lengths, memory_mask, None, 1.0, None)
     inputs = (query_proj, memory_proj, memory_exp, v)
     return chosen.concat_scores_backward(grad_scores, *inputs, masking, wanted)

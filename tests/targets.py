@@ -54,13 +54,13 @@ class Target:
     @contextmanager
     def _settings(self) -> Iterator[None]:
         if self.backend in FORWARD_ONLY:
-            select = ops._select
+            select = ops.select
 
             def forward_only(*call: Any, backward: bool = False, **rest: Any) -> backends.Backend:
                 *call, backend = call
                 return select(*call, "eager" if backward else backend, backward=backward, **rest)
 
-            with mock.patch.object(ops, "_select", forward_only):
+            with mock.patch.object(ops, "select", forward_only):
                 yield
         elif self.isa is not None:
             native = backends.load("cpu").native

@@ -171,12 +171,16 @@ def test_an_exported_layer_trains(kind: str, strict: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own, from 2.12 on
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the same, from 2.14 on
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # at every comparison of sizes
 @pytest.mark.parametrize("kind", ["dot", "general", "concat"])
 def test_a_layer_in_torchscript_trains(kind: str) -> None:
+    """For other lengths than those it was traced with, and other sources."""
     layer, inputs = layer_and_inputs(kind)
-    expected = trained(layer, inputs, list(layer.parameters()))
     traced = torch.jit.trace(layer, inputs, check_trace=False)
-    torch.testing.assert_close(trained(traced, inputs, list(traced.parameters())), expected)
+    others = (draw(2, 2, 4, seed=5), draw(2, 7, 4, seed=6), torch.tensor([2, 7]))
+    for given in (inputs, others):
+        expected = trained(layer, given, list(layer.parameters()))
+        torch.testing.assert_close(trained(traced, given, list(traced.parameters())), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own

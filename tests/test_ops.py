@@ -164,7 +164,7 @@ def test_operators_refuse_a_length_out_of_range(
         pytest.raises(ValueError, match=rf"memory_lengths must lie in 0\.\.9 .* got {bad}"),
     ):
         masking = (lengths, None, None, 1.0, None)
-        autograd.dot_attention(query, memory, 1.0, *masking, False, target.backend)
+        autograd.dot_attention(query, memory, 1.0, masking, False, target.backend)
 
 
 def module_and_inputs(score: str, source: int = 7) -> tuple[LuongAttention, tuple[Tensor, ...]]:
