@@ -49,7 +49,9 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     is_plain = memory.dim() == 3 and memory._ragged_idx == 1 and memory._lengths is None
     if not is_plain or memory._values.device.type != "cpu":
         return None
-    return Rows(memory.values(), memory._offsets, int(memory._get_max_seqlen()))
+    # Of no sequences torch finds no longest one.
+    longest = int(memory._get_max_seqlen()) if memory._offsets.shape[0] > 1 else 0
+    return Rows(memory.values(), memory._offsets, longest)
 
 
 class _DotAttention(torch.autograd.Function):
@@ -77,6 +79,7 @@ class _DotAttention(torch.autograd.Function):
         scale, longest, backend = ctx.scalars
         grads: Any
         if torch.is_grad_enabled():  # create_graph=True
+            query, memory = reference.apart(query, memory)
             padded = reference.pad_rows(memory, offsets, longest)
             masking = Masking(offsets.diff())
             result = reference.dot_attention(query, padded, scale, masking)
@@ -117,11 +120,12 @@ class _ConcatAttention(torch.autograd.Function):
         longest, backend = ctx.scalars
         grads: Any
         if torch.is_grad_enabled():
+            inputs = reference.apart(query_proj, memory_proj, v, memory)
+            query_proj, memory_proj, v, memory = inputs
             rows = (reference.pad_rows(t, offsets, longest) for t in (memory_proj, memory))
             proj, padded = rows
             masking = Masking(offsets.diff())
             result = reference.concat_attention(query_proj, proj, v, padded, masking)
-            inputs = (query_proj, memory_proj, v, memory)
             grads = autograd.graph_gradients(result, inputs, grad_context, grad_weights)
         else:
             grads = autograd.CONCAT_BACKWARD(

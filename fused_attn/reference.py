@@ -15,7 +15,7 @@ Shapes: B batch, T queries, S source positions, E memory width, A width of the c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,6 +270,17 @@ def counted_concat_scores(
     scores = concat_scores(query_proj.to(dtype), projection, v.to(dtype))
     counts = counts.expand_as(scores)
     return hide_absent(scores, present, counts).masked_fill(~counts, -torch.inf), counts
+
+
+def apart(*inputs: Tensor | None) -> tuple[Any, ...]:
+    """The same values, as tensors each of which depends on its own input only.
+
+    For a backward that differentiates the reference on saved inputs: those bring their history.
+    Where one is made of another (the projection of the memory, a query from it, one tensor given
+    twice), a gradient through that history would hold the other's part too, which the engine adds
+    anyway.
+    """
+    return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
 
 
 def gradients(
