@@ -211,9 +211,7 @@ def gradients(results: Tensors, leaves: Tensors, seeds: Tensors) -> Tensors:
     if not pairs:
         return {f"grad_{name}": torch.zeros_like(leaf) for name, leaf in leaves.items()}
     roots, given = [root for root, _ in pairs], [seed.to(root) for root, seed in pairs]
-    found = torch.autograd.grad(
-        roots, list(leaves.values()), given, retain_graph=True, materialize_grads=True
-    )
+    found = torch.autograd.grad(roots, list(leaves.values()), given, materialize_grads=True)
     return {f"grad_{name}": grad for name, grad in zip(leaves, found, strict=True)}
 
 
