@@ -23,14 +23,16 @@ def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
     to scores, says which positions take part; a row without any is 0. Differentiable twice: within
     a support the result is linear in the scores, ``z - (sum z - 1) / size``.
     """
+    if scores.shape[-1] == 0:
+        return scores.clone()  # nothing to rank, and no last one of it
     with torch.no_grad():
         visible = scores if counts is None else scores.masked_fill(~counts, -torch.inf)
-        ranked = visible.sort(dim=-1, descending=True).values
-        ranked = ranked - ranked[..., :1].clamp(min=torch.finfo(scores.dtype).min)
+        order = visible.sort(dim=-1, descending=True).values
+        ranked = order - order[..., :1].clamp(min=torch.finfo(scores.dtype).min)
         sizes = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
         size = (1 + sizes * ranked > ranked.cumsum(dim=-1)).sum(dim=-1, keepdim=True)
         # The support is the first ``size`` of the ranking: all that is not below its last one.
-        last = visible.sort(dim=-1, descending=True).values.gather(-1, (size - 1).clamp(min=0))
+        last = order.gather(-1, (size - 1).clamp(min=0))
         support = (visible >= last) & (size > 0)
         size = support.sum(dim=-1, keepdim=True).clamp(min=1)
         spoiled = visible.isnan().any(dim=-1, keepdim=True)

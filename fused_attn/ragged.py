@@ -47,7 +47,9 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     is_plain = memory.dim() == 3 and memory._ragged_idx == 1 and memory._lengths is None
     if not is_plain or memory._values.device.type != "cpu":
         return None
-    return Rows(memory.values(), memory._offsets, int(memory._get_max_seqlen()))
+    # Of no sequences torch finds no longest one.
+    longest = int(memory._get_max_seqlen()) if memory._offsets.shape[0] > 1 else 0
+    return Rows(memory.values(), memory._offsets, longest)
 
 
 def _options(backend: str, longest: int) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The definition of Luong attention: eager, any floating dtype, differentiable twice.
 
 Every backend must return what this file returns, up to rounding. It is also the ``eager`` backend
-and the source of second derivatives. It is written to be read, not to be fast: the concat score
+and what a transform differentiates. It is written to be read, not to be fast: the concat score
 here builds the (B, T, S, A) tensor that the kernels exist to avoid.
 
     score    dot: a . m        concat: v . tanh(q + m)          (Luong et al. 2015, section 3.1)
@@ -14,7 +14,6 @@ Shapes: B batch, T queries, S source positions, E memory width, A width of the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -270,23 +269,3 @@ def counted_concat_scores(
     scores = concat_scores(query_proj.to(dtype), projection, v.to(dtype))
     counts = counts.expand_as(scores)
     return hide_absent(scores, present, counts).masked_fill(~counts, -torch.inf), counts
-
-
-def gradients(
-    result: Attention,
-    inputs: Sequence[Tensor],
-    grad_context: Tensor | None,
-    grad_weights: Tensor | None,
-    create_graph: bool = False,
-) -> list[Tensor]:
-    """Gradients of ``inputs`` (zeros where there are none) for those of context and weights."""
-    roots, seeds = [], []
-    for root, seed in ((result.context, grad_context), (result.weights, grad_weights)):
-        if seed is not None:
-            roots.append(root)
-            seeds.append(seed.to(root.dtype))
-    if not roots:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return list(
-        torch.autograd.grad(roots, inputs, seeds, create_graph=create_graph, materialize_grads=True)
-    )
