@@ -343,7 +343,7 @@ class LuongAttention(nn.Module):
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         scored, _, _, v, states, masking = operands
-        queries = None
+        batch, queries = scored.shape[0], None
         if coverage is not None or previous_weights is not None:
             if self.history is None:
                 raise ValueError(
@@ -366,8 +366,9 @@ class LuongAttention(nn.Module):
             context, weights = functional.attend_concat(*arguments)
         if queries is None:
             return context, weights
-        unfolded = None if weights is None else weights.reshape(-1, queries, weights.shape[-1])
-        return context.reshape(-1, queries, context.shape[-1]), unfolded
+        # Sizes in full: of no elements torch cannot tell what a -1 is.
+        unfolded = None if weights is None else weights.reshape(batch, queries, weights.shape[-1])
+        return context.reshape(batch, queries, context.shape[-1]), unfolded
 
     def _scored(self, query: Tensor, states: Tensor) -> Tensor:
         """What is scored in place of the query: its projection, where the score has one.

@@ -78,10 +78,18 @@ def padded(memory: Any, memory_lengths: Tensor | None) -> tuple[Any, Tensor | No
             f"{memory.layout} and {memory.dim()} dimensions"
         )
     with_holes = memory.lengths()
+    lengths = memory.offsets().diff() if with_holes is None else with_holes
+    if with_holes is None and (_knows_longest(memory) or torch.compiler.is_compiling()):
+        return memory.to_padded_tensor(0.0), lengths
+    longest = int(lengths.max()) if lengths.numel() else 0
     if with_holes is None:
-        return memory.to_padded_tensor(0.0), memory.offsets().diff()
-    longest = int(with_holes.max()) if with_holes.numel() else 0
-    return pad_rows(memory.values(), memory.offsets(), longest), with_holes
+        return memory.to_padded_tensor(0.0, (len(lengths), longest, memory.shape[2])), lengths
+    return pad_rows(memory.values(), memory.offsets(), longest), lengths
+
+
+def _knows_longest(memory: Any) -> bool:
+    """Whether a jagged tensor knows its longest sequence; torch pads others to the rows of all."""
+    return getattr(memory, "_max_seqlen_tensor", None) is not None
 
 
 def autocast(*tensors: Any) -> Any:

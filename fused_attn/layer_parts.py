@@ -144,9 +144,19 @@ class AlignmentHistory(nn.Module):
         if coverage is not None:
             parts.append(self.coverage_proj(_readable(coverage, counts)[..., None]))
         if previous_weights is not None:
-            seen = self.conv(_readable(previous_weights, counts)[:, None])
+            seen = convolve(self.conv, _readable(previous_weights, counts))
             parts.append(self.conv_proj(seen.mT))
         return sum(parts[1:], parts[0]) if parts else None
+
+
+def convolve(conv: nn.Module, rows: Tensor) -> Tensor:
+    """``conv``, whose padding keeps the length, of rows (N, S): (N, channels, S).
+
+    torch refuses rows of no positions. They are convolved as one 0, and that is cut off again: the
+    layer is called, and its weight has a gradient of 0.
+    """
+    rows = rows[:, None]
+    return conv(rows) if rows.shape[2] else conv(nn.functional.pad(rows, (0, 1)))[..., :0]
 
 
 def _readable(history: Tensor, counts: Tensor | None) -> Tensor:
@@ -187,7 +197,7 @@ def fold_history(
         return (scored, memory_proj + term, None, v, memory, masking), None
     memory_proj = memory_proj.repeat_interleave(queries, dim=0) + term
     memory = memory.repeat_interleave(queries, dim=0)
-    scored = scored.reshape(batch * queries, 1, -1)
+    scored = scored.reshape(batch * queries, 1, scored.shape[-1])
     return (scored, memory_proj, None, v, memory, _folded(masking, batch, queries, source)), queries
 
 

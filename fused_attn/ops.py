@@ -35,6 +35,7 @@ _CONCAT_INPUTS = (
 # Of the results of a forward operator, those not asked for are None: a tensor takes 1 us to make,
 # and a decoding step needs the context only. Of a backward one those that are not `wanted` are: a
 # bool for each input that may have a gradient, in the inputs' order, and then for the centers.
+LONGEST = 2**40  # source: far more than fits in memory, and little enough to count with
 library = torch.library.Library("fused_attn", "DEF")
 library.define(
     f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "
@@ -103,6 +104,8 @@ def _ragged(
     """Lengths and what has a row for each of the memory, as the backend takes them."""
     if offsets is None:
         raise ValueError("memory_lengths must be offsets (B + 1) where max_source is given")
+    if not 0 <= longest <= LONGEST:
+        raise ValueError(f"max_source must lie in 0..{LONGEST}, got {longest}")
     if getattr(chosen, "TAKES_OFFSETS", False):
         return (offsets, longest), *tensors
     padded = (None if t is None else reference.pad_rows(t, offsets, longest) for t in tensors)

@@ -188,14 +188,18 @@ def test_operators_refuse_widths_of_0(backend: str) -> None:
     scores, scores_backward = OPERATORS.concat_scores, OPERATORS.concat_scores_backward
     for call in (
         lambda: dot(q, m, **rest),
-        lambda: dot_backward(q, None, q, m, q, None, lse, **rest),
+        lambda: dot_backward(q, None, None, q, m, q, None, lse, [True] * 3, **rest),
         lambda: concat(q, m, None, none, m, **rest),
         lambda: concat(q, m, None, none, m5, **rest),
         lambda: concat(q5, m5, None, v5, m, **rest),
-        lambda: concat_backward(q5, None, q, m, None, none, m5, q5, None, lse, **rest),
-        lambda: concat_backward(q, None, q5, m5, None, v5, m, q, None, lse, **rest),
+        lambda: concat_backward(
+            q5, None, None, q, m, None, none, m5, q5, None, lse, [True] * 5, **rest
+        ),
+        lambda: concat_backward(
+            q, None, None, q5, m5, None, v5, m, q, None, lse, [True] * 5, **rest
+        ),
         lambda: scores(q, m, None, none, **rest),
-        lambda: scores_backward(torch.ones(2, 3, 4), q, m, None, none, **rest),
+        lambda: scores_backward(torch.ones(2, 3, 4), q, m, None, none, [True] * 3, **rest),
     ):
         with pytest.raises(ValueError, match=r">= 1|at least 1"):
             call()

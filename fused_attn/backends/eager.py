@@ -87,6 +87,7 @@ def dot_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
+    reference.check_widths(query, memory)
     reference.check_lengths(masking[0], memory)
     result = reference.dot_attention(query, memory, scale, reference.as_masking(masking))
     return _outputs(result, memory.dtype, return_weights, return_logsumexp)
@@ -118,6 +119,7 @@ def dot_gradients(
     wanted: list[bool],
 ) -> Gradients:
     """`dot_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
+    reference.check_widths(query, memory)
     masks = reference.as_masking(masking)
     result = reference.dot_attention(query, memory, scale, masks)
     counts = reference.counted_positions(memory, masks)
@@ -145,6 +147,7 @@ def concat_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
+    reference.check_widths(query_proj, memory)
     reference.check_lengths(masking[0], memory)
     result = reference.concat_attention(
         query_proj, memory_proj, v, memory, reference.as_masking(masking)
@@ -159,6 +162,7 @@ def concat_scores(
     v: Tensor,
     masking: MaskingFields,
 ) -> Tensor:
+    reference.check_widths(query_proj, memory_proj)
     reference.check_lengths(masking[0], memory_proj)
     inputs = (query_proj, memory_proj, v)
     return reference.counted_concat_scores(*inputs, reference.as_masking(masking))[0].contiguous()
@@ -173,6 +177,7 @@ def concat_scores_backward(
     masking: MaskingFields,
     wanted: list[bool],
 ) -> Gradients:
+    reference.check_widths(query_proj, memory_proj)
     counts = reference.counted_positions(memory_proj, masking)
     projection, _ = reference.readable(memory_proj.to(grad_scores.dtype), counts)
     readable = grad_scores.masked_fill(~counts, 0.0)
@@ -228,6 +233,7 @@ def concat_gradients(
     wanted: list[bool],
 ) -> Gradients:
     """`concat_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
+    reference.check_widths(query_proj, memory)
     masks = reference.as_masking(masking)
     result = reference.concat_attention(query_proj, memory_proj, v, memory, masks)
     counts = reference.counted_positions(memory, masks)

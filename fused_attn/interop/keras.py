@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_attn import checks
 from fused_attn.interop.adapter import attend_concat, attend_dot, attend_keys
-from fused_attn.reference import Masking
+from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class _KerasAttention(nn.Module):
@@ -110,7 +110,8 @@ class KerasAttention(_KerasAttention):
         scale: Any = 1.0 if self.scale is None else self.scale
         if self.concat_score_weight is not None:
             v = self.concat_score_weight.to(query.dtype).expand(query.shape[-1])
-            return self._summed(query * scale, key * scale, v, value, masking)
+            key = zero_uncounted_rows(key, masking) * scale  # NaN x 0 would reach scale's gradient
+            return self._summed(query * scale, key, v, value, masking)
         if key is value:
             return attend_dot(query, value, scale, masking)
         return attend_keys(query, key, value, scale, masking)

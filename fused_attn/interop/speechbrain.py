@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.interop.adapter import Adapter, attend_energy
+from fused_attn.layer_parts import convolve
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking, zero_uncounted_rows
 
@@ -119,7 +120,7 @@ class LocationAwareAttention(ContentBasedAttention):
             assert lengths is not None
             inside = torch.arange(enc_states.shape[1], device=lengths.device) < lengths[:, None]
             self.prev_attn = inside / lengths.clamp(min=1)[:, None].to(enc_states.dtype)
-        seen = self.conv_loc(self.prev_attn.to(memory_proj.dtype)[:, None])
+        seen = convolve(self.conv_loc, self.prev_attn.to(memory_proj.dtype))
         term = self.mlp_loc(seen.mT)
         output, weights = self._attend(memory_proj + term, None, enc_states, dec_states)
         self.prev_attn = weights.detach()

@@ -86,5 +86,5 @@ class TutorialAttn(Adapter):
         rows = states.repeat_interleave(queries, dim=1)
         asked = query.reshape(1, batch * queries, width).expand_as(rows)
         energy = torch.tanh(self.attn(torch.cat((asked, rows), dim=2)))
-        found = (energy @ self.v).reshape(-1, batch, queries).permute(1, 2, 0)
+        found = (energy @ self.v).reshape(memory.shape[1], batch, queries).permute(1, 2, 0)
         return attend_scores(found, memory, masking, is_step=False)
