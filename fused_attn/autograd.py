@@ -34,7 +34,7 @@ _transformed: Any = torch._C._are_functorch_transforms_active
 _modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
 _function_modes: Any = torch._C._len_torch_function_stack
 _trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
-_profiled: Any = torch.autograd._profiler_enabled
+_profiled: Any = torch._C._autograd._profiler_enabled
 # Whether all are ordinary tensors that a backend can read by their pointers, or None. Without the
 # native module nothing is in a hurry.
 _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
@@ -68,7 +68,9 @@ class Operator(NamedTuple):
     run_backward: Callable[..., Any]
     inputs: int  # arguments in front of memory_lengths and memory_mask
     differentiable: tuple[int, ...]  # arguments that may have a gradient; the last are the centers
-    others: tuple[int, ...]  # further arguments that may be tensors
+    gradients: tuple[int, ...]  # where those lie in what `_Differentiated.backward` returns
+    tensors: tuple[int, ...]  # arguments that may be tensors
+    options: tuple[int, int]  # keep_mask and centers, or beyond all arguments
     defaults: tuple[Any, ...]  # of all arguments
 
 
@@ -79,11 +81,17 @@ def _operator(name: str, *functions: Any, differentiable: tuple[str, ...]) -> Op
     arguments = forward._schema.arguments
     names = [argument.name for argument in arguments]
     places = tuple(names.index(name) for name in differentiable)
-    tensors = (i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
-    others = tuple(i for i in tensors if i not in places)
-    defaults = tuple(argument.default_value for argument in arguments)
-    inputs = names.index("memory_lengths")
-    return Operator(forward, run, compose, backward, run_backward, inputs, places, others, defaults)
+    tensors = tuple(i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type))
+    has_options = "keep_mask" in names
+    return Operator(
+        *(forward, run, compose, backward, run_backward),
+        inputs=names.index("memory_lengths"),
+        differentiable=places,
+        gradients=tuple(2 + place for place in places),
+        tensors=tensors,
+        options=(names.index("keep_mask"), names.index("centers")) if has_options else (99, 99),
+        defaults=tuple(argument.default_value for argument in arguments),
+    )
 
 
 DOT = _operator(
@@ -111,55 +119,61 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, direct: bool, *arguments: Any) -> Any:
-        ctx.operator, ctx.direct = operator, direct
-        fields = list(arguments)
-        lengths, mask = operator.inputs, operator.inputs + 1
+        masks = operator.inputs
+        lengths, mask = arguments[masks : masks + 2]
         # Copies, so that a mask may be changed for the next call before this one's backward.
-        if fields[lengths] is not None:
-            fields[lengths] = fields[lengths].clone()
-        if fields[mask] is not None:
-            fields[mask] = fields[mask].clone()
+        lengths = lengths if lengths is None else lengths.clone()
+        mask = mask if mask is None else mask.clone()
+        rest = arguments[masks + 2 :]
+        fields = [*arguments[:masks], lengths, mask]
         if operator is SCORES:
-            outputs = found = _run(operator.forward, operator.run, direct, fields)
-            saved: tuple[Any, ...] = ()
+            result = _run(operator.forward, operator.run, direct, (*fields, *rest))
+            outputs: tuple[Any, ...] = ()
         else:
-            ctx.returns = fields[mask + 1], fields[mask + 2]
-            fields[mask + 2] = True  # the backward wants the log-sum-exp
-            outputs = saved = _run(operator.forward, operator.run, direct, fields)
-            found = _returned(ctx, outputs)
-        places = [i for i in (*operator.differentiable, *operator.others) if i < len(fields)]
-        ctx.save_for_backward(*(fields[i] for i in places), *saved)
-        for i in places:
-            fields[i] = None
-        ctx.fields, ctx.places = fields, places
-        return found
+            ctx.returns, rest = rest[:2], rest[2:]
+            called = (*fields, ctx.returns[0], True, *rest)  # the backward wants the log-sum-exp
+            outputs = _run(operator.forward, operator.run, direct, called)
+            result = _returned(ctx, outputs)
+        keep, centers = operator.options
+        if len(arguments) > keep:
+            outputs = (*outputs, arguments[keep], arguments[centers])
+            # They are saved as tensors; the rest begins behind the two results asked for.
+            kept = [*rest]
+            kept[keep - masks - 4] = kept[centers - masks - 4] = None
+            rest = tuple(kept)
+        ctx.save_for_backward(*fields, *outputs)
+        ctx.operator, ctx.direct, ctx.rest = operator, direct, rest
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        operator, fields, places = ctx.operator, list(ctx.fields), ctx.places
-        tensors = ctx.saved_tensors
-        for i, tensor in zip(places, tensors, strict=False):
-            fields[i] = tensor
-        mask = operator.inputs + 1
+        operator, rest, saved = ctx.operator, ctx.rest, ctx.saved_tensors
         needs = ctx.needs_input_grad
-        count = len(fields)
-        wanted = [i < count and needs[2 + i] for i in operator.differentiable]
-        if operator is SCORES:
-            seeds, rest = grads, fields[mask - 1 :]
-        else:
-            seeds = _seeds(ctx, grads)
-            rest = fields[mask - 1 : mask + 1] + fields[mask + 3 :]
-        results: list[Any] = [None] * (2 + count)
-        if all(seed is None for seed in seeds):
+        count = len(needs)
+        wanted = [i < count and needs[i] for i in operator.gradients]
+        masks = operator.inputs
+        after = masks + 2
+        if operator is not SCORES:
+            grads = _seeds(ctx, grads)
+            after += 3
+        if len(saved) > after:
+            keep, centers = operator.options
+            rest = [*rest]
+            rest[keep - masks - 4], rest[centers - masks - 4] = saved[after:]
+        results: list[Any] = [None] * count
+        if grads.count(None) == len(grads):
             return tuple(results)
+        called = (
+            *(*grads, *saved[:masks], *saved[masks + 2 : after], wanted),
+            *(*saved[masks : masks + 2], *rest),
+        )
         # With create_graph=True these gradients have derivatives, which the operator knows.
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
-        called = (*seeds, *fields[: mask - 1], *tensors[len(places) :], wanted, *rest)
-        direct = direct and _are_plain(*seeds)
+        direct = direct and _are_plain(*grads)
         found = _run(operator.backward, operator.run_backward, direct, called)
-        for i, grad in zip(operator.differentiable, found, strict=True):
-            if i < count:
-                results[2 + i] = grad
+        for i, grad in zip(operator.gradients, found, strict=True):
+            if grad is not None:
+                results[i] = grad
         return tuple(results)
 
 
@@ -242,9 +256,9 @@ def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
 def _options(masking: MaskingFields, backend: str) -> tuple[Any, ...]:
     """The last arguments of an operator, none of them where all are the schema's defaults."""
     _, _, keep, keep_scale, window = masking
-    if window is not None:
-        return (keep, keep_scale, backend, *window)
-    return () if keep is None and backend == "auto" else (keep, keep_scale, backend)
+    if window is None and keep is None and backend == "auto":
+        return ()
+    return (keep, keep_scale, backend, *(window or (None, 0.0, False)))
 
 
 def dot_attention(
@@ -321,7 +335,6 @@ def concat_scores(
 def _register(operator: Operator) -> None:
     """Give the operator and its backward their derivatives, for everybody who calls them."""
     names = [argument.name for argument in operator.forward._schema.arguments]
-    tensors = operator.differentiable + operator.others
     backward_names = [argument.name for argument in operator.backward._schema.arguments]
 
     def forward(*given: Any, **named: Any) -> Any:
@@ -331,7 +344,7 @@ def _register(operator: Operator) -> None:
             return operator.compose(*arguments)
         if _needs_grad(operator, arguments):
             return _differentiated(operator, False, arguments)
-        if route() == DIRECT and _are_plain(*(arguments[i] for i in tensors)):
+        if route() == DIRECT and _are_plain(*(arguments[i] for i in operator.tensors)):
             return operator.run(*arguments)
         with _below_autograd():
             return operator.forward(*arguments)

@@ -174,7 +174,7 @@ def dot_backward(
     window = (centers, half_width, gaussian)
     masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)
     saved = (context, weights, logsumexp)
-    inputs = (query, memory, scale, masking, saved, wanted)
+    inputs: tuple[Any, ...] = (query, memory, scale, masking, saved, wanted)
     if grad_logsumexp is None:
         grads = chosen.dot_backward(grad_context, grad_weights, *inputs)
     else:
@@ -247,7 +247,8 @@ def concat_backward(
     window = (centers, half_width, gaussian)
     masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)
     saved = (context, weights, logsumexp)
-    inputs = (query_proj, memory_proj, memory_exp, v, memory, masking, saved, wanted)
+    inputs: tuple[Any, ...] = (query_proj, memory_proj, memory_exp, v, memory)
+    inputs = (*inputs, masking, saved, wanted)
     if grad_logsumexp is None:
         grads = chosen.concat_backward(grad_context, grad_weights, *inputs)
     else:

@@ -196,7 +196,7 @@ def test_ten_thousand_calls_leave_nothing_behind(case: str) -> None:
         if case == "forward":
             native.dot_forward(query, memory, 1.0, (lengths, None, None, 1.0, None), True, True)
         elif case == "backward":
-            native.dot_backward(None, weights, query, memory, 1.0, NOTHING, saved)
+            native.dot_backward(None, weights, query, memory, 1.0, NOTHING, saved, [True] * 3)
         elif case == "copied":
             native.dot_forward(query, strided, 1.0, NOTHING, False, False)
         else:

@@ -163,7 +163,8 @@ def both_forms(score: str, dtype: torch.dtype, queries: int, width: int, backend
         with testing.poisoned_empty():
             saved = forward(query, *operands, lengths, None, True, True, *rest)
             seeds = [draw(*each.shape, seed=5, dtype=dtype) for each in saved[:2]]
-            grads = backward(*seeds, query, *operands, *saved, lengths, None, *rest)
+            wanted = [True] * (3 if score == "dot" else 5)
+            grads = backward(*seeds, None, query, *operands, *saved, wanted, lengths, None, *rest)
         grads = [g for g in grads if g is not None]
         if not is_ragged:
             grads = [g if i == 0 or g.dim() != 3 else unpad(g) for i, g in enumerate(grads)]

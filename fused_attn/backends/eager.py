@@ -215,8 +215,8 @@ def concat_backward(
     wanted: list[bool],
 ) -> Gradients:
     seeds = (grad_context, grad_weights, None)
-    inputs = (query_proj, memory_proj, memory_exp, v, memory)
-    return concat_gradients(*seeds, *inputs, masking, saved, wanted)
+    projections = (query_proj, memory_proj, memory_exp)
+    return concat_gradients(*seeds, *projections, v, memory, masking, saved, wanted)
 
 
 def concat_gradients(

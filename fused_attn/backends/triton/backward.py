@@ -170,8 +170,8 @@ def dot(
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
         if call.masks.bounds is not None:
-            seeds = (grad_context, grad_weights, saved[2])
-            return window.backward(call, *seeds, scale, None, wanted)
+            given = (grad_context, grad_weights, saved[2])
+            return window.backward(call, *given, scale, None, wanted)
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
@@ -256,8 +256,8 @@ def concat(
         call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
         if call.masks.bounds is not None:
             inputs = (memory_proj, v)
-            seeds = (grad_context, grad_weights, saved[2])
-            return window.backward(call, *seeds, 1.0, inputs, wanted)
+            given = (grad_context, grad_weights, saved[2])
+            return window.backward(call, *given, 1.0, inputs, wanted)
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)
