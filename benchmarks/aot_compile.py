@@ -60,7 +60,7 @@ class Case:
     source: int
     width: int
     batch: int = 64
-    flags: str = ""  # of "lengths", "mask", "cube", "keep", "weights", "window"
+    flags: str = ""  # of "lengths", "mask", "cube", "keep", "weights", "window", "frozen"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -97,6 +97,8 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
     saved = (empty(batch, queries, width), weights, empty(batch, queries, dtype=torch.float32))
     grads, masking = (empty(batch, queries, width), weights), _masking(case)
     wanted = (weights is not None, True)
+    # Of a frozen memory nobody wants the gradient.
+    gradients = [i == 0 or "frozen" not in case.flags for i in range(5)]
     with call.recording(chip) as forwards:
         if case.score == "scores":
             forward.concat_scores(query, memory, empty(width), masking)
@@ -109,11 +111,12 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
     with call.recording(chip) as backwards:
         if case.score == "scores":
             seed = empty(batch, queries, source, dtype=torch.float32)
-            backward.concat_scores(seed, query, memory, empty(width), masking)
+            backward.concat_scores(seed, query, memory, empty(width), masking, gradients[:3])
         elif case.score == "dot":
-            backward.dot(*grads, query, memory, 1.0, masking, saved)
+            backward.dot(*grads, query, memory, 1.0, masking, saved, gradients[:3])
         else:
-            backward.concat(*grads, query, memory, empty(width), memory, masking, saved)
+            operands = (query, memory, empty(width), memory)
+            backward.concat(*grads, *operands, masking, saved, gradients)
     return forwards, backwards
 
 

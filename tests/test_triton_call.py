@@ -77,10 +77,11 @@ def test_a_graph_can_capture_what_is_launched(score: str, queries: int, source: 
         with call.recording(H200) as launches:
             if score == "dot":
                 forward.dot(query, memory, 1.0, masking, True, True)
-                backward.dot(query, None, query, memory, 1.0, masking, saved)
+                backward.dot(query, None, query, memory, 1.0, masking, saved, [True] * 3)
             else:
                 forward.concat(query, memory, None, v, memory, masking, True, True)
-                backward.concat(query, None, query, memory, v, memory, masking, saved)
+                operands = (query, memory, v, memory)
+                backward.concat(query, None, *operands, masking, saved, [True] * 5)
         found.append([(one.kernel.__name__, one.programs, one.options) for one in launches])
     assert found[0] == found[1]
     assert 2 <= len(found[0]) <= 10
