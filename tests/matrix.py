@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "matrix"
+WHEELS: dict[str, Path] = {}  # built by this process, by the version of Python
 
 # Every torch on the oldest Python, and every Python on the torch that CI has.
 COMBINATIONS = ("3.11/2.11.0", "3.11/2.13.0", "3.11/2.14.1", "3.12/2.13.0", "3.13/2.13.0")
@@ -41,7 +42,11 @@ SEQ2SEQ = ("seq2seq_model", "seq2seq_search", "seq2seq_training")
 
 
 class NotRun(Exception):
-    """A combination cannot be built here; the message says why."""
+    """A combination cannot be had here; the message says why."""
+
+
+class NoWheel(Exception):
+    """The package does not build with a Python that is there, which is a failure of ours."""
 
 
 @dataclass(frozen=True)
@@ -139,18 +144,23 @@ def copy_sources() -> Path:
 
 
 def build_wheel(python: Path, version: str, log: Path) -> Path:
-    """The wheel of this checkout for a Python."""
+    """The wheel of this checkout for a Python, built by the first combination that asks."""
+    if version in WHEELS:
+        return WHEELS[version]
     wheels = WORK / f"wheel-python{version}"
     shutil.rmtree(wheels, ignore_errors=True)
-    run(
-        log,
-        "building the wheel",
-        [python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, copy_sources()],
-        FUSED_ATTN_REQUIRE_NATIVE="1" if shutil.which(os.environ.get("CXX", "c++")) else "0",
-        CMAKE_ARGS="-DFUSED_ATTN_CUDA=OFF",  # no test of the matrix runs its kernels
-    )
-    (wheel,) = wheels.glob("*.whl")
-    return wheel
+    try:
+        run(
+            log,
+            "building the wheel",
+            [python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, copy_sources()],
+            FUSED_ATTN_REQUIRE_NATIVE="1" if shutil.which(os.environ.get("CXX", "c++")) else "0",
+            CMAKE_ARGS="-DFUSED_ATTN_CUDA=OFF",  # no test of the matrix runs its kernels
+        )
+    except NotRun as error:
+        raise NoWheel(str(error)) from error
+    (WHEELS[version],) = wheels.glob("*.whl")
+    return WHEELS[version]
 
 
 def install(combination: Combination, interpreter: str, log: Path) -> Path:
@@ -159,13 +169,14 @@ def install(combination: Combination, interpreter: str, log: Path) -> Path:
     if version_of(str(python)) != combination.python:
         shutil.rmtree(combination.directory, ignore_errors=True)
         run(log, "making the environment", [interpreter, "-m", "venv", combination.directory])
-    wheel = build_wheel(python, combination.python, log)
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    run(
-        log, "installing", [*pip, *combination.requirements, f"fused-attn[test] @ {wheel.as_uri()}"]
-    )
+    run(log, "installing torch", [*pip, *combination.requirements])
+    wheel = build_wheel(python, combination.python, log)
+    # Again with torch's version, which what the tests need must leave as it is.
+    with_extra = f"fused-attn[test] @ {wheel.as_uri()}"
+    run(log, "installing the package", [*pip, *combination.requirements, with_extra])
     # Its version number stays the same, so pip takes an earlier wheel for this one.
-    run(log, "installing", [*pip, "--no-deps", "--force-reinstall", wheel])
+    run(log, "installing the package", [*pip, "--no-deps", "--force-reinstall", wheel])
     return python
 
 
@@ -209,12 +220,14 @@ def run_combination(
     combination: Combination, pythons: Sequence[str], options: Sequence[str]
 ) -> Outcome:
     WORK.mkdir(parents=True, exist_ok=True)
-    log = combination.directory.with_suffix(f"{combination.directory.suffix}.log")
+    log = WORK / f"{combination.directory.name}.log"
     log.unlink(missing_ok=True)
     try:
         python = install(combination, find_python(combination.python, pythons), log)
     except NotRun as error:
         return Outcome(f"not run: {error}", ok=True, ran=False)
+    except NoWheel as error:
+        return Outcome(str(error), ok=False)
     started = time.monotonic()
     outcome = run_tests(python, combination, options, log)
     versions = installed_versions(python)

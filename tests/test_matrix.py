@@ -70,6 +70,28 @@ def test_a_step_that_fails_says_where_to_look(
         matrix.run(tmp_path / "a.log", "installing", [sys.executable, "-c", code])
 
 
+def test_what_cannot_be_had_and_what_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No release of torch here is not a failure; a package that does not build is one."""
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "WORK", tmp_path)
+    failing = ""
+
+    def run(log: Path, step: str, command: Sequence[str | Path], **env: str) -> None:
+        if step == failing:
+            raise NotRun(f"{step} failed")
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix, "copy_sources", lambda: tmp_path)
+    combination = Combination(HERE, "2.13.0")
+    for step, status in (("installing torch", 0), ("building the wheel", 1)):
+        failing = step
+        outcome = matrix.run_combination(combination, [], [])
+        assert f"{step} failed" in outcome.words
+        assert (matrix.exit_status([outcome], strict=False), outcome.ran) == (status, bool(status))
+
+
 def test_what_pytest_reports_is_read(tmp_path: Path) -> None:
     test = "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip()\n"
     for extra, words, ok in (
