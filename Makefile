@@ -16,8 +16,8 @@ NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-fuzz test-asan test-tsan lint lint-python lint-native lint-bans format wheel \
-        bench clean
+.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-matrix test-fuzz test-asan test-tsan lint lint-python lint-native \
+        lint-bans format wheel bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,10 @@ demo: setup build ## train the pronunciation model, show what it learned, compar
 
 test: setup build ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
+
+# Makes its own environments; MATRIX has combinations and options, as in MATRIX='3.12/2.14.1 --strict'.
+test-matrix: ## run the tests on other versions of torch and Python
+	@$(PYTHON) tests/matrix.py $(MATRIX)
 
 test-fuzz: setup build ## run the fuzz tests on many more calls, drawn anew
 	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py
