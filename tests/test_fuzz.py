@@ -1,6 +1,7 @@
 """The native kernels on drawn calls, against the fp64 oracle under the error budget of every test.
 
-Any sizes, strides, masks, dtypes and threads, and NaN wherever nothing may be read.
+Any sizes, strides, masks, dtypes and threads, and NaN wherever nothing may be read. The same calls
+pass through the dispatcher, and are composed of ATen's operators as under torch.func.
 `make test-fuzz` draws many more, and differently in each run; conftest.py has the two profiles.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from targets import TARGETS, Target
 from torch import Tensor
 
-from fused_attn import functional, testing
+from fused_attn import autograd, functional, testing
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import DTYPES, MASKS, SCORES, Case, Inputs, Tensors
@@ -36,7 +38,8 @@ OTHERS = ("memory_lengths", "memory_mask", "keep_mask", "grad_context", "grad_we
 
 # `sampled_from` draws evenly; `integers` would favour the small ones. Multiples of 8 fill vectors.
 WIDTHS = st.sampled_from((*range(1, 81), *range(8, 81, 8)))
-QUERIES = st.one_of(st.just(1), st.sampled_from(range(1, 71)))
+BATCHES = st.sampled_from((*range(1, 5), *range(5)))
+QUERIES = st.one_of(st.just(1), st.sampled_from(range(71)))
 SOURCES = st.sampled_from(range(151))
 # Large ones: several segments of the source, tiles and their tails, each remainder of 32.
 LARGE_WIDTHS = st.sampled_from((*range(33, 1001), *range(64, 1001, 32)))
@@ -70,7 +73,7 @@ class Call:
         if mask is not None:
             generator = torch.Generator().manual_seed(self.seed)
             mask = torch.rand(mask.shape, generator=generator) < self.density
-        lengths = None if self.lengths is None else torch.tensor(self.lengths)
+        lengths = None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)
         masks = (lengths, mask, keep)
         return replace(
             drawn,
@@ -117,7 +120,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 def sizes(draw: st.DrawFn) -> tuple[int, ...]:
     """B, T, S and three widths: D, E, A."""
     widths = (draw(WIDTHS), draw(WIDTHS), draw(WIDTHS))
-    return draw(st.sampled_from(range(1, 5))), draw(QUERIES), draw(SOURCES), *widths
+    return draw(BATCHES), draw(QUERIES), draw(SOURCES), *widths
 
 
 @st.composite
@@ -274,6 +277,9 @@ def test_drawn_calls(score: str, data: st.DataObject) -> None:
     poisoned = spoiled(call, inputs)
     for target in CPU_TARGETS:  # the oracle costs more than the kernels
         testing.check_results(call.run(target, poisoned), oracle, plain, scales)
+    for way in (autograd.OPERATOR, autograd.COMPOSED):
+        with mock.patch.object(autograd, "route", lambda way=way: way):
+            testing.check_results(call.run(CPU_TARGETS[0], poisoned), oracle, plain, scales)
 
 
 @pytest.mark.parametrize("score", SCORES)
