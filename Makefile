@@ -66,7 +66,8 @@ ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
 # What enters the native module, but for peaks of memory: the sanitizer holds on to what is freed.
 ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py \
-             tests/test_native_tensors.py tests/test_ragged_memory.py tests/test_scores.py
+             tests/test_native_tensors.py tests/test_ragged_memory.py tests/test_scores.py \
+             tests/test_shapes_of_nothing.py
 
 # $(call configure,directory,sanitizers,flags)
 configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \

@@ -6,10 +6,11 @@
 namespace fused_attn {
 
 // Whether `object` is an ordinary tensor, which can be read by its pointer and strides: of no
-// subclass, dense, on the CPU or a CUDA GPU, with its numbers in memory as they are. None is not.
+// subclass, dense, on the CPU or a GPU, with its numbers in memory as they are. None is not.
 inline bool is_plain(PyObject* object, TensorView& view) {
   if (!is_exact_tensor(object) || !look_at(object, view)) return false;
-  if (view.device_type != kCpu && view.device_type != kCuda) return false;
+  const int32_t device = view.device_type;
+  if (device != kCpu && device != kCuda && device != kRocm) return false;
   bool is_empty = false;
   for (int dim = 0; dim < view.ndim; ++dim) is_empty = is_empty || view.shape[dim] == 0;
   if (!view.data && !is_empty) return false;  // torch._efficientzerotensor has no memory

@@ -142,6 +142,11 @@ void Argument::look() {
                          Py_TYPE(object_)->tp_name);
   }
   if (torch_api.table->view_of_py_object(object_, &view_) != 0) throw py::error_already_set();
+  if (!view_.data) {
+    bool is_empty = false;
+    for (int dim = 0; dim < view_.ndim; ++dim) is_empty = is_empty || size(dim) == 0;
+    if (!is_empty) throw py::type_error(std::string(name_) + " has no memory to be read from");
+  }
   const bool same_id = wanted_.type == kCpu || wanted_.id < 0 || view_.device_id == wanted_.id;
   if (view_.device_type != wanted_.type || !same_id) {
     const std::string id = wanted_.id < 0 ? "" : ":" + std::to_string(wanted_.id);

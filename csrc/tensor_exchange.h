@@ -37,7 +37,7 @@ enum class TypeCode : uint8_t { integer = 0, natural = 1, real = 2, bfloat = 4, 
 
 using Sizes = std::initializer_list<int64_t>;
 
-constexpr int32_t kCpu = 1, kCuda = 2;  // types of a device in DLPack
+constexpr int32_t kCpu = 1, kCuda = 2, kRocm = 10;  // types of a device in DLPack
 
 struct Device {
   int32_t type = kCpu;

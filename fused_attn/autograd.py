@@ -15,6 +15,7 @@ than a small problem does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,11 @@ def route() -> int:
     return OPERATOR if _modes() or _function_modes() or _profiled() else DIRECT
 
 
+def _is_batched(grad: Tensor | None) -> bool:
+    """Of ``is_grads_batched=True``, which is no transform of torch.func."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def _is_transformed() -> bool:
     return _transformed() or forward_ad._current_level >= 0
 
@@ -72,6 +78,12 @@ class Operator(NamedTuple):
     tensors: tuple[int, ...]  # arguments that may be tensors
     options: tuple[int, int]  # keep_mask and centers, or beyond all arguments
     defaults: tuple[Any, ...]  # of all arguments
+
+    def backward_composed(self, arguments: tuple[Any, ...], **named: Any) -> Any:
+        """The backward of ATen's operators, which have derivatives and transforms."""
+        names = (argument.name for argument in self.backward._schema.arguments)
+        given = dict(zip(names, arguments, strict=False)) | named
+        return self.run_backward(**given | {"backend": "eager"})
 
 
 def _operator(name: str, *functions: Any, differentiable: tuple[str, ...]) -> Operator:
@@ -169,8 +181,11 @@ class _Differentiated(torch.autograd.Function):
         )
         # With create_graph=True these gradients have derivatives, which the operator knows.
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
-        direct = direct and _are_plain(*grads)
-        found = _run(operator.backward, operator.run_backward, direct, called)
+        direct = direct and _are_plain(*grads, *saved)  # a hook may have unpacked them
+        if not direct and (_is_transformed() or any(map(_is_batched, grads))):
+            found = operator.backward_composed(called)  # of a graph from before the transform
+        else:
+            found = _run(operator.backward, operator.run_backward, direct, called)
         for i, grad in zip(operator.gradients, found, strict=True):
             if grad is not None:
                 results[i] = grad
@@ -332,10 +347,26 @@ def concat_scores(
     return result
 
 
+def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
+    """What `torch.func.vmap` makes of an operator that it meets by name: a call an example."""
+    found = []
+    for index in range(info.batch_size):
+        given = (
+            argument if dim is None else argument.select(dim, index)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+        results = operator(*given)
+        found.append(results if isinstance(results, tuple) else (results,))
+    stacked = tuple(
+        None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True)
+    )
+    out_dims = tuple(None if each is None else 0 for each in stacked)
+    return (stacked, out_dims) if len(stacked) > 1 else (stacked[0], 0)
+
+
 def _register(operator: Operator) -> None:
     """Give the operator and its backward their derivatives, for everybody who calls them."""
     names = [argument.name for argument in operator.forward._schema.arguments]
-    backward_names = [argument.name for argument in operator.backward._schema.arguments]
 
     def forward(*given: Any, **named: Any) -> Any:
         arguments = (*given, *operator.defaults[len(given) :])
@@ -350,16 +381,18 @@ def _register(operator: Operator) -> None:
             return operator.forward(*arguments)
 
     def backward(*given: Any, **named: Any) -> Any:
-        arguments = dict(zip(backward_names, given, strict=False)) | named
-        grads = (a.requires_grad for a in arguments.values() if isinstance(a, Tensor))
-        if _is_transformed() or (torch.is_grad_enabled() and any(grads)):
-            return operator.run_backward(**arguments | {"backend": "eager"})
+        tensors = (a for a in (*given, *named.values()) if isinstance(a, Tensor))
+        if _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return operator.backward_composed(given, **named)
         with _below_autograd():
             return operator.backward(*given, **named)
 
     name = operator.forward._schema.name.removeprefix("fused_attn::")
     ops.library.impl(name, forward, "Autograd")
     ops.library.impl(f"{name}_backward", backward, "Autograd")
+    for each in (operator.forward, operator.backward):
+        rule = partial(_batched, each)
+        torch.library.register_vmap(each._schema.name, rule, lib=ops.library)
 
 
 for _each in (DOT, CONCAT, SCORES):

@@ -76,7 +76,7 @@ def as_masking(fields: MaskingFields) -> Masking:
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> None:

@@ -45,6 +45,7 @@ class Params(Structure):
         ("keep", c_void_p), ("keep_scale", c_double),
         ("bounds", c_void_p), ("centers", c_void_p), ("rate", c_double),
         ("context", c_void_p), ("weights", c_void_p), ("logsumexp", c_void_p),
+        ("scores_only", c_bool),
         ("raw_scores", c_void_p), ("raw_grad_scores", c_void_p),
         ("device", c_int), ("stream", c_void_p), ("device_lengths", c_void_p),
         ("length_stride", c_int64), ("length_bytes", c_int), ("lengths_are_signed", c_bool),

@@ -145,7 +145,10 @@ def test_gradient_of_one_input_alone(score: str, target: Target) -> None:
             results = attend(inputs, inputs.tensors | {name: leaf}, target.backend)
             seeds = (inputs.grad_context, inputs.grad_weights)
             (alone,) = torch.autograd.grad(results, leaf, seeds)
-        assert torch.equal(alone, together[f"grad_{name}"])
+        if name == "v":  # its sum alone is another loop, whose additions contract in another way
+            torch.testing.assert_close(alone, together["grad_v"])
+        else:
+            assert torch.equal(alone, together[f"grad_{name}"]), name
 
 
 @every_target

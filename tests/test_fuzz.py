@@ -299,8 +299,9 @@ def test_drawn_large_calls(score: str, data: st.DataObject) -> None:
 def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> None:
     """One value of a memory row is not finite; half of the queries of its sentence look at it."""
     call = data.draw(calls(score, mask="cube"))
-    batch, queries, source = call.case.batch, max(call.case.queries, 2), max(call.case.source, 1)
-    sizes = {"queries": queries, "source": source}
+    batch, source = max(call.case.batch, 1), max(call.case.source, 1)
+    queries = max(call.case.queries, 2)
+    sizes = {"batch": batch, "queries": queries, "source": source}
     case = replace(call.case, **sizes, lengths=False, weights=True)
     call = replace(call, layouts={}, lengths=None, case=case)
     b, s = data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, source - 1))

@@ -113,7 +113,6 @@ struct ScoreGradients {
                      A* moment) const {
     const int64_t width = round_up(picked.count, kLanes<A>);
     const A scale = p.score == Score::dot ? A(p.scale) : A(1);
-    for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
     if (p.keep)
       for (int64_t j = 0; j < picked.count; ++j) g[j] *= keep_factor(b, t, picked[j]);
     if (p.grad_weights.data) {
@@ -123,6 +122,7 @@ struct ScoreGradients {
     if (p.centers) center_gradient(b * p.T + t, picked, weight, g, moment);
     for (int64_t j = 0; j < width; j += kLanes<A>)
       store(g + j, load(weight + j) * (load(g + j) - delta[t]) * scale);
+    for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);  // delta may be NaN
     if (alone[t])
       for (int64_t j = 0; j < picked.count; ++j) g[j] *= A(0);  // what is NaN stays it
   }
@@ -143,7 +143,8 @@ struct ScoreGradients {
   A weights_delta(int64_t b, int64_t t) const {
     const int64_t row = b * p.T + t;
     const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
-    if (!p.bounds) return inner(weights, grads, p.S);
+    if (p.mask) return inner_allowed(b, t, weights, grads);
+    if (!p.bounds) return inner(weights, grads, length_of(p, b));
     const int64_t first = p.bounds[2 * row], n = p.bounds[2 * row + 1] - first;
     return inner(weights + first, grads + first, n);
   }
@@ -151,6 +152,18 @@ struct ScoreGradients {
   const X* weight_grads(int64_t b, int64_t t) const {
     return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
            t * p.grad_weights.row_stride;
+  }
+
+  // The gradient of a weight that does not count may be anything, and 0 times it too.
+  A inner_allowed(int64_t b, int64_t t, const X* weights, const X* grads) const {
+    const int64_t* bounds = p.bounds ? p.bounds + 2 * (b * p.T + t) : nullptr;
+    const int64_t begin = bounds ? bounds[0] : 0, end = bounds ? bounds[1] : length_of(p, b);
+    A lanes[16] = {};
+    for (int64_t s = begin; s < end; ++s)
+      if (allowed(p, b, t, s)) lanes[s % 16] += widen(weights[s]) * widen(grads[s]);
+    A sum = 0;
+    for (A lane : lanes) sum += lane;
+    return sum;
   }
 
   static A inner(const X* x, const X* y, int64_t n) {
