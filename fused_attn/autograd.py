@@ -173,7 +173,7 @@ class _Differentiated(torch.autograd.Function):
             rest = [*rest]
             rest[keep - masks - 4], rest[centers - masks - 4] = saved[after:]
         results: list[Any] = [None] * count
-        if grads.count(None) == len(grads):
+        if all(grad is None for grad in grads):
             return tuple(results)
         called = (
             *(*grads, *saved[:masks], *saved[masks + 2 : after], wanted),
