@@ -372,7 +372,7 @@ def test_what_is_not_an_ordinary_tensor_passes_the_operator() -> None:
 
 def test_a_profiler_sees_the_operator() -> None:
     query, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         dot_attention(query, memory)
     assert "fused_attn::dot_attention" in {event.name for event in profile.events()}
 
