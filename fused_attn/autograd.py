@@ -387,12 +387,8 @@ def _register(operator: Operator) -> None:
         with _below_autograd():
             return operator.backward(*given, **named)
 
-    name = operator.forward._schema.name.removeprefix("fused_attn::")
-    ops.library.impl(name, forward, "Autograd")
-    ops.library.impl(f"{name}_backward", backward, "Autograd")
-    for each in (operator.forward, operator.backward):
-        rule = partial(_batched, each)
-        torch.library.register_vmap(each._schema.name, rule, lib=ops.library)
+    for each, derivative in ((operator.forward, forward), (operator.backward, backward)):
+        ops.register_derivative(each._schema.name, derivative, partial(_batched, each))
 
 
 for _each in (DOT, CONCAT, SCORES):

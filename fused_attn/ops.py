@@ -288,6 +288,12 @@ def concat_scores_backward(
     return chosen.concat_scores_backward(grad_scores, *inputs, masking, wanted)
 
 
+def register_derivative(name: str, derivative: Any, batched: Any) -> None:
+    """Add what the dispatcher calls in front of an operator: under autograd, and under vmap."""
+    library.impl(name.removeprefix("fused_attn::"), derivative, "Autograd")
+    torch.library.register_vmap(name, batched, lib=library)
+
+
 for _name, _implementation in (
     ("dot_attention", dot_forward),
     ("dot_attention_backward", dot_backward),
