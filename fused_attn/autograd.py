@@ -370,7 +370,8 @@ def _register(operator: Operator) -> None:
 
     def forward(*given: Any, **named: Any) -> Any:
         arguments = (*given, *operator.defaults[len(given) :])
-        arguments = tuple(named.get(n, a) for n, a in zip(names, arguments, strict=True))
+        if named:
+            arguments = tuple(named.get(n, a) for n, a in zip(names, arguments, strict=True))
         if _is_transformed():
             return operator.compose(*arguments)
         if _needs_grad(operator, arguments):
