@@ -15,6 +15,7 @@ from .concat import concat_scores
 from .forward import store_rows
 from .tiles import (
     counted_positions,
+    elements,
     exp,
     hide,
     inverse_or_zero,
@@ -36,7 +37,7 @@ def weight_deltas(
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """sum_s P dP for a query, which is dO . O and the weights' own part: deltas (B, T) float32."""
-    seed_b, seed_t, E = seed_b * UNIT, seed_t * UNIT, E * UNIT
+    seed_b, seed_t, E = elements(seed_b, UNIT), elements(seed_t, UNIT), E * UNIT
     row = tl.program_id(0)
     wide = row.to(tl.int64)
     b = wide // T
@@ -129,10 +130,10 @@ def rows_backward(
     wants it, and for concat, whose query has it from `concat_gradients`. With SPLIT ``deltas``
     (B, T) is None where the weights got no gradient: then delta = dO . O is made here.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
-    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
+    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     split = program % splits
@@ -223,9 +224,9 @@ def online_backward(
 
     A program walks ``segment`` rows. Arguments as in `rows_backward`.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
-    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E = E * UNIT
     program = tl.program_id(0)
     t_blocks = tl.cdiv(T, BLOCK_T)
@@ -298,8 +299,8 @@ def source_gradients(
 
     grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
     s_blocks = tl.cdiv(S, BLOCK_S)

@@ -17,6 +17,7 @@ import triton.language as tl
 from .tiles import (
     LOG2E,
     counted_positions,
+    elements,
     hide,
     in_squares,
     load_tile,
@@ -53,7 +54,7 @@ def concat_exponentials(
     (B, exp_rows / BLOCK_R) receives each block's largest |x|, inf if it holds what is not finite.
     The lengths and the mask are those of a memory; a query has neither.
     """
-    proj_b, proj_r, A = proj_b * UNIT, proj_r * UNIT, A * UNIT
+    proj_b, proj_r, A = elements(proj_b, UNIT), elements(proj_r, UNIT), A * UNIT
     blocks = exp_rows // BLOCK_R
     b = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -138,8 +139,8 @@ def concat_scores_only(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of scores (B, T, S) in float32, -inf where nothing counts."""
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    proj_b, proj_s, A = proj_b * UNIT, proj_s * UNIT, A * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    proj_b, proj_s, A = elements(proj_b, UNIT), elements(proj_s, UNIT), A * UNIT
     program = tl.program_id(0)
     split = program % splits
     t_blocks = tl.cdiv(T, BLOCK_T)
@@ -176,8 +177,8 @@ def concat_gradients(
     so that two terms share a reciprocal: grad_memory_proj is written once. It leaves its part of
     the query's gradient, partial_query (B, blocks, T, A), and of v's, partial_v (B blocks, A).
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     A = A * UNIT
     a_blocks = tl.cdiv(A, BLOCK_A)
     s_blocks = tl.cdiv(S, BLOCK_S)

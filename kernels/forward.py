@@ -1,8 +1,8 @@
 """Forward kernels of the dot score: one query, short rows, long rows; and the merge of splits.
 
 Every program reads its part of the memory once for the score and the weighted sum. Where S is
-split, a program leaves a normalised context and its log-sum-exp, and `merge_forward` combines them
-in the order of the splits, so that results repeat bit for bit.
+split, a program leaves a normalised context, its largest score and the sum of the exponentials, and
+`merge_forward` combines them in the order of the splits, so that results repeat bit for bit.
 """
 
 import triton
@@ -12,6 +12,7 @@ from .concat import concat_scores
 from .tiles import (
     bell,
     counted_positions,
+    elements,
     exp,
     hide,
     inverse_or_zero,
@@ -24,6 +25,7 @@ from .tiles import (
     readable_rows,
     row_count,
     split_nonfinite,
+    store_softmax,
 )
 
 
@@ -53,12 +55,13 @@ def rows_forward(
 
     query (B, T, K), memory (B, S, E). Without SPLIT one program has all of S, and writes context
     (B, T, E), weights (B, T, S) or None, logsumexp (B, T) or None. With SPLIT these hold splits,
-    context (B, splits, T, E) and logsumexp (B, splits, T) in float32, and no weights but the scores
-    are written: scores_out (B, T, S) or None. Strides and widths come in units of UNIT elements.
+    context (B, splits, T, E) and, in the place of logsumexp, peak and total (B, splits, T, 2), in
+    float32, and no weights but the scores are written: scores_out (B, T, S) or None. Strides and
+    widths come in units of UNIT elements.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     split = program % splits
@@ -109,17 +112,17 @@ def rows_forward(
     exps = exp(scores - peak[:, None])
     total = tl.sum(exps, axis=1)
     normal = exps * inverse_or_zero(total)[:, None]
-    log = log_sum(peak, total)
     inside = queries[:, None] & (offs_s < S)[None, :]
     if SPLIT:
         slot = b.to(tl.int64) * splits + split
-        tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
+        store_softmax(logsumexp, slot * T + offs_t, peak, total, queries)
         context += slot * T * E
         if scores_out is not None:
             tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
     else:
         context += b.to(tl.int64) * T * E
         if logsumexp is not None:
+            log = log_sum(peak, total)
             tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log, mask=queries)
         if weights is not None:
             at = pair_tile(weights, b, offs_t, offs_s, T, S)
@@ -152,8 +155,8 @@ def online_forward(
     walks ``segment`` rows of memory. Arguments as in `rows_forward`; weights are written by
     `merge_forward` from scores_out, since their sum is known last.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     E = E * UNIT
     program = tl.program_id(0)
     t_blocks = tl.cdiv(T, BLOCK_T)
@@ -199,25 +202,25 @@ def online_forward(
         exps = exps.to(memory.dtype.element_ty)
         acc = product(exps, tile, acc * fade[:, None], PRECISION, WIDEN)
     acc *= inverse_or_zero(total)[:, None]
-    log = log_sum(peak_or_zero(peak), total)
     slot = b.to(tl.int64) * splits + split
     if SPLIT:
-        tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
+        store_softmax(logsumexp, slot * T + offs_t, peak_or_zero(peak), total, queries)
     elif logsumexp is not None:
+        log = log_sum(peak_or_zero(peak), total)
         tl.store(logsumexp + slot * T + offs_t, log, mask=queries)
     store_rows(acc, context + slot * T * E, offs_t, T, offs_e, E)
 
 
 @triton.jit
 def merge_forward(
-    partial, partial_log, scores, lengths, bounds, centers, context, weights, logsumexp,
+    partial, stats, scores, lengths, bounds, centers, context, weights, logsumexp,
     lengths_stride, T, S, E, rate, splits, segment,
     BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query in their order, and turn its scores into weights.
 
-    partial (B, splits, T, E), partial_log (B, splits, T), scores (B, T, S) or None. bounds and
-    centers as in `step_forward`.
+    partial (B, splits, T, E), stats (B, splits, T, 2) as `store_softmax` leaves them, scores
+    (B, T, S) or None. bounds and centers as in `step_forward`.
     """
     E = E * UNIT
     row = tl.program_id(0)
@@ -227,30 +230,33 @@ def merge_forward(
     live = tl.cdiv(count, segment)  # the splits that had something to do
     index = tl.arange(0, BLOCK_SPLITS)
     first = b.to(tl.int64) * splits
-    logs = tl.load(partial_log + (first + index) * T + t, mask=index < live, other=float("-inf"))
-    peak = peak_or_zero(tl.max(logs, axis=0))
-    total = tl.sum(exp(logs - peak), axis=0)
-    log = log_sum(peak, total)
-    shift = tl.where(log == float("-inf"), 0.0, log)
+    at_stats = stats + 2 * ((first + index) * T + t)
+    totals = tl.load(at_stats + 1, mask=index < live, other=0.0)
+    peaks = tl.load(at_stats, mask=index < live, other=float("-inf"))
+    peaks = tl.where(totals == 0.0, float("-inf"), peaks)
+    peak = peak_or_zero(tl.max(peaks, axis=0))
+    total = tl.sum(totals * exp(peaks - peak), axis=0)
+    inverse = inverse_or_zero(total)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, live):
-        part_log = tl.load(partial_log + (first + split) * T + t)
+        at_split = stats + 2 * ((first + split) * T + t)
+        part_total = tl.load(at_split + 1)
         at = partial + ((first + split) * T + t) * E + offs
         part = tl.load(at, mask=offs < E, other=0.0)
-        share = exp(part_log - shift)
-        acc += tl.where(share == 0.0, 0.0, share * part)
+        share = part_total * exp(tl.load(at_split) - peak) * inverse
+        acc += tl.where((part_total == 0.0) | (share == 0.0), 0.0, share * part)
     place = row.to(tl.int64)
     tl.store(context + place * E + offs, acc.to(context.dtype.element_ty), mask=offs < E)
     if logsumexp is not None:
-        tl.store(logsumexp + place, log, mask=tl.program_id(1) == 0)
+        tl.store(logsumexp + place, log_sum(peak, total), mask=tl.program_id(1) == 0)
     if weights is not None:
         seen = offs < count
         if bounds is not None:
             first = tl.load(bounds + 2 * place)
             seen = seen & (offs >= first) & (offs < tl.load(bounds + 2 * place + 1))
         score = tl.load(scores + place * S + offs, mask=seen, other=float("-inf"))
-        weight = exp(score - shift)
+        weight = exp(score - peak) * inverse
         if centers is not None:
             weight = tl.where(seen, weight * bell(offs, tl.load(centers + place), rate), 0.0)
         tl.store(weights + place * S + offs, weight.to(weights.dtype.element_ty), mask=offs < S)

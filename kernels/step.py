@@ -11,6 +11,7 @@ import triton.language as tl
 from .concat import TWO_LOG2E, reciprocal
 from .tiles import (
     bell,
+    elements,
     exp,
     inverse_or_zero,
     load_tile,
@@ -81,10 +82,10 @@ def step_forward(
     local attention ``bounds`` int64 (B, T, 2) holds each query's window, the one segment that it
     has, and ``centers`` (B, T) those of a Gaussian, or None.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
-    exp_b, exp_s = exp_b * UNIT, exp_s * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    exp_b, exp_s = elements(exp_b, UNIT), elements(exp_s, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
     t = program % T  # innermost: the queries of a row of the batch share its memory in the cache
@@ -157,12 +158,12 @@ def step_forward(
     share = exp(peak - highest)
     whole = tl.sum(total * share, axis=0)
     result = tl.sum(acc * share[:, None], axis=0) * inverse_or_zero(whole)
-    log = log_sum(highest, whole)
     slot = (b.to(tl.int64) * splits + split) * T + t
     if SPLIT:
-        tl.store(logsumexp + slot, log)
+        tl.store(logsumexp + 2 * slot, highest)
+        tl.store(logsumexp + 2 * slot + 1, whole)
     elif logsumexp is not None:
-        tl.store(logsumexp + slot, log)
+        tl.store(logsumexp + slot, log_sum(highest, whole))
     tl.store(context + slot * E + offs_e, result.to(context.dtype.element_ty), mask=offs_e < E)
 
 
@@ -180,8 +181,8 @@ def step_backward(
     grad_query (B, splits, 1, E) in float32 if there are splits; grad_memory (B, S, E). None where
     nobody wants it.
     """
-    seed_b, query_b = seed_b * UNIT, query_b * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
+    seed_b, query_b = elements(seed_b, UNIT), elements(query_b, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     E = E * UNIT
     split = tl.program_id(0) % splits
     b = tl.program_id(0) // splits

@@ -16,6 +16,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def elements(stride, UNIT: tl.constexpr):
+    """A stride in elements. Widened first: a batch of long sequences has more than 2^31 of them."""
+    return tl.cast(stride, tl.int64) * UNIT
+
+
+@triton.jit
 def row_count(lengths, lengths_stride, b, S):
     """How many positions of batch row ``b`` lie within its length. Any integer type; clamped."""
     count = S
@@ -119,6 +125,17 @@ def log_sum(peak, total):
     """Logarithm of the sum of exp(scores), from their peak on; -inf for a row of nothing."""
     empty = total == 0.0
     return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)) * LN2)
+
+
+@triton.jit
+def store_softmax(stats, at, peak, total, rows):
+    """What a split knows of its softmax: the largest score, and the sum of exp(score - that).
+
+    They stay apart, since their log-sum-exp would be rounded to a unit of the score: at scores of
+    1e6 that is an error of some percent in the share of a split. ``stats`` (..., 2), float32.
+    """
+    tl.store(stats + 2 * at, peak, mask=rows)
+    tl.store(stats + 2 * at + 1, total, mask=rows)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from .concat import TWO_LOG2E
 from .step import looked_at
 from .tiles import (
     bell,
+    elements,
     exp,
     inverse_or_zero,
     load_tile,
@@ -85,10 +86,10 @@ def window_backward(
     The weights come from the stored log-sum-exp, and sum to 1 but for its rounding. Divided by what
     they sum to, delta is the mean that makes the gradients of the scores sum to 0, as they must.
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    memory_b, memory_s = memory_b * UNIT, memory_s * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
-    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
+    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E, A = E * UNIT, A * UNIT
     row = tl.program_id(0)
     t = row % T
@@ -185,9 +186,9 @@ def window_source(
     The memory gets P^T dO, and for dot dS^T Q (query is None for concat). The projection gets
     4 v sum_t dS (r - r^2). ``E`` is the width of ``out`` (B, S, E).
     """
-    query_b, query_t = query_b * UNIT, query_t * UNIT
-    seed_b, seed_t = seed_b * UNIT, seed_t * UNIT
-    proj_b, proj_s = proj_b * UNIT, proj_s * UNIT
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
     s_blocks = tl.cdiv(S, BLOCK_S)

@@ -36,10 +36,10 @@ def _forward(
         run(call, plan, scale, concat_inputs, (context, weights, logsumexp, None), False)
         return context, weights, logsumexp
     partial = call.floats(batch, plan.splits, queries, memory_dim)
-    logs = call.floats(batch, plan.splits, queries)
+    stats = call.floats(batch, plan.splits, queries, 2)
     scores = call.floats(batch, queries, source) if return_weights else None
-    run(call, plan, scale, concat_inputs, (partial, None, logs, scores), True)
-    _merge(call, plan, (partial, logs, scores), (context, weights, logsumexp))
+    run(call, plan, scale, concat_inputs, (partial, None, stats, scores), True)
+    _merge(call, plan, (partial, stats, scores), (context, weights, logsumexp))
     return context, weights, logsumexp
 
 
