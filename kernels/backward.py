@@ -126,9 +126,10 @@ def rows_backward(
 ):  # fmt: skip
     """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
 
-    kept and grad_scores (B, T, S): P and dS. grad_query (B, splits, T, E), or None where nobody
-    wants it, and for concat, whose query has it from `concat_gradients`. With SPLIT ``deltas``
-    (B, T) is None where the weights got no gradient: then delta = dO . O is made here.
+    kept and grad_scores (B, T, S): P and dS. Without SPLIT one program has all of S, and writes
+    grad_query (B, T, E), unless it is None; with SPLIT `query_gradients` does, and for concat
+    `concat_gradients`. With SPLIT ``deltas`` (B, T) is None where the weights got no gradient: then
+    delta = dO . O is made here.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
@@ -136,9 +137,9 @@ def rows_backward(
     seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
-    split = program % splits
     t_blocks = tl.cdiv(T, BLOCK_T)
-    t_block = (program // splits) % t_blocks
+    t_block = program % t_blocks  # innermost: programs that share memory run at the same time
+    split = (program // t_blocks) % splits
     b = program // (splits * t_blocks)
     wide = b.to(tl.int64)
     offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -147,8 +148,8 @@ def rows_backward(
     queries = offs_t < T
     count = row_count(lengths, lengths_stride, b, S)
     if SPLIT:
-        if split * BLOCK_S >= count and split > 0:
-            return  # padding only
+        if split * BLOCK_S >= count:
+            return  # padding only, which nobody reads
     rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
     counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
     memory += wide * memory_b
@@ -189,23 +190,20 @@ def rows_backward(
         scores *= scale
 
     scores = hide(scores, counts, bad, MASK)
-    grad, excess = score_gradients(
+    grad, _ = score_gradients(
         scores, grads, delta, counts, queries, b, offs_t, offs_s,
         grad_weights, logsumexp, keep, kept, grad_scores,
         extra_b, extra_t, extra_s, T, S, count, scale, keep_scale, not SPLIT,
     )  # fmt: skip
     if grad_query is not None:
         grad = grad.to(memory.dtype.element_ty)
-        context += wide * T * E
-        grad_query += (wide * splits + split) * T * E
+        grad_query += wide * T * E
         for e in range(0, E, BLOCK_E):
             tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
             if MASK == 2:
                 tile, _ = split_nonfinite(tile)
             zero = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
             part = product(grad, tile, zero, PRECISION, WIDEN)
-            if SPLIT and keep is None:
-                part = without_excess(part, excess, context, offs_t, queries, e + offs_e, E)
             store_rows(part, grad_query, offs_t, T, e + offs_e, E)
 
 
@@ -286,6 +284,46 @@ def online_backward(
         if keep is None:
             acc = without_excess(acc, excess, context, offs_t, queries, offs_e, E)
         store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)
+
+
+@triton.jit
+def query_gradients(
+    grad_scores, memory, context, lengths, mask, keep, grad_query,
+    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dQ = dS memory of BLOCK_T queries and BLOCK_E columns: a plain product over the positions."""
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    E = E * UNIT
+    program = tl.program_id(0)
+    e_blocks = tl.cdiv(E, BLOCK_E)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    e_block = program % e_blocks
+    t_block = (program // e_blocks) % t_blocks
+    b = program // (e_blocks * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    memory += b.to(tl.int64) * memory_b
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    excess = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, count, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+        if MASK == 2:
+            tile, _ = split_nonfinite(tile)
+        inside = queries[:, None] & (offs_s < count)[None, :]
+        grad = tl.load(pair_tile(grad_scores, b, offs_t, offs_s, T, S), mask=inside, other=0.0)
+        if keep is None:
+            excess += tl.sum(grad.to(tl.float32), axis=1)
+        acc = product(grad, tile, acc, PRECISION, WIDEN)
+    start = b.to(tl.int64) * T * E
+    if keep is None:
+        acc = without_excess(acc, excess, context + start, offs_t, queries, offs_e, E)
+    store_rows(acc, grad_query + start, offs_t, T, offs_e, E)
 
 
 @triton.jit

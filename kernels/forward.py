@@ -39,43 +39,35 @@ def store_rows(tile, start, offs_row, rows, offs_col, width):
 @triton.jit
 def rows_forward(
     query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
-    lengths, mask, keep,
-    context, weights, logsumexp, scores_out,
+    lengths, mask, keep, context, weights, logsumexp,
     query_b, query_t, memory_b, memory_s, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
-    CONCAT: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale,
+    CONCAT: tl.constexpr, MASK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of scores that fit on chip: two sweeps over the columns of BLOCK_S memory rows.
+    """Rows of scores that fit on chip: two sweeps over the columns of all S <= BLOCK_S memory rows.
 
     The first sweep makes the scores, the second the weighted sum, chunk of columns by chunk: no
     accumulator is as wide as the memory, so any width will do. The second reads the same few
     kilobytes again, from the cache. Concat scores come from `concat_scores` instead of a product.
 
-    query (B, T, K), memory (B, S, E). Without SPLIT one program has all of S, and writes context
-    (B, T, E), weights (B, T, S) or None, logsumexp (B, T) or None. With SPLIT these hold splits,
-    context (B, splits, T, E) and, in the place of logsumexp, peak and total (B, splits, T, 2), in
-    float32, and no weights but the scores are written: scores_out (B, T, S) or None. Strides and
-    widths come in units of UNIT elements.
+    query (B, T, K), memory (B, S, E); context (B, T, E), weights (B, T, S) or None, logsumexp
+    (B, T) or None. Strides and widths come in units of UNIT elements.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     E, A = E * UNIT, A * UNIT
     program = tl.program_id(0)
-    split = program % splits
     t_blocks = tl.cdiv(T, BLOCK_T)
-    t_block = (program // splits) % t_blocks
-    b = program // (splits * t_blocks)
+    t_block = program % t_blocks
+    b = program // t_blocks
     offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_s = tl.arange(0, BLOCK_S)
     offs_e = tl.arange(0, BLOCK_E)
     queries = offs_t < T
     count = row_count(lengths, lengths_stride, b, S)
-    if SPLIT:
-        if split * BLOCK_S >= count:
-            return  # padding only; the merge knows that from the length
     rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
     counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
     memory += b.to(tl.int64) * memory_b
@@ -86,7 +78,7 @@ def rows_forward(
         memory_proj += b.to(tl.int64) * proj_b
         scores, bad = concat_scores(
             exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
-            b, t_block, split, offs_t, offs_s, queries, rows,
+            b, t_block, 0, offs_t, offs_s, queries, rows,
             query_t, proj_s, A, exp_width, exp_queries, exp_source,
             MASK, BLOCK_T, BLOCK_S, FAST_RCP,
         )  # fmt: skip
@@ -113,20 +105,13 @@ def rows_forward(
     total = tl.sum(exps, axis=1)
     normal = exps * inverse_or_zero(total)[:, None]
     inside = queries[:, None] & (offs_s < S)[None, :]
-    if SPLIT:
-        slot = b.to(tl.int64) * splits + split
-        store_softmax(logsumexp, slot * T + offs_t, peak, total, queries)
-        context += slot * T * E
-        if scores_out is not None:
-            tl.store(pair_tile(scores_out, b, offs_t, offs_s, T, S), scores, mask=inside)
-    else:
-        context += b.to(tl.int64) * T * E
-        if logsumexp is not None:
-            log = log_sum(peak, total)
-            tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log, mask=queries)
-        if weights is not None:
-            at = pair_tile(weights, b, offs_t, offs_s, T, S)
-            tl.store(at, normal.to(weights.dtype.element_ty), mask=inside)
+    context += b.to(tl.int64) * T * E
+    if logsumexp is not None:
+        log = log_sum(peak, total)
+        tl.store(logsumexp + b.to(tl.int64) * T + offs_t, log, mask=queries)
+    if weights is not None:
+        at = pair_tile(weights, b, offs_t, offs_s, T, S)
+        tl.store(at, normal.to(weights.dtype.element_ty), mask=inside)
 
     if keep is not None:
         normal *= kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
@@ -152,8 +137,10 @@ def online_forward(
     """Long rows: a softmax that is corrected as tiles of memory come by, each loaded once.
 
     BLOCK_E covers all columns: the tile in shared memory is an operand of both products. A program
-    walks ``segment`` rows of memory. Arguments as in `rows_forward`; weights are written by
-    `merge_forward` from scores_out, since their sum is known last.
+    walks ``segment`` rows of memory. Without SPLIT context, logsumexp as in `rows_forward`. With
+    SPLIT they hold splits: context (B, splits, T, E) and, in the place of logsumexp, peak and total
+    (B, splits, T, 2), in float32. ``weights`` is None: `merge_forward` makes them from scores_out
+    (B, T, S), since their sum is known last.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)

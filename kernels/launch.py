@@ -33,7 +33,7 @@ class Kind:
 class Plan:
     """One row of the table. Splits divide S into segments of so many rows."""
 
-    regime: str  # "step", "rows" or "online"
+    regime: str  # "step", "rows", "columns" or "online"
     splits: int
     segment: int
     tiles: dict[str, int] = field(hash=False)
@@ -63,6 +63,22 @@ def _segments(source: int, block: int, wanted: int) -> tuple[int, int]:
 def _fill(chip: Chip, programs: int, per_multiprocessor: int) -> int:
     """How often to split ``programs`` so that each multiprocessor has so many of them."""
     return max(1, chip.multiprocessors * per_multiprocessor // max(programs, 1))
+
+
+def _spread(
+    chip: Chip, batch: int, tiles: dict[str, int], sizes: dict[str, int], order: tuple[str, ...]
+) -> None:
+    """Halve blocks, in this order and down to 16, while a tenth of the chip has no program."""
+
+    def programs() -> int:
+        count = batch
+        for name, size in sizes.items():
+            count *= cdiv(max(size, 1), tiles[name])
+        return count
+
+    for name in order:
+        while tiles[name] > 16 and 10 * programs() < 9 * chip.multiprocessors:
+            tiles[name] //= 2
 
 
 def step(
@@ -102,10 +118,12 @@ _ONLINE_FORWARD = {
     128: (64, 64, 4),
     256: (64, 64, 4),
     512: (64, 32, 8),
-    1024: (32, 16, 8),
+    1024: (16, 32, 8),
     2048: (16, 16, 8),
 }
-_ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (32, 32, 8), 1024: (32, 16, 8)}
+_ONLINE_BACKWARD = {128: (64, 64, 8), 256: (32, 64, 8), 512: (16, 64, 8), 1024: (16, 32, 8)}
+# Wider than that, and with more queries than one block, two plain products are faster.
+_WIDEST_BLOCKS = {False: 512, True: 256}  # by whether it is the backward
 
 
 def online(
@@ -116,6 +134,8 @@ def online(
     table = _ONLINE_BACKWARD if backward else _ONLINE_FORWARD
     # With a mask for each query rows are looked through for what is not finite, in registers.
     widest = 256 if kind.is_cube else max(table)
+    if queries > 16:
+        widest = min(widest, _WIDEST_BLOCKS[backward])
     if width > widest or not kind.is_aligned:
         return None
     most_t, block_s, warps = table[max(width, 128)]
@@ -134,24 +154,54 @@ def online(
     # S / (8 T) splits that would be half of the traffic.
     wanted = min(_fill(chip, programs, 1), max(1, source // (8 * max(queries, 16))))
     splits, segment = _segments(source, block_s, wanted)
+    halved = cdiv(width, 32) * cdiv(queries, 16)  # blocks of the "columns" regime, at their smallest
+    if 10 * programs * splits < 9 * chip.multiprocessors and batch * halved > programs * splits:
+        return None
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": width}
     return Plan("online", splits, segment, tiles, warps, stages)
 
 
 def rows(
-    queries: int, source: int, memory_dim: int, kind: Kind, is_concat: bool, backward: bool
+    chip: Chip,
+    sizes: tuple[int, int, int, int],
+    kind: Kind,
+    is_concat: bool,
+    backward: bool,
 ) -> Plan:
-    """Scores of up to SHORT rows on chip, columns in chunks."""
+    """Scores of up to SHORT rows on chip, columns in chunks; blocks of rows where S is longer.
+
+    ``sizes`` are (B, T, S, E).
+    """
+    batch, queries, source, memory_dim = sizes
     is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
     block_s = min(64 if is_crowded else SHORT, power_of_2(source, 16))
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
     block_t = min(32 if is_small else 64, power_of_2(queries, 16))
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
+    blocked = {"BLOCK_T": queries, "BLOCK_S": source}
+    order = ("BLOCK_T",) if source <= block_s else ("BLOCK_S", "BLOCK_T")
+    _spread(chip, batch, tiles, blocked, order)
+    block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
     warps = 8 if not kind.is_aligned or (backward and block_t * block_s > 2048) else 4
     stages = 2 if kind.is_wide else 3
-    return Plan("rows", cdiv(max(source, 1), block_s), block_s, tiles, warps, stages)
+    splits = cdiv(max(source, 1), block_s)
+    return Plan("rows" if splits == 1 else "columns", splits, block_s, tiles, warps, stages)
+
+
+def context_columns(chip: Chip, sizes: tuple[int, int, int, int], kind: Kind) -> Plan:
+    """The second product of the "columns" regime; also that of the query's gradient."""
+    batch, queries, source, memory_dim = sizes
+    is_small = kind.is_wide or kind.is_cube or not kind.is_aligned
+    tiles = {
+        "BLOCK_T": min(32 if is_small else 64, power_of_2(queries, 16)),
+        "BLOCK_S": min(32 if is_small else 64, power_of_2(source, 16)),
+        "BLOCK_E": min(64 if is_small else 128, power_of_2(memory_dim, 16)),
+    }
+    blocked = {"BLOCK_T": queries, "BLOCK_E": memory_dim}
+    _spread(chip, batch, tiles, blocked, ("BLOCK_E", "BLOCK_T"))
+    return Plan("columns", 1, tiles["BLOCK_S"], tiles, 4, 2 if kind.is_wide else 3)
 
 
 def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
@@ -161,27 +211,27 @@ def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind:
     if score == "concat":
         if queries <= 8 and fits:
             return step(chip, batch, queries, source, memory_dim, score_dim)
-        return rows(queries, source, memory_dim, kind, True, False)
+        return rows(chip, sizes[:4], kind, True, False)
     # In float32 the matrix units have nothing exact to offer: few queries go one by one.
     if fits and queries <= (4 if kind.is_wide else 1):
         return step(chip, batch, queries, source, memory_dim, 1)
     plan = None
     if not kind.is_wide and source > SHORT:
         plan = online(chip, batch, queries, source, memory_dim, kind, False)
-    return plan or rows(queries, source, memory_dim, kind, False, False)
+    return plan or rows(chip, sizes[:4], kind, False, False)
 
 
 def backward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
     """The plan of what reads the memory; `source_gradients` plans what writes its gradient."""
     batch, queries, source, memory_dim, _ = sizes
     if score == "concat":
-        return rows(queries, source, memory_dim, kind, True, True)
+        return rows(chip, sizes[:4], kind, True, True)
     if queries == 1 and memory_dim <= STEP_WIDTH:
         return step(chip, batch, queries, source, memory_dim, 1)
     plan = None
     if not kind.is_wide and source > SHORT:
         plan = online(chip, batch, queries, source, memory_dim, kind, True)
-    return plan or rows(queries, source, memory_dim, kind, False, True)
+    return plan or rows(chip, sizes[:4], kind, False, True)
 
 
 def source_gradients(queries: int, source: int, memory_dim: int, kind: Kind) -> Plan:

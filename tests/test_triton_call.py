@@ -86,3 +86,31 @@ def test_a_graph_can_capture_what_is_launched(score: str, queries: int, source: 
     assert found[0] == found[1]
     assert 2 <= len(found[0]) <= 10
     assert all(programs > 0 for _, grid, _ in found[0] for programs in grid)
+
+
+# Batches that people train on: (B, T, S, D).
+TRAINING = [
+    (64, 64, 1024, 512), (64, 64, 1024, 1024), (64, 50, 50, 512), (128, 10, 128, 1024),
+    (64, 64, 512, 512), (32, 40, 200, 512), (16, 30, 300, 1000), (64, 40, 100, 384),
+]  # fmt: skip
+SMALL_WORK = ("merge_forward", "merge_sum", "concat_exponentials", "weight_deltas")
+
+
+@pytest.mark.parametrize("sizes", TRAINING, ids=str)
+@pytest.mark.parametrize("score", ["dot", "concat"])
+def test_a_training_step_fills_the_chip(score: str, sizes: tuple[int, ...]) -> None:
+    """At most a tenth of the multiprocessors is without a program while the others work."""
+    batch, queries, source, width = sizes
+    query, memory, v = meta(batch, queries, width), meta(batch, source, width), meta(width)
+    saved = (query, None, meta(batch, queries, dtype=torch.float32))
+    with call.recording(H200) as launches:
+        if score == "dot":
+            forward.dot(query, memory, 1.0, Masking(), False, True)
+            backward.dot(query, None, query, memory, 1.0, Masking(), saved, [True] * 3)
+        else:
+            forward.concat(query, memory, None, v, memory, Masking(), False, True)
+            operands = (query, memory, v, memory)
+            backward.concat(query, None, *operands, Masking(), saved, [True] * 5)
+    for one in launches:
+        if one.kernel.__name__ not in SMALL_WORK:
+            assert one.programs[0] >= 0.9 * H200.multiprocessors, one.kernel.__name__

@@ -43,7 +43,7 @@ class _Seeds:
 
 def _needs_deltas(plan: launch.Plan) -> bool:
     """Whether a program sees a part of the positions only, and none that could sum over all."""
-    return plan.regime == "online" or (plan.regime == "rows" and plan.splits > 1)
+    return plan.regime in ("online", "columns")
 
 
 def _step(
@@ -96,8 +96,9 @@ def _read_memory(
     grad_query: Tensor | None = None
     part: Tensor | None = None
     if wants_query:
-        grad_query = part = memory.new_empty((batch, queries, memory_dim))
-        if plan.splits > 1:
+        grad_query = memory.new_empty((batch, queries, memory_dim))
+        part = None if plan.regime == "columns" else grad_query
+        if plan.regime == "online" and plan.splits > 1:
             part = call.floats(batch, plan.splits, queries, memory_dim)
     back = (seeds.grad_context, seeds.grad_weights, seeds.context, seeds.deltas, seeds.logsumexp)
     results = (kept, grad_scores, part)
@@ -125,13 +126,36 @@ def _read_memory(
                 *(queries, source, *call.widths, *factors.sizes, *scales),
             ),
             CONCAT=is_concat,
-            SPLIT=plan.splits > 1,
+            SPLIT=plan.regime == "columns",
             **options,
             **call.fast,
         )
-    if grad_query is not None and part is not None and plan.splits > 1:
+    if grad_query is not None and plan.regime == "columns":
+        _grad_query(call, seeds, grad_scores, grad_query)
+    elif grad_query is not None and part is not None and plan.splits > 1:
         call.merge_sum(part, grad_query, plan.splits, plan.segment)
     return kept, grad_scores, grad_query, factors
+
+
+def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tensor) -> None:
+    batch, queries, source, memory_dim, _ = call.sizes
+    masks, memory = call.masks, call.memory
+    plan = launch.context_columns(call.chip, call.sizes[:4], call.kind)
+    blocks = -(-queries // plan.tiles["BLOCK_T"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
+    masking = (masks.lengths, masks.mask, masks.keep)
+    enqueue(
+        backward.query_gradients,
+        (batch * blocks,),
+        (
+            *(grad_scores, memory, seeds.context, *masking, grad_query),
+            *(*call.strides(memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
+            *(queries, source, call.widths[0]),
+        ),
+        MASK=masks.kind,
+        **plan.options,
+        **call.unit,
+        **call.precision,
+    )
 
 
 def _grad_memory(call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None) -> Tensor:
@@ -230,8 +254,7 @@ def concat_scores(
     with torch.cuda.device_of(memory_proj):
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory_proj, masking, "concat", (memory_proj,))
-        _, queries, source, width, _ = call.sizes
-        plan = launch.rows(queries, source, width, call.kind, True, True)
+        plan = launch.rows(call.chip, call.sizes[:4], call.kind, True, True)
         # What does not count may hold anything, and has no gradient.
         hidden = ~reference.counted_positions(memory_proj, masking)
         grads = grad_scores.masked_fill(hidden, 0.0).contiguous()

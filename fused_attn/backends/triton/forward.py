@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
+from fused_attn.kernels import columns, forward, launch, step
 from fused_attn.kernels import concat as concat_kernels
-from fused_attn.kernels import forward, launch, step
 from fused_attn.reference import MaskingFields, Outputs
 
 
@@ -29,18 +29,24 @@ def _forward(
     context = memory.new_empty((batch, queries, memory_dim))
     weights = memory.new_empty((batch, queries, source)) if return_weights else None
     logsumexp = call.floats(batch, queries) if return_logsumexp else None
+    results = (context, weights, logsumexp)
+    if plan.regime == "rows":
+        _rows_forward(call, plan, scale, concat_inputs, results)
+        return results
+    if plan.regime == "columns":
+        _columns_forward(call, plan, scale, concat_inputs, results)
+        return results
     # A softmax that ends with the last tile cannot write weights on its way: the merge does.
-    is_split = plan.splits > 1 or (return_weights and plan.regime != "rows")
-    run = _FORWARD[plan.regime]
-    if not is_split:
-        run(call, plan, scale, concat_inputs, (context, weights, logsumexp, None), False)
-        return context, weights, logsumexp
+    run = _step_forward if plan.regime == "step" else _online_forward
+    if plan.splits == 1 and not return_weights:
+        run(call, plan, scale, concat_inputs, (context, None, logsumexp, None), False)
+        return results
     partial = call.floats(batch, plan.splits, queries, memory_dim)
     stats = call.floats(batch, plan.splits, queries, 2)
     scores = call.floats(batch, queries, source) if return_weights else None
     run(call, plan, scale, concat_inputs, (partial, None, stats, scores), True)
-    _merge(call, plan, (partial, stats, scores), (context, weights, logsumexp))
-    return context, weights, logsumexp
+    _merge(call, plan, (partial, stats, scores), results)
+    return results
 
 
 def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ...]) -> None:
@@ -87,7 +93,7 @@ def _step_forward(
 
 
 def _rows_forward(
-    call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...], is_split: bool
+    call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...]
 ) -> None:
     batch, queries, source, _, _ = call.sizes
     masks, block_t = call.masks, plan.tiles["BLOCK_T"]
@@ -98,20 +104,65 @@ def _rows_forward(
     steps = (*call.strides(call.query, call.memory, proj), masks.lengths_stride)
     enqueue(
         forward.rows_forward,
-        (batch * -(-queries // block_t) * plan.splits,),
+        (batch * -(-queries // block_t),),
         (
             *(call.query, call.memory, *factors.tensors, proj, v),
             *(masks.lengths, masks.mask, masks.keep, *results, *steps, *masks.strides),
             *(queries, source, *call.widths, *factors.sizes),
-            *(float(scale), float(masks.keep_scale), plan.splits),
+            *(float(scale), float(masks.keep_scale)),
         ),
         CONCAT=inputs is not None,
         MASK=masks.kind,
-        SPLIT=is_split,
         **plan.options,
         **call.unit,
         **call.precision,
         **call.fast,
+    )
+
+
+def _columns_forward(
+    call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...]
+) -> None:
+    batch, queries, source, memory_dim, _ = call.sizes
+    masks, block_t = call.masks, plan.tiles["BLOCK_T"]
+    scores = call.floats(batch, queries, source)
+    stats = call.floats(batch, plan.splits, queries, 2)
+    proj, _, v = inputs or (None, None, None)
+    factors = Factors()
+    if proj is not None:
+        factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"])
+    masking = (masks.lengths, masks.mask)
+    steps = (*call.strides(call.query, call.memory, proj), masks.lengths_stride)
+    enqueue(
+        columns.score_rows,
+        (batch * -(-queries // block_t) * plan.splits,),
+        (
+            *(call.query, call.memory, *factors.tensors, proj, v, *masking, scores, stats),
+            *(*steps, *masks.strides),
+            *(queries, source, *call.widths, *factors.sizes, float(scale), plan.splits),
+        ),
+        CONCAT=inputs is not None,
+        MASK=masks.kind,
+        **plan.options,
+        **call.unit,
+        **call.precision,
+        **call.fast,
+    )
+    second = launch.context_columns(call.chip, call.sizes[:4], call.kind)
+    blocks = -(-queries // second.tiles["BLOCK_T"]) * -(-memory_dim // second.tiles["BLOCK_E"])
+    enqueue(
+        columns.context_columns,
+        (batch * blocks,),
+        (
+            *(scores, stats, call.memory, *masking, masks.keep, *results),
+            *(*call.strides(call.memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
+            *(queries, source, call.widths[0], float(masks.keep_scale), plan.splits, plan.segment),
+        ),
+        MASK=masks.kind,
+        BLOCKS=launch.power_of_2(plan.splits),
+        **second.options,
+        **call.unit,
+        **call.precision,
     )
 
 
@@ -137,9 +188,6 @@ def _online_forward(
     )
 
 
-_FORWARD = {"step": _step_forward, "rows": _rows_forward, "online": _online_forward}
-
-
 def dot(
     query: Tensor,
     memory: Tensor,
@@ -160,7 +208,8 @@ def concat_scores(
         proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, proj, masking, "concat", (proj,))
         batch, queries, source, width, _ = call.sizes
-        masks, plan = call.masks, launch.rows(queries, source, width, call.kind, True, False)
+        sizes = (batch, queries, source, width)
+        masks, plan = call.masks, launch.rows(call.chip, sizes, call.kind, True, False)
         block_t, block_s = plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"]
         factors = factors_of(call, proj, block_t, block_s)
         scores = call.floats(batch, queries, source)

@@ -1,0 +1,175 @@
+"""Many queries on long rows, as two products: scores by rows of memory, the context by columns.
+
+A context of 64 queries and 1024 columns fills the registers of a whole multiprocessor, so that a
+program which keeps one beside tiles of all columns has no room for large products. Here no program
+holds all columns. `score_rows` leaves the scores (B, T, S) and each block's softmax sums,
+`context_columns` turns them into weights on the way to its columns. The memory is read twice, each
+time at the speed of a plain product; the scores, T / E of the memory, stay in the cache. For the
+concat score, whose rows of 64 would each leave a partial context, that is less traffic too.
+"""
+
+import triton
+import triton.language as tl
+
+from .concat import concat_scores
+from .forward import store_rows
+from .tiles import (
+    counted_positions,
+    elements,
+    exp,
+    hide,
+    inverse_or_zero,
+    kept_factor,
+    load_tile,
+    log_sum,
+    pair_tile,
+    peak_or_zero,
+    product,
+    readable_rows,
+    row_count,
+    split_nonfinite,
+    store_softmax,
+)
+
+
+@triton.jit
+def score_rows(
+    query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
+    lengths, mask, scores, stats,
+    query_b, query_t, memory_b, memory_s, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, splits,
+    CONCAT: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Scores (B, T, S) of BLOCK_S rows, -inf where nothing counts, and their softmax sums.
+
+    ``stats`` (B, splits, T, 2) as `store_softmax` leaves them; ``splits`` blocks cover S. Blocks of
+    padding alone write nothing. Operands as in `rows_forward`.
+    """
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
+    E, A = E * UNIT, A * UNIT
+    program = tl.program_id(0)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    t_block = program % t_blocks  # innermost: programs that share memory run at the same time
+    split = (program // t_blocks) % splits
+    b = program // (splits * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    if split * BLOCK_S >= count:
+        return
+    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+    counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
+    memory += b.to(tl.int64) * memory_b
+    query += b.to(tl.int64) * query_b
+    bad = offs_s < 0
+    if CONCAT:
+        memory_proj += b.to(tl.int64) * proj_b
+        result, bad = concat_scores(
+            exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
+            b, t_block, split, offs_t, offs_s, queries, rows,
+            query_t, proj_s, A, exp_width, exp_queries, exp_source,
+            MASK, BLOCK_T, BLOCK_S, FAST_RCP,
+        )  # fmt: skip
+        if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
+            for e in range(0, E, BLOCK_E):
+                _, spoiled = split_nonfinite(
+                    load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+                )
+                bad = bad | spoiled
+    else:
+        result = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        for e in range(0, E, BLOCK_E):
+            tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+            if MASK == 2:
+                tile, spoiled = split_nonfinite(tile)
+                bad = bad | spoiled
+            heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
+            result = product(heads, tl.trans(tile), result, PRECISION, WIDEN)
+        result *= scale
+    result = hide(result, counts, bad, MASK)
+    peak = peak_or_zero(tl.max(result, axis=1))
+    total = tl.sum(exp(result - peak[:, None]), axis=1)
+    slot = b.to(tl.int64) * splits + split
+    store_softmax(stats, slot * T + offs_t, peak, total, queries)
+    inside = queries[:, None] & (offs_s < count)[None, :]
+    tl.store(pair_tile(scores, b, offs_t, offs_s, T, S), result, mask=inside)
+
+
+@triton.jit
+def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.constexpr):
+    """Largest score and sum (BLOCK_T,) of each query over the first ``live`` of its splits."""
+    index = tl.arange(0, BLOCKS)
+    inside = queries[:, None] & (index < live)[None, :]
+    at = b.to(tl.int64) * splits + index
+    at = stats + 2 * (at[None, :] * T + offs_t[:, None])
+    totals = tl.load(at + 1, mask=inside, other=0.0)
+    peaks = tl.load(at, mask=inside, other=float("-inf"))
+    peaks = tl.where(totals == 0.0, float("-inf"), peaks)
+    peak = peak_or_zero(tl.max(peaks, axis=1))
+    return peak, tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
+
+
+@triton.jit
+def context_columns(
+    scores, stats, memory, lengths, mask, keep, context, weights, logsumexp,
+    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, keep_scale, splits, segment,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_E columns of the context (B, T, E), from what `score_rows` left.
+
+    The program of the first columns also writes weights (B, T, S) and logsumexp (B, T), or None.
+    ``segment`` rows belong to each of the ``splits`` in stats; BLOCKS is a power of 2 from there.
+    """
+    memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
+    E = E * UNIT
+    program = tl.program_id(0)
+    e_blocks = tl.cdiv(E, BLOCK_E)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    e_block = program % e_blocks
+    t_block = (program // e_blocks) % t_blocks
+    b = program // (e_blocks * t_blocks)
+    offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
+    queries = offs_t < T
+    count = row_count(lengths, lengths_stride, b, S)
+    peak, total = merged_softmax(
+        stats, b, offs_t, queries, T, splits, tl.cdiv(count, segment), BLOCKS
+    )
+    inverse = inverse_or_zero(total)
+    memory += b.to(tl.int64) * memory_b
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for start in range(0, count, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+        tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
+        if MASK == 2:
+            tile, _ = split_nonfinite(tile)
+        inside = queries[:, None] & (offs_s < count)[None, :]
+        at = pair_tile(scores, b, offs_t, offs_s, T, S)
+        exps = exp(tl.load(at, mask=inside, other=float("-inf")) - peak[:, None])
+        if weights is not None:
+            first = inside & (offs_t * 0 + e_block == 0)[:, None]
+            at = pair_tile(weights, b, offs_t, offs_s, T, S)
+            tl.store(at, (exps * inverse[:, None]).to(weights.dtype.element_ty), mask=first)
+        if keep is not None:
+            exps *= kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S)
+        acc = product(exps.to(memory.dtype.element_ty), tile, acc, PRECISION, WIDEN)
+    acc *= inverse[:, None]
+    store_rows(acc, context + b.to(tl.int64) * T * E, offs_t, T, offs_e, E)
+    if e_block == 0:
+        if logsumexp is not None:
+            at = logsumexp + b.to(tl.int64) * T + offs_t
+            tl.store(at, log_sum(peak, total), mask=queries)
+        if weights is not None:
+            for start in range(count, S, BLOCK_S):  # padding
+                offs_s = start + tl.arange(0, BLOCK_S)
+                at = pair_tile(weights, b, offs_t, offs_s, T, S)
+                zeros = tl.zeros((BLOCK_T, BLOCK_S), weights.dtype.element_ty)
+                tl.store(at, zeros, mask=queries[:, None] & (offs_s < S)[None, :])
