@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,12 +58,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stages", type=parsed_stages, default=DEFAULT, metavar="STAGE[:SECONDS],..")
     made.add_argument("--output", type=Path, default=ROOT / "build/gpu-check/results")
     made.add_argument("--budget", type=float, default=float("inf"), help="seconds in all")
+    made.add_argument("--only", default="", metavar="REGEX", help="the items that it is found in")
     made.add_argument("--resume", action="store_true", help="skip what has a line already")
     made.add_argument("--no-build", action="store_true", help="take the native module as it is")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tests")
     made.add_argument("--list", action="store_true", help="print the items of the stages")
     made.add_argument("--summary", type=Path, metavar="DIR", help="of a run's files, and no run")
-    made.add_argument("--results", type=Path, metavar="DIR", help="with --summary: write them there")
+    made.add_argument(
+        "--results", type=Path, metavar="DIR", help="with --summary: write them there"
+    )
     return made
 
 
@@ -121,7 +125,7 @@ def built() -> str | None:
 
 
 def build(limit_s: float) -> tuple[bool, str]:
-    """Build the native module with CUDA or not at all; whether it is there, and the end of the log."""
+    """Build the native module with CUDA or not at all; whether it is there, and the log's end."""
     absent = [name for name in BUILD_MODULES if importlib.util.find_spec(name) is None]
     if absent or not shutil.which("nvcc"):
         return False, f"to build it there is no {', '.join(absent) or 'nvcc on the path'}"
@@ -145,22 +149,38 @@ def build(limit_s: float) -> tuple[bool, str]:
     return why is None, said if why is None else f"{why}\n{said}"
 
 
-def listed(stage: str, device: str) -> dict[str, list[str]]:
+def listed(stage: str, device: str, only: str = "") -> dict[str, list[str]]:
     """The items of a stage by phase, from a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu_worker", stage, "--list", "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIST_S)
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-600:])
     found = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {phase: [x for x in names if re.search(only, x)] for phase, names in found.items()}
+
+
+def _run_pool(pool: Any) -> None:
+    """Run it; a signal that ends this process ends its workers first."""
+
+    def stop(*_: object) -> None:
+        pool.stop()
+        sys.exit(143)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        pool.run()
+    except KeyboardInterrupt:
+        pool.stop()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run the phases of a stage; what there is to say of it."""
-    from importlib import import_module
-
     from benchmarks import gpu_lines
     from benchmarks.gpu_pool import Job, Pool
+    from benchmarks.gpu_worker import module_of
 
     target = options.output / f"{stage}.jsonl"
     if not options.resume:
@@ -168,8 +188,8 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
     began = time.monotonic()
     end = min(began + limit_s, options.end)
     try:
-        found = listed(stage, options.device)
-        phases = import_module(f"benchmarks.gpu_{stage}").PHASES
+        found = listed(stage, options.device, options.only)
+        phases = module_of(stage).PHASES
     except Exception as error:
         return {"stage": stage, "error": f"its items cannot be listed: {error}"[:800]}
     for phase in phases:
@@ -177,14 +197,7 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
         left = [item for item in found[phase.name] if (phase.name, item) not in have]
         arguments = ("--device", options.device)
         pool = Pool(Job(stage, phase, left, target, end, arguments))
-        previous = signal.signal(signal.SIGTERM, lambda *_: (pool.stop(), sys.exit(143)))
-        try:
-            pool.run()
-        except KeyboardInterrupt:
-            pool.stop()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        _run_pool(pool)
     have = gpu_lines.items(gpu_lines.read(target))
     total = sum(map(len, found.values()))
     done = sum((phase, item) in have for phase, names in found.items() for item in names)
@@ -249,7 +262,7 @@ def main(arguments: list[str]) -> int:
         return 0 if passed else 1
     if options.list:
         for stage in options.stages:
-            for phase, names in listed(stage, options.device).items():
+            for phase, names in listed(stage, options.device, options.only).items():
                 for name in names:
                     print(f"{stage} {phase}: {name}")
         return 0

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.gpu_pool import Phase
 from benchmarks.gpu_worker import Channel, lost_context
 
-PHASES = (Phase("tests", jobs=14, limit_s=100.0, start_s=120.0),)
+PHASES = (Phase("tests", jobs=14, limit_s=100.0, start_s=120.0, in_blocks=True),)
 # Resolved: the package is a link in a site, and the tests lie beside what it leads to.
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
@@ -34,7 +34,9 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     if importlib.util.find_spec("pytest_timeout") is None:  # then its setting is not known either
         found += ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
     named = [path for name in FILES for path in sorted((ROOT / "tests").glob(name))]
-    return [*found, "-k", options.select or SELECT, *(options.tests or map(str, named))]
+    if options.tests:
+        return [*found, *options.tests]
+    return [*found, "-k", SELECT if options.device == "cuda" else "triton", *map(str, named)]
 
 
 class _Listed:

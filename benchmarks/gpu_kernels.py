@@ -59,7 +59,13 @@ def rows(device: str) -> dict[str, Row]:
     small = []
     for row in gpu_rows.rows():
         queries, half = min(row.queries, 5), min(row.half_width, 3)
-        sizes = {"batch": 2, "queries": queries, "source": 20, "width": 16, "half_width": half}
+        sizes: dict[str, Any] = {
+            "batch": 2,
+            "queries": queries,
+            "source": 20,
+            "width": 16,
+            "half_width": half,
+        }
         backends = tuple(name for name in row.backends if name != "cuda")
         small.append(replace(row, **sizes, cold=False, with_compilers=False, backends=backends))
     return {str(row): row for row in small[:70:6]}

@@ -35,6 +35,7 @@ class Phase:
     jobs: int
     limit_s: float
     start_s: float = 90.0  # that a worker may take until it is ready
+    in_blocks: bool = False  # neighbours go to the same worker, which has compiled for them
 
 
 @dataclass
@@ -109,14 +110,15 @@ class Worker:
 
 
 class Pool:
-    """Hands the items of a job to its workers, each from a block of its own, then from others'."""
+    """Hands the items of a job to its workers: in their order, or each from a block of its own."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         jobs = max(1, min(job.phase.jobs, len(job.items)))
         size = -(-len(job.items) // jobs) if job.items else 0
         blocks = [job.items[i * size : (i + 1) * size] for i in range(jobs)]
-        self.blocks = [deque(block) for block in blocks]
+        self.jobs = jobs
+        self.blocks = [deque(block) for block in (blocks if job.phase.in_blocks else [job.items])]
         self.lock = threading.Lock()
         self.failed_starts = 0
         self.workers: set[Worker] = set()
@@ -124,7 +126,7 @@ class Pool:
 
     def run(self) -> None:
         """Until all items have a line, the time is over, or workers do not even start."""
-        threads = [threading.Thread(target=self._serve, args=(i,)) for i in range(len(self.blocks))]
+        threads = [threading.Thread(target=self._serve, args=(i,)) for i in range(self.jobs)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -139,8 +141,9 @@ class Pool:
 
     def _next(self, slot: int) -> str | None:
         with self.lock:
-            if self.blocks[slot]:
-                return self.blocks[slot].popleft()
+            mine = self.blocks[slot % len(self.blocks)]
+            if mine:
+                return mine.popleft()
             longest = max(self.blocks, key=len)
             return longest.pop() if longest else None
 

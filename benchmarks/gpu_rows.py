@@ -112,9 +112,12 @@ def _more(both: tuple[str, ...]) -> list[Row]:
             found.append(Row(score, *sizes, backends=backends, weights=True))
             if sizes[1] > 1:
                 found.append(Row(score, *sizes, backward=True, lengths=True))
-    found += [Row("dot", 64, 1, 1024, 512, half_width=32), Row("dot", 64, 64, 1024, 512, half_width=32)]
+    found += [
+        Row("dot", 64, 1, 1024, 512, half_width=32),
+        Row("dot", 64, 64, 1024, 512, half_width=32),
+    ]
     found += [Row("dot", 64, 64, 1024, 512, half_width=32, backward=True)]
-    return found + [Row("dot", 32, 40, 200, 512), Row("dot", 16, 30, 300, 1000)]
+    return [*found, Row("dot", 32, 40, 200, 512), Row("dot", 16, 30, 300, 1000)]
 
 
 def inputs_of(row: Row, device: str, seed: int = 0) -> Inputs:
@@ -140,8 +143,7 @@ def inputs_of(row: Row, device: str, seed: int = 0) -> Inputs:
     weights_gradient = draw(batch, queries, source) if row.weights else None
     lengths, window = None, None
     if row.lengths:
-        shape, options = (batch,), {"generator": generator, "device": device}
-        lengths = torch.randint(1, source + 1, shape, **options)
+        lengths = torch.randint(1, source + 1, (batch,), generator=generator, device=device)
     if row.half_width:
         centers = torch.rand(batch, queries, generator=generator, device=device) * source
         window = LocalWindow(centers.round(), float(row.half_width), False)
@@ -154,7 +156,7 @@ def ours(row: Row, backend: str, masking: Masking) -> Attend:
     """The operators of a backend of ours."""
     if row.score != "concat":
         function = getattr(functional, f"{row.score}_attention")
-        rest = {"memory_lengths": masking.memory_lengths, "window": masking.window}
+        rest: dict[str, Any] = {"memory_lengths": masking.memory_lengths, "window": masking.window}
         rest |= {"return_weights": row.weights, "backend": backend}
         return lambda tensors: function(**tensors, **rest)
 
@@ -196,8 +198,12 @@ def side(row: Row, name: str, inputs: Inputs) -> Attend:
     if name == "compile":
         return torch.compile(eager(row, counts), dynamic=False)
     if name == "sdpa":
-        return _heads(partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=(
-            None if counts is None else counts[:, None])))
+        return _heads(
+            partial(
+                torch.nn.functional.scaled_dot_product_attention,
+                attn_mask=(None if counts is None else counts[:, None]),
+            )
+        )
     from torch.nn.attention.flex_attention import flex_attention
 
     return _heads(torch.compile(flex_attention, dynamic=False))

@@ -23,7 +23,8 @@ def _cases(device: str) -> dict[str, tuple[str, Case]]:
     """By item: the backend and the case. On a CPU a few, which Triton interprets."""
     if device == "cpu":
         few = (*gpu_cases.triton()[:200:67], *gpu_cases.triton()[-3:-1])
-        small = (replace(c, source=min(c.source, 20), queries=min(c.queries, 5)) for c in few)
+        sizes = {"queries": 5, "source": 20, "memory_dim": 24, "attn_dim": 24}
+        small = [replace(c, **{k: min(getattr(c, k), v) for k, v in sizes.items()}) for c in few]
         return {f"triton {case}": ("triton", case) for case in small}
     found = {f"triton {case}": ("triton", case) for case in gpu_cases.triton()}
     return found | {f"cuda {case}": ("cuda", case) for case in gpu_cases.cuda()}

@@ -150,14 +150,16 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 
 def _counts(directory: Path, found: dict[str, list[Line]]) -> list[str]:
-    last = {line.get("stage"): line for line in gpu_lines.read(directory / "run.jsonl")}
+    last = {str(line.get("stage")): line for line in gpu_lines.read(directory / "run.jsonl")}
     words = []
     for name in dict.fromkeys((*last, *found)):
         lines = gpu_lines.items(found.get(name, [])).values()
         outcomes = Counter(line["outcome"] for line in lines)
         counted = ", ".join(f"{number} {word}" for word, number in sorted(outcomes.items()))
         run = last.get(name, {})
-        ends = f" of {run['items']} items in {run.get('seconds', 0):.0f} s" if "items" in run else ""
+        ends = (
+            f" of {run['items']} items in {run.get('seconds', 0):.0f} s" if "items" in run else ""
+        )
         error = f" ERROR {str(run['error'])[-300:]}" if "error" in run else ""
         words.append(f"{name}: {counted or run.get('note', 'nothing')}{ends}{error}")
     return words
@@ -185,12 +187,14 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
     words = ["worst shares of the limit:"] if timed else []
     for line in sorted(timed, key=lambda line: line["share"])[:MOST_SHARES]:
         ratios = ", ".join(
-            f"{value:.2f}x {name}" for name, value in line["peers"].items() if isinstance(value, float)
+            f"{value:.2f}x {name}"
+            for name, value in line["peers"].items()
+            if isinstance(value, float)
         )
         kernel, call = table.duration(line["kernel"]), table.duration(line["call"])
         shown = f"  {100 * line['share']:.0f} % {line['case']} {line['backend']}"
         words.append(f"{shown}: {kernel}, call {call}; {ratios}")
-    best = {}
+    best: dict[str, tuple[float, str]] = {}
     for line in timed:
         for name, value in line["peers"].items():
             if isinstance(value, float) and value > best.get(name, (0.0, ""))[0]:
@@ -203,15 +207,15 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
 def summary(directory: Path) -> tuple[str, bool]:
     """A text of under 4 KB, and whether all that was run passed."""
     found = lines_of(directory)
-    run = gpu_lines.read(directory / "run.jsonl")
+    last = {str(line.get("stage")): line for line in gpu_lines.read(directory / "run.jsonl")}
     failed = _failures(found)
     words = [*_counts(directory, found)]
     words += ["failures:", *(f"  {line}" for line in failed)] if failed else []
     for name in ("models", "sweep"):
         words += _best(name, found.get(name, []))
     words += _speeds(measured(found.get("kernels", []), gpu_rows.rows()))
-    last = {line.get("stage"): line for line in run}
-    passed = not failed and not any("error" in line for line in last.values())
+    incomplete = any(line.get("done", 0) < line.get("items", 1) for line in last.values())
+    passed = bool(last) and not failed and not incomplete
     words.append(f"gpu-check: {'passed' if passed else 'FAILED'}")
     shown = "\n".join(words)
     if len(shown.encode()) > MOST_BYTES:
