@@ -144,7 +144,7 @@ wheel: setup ## build the sdist, and from it the wheel, into dist/
 
 # With that interpreter as it is: no virtual environment, and nothing is downloaded.
 gpu-check: ## on a machine with a GPU: build, test and measure there, in 8 minutes
-	@$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--output $(OUT))
+	@$(PYTHON) benchmarks/gpu_check.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--output $(OUT))
 
 bench: setup build ## measure the short suite, and say what got worse than this machine's baseline
 	$(BIN)/python -m benchmarks quick --check

@@ -1,49 +1,34 @@
-"""The GPU benchmark without a GPU: its limits, its lines, and what it says where there is none."""
+"""The GPU check without a GPU: its workers and what kills them, its lines, items and summary."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import benchmarks_package
 import pytest
 import torch
 
+from fused_attn import testing
 from fused_attn.problem import AttentionProblem
+
+pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[SimpleNamespace]:
     with benchmarks_package.imported() as found:
         yield found
-
-
-class Host:
-    """Stands in for the GPU: it runs everything, and a call takes a millisecond."""
-
-    name = "cpu"
-
-    def once(self, run: Callable[[], object]) -> float:
-        run()
-        return 1e-3
-
-    def replayed(self, runs: list[Callable[[], object]]) -> float:
-        for run in runs:
-            run()
-        return 1e-3
-
-    def peak(self, run: Callable[[], object]) -> int:
-        run()
-        return 3 << 20
-
-    def release(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -85,120 +70,451 @@ def test_limits(
     assert getattr(limit, limit.bound_by) == limit.seconds
 
 
-def small(modules: SimpleNamespace, **changes: object) -> object:
-    options = {"dtype": torch.float32, "backends": ("eager",), "cold": False} | changes
-    score, queries = options.pop("score", "dot"), options.pop("queries", 5)
-    return modules.gpu_rows.Row(score, 3, queries, 17, 16, **options)
+# Stands in for a stage: what an item does is its name.
+STAGE = """
+import os, signal, sys, time
+from benchmarks import gpu_lines
+from benchmarks.gpu_pool import Phase
+
+PHASES = (Phase("first", jobs=2, limit_s=1.5, start_s=30.0), Phase("second", 1, 1.5, 30.0))
+ITEMS = {items!r}
+
+def items(phase, options):
+    return ITEMS if phase == "first" else ["last"]
+
+def run(phase, item, options):
+    what = item.partition(" ")[0]
+    if what == "raise":
+        raise ValueError("told to\\nraise")
+    if what == "wrong":
+        return {{"outcome": "failed", "error": "wrong"}}
+    if what == "abort":
+        print("about to abort", flush=True)
+        os.abort()
+    if what == "exit":
+        os._exit(7)
+    if what == "hang":
+        time.sleep(1000)
+    if what == "slow":
+        time.sleep(0.3)
+    if what == "half":
+        with open(options.lines, "ab", buffering=0) as file:
+            file.write(b'{{"phase": "first", "item": "ok 1", "outco')
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "lost":
+        sys.modules["__main__"].lost_context = lambda device: "AcceleratorError: illegal address"
+        raise RuntimeError("launch failure")
+    return {{"pid": os.getpid()}}
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `fakes.stage` with some items, and the environment that finds it."""
+    (tmp_path / "site/fakes").mkdir(parents=True)
+    (tmp_path / "site/benchmarks").symlink_to(benchmarks_package.LOCATION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+
+    def make(*items: str) -> Path:
+        text = STAGE.format(items=list(items))
+        (tmp_path / "site/fakes/stage.py").write_text(text, encoding="utf-8")
+        return tmp_path / "fakes.stage.jsonl"
+
+    return make
+
+
+def run_pool(modules: SimpleNamespace, target: Path, items: list[str], **options: Any) -> dict:
+    """The lines of the fake stage's first phase, by item."""
+    blocks = options.pop("in_blocks", False)
+    phase = modules.gpu_pool.Phase("first", options.pop("jobs", 2), 1.5, 30.0, blocks)
+    end = time.monotonic() + options.pop("seconds", 60.0)
+    name = options.pop("name", "fakes.stage")
+    pool = modules.gpu_pool.Pool(modules.gpu_pool.Job(name, phase, items, target, end, **options))
+    pool.run()
+    lines = modules.gpu_lines.items(modules.gpu_lines.read(target))
+    return {item: line for (_, item), line in lines.items()}
+
+
+def test_each_accident_costs_one_line(modules: SimpleNamespace, stage: Any) -> None:
+    bad = ["raise", "wrong", "abort", "exit", "hang", "half", "lost"]
+    items = [x for number, name in enumerate(bad) for x in (name, f"ok {number}")]
+    found = run_pool(modules, stage(*items), items)
+    assert sorted(found) == sorted(items)
+    outcomes = {name: found[name]["outcome"] for name in bad}
+    assert outcomes == {
+        "raise": "failed", "wrong": "failed", "abort": "crashed", "exit": "crashed",
+        "hang": "hung", "half": "crashed", "lost": "cuda_error",
+    }  # fmt: skip
+    assert {found[f"ok {n}"]["outcome"] for n in range(len(bad))} == {"passed"}
+    assert found["raise"]["error"] == "ValueError: told to\nraise"
+    assert (found["abort"]["code"], found["exit"]["code"]) == (-signal.SIGABRT, 7)
+    assert "about to abort" in found["abort"]["log"]
+    assert found["half"]["code"] == -signal.SIGKILL
+    assert 1.5 <= found["hang"]["seconds"] < 10.0
+    assert found["lost"]["cuda"] == "AcceleratorError: illegal address"
+    assert found["lost"]["error"] == "RuntimeError: launch failure"
+
+
+def test_a_worker_goes_on_until_it_is_lost(modules: SimpleNamespace, stage: Any) -> None:
+    items = ["ok 1", "ok 2", "raise", "ok 3", "lost", "ok 4"]
+    found = run_pool(modules, stage(*items), items, jobs=1)
+    pids = [found[f"ok {number}"]["pid"] for number in (1, 2, 3, 4)]
+    assert pids[0] == pids[1] == pids[2] != pids[3]
+
+
+def test_two_workers_share_what_is_left(modules: SimpleNamespace, stage: Any) -> None:
+    items = ["hang", "ok 1", "ok 2", "ok 3", "ok 4", "ok 5"]
+    found = run_pool(modules, stage(*items), items, in_blocks=True)
+    # The block of the one that hangs is taken over, but for what it hangs at.
+    assert found["ok 1"]["pid"] == found["ok 5"]["pid"]
+
+
+def test_the_end_of_the_stage_leaves_no_line_of_what_it_stops(
+    modules: SimpleNamespace, stage: Any
+) -> None:
+    items = [f"slow {number}" for number in range(100)]
+    began = time.monotonic()
+    found = run_pool(modules, stage(*items), items, seconds=4.0)
+    assert time.monotonic() - began < 15.0
+    assert 0 < len(found) < 100
+    assert {line["outcome"] for line in found.values()} == {"passed"}
+
+
+def test_workers_that_do_not_start_end_the_stage(modules: SimpleNamespace, stage: Any) -> None:
+    target = stage("ok 1")
+    items = [f"ok {number}" for number in range(50)]
+    found = run_pool(modules, target, items, name="fakes.nothing")
+    assert list(found) == ["(start)"]
+    assert found["(start)"]["outcome"] == "crashed"
+    assert "No module named 'fakes.nothing'" in found["(start)"]["log"]
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from benchmarks import gpu_check
+options = gpu_check.parser().parse_args(["--device", "cpu", "--output", sys.argv[1], *sys.argv[2:]])
+options.end = time.monotonic() + 100
+print(gpu_check.run_stage("fakes.stage", 60.0, options))
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_is_resumed(
+    how: signal.Signals, modules: SimpleNamespace, stage: Any, tmp_path: Path
+) -> None:
+    names = [f"slow {number}" for number in range(12)]
+    target = stage(*names)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while len(modules.gpu_lines.read(target)) < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+    driver.send_signal(how)
+    driver.communicate(timeout=20)
+    before = modules.gpu_lines.read(target)
+    assert 3 <= len(before) < 12
+    while any(alive(line["pid"]) for line in before) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(line["pid"]) for line in before)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    assert "'items': 13, 'done': 13" in done.stdout
+    lines = modules.gpu_lines.read(target)
+    assert lines[: len(before)] == before
+    assert sorted(line["item"] for line in lines) == sorted([*names, "last"])
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    assert "'done': 13" in again.stdout and modules.gpu_lines.read(target) == lines
+    one = [*command, "--only", "slow 1$"]
+    assert "'items': 1," in subprocess.run(one, capture_output=True, text=True, check=True).stdout
+    assert [line["item"] for line in modules.gpu_lines.read(target)] == ["slow 1"]
+
+
+def test_a_lost_context_is_told_from_an_error(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    worker = modules.gpu_worker
+    assert worker.lost_context("cpu") is None
+    cuda = SimpleNamespace(is_initialized=lambda: False, synchronize=synchronize)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert worker.lost_context("cuda") is None
+    cuda.is_initialized = lambda: True
+    lost = worker.lost_context("cuda")
+    assert lost == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+TESTS = """
+import os, sys, time
+import pytest
+
+def test_passes():
+    pass
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_fails(number):
+    assert number == 3, "a long story"
+
+@pytest.mark.skip(reason="not here")
+def test_skipped():
+    pass
+
+@pytest.fixture
+def broken():
+    raise OSError("no fixture")
+
+def test_setup(broken):
+    pass
+
+def test_aborts():
+    os.abort()
+
+def test_loses():
+    sys.modules["benchmarks.gpu_contract"].lost_context = lambda device: "lost"
+    raise RuntimeError("CUDA error: launch failure")
+
+def test_after():
+    pass
+"""
+
+
+def test_contract_tests_are_lines(modules: SimpleNamespace, stage: Any, tmp_path: Path) -> None:
+    stage()
+    (tmp_path / "test_some.py").write_text(TESTS, encoding="utf-8")
+    options = modules.gpu_worker.parser().parse_args(
+        ["contract", "--tests", str(tmp_path / "test_some.py")]
+    )
+    command = [sys.executable, "-m", "benchmarks.gpu_worker", "contract", "--list", "--tests"]
+    done = subprocess.run([*command, *options.tests], capture_output=True, text=True, check=True)
+    names = json.loads(done.stdout.splitlines()[-1])["tests"]
+    target = tmp_path / "contract.jsonl"
+    phase = modules.gpu_pool.Phase("tests", 1, 20.0, 60.0)
+    end, arguments = time.monotonic() + 60, ("--tests", *options.tests)
+    job = modules.gpu_pool.Job("contract", phase, names, target, end, arguments)
+    modules.gpu_pool.Pool(job).run()
+    lines = modules.gpu_lines.items(modules.gpu_lines.read(target))
+    found = {item.rpartition("::")[2]: line for (_, item), line in lines.items()}
+    outcomes = {name: line["outcome"] for name, line in found.items()}
+    assert outcomes == {
+        "test_passes": "passed", "test_fails[1]": "failed", "test_fails[2]": "failed",
+        "test_skipped": "skipped", "test_setup": "failed", "test_aborts": "crashed",
+        "test_loses": "cuda_error", "test_after": "passed",
+    }  # fmt: skip
+    assert found["test_fails[1]"]["error"] == "AssertionError: a long story"
+    assert "assert 1 == 3" in found["test_fails[1]"]["text"]
+    assert found["test_setup"]["when"] == "setup"
+    assert found["test_setup"]["error"] == "OSError: no fixture"
+    assert found["test_loses"]["error"] == "RuntimeError: CUDA error: launch failure"
+
+
+def test_smoke_cases_reach_every_tile_variant(modules: SimpleNamespace) -> None:
+    cases, launch = modules.gpu_cases, modules.gpu_cases.launch
+    found = cases.triton()
+    assert len({str(case) for case in found}) == len(found) < 300
+    assert len({str(case) for case in cases.cuda()}) == len(cases.cuda()) < 300
+    kind = launch.Kind(False, True, False)
+    online = set()
+    for queries in (16, 32, 64, 128):
+        for width in (64, 128, 256, 512, 1024, 2048):
+            for is_backward in (False, True):
+                sizes = (3, queries, 300, width)
+                if plan := launch.online(cases.CHIP, *sizes, kind, is_backward):
+                    tiles = (plan.tiles["BLOCK_T"], plan.tiles["BLOCK_E"], plan.num_warps)
+                    online.add((is_backward, *tiles))
+    reached = set()
+    for case in found:
+        for variant in cases.variants(case):
+            if variant[2] == "online" and case.mask != "cube" and case.dtype == torch.bfloat16:
+                sizes = dict(variant[3])
+                tiles = (sizes["BLOCK_T"], sizes["BLOCK_E"], variant[4])
+                reached.add((variant[0] == "backward", *tiles))
+    # Narrower than 128 columns the tiles are those of 128.
+    assert {x for x in online if x[2] >= 128} <= reached
+    assert {case.queries for case in cases.cuda()} == {1, 2, 3, 4, 5, 8}
+    assert {case.memory_dim for case in cases.cuda()} >= {37, 512, 1024, 2048}
+
+
+@pytest.fixture(scope="module")
+def options(modules: SimpleNamespace) -> Any:
+    return modules.gpu_worker.parser().parse_args(["smoke", "cases", "--device", "cpu"])
+
+
+def small(modules: SimpleNamespace, **changes: Any) -> Any:
+    given = {"dtype": torch.float32, "backends": ("eager",), "cold": False} | changes
+    score, queries = given.pop("score", "dot"), given.pop("queries", 5)
+    return modules.gpu_rows.Row(score, 3, queries, 17, 16, **given)
+
+
+KINDS = [
+    {}, {"queries": 1}, {"backward": True}, {"lengths": True, "backward": True},
+    {"weights": True}, {"half_width": 3}, {"half_width": 3, "backward": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
-@pytest.mark.parametrize(("queries", "backward"), [(1, False), (5, False), (5, True)])
-def test_a_line_has_everything(
-    score: str, queries: int, backward: bool, modules: SimpleNamespace, rates: object
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_side_of_a_row_computes_the_same(
+    score: str, kind: dict[str, Any], modules: SimpleNamespace
 ) -> None:
-    row = small(modules, score=score, queries=queries, backward=backward)
-    line = modules.gpu.measure(row, "eager", Host(), rates)
-    assert "failed" not in line
-    assert line["kernel"] == line["call"] == 1e-3
-    assert 0.0 <= line["error_share"] <= 1.0
-    model = modules.gpu_model.limit
-    least = model(row.problem(), rates).seconds
-    least += model(row.problem(), rates, True).seconds if backward else 0.0
-    assert line["share"] == pytest.approx(least / 1e-3)
-    assert line["peers"]["eager"] == 1.0
-    assert ("sdpa" in line["peers"]) == (score == "dot")
-    assert len(modules.gpu.cells(line)) == len(modules.gpu.HEADER)
-    assert "3 MiB" in modules.gpu.cells(line)
+    row = small(modules, score=score, **kind)
+    inputs = modules.gpu_rows.inputs_of(row, "cpu")
+    assert modules.gpu_measure.check(row, "eager", inputs).passed
+    oracle = testing.oracle(inputs)
+    assert ("sdpa" in row.sides()) == (score == "dot" and not row.weights)
+    for side in row.sides():
+        attend = modules.gpu_rows.side(row, side, inputs)
+        context, weights = attend(modules.gpu_rows.prepared(row, inputs.tensors))
+        torch.testing.assert_close(context.double(), oracle["context"], rtol=1e-4, atol=1e-5)
+        assert (weights is not None) == row.weights
+        times = modules.gpu_measure.time_of(modules.gpu_kernels.Host(), row, attend, inputs)
+        assert times == {"call": 1e-3, "kernel": 1e-3, "graph": True}
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("wrong", [1.01, math.nan])
-def test_a_wrong_result_has_no_speed(
-    wrong: float,
-    backward: bool,
-    modules: SimpleNamespace,
-    rates: object,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_wrong_result_is_found(
+    wrong: float, modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = modules.gpu_rows.ours
-    monkeypatch.setattr(
-        modules.gpu_rows, "ours", lambda row, b: lambda tensors: wrong * right(row, b)(tensors)
-    )
-    line = modules.gpu.measure(small(modules, backward=backward), "eager", Host(), rates)
-    assert "of its error budget" in line["failed"]
-    assert not {"kernel", "call", "share"} & line.keys()
-    assert "ms" not in " ".join(modules.gpu.cells(line)).split()
-
-
-def test_a_wrong_gradient_has_no_speed(
-    modules: SimpleNamespace, rates: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    row = small(modules)
     right = modules.gpu_rows.ours
 
-    def attend(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        query = tensors["query"] + 0.01 * (tensors["query"] - tensors["query"].detach())
-        return right(row, "eager")(tensors | {"query": query})
+    def ours(*given: Any) -> Any:
+        attend = right(*given)
+        return lambda tensors: (wrong * attend(tensors)[0], None)
 
-    row = small(modules, backward=True)
-    monkeypatch.setattr(modules.gpu_rows, "ours", lambda row, backend: attend)
-    line = modules.gpu.measure(row, "eager", Host(), rates)
-    assert line["failed"].startswith("grad_query has ")
-
-
-def test_what_fails_is_a_word_and_the_rest_goes_on(
-    modules: SimpleNamespace, rates: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def too_large(tensors: object) -> torch.Tensor:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    def refuses(tensors: object) -> torch.Tensor:
-        raise ValueError("head dim\nis too large")
-
-    peers = {"eager": too_large, "flex": refuses, "sdpa": modules.gpu_rows.eager(small(modules))}
-    monkeypatch.setattr(modules.gpu_rows, "peers", lambda row: peers)
-    line = modules.gpu.measure(small(modules), "eager", Host(), rates)
-    assert line["peers"] == {"eager": "out of memory", "flex": "ValueError: head dim", "sdpa": 1.0}
-    line = modules.gpu.measure(small(modules), "eagre", Host(), rates)
-    assert line["failed"].startswith("ValueError: backend must be one of")
+    monkeypatch.setattr(modules.gpu_rows, "ours", ours)
+    monkeypatch.setattr(modules.gpu_kernels, "rows", lambda device: {str(row): row})
+    line = modules.gpu_kernels.run("checks", f"{row} | eager", options)
+    assert line["outcome"] == "failed" and line["error"] == "context exceeds its error budget"
 
 
-def test_rows_without_time_or_backend_say_so(modules: SimpleNamespace, rates: object) -> None:
-    row = small(modules, backends=("eager", "cuda"))
-    lines = modules.gpu.run([row], Host(), {torch.float32: rates}, -math.inf, False)
-    assert lines[0]["failed"] == "no time left"
-    assert "CUDA" in lines[1]["failed"] or lines[1]["failed"] == "no time left"
+def test_what_no_graph_can_hold_is_timed_without(modules: SimpleNamespace) -> None:
+    class Device(modules.gpu_kernels.Host):
+        def replayed(self, runs: Any) -> float:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    row = small(modules)
+    inputs = modules.gpu_rows.inputs_of(row, "cpu")
+    attend = modules.gpu_rows.side(row, "eager", inputs)
+    times = modules.gpu_measure.time_of(Device(), row, attend, inputs)
+    assert times["kernel"] == 1e-3 / 8
+    assert times["graph"] == "RuntimeError: operation not permitted when stream is capturing"
 
 
-def test_targets_are_judged_where_they_are_meant(modules: SimpleNamespace) -> None:
-    row = modules.gpu_rows.Row("dot", 64, 64, 1024, 512)
-    line = {"share": 0.71, "peers": {}}
-    assert modules.gpu.verdict(row, line) == "limit ok"
-    assert modules.gpu.verdict(row, line | {"share": 0.69}) == "limit short of 0.7"
-    both = modules.gpu_rows.Row("dot", 64, 64, 1024, 512, backward=True)
-    assert modules.gpu.verdict(both, {"share": 0.1, "peers": {"sdpa": 2.9}}) == "sdpa short of 3"
-    assert modules.gpu.verdict(both, {"share": 0.1, "peers": {"sdpa": "out of memory"}}) == ""
+RATES = {"copy": 4.3e12, "matrix": 790e12, "multiprocessors": 132, "clock": 1.98e9}
 
 
-def test_the_table_is_short_and_the_files_are_whole(
-    modules: SimpleNamespace, tmp_path: Path
-) -> None:
-    measured = {
-        "backend": "triton", "kernel": 1e-5, "call": 4e-5, "share": 0.5, "bound_by": "products",
-        "peers": {"eager": 12.5, "compile": 3.1, "sdpa": 9.9, "flex": "NoValidChoicesError: none"},
-        "peak_bytes": 1 << 30, "error_share": 0.25, "verdict": "limit short of 0.85",
+def written(modules: SimpleNamespace, directory: Path) -> list[Any]:
+    """Lines of all rows, as a whole run on an H200 leaves them; the first backend's is wrong."""
+    rows = modules.gpu_rows.rows()
+    add = modules.gpu_lines.append
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    rates = {"gpu": "NVIDIA H200", "rates": {str(dtype): RATES for dtype in kinds}}
+    passed = {"outcome": "passed", "seconds": 1.0}
+    add(directory / "kernels.jsonl", {"phase": "times", "item": "rates"} | passed | rates)
+    for number, row in enumerate(rows):
+        for side in row.sides():
+            item = {"item": f"{row} | {side}"} | passed
+            if side in row.backends:
+                wrong = {"outcome": "failed", "error": "context exceeds its error budget"}
+                first = wrong if number == 0 and side == "triton" else {}
+                check = {"phase": "checks", "error_share": 0.25, "worst": "context"}
+                add(directory / "kernels.jsonl", item | check | first)
+            phase = "compilers" if side in modules.gpu_rows.COMPILERS else "times"
+            slow = 1 if side in row.backends else 3
+            times = {"call": 4e-4, "kernel": slow * 1e-4, "graph": True, "peak_bytes": 3 << 20}
+            add(directory / "kernels.jsonl", item | {"phase": phase} | times)
+    for number in range(40):
+        name = f"tests/test_backends.py::test_some[{'x' * 60}-{number}]"
+        line = {
+            "phase": "tests",
+            "item": name,
+            "outcome": "failed",
+            "error": "y" * 200 + str(number),
+        }
+        add(directory / "contract.jsonl", line)
+    crashed = {"phase": "cases", "item": "cuda dot", "outcome": "crashed", "log": "a\nthe end"}
+    add(directory / "smoke.jsonl", crashed)
+    for name in ("build", "smoke", "contract", "kernels"):
+        run = {"stage": name, "items": 100, "done": 100, "seconds": 60.0}
+        add(directory / "run.jsonl", run)
+    return rows
+
+
+def test_a_run_is_summed_up_in_4_kb(modules: SimpleNamespace, tmp_path: Path) -> None:
+    rows = written(modules, tmp_path)
+    text, passed = modules.gpu_summary.summary(tmp_path)
+    assert not passed and text.endswith("gpu-check: FAILED")
+    assert len(text.encode()) <= 4000
+    assert "contract: 40 failed of 100 items in 60 s" in text
+    assert "(and 39 more)" in text and "crashed: the end" in text
+    assert "best against eager: 3.00x" in text
+    results = modules.gpu_summary.measured(modules.gpu_lines.read(tmp_path / "kernels.jsonl"), rows)
+    assert len(results) == sum(len(row.backends) for row in rows)
+    assert results[0] | {"error_share": 0.25} == {
+        "case": str(rows[0]), "backend": "triton", "peers": {}, "error_share": 0.25,
+        "worst": "context", "failed": "check: context exceeds its error budget",
     }  # fmt: skip
-    lines = [
-        {"case": str(row)} | measured | {"backend": backend}
-        for row in modules.gpu_rows.rows()
-        for backend in row.backends
-    ]
-    text = modules.table.render(modules.gpu.HEADER, [modules.gpu.cells(x) for x in lines], 2)
-    assert len(text.splitlines()) <= 70 and len(text) < 12_000
-    results = {"date": "2026-11-23T00:00:00", "gpu": "NVIDIA H200", "rows": lines}
-    written = modules.gpu.write(tmp_path / "new", results)
-    assert json.loads(written[0].read_text(encoding="utf-8")) == results
-    assert sorted((tmp_path / "new").iterdir()) == sorted(written)
-    assert modules.gpu.slug("NVIDIA H200") == "nvidia-h200"
+    # By hand: 64 x 1024 x 512 x 2 bytes are read once, at 4.3 TB/s, in 15.6 us; it took 100.
+    assert results[1]["backend"] == "cuda"
+    assert results[1]["share"] == pytest.approx(0.156, rel=0.01)
+    assert results[1]["peers"] == pytest.approx(
+        {"eager": 3.0, "sdpa": 3.0, "compile": 3.0, "flex": 3.0}
+    )
+    assert results[1]["verdict"] == "limit short of 0.85"
+    shown = modules.table.render(
+        modules.gpu_summary.HEADER, [modules.gpu_summary.cells(line) for line in results], 2
+    )
+    assert "check: context exceeds" in shown
+
+
+def test_lengths_and_windows_lower_the_limit(modules: SimpleNamespace) -> None:
+    row = modules.gpu_rows.Row("dot", 64, 1, 1023, 512)
+    rates = modules.gpu_model.Rates(**RATES)
+    whole = modules.gpu_summary.limit_of(row, rates)[0]
+    half = replace(row, lengths=True)
+    assert modules.gpu_summary.limit_of(half, rates)[0] == pytest.approx(whole * 512 / 1023)
+    window = replace(row, half_width=5)
+    assert modules.gpu_summary.limit_of(window, rates)[0] == pytest.approx(whole * 11 / 1023)
+
+
+def test_results_are_kept_whole(modules: SimpleNamespace, tmp_path: Path) -> None:
+    written(modules, tmp_path)
+    first, *rest = modules.gpu_summary.write(tmp_path, tmp_path / "kept")
+    kept = json.loads(first.read_text(encoding="utf-8"))
+    assert first.parent == tmp_path / "kept/nvidia-h200"
+    assert first.name == f"{kept['date'][:10]}-gpu.json"
+    assert sorted(first.parent.iterdir()) == sorted([first, *rest])
+    assert kept["counts"]["contract"] == {"failed": 40}
+    assert len(kept["failures"]) == 42 and kept["rates"]["torch.bfloat16"] == RATES
+
+
+def test_a_run_that_was_cut_off_has_not_passed(modules: SimpleNamespace, tmp_path: Path) -> None:
+    add = modules.gpu_lines.append
+    passed = {"phase": "cases", "item": "one", "outcome": "passed"}
+    add(tmp_path / "smoke.jsonl", passed)
+    add(tmp_path / "run.jsonl", {"stage": "smoke", "items": 2, "done": 1, "seconds": 1.0})
+    assert modules.gpu_summary.summary(tmp_path)[1] is False
+    add(tmp_path / "run.jsonl", {"stage": "smoke", "items": 2, "done": 2, "seconds": 1.0})
+    assert modules.gpu_summary.summary(tmp_path)[1] is True
+
+
+def test_stages_have_limits(modules: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = modules.gpu_check.parsed_stages
+    assert parsed("smoke:40, sweep") == {"smoke": 40.0, "sweep": modules.gpu_check.LIMITS["sweep"]}
+    assert sum(parsed(modules.gpu_check.DEFAULT).values()) <= 420
+    for wrong in ("smok", "smoke:x", "smoke:-1", "smoke:inf", ""):
+        with pytest.raises(SystemExit):
+            modules.gpu_check.parser().parse_args(["--stages", wrong])
+        assert "a stage is one of smoke, contract" in capsys.readouterr().err
 
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -210,9 +526,9 @@ def test_gpu_check_says_in_one_line_what_is_missing() -> None:
     done = subprocess.run(command, cwd=benchmarks_package.ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stdout == ""
-    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert len(said) == 1 and said[0].startswith("gpu-check: ")
-    assert "CUDA" in said[0] or "has no" in said[0]
+    told = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert len(told) == 1 and told[0].startswith("gpu-check: ")
+    assert "CUDA" in told[0] or "has no" in told[0]
 
 
 def test_gpu_check_names_a_missing_package(
@@ -224,18 +540,6 @@ def test_gpu_check_names_a_missing_package(
     monkeypatch.setattr(check, "MODULES", ())
     monkeypatch.setattr(check, "OLDEST", {"torch": (99, 1)})
     assert check.missing() == f"torch {torch.__version__} is older than 99.1"
-
-
-def test_a_step_that_hangs_is_stopped_with_its_children(
-    modules: SimpleNamespace, capfd: pytest.CaptureFixture[str]
-) -> None:
-    step = modules.gpu_check.step
-    assert step("fine", [sys.executable, "-c", "pass"], 60.0)
-    assert not step("fails", [sys.executable, "-c", "raise SystemExit(3)"], 60.0)
-    assert not step("hangs", ["sh", "-c", "sleep 1000 & wait"], 1.0)
-    shown = capfd.readouterr().out
-    assert "== fine: ok" in shown and "== fails: FAILED (3)" in shown
-    assert "== hangs: FAILED (stopped after 1 s)" in shown
 
 
 def test_the_checkout_is_made_a_package_with_its_kernels(
