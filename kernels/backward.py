@@ -190,7 +190,7 @@ def rows_backward(
         scores *= scale
 
     scores = hide(scores, counts, bad, MASK)
-    grad, _ = score_gradients(
+    grad, excess = score_gradients(
         scores, grads, delta, counts, queries, b, offs_t, offs_s,
         grad_weights, logsumexp, keep, kept, grad_scores,
         extra_b, extra_t, extra_s, T, S, count, scale, keep_scale, not SPLIT,

@@ -165,11 +165,11 @@ def context_columns(
     store_rows(acc, context + b.to(tl.int64) * T * E, offs_t, T, offs_e, E)
     if e_block == 0:
         if logsumexp is not None:
-            at = logsumexp + b.to(tl.int64) * T + offs_t
-            tl.store(at, log_sum(peak, total), mask=queries)
+            at_log = logsumexp + b.to(tl.int64) * T + offs_t
+            tl.store(at_log, log_sum(peak, total), mask=queries)
         if weights is not None:
+            zeros = tl.zeros((BLOCK_T, BLOCK_S), weights.dtype.element_ty)
             for start in range(count, S, BLOCK_S):  # padding
-                offs_s = start + tl.arange(0, BLOCK_S)
-                at = pair_tile(weights, b, offs_t, offs_s, T, S)
-                zeros = tl.zeros((BLOCK_T, BLOCK_S), weights.dtype.element_ty)
-                tl.store(at, zeros, mask=queries[:, None] & (offs_s < S)[None, :])
+                offs_pad = start + tl.arange(0, BLOCK_S)
+                at_pad = pair_tile(weights, b, offs_t, offs_pad, T, S)
+                tl.store(at_pad, zeros, mask=queries[:, None] & (offs_pad < S)[None, :])
