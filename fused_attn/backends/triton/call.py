@@ -116,6 +116,17 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+_UNITS = {vector: {"UNIT": vector} for vector in (1, 4, 8)}
+
+
+@cache
+def _options(is_wide: bool, tf32: bool, is_nvidia: bool) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Constants of products, and of quotients."""
+    interpreted = backend.INTERPRETED
+    precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_wide}
+    return precision, {"FAST_RCP": is_nvidia and not interpreted}
+
+
 class Call:
     """What forward and backward share: sizes, the chip, precision and the masks."""
 
@@ -127,40 +138,41 @@ class Call:
         score: str,
         others: tuple[Tensor | None, ...] = (),
     ) -> None:
-        self.query, self.memory = unit(query), unit(memory)
+        self.query, self.memory = query, memory = unit(query), unit(memory)
         check_lengths(masking[0], memory)
         batch, queries, score_dim = query.shape
         _, source, memory_dim = memory.shape
         self.sizes = (batch, queries, source, memory_dim, score_dim)
+        self.is_wide = memory.dtype == torch.float32
         # Loads of 16 bytes need widths and strides that the compiler can see to be multiples.
-        vector = 16 // memory.element_size()
-        rows = (self.query, self.memory, *others)
-        lengths = [length for x in rows if x is not None for length in x.stride()[:2]]
-        is_aligned = not any(length % vector for length in (*lengths, memory_dim, score_dim))
-        self.unit = {"UNIT": vector if is_aligned else 1}
+        vector = 4 if self.is_wide else 8
+        bits = memory_dim | score_dim
+        for rows in (query, memory, *others):
+            if rows is not None:
+                steps = rows.stride()
+                bits |= steps[0] | steps[1]
+        self.vector = 1 if bits & (vector - 1) else vector
+        self.unit = _UNITS[self.vector]
         self.masks, self.score = masks_of(masking, source), score
         self.chip = chip(memory.device)
-        self.is_wide = memory.dtype == torch.float32
         # Not allow_tf32: reading that raises once the newer setting has been used.
         tf32 = self.is_wide and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        self.precision = {
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "WIDEN": backend.INTERPRETED and not self.is_wide,
-        }
-        self.kind = launch.Kind(self.is_wide, self.unit["UNIT"] > 1, self.masks.kind == 2)
-        self.fast = {"FAST_RCP": self.chip.is_nvidia and not backend.INTERPRETED}
+        self.precision, self.fast = _options(self.is_wide, tf32, self.chip.is_nvidia)
+        self.kind = launch.Kind(self.is_wide, self.vector > 1, self.masks.kind == 2)
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """Of the batch and the rows of each, in units; as the kernels take widths too."""
-        unit = self.unit["UNIT"]
-        pairs = ((0, 0) if x is None else x.stride()[:2] for x in tensors)
-        return [stride // unit for pair in pairs for stride in pair]
+        vector = self.vector
+        found: list[int] = []
+        for x in tensors:
+            steps = (0, 0) if x is None else x.stride()
+            found += (steps[0] // vector, steps[1] // vector)
+        return found
 
     @property
     def widths(self) -> tuple[int, int]:
         """E and the width of the score, in units."""
-        unit = self.unit["UNIT"]
-        return self.sizes[3] // unit, self.sizes[4] // unit
+        return self.sizes[3] // self.vector, self.sizes[4] // self.vector
 
     def floats(self, *shape: int) -> Tensor:
         return self.memory.new_empty(shape, dtype=torch.float32)
