@@ -183,10 +183,10 @@ def rows(
     ``sizes`` are (B, T, S, E).
     """
     batch, queries, source, memory_dim = sizes
-    is_crowded = kind.is_cube or (kind.is_wide and backward) or (is_concat and source > SHORT)
-    block_s = 64 if is_crowded else _block(source, 64, SHORT)
+    is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
+    block_s = 64 if is_crowded and source > SHORT else _block(source, 64, SHORT)
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
-    most_t = 16 if is_concat and block_s == SHORT else 32 if is_small else 64
+    most_t = 16 if is_crowded and block_s == SHORT else 32 if is_small else 64
     block_t = _block(queries, 16, most_t)
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
