@@ -40,9 +40,9 @@ class Launcher:
 
     def __call__(
         self,
-        gridX: int,  # noqa: N803
-        gridY: int,  # noqa: N803
-        gridZ: int,  # noqa: N803
+        gridX: int,
+        gridY: int,
+        gridZ: int,
         stream: int,
         function: int,
         kernel_metadata: Any,
