@@ -5,5 +5,5 @@ A speed is printed only for a call whose results passed the error budget in the 
 """
 
 BENCHMARKS = (
-    "quick", "full", "report", "compare", "swap", "claims", "cpu", "aot",
+    "quick", "full", "report", "compare", "swap", "claims", "cpu", "aot", "launches",
 )  # fmt: skip

@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -91,12 +91,12 @@ def promises(result: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
     return broken
 
 
-def jobs(gpu: Gpu, quick: bool) -> list[tuple[str, Launch]]:
+def distinct(cases: Iterable[Case], gpu: Gpu) -> list[tuple[str, Launch]]:
     """Each kernel that the cases would launch, specialised, once: (case, launch)."""
     from benchmarks.aot_compile import launches, source_of
 
     found: dict[str, tuple[str, Launch]] = {}
-    for case in cases(quick):
+    for case in cases:
         for pass_, made in zip(("forward", "backward"), launches(case, gpu.chip), strict=True):
             for launch in made:
                 source, options = source_of(launch)
@@ -120,7 +120,7 @@ def run(gpu: Gpu, quick: bool) -> tuple[list[dict[str, Any]], int]:
         return {"case": case, **asdict(result), "elements": result.loop_elements, "broken": broken}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(one, jobs(gpu, quick)))
+        rows = list(pool.map(one, distinct(cases(quick), gpu)))
     return rows, sum(bool(row["broken"]) for row in rows)
 
 

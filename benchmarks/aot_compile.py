@@ -121,25 +121,29 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
 
 
 def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel with its arguments' types, specialised as a call would, and its options."""
+    """The kernel with its arguments' types, specialised as a call would, and its options.
+
+    Of numbers that the kernel does not specialise only the type matters, 32 or 64 bits.
+    """
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.arguments, strict=False))}
     given |= {name: value for name, value in launch.options.items() if name in names}
     options = {name: value for name, value in launch.options.items() if name not in names}
     constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+    plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value = given[name]
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in constant or value is None or (value == 1 and isinstance(value, int)):
+        elif name in constant or value is None or (value == 1 and name not in plain):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in plain:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes), options
 

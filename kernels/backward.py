@@ -16,6 +16,7 @@ from .forward import store_rows
 from .tiles import (
     counted_positions,
     elements,
+    entry,
     exp,
     hide,
     inverse_or_zero,
@@ -29,8 +30,12 @@ from .tiles import (
     split_nonfinite,
 )
 
+PITCH = tl.constexpr(16)  # rows of P and dS are padded to multiples of so many elements
+MERGED = tl.constexpr(1024)  # elements that a program merges at once
+MERGED_V = tl.constexpr(16)  # columns of v that a program sums
 
-@triton.jit
+
+@entry
 def weight_deltas(
     grad_context, grad_weights, context, weights, deltas,
     seed_b, seed_t, extra_b, extra_t, extra_s, T, S, E,
@@ -59,10 +64,16 @@ def weight_deltas(
 
 
 @triton.jit
+def padded(count):
+    """The end of a row of P or dS: so many elements that loads of 16 bytes need no other mask."""
+    return tl.cdiv(count, PITCH) * PITCH
+
+
+@triton.jit
 def score_gradients(
     scores, grads, delta, counts, queries, b, offs_t, offs_s,
     grad_weights, logsumexp, keep, kept, grad_scores,
-    extra_b, extra_t, extra_s, T, S, end, scale, keep_scale,
+    extra_b, extra_t, extra_s, T, S, P, end, scale, keep_scale,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dS = P (dP - delta), stored and returned times scale, and its sum over the tile's positions.
@@ -91,10 +102,10 @@ def score_gradients(
     if WHOLE:
         delta = tl.sum(tl.where(counts, weight * grads, 0.0), axis=1)
     grad = tl.where(counts, weight * (grads - delta[:, None]), 0.0) * scale
-    inside = queries[:, None] & (offs_s < end)[None, :]
-    at = pair_tile(kept, b, offs_t, offs_s, T, S)
+    inside = queries[:, None] & (offs_s < padded(end))[None, :]  # zeros behind the end
+    at = pair_tile(kept, b, offs_t, offs_s, T, P)
     tl.store(at, summed.to(kept.dtype.element_ty), mask=inside)
-    at = pair_tile(grad_scores, b, offs_t, offs_s, T, S)
+    at = pair_tile(grad_scores, b, offs_t, offs_s, T, P)
     tl.store(at, grad.to(grad_scores.dtype.element_ty), mask=inside)
     return grad, tl.sum(grad, axis=1)
 
@@ -111,7 +122,7 @@ def without_excess(grad_query, excess, context, offs_t, queries, offs_e, E):
     return grad_query - excess[:, None] * rows
 
 
-@triton.jit
+@entry
 def rows_backward(
     query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
     lengths, mask, keep,
@@ -119,17 +130,17 @@ def rows_backward(
     kept, grad_scores, grad_query,
     query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t,
     extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale, splits, P,
     CONCAT: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Two sweeps over the columns of BLOCK_S memory rows, as `rows_forward`.
 
-    kept and grad_scores (B, T, S): P and dS. Without SPLIT one program has all of S, and writes
-    grad_query (B, T, E), unless it is None; with SPLIT `query_gradients` does, and for concat
-    `concat_gradients`. With SPLIT ``deltas`` (B, T) is None where the weights got no gradient: then
-    delta = dO . O is made here.
+    kept and grad_scores (B, T, P PITCH): P and dS. Without SPLIT one program has all of S, and
+    writes grad_query (B, T, E), unless it is None; with SPLIT `query_gradients` does, and for
+    concat `concat_gradients`. With SPLIT ``deltas`` (B, T) is None where the weights got no
+    gradient: then delta = dO . O is made here.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
@@ -193,7 +204,7 @@ def rows_backward(
     grad, excess = score_gradients(
         scores, grads, delta, counts, queries, b, offs_t, offs_s,
         grad_weights, logsumexp, keep, kept, grad_scores,
-        extra_b, extra_t, extra_s, T, S, count, scale, keep_scale, not SPLIT,
+        extra_b, extra_t, extra_s, T, S, P * PITCH, count, scale, keep_scale, not SPLIT,
     )  # fmt: skip
     if grad_query is not None:
         grad = grad.to(memory.dtype.element_ty)
@@ -207,14 +218,14 @@ def rows_backward(
             store_rows(part, grad_query, offs_t, T, e + offs_e, E)
 
 
-@triton.jit
+@entry
 def online_backward(
     query, memory, lengths, mask, keep,
     grad_context, grad_weights, context, deltas, logsumexp,
     kept, grad_scores, grad_query,
     query_b, query_t, memory_b, memory_s, seed_b, seed_t,
     extra_b, extra_t, extra_s, lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, scale, keep_scale, splits, segment,
+    T, S, E, scale, keep_scale, splits, segment, P,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +286,7 @@ def online_backward(
         grad, part_excess = score_gradients(
             scores, grads, delta, counts, queries, b, offs_t, offs_s,
             grad_weights, logsumexp, keep, kept, grad_scores,
-            extra_b, extra_t, extra_s, T, S, end, scale, keep_scale, False,
+            extra_b, extra_t, extra_s, T, S, P * PITCH, end, scale, keep_scale, False,
         )  # fmt: skip
         if grad_query is not None:
             excess += part_excess
@@ -286,10 +297,10 @@ def online_backward(
         store_rows(acc, grad_query + (wide * splits + split) * T * E, offs_t, T, offs_e, E)
 
 
-@triton.jit
+@entry
 def query_gradients(
     grad_scores, memory, context, lengths, mask, keep, grad_query,
-    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E,
+    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, P,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -315,8 +326,9 @@ def query_gradients(
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
         if MASK == 2:
             tile, _ = split_nonfinite(tile)
-        inside = queries[:, None] & (offs_s < count)[None, :]
-        grad = tl.load(pair_tile(grad_scores, b, offs_t, offs_s, T, S), mask=inside, other=0.0)
+        inside = queries[:, None] & (offs_s < padded(count))[None, :]
+        at = pair_tile(grad_scores, b, offs_t, offs_s, T, P * PITCH)
+        grad = tl.load(at, mask=inside, other=0.0)
         if keep is None:
             excess += tl.sum(grad.to(tl.float32), axis=1)
         acc = product(grad, tile, acc, PRECISION, WIDEN)
@@ -327,16 +339,90 @@ def query_gradients(
 
 
 @triton.jit
+def merge_splits(program, partial, lengths, total, lengths_stride, S, merged, splits, segment):
+    """MERGED elements of a row of the batch, added in the order of the splits.
+
+    Splits of padding alone were not written, and are not read.
+    """
+    blocks = tl.cdiv(merged, MERGED)
+    b = program // blocks
+    offs = (program % blocks) * MERGED + tl.arange(0, MERGED)
+    count = row_count(lengths, lengths_stride, b, S)
+    at = partial + b.to(tl.int64) * splits * merged + offs
+    acc = tl.zeros((MERGED,), tl.float32)
+    for _ in range(0, tl.cdiv(count, segment)):
+        acc += tl.load(at, mask=offs < merged, other=0.0)
+        at += merged
+    at = total + b.to(tl.int64) * merged + offs
+    tl.store(at, acc.to(total.dtype.element_ty), mask=offs < merged)
+
+
+@triton.jit
+def sum_columns(program, partial_v, grad_v, v_rows, v_width):
+    """MERGED_V columns of grad_v (v_width,), the sum over the rows of partial_v."""
+    offs = program * MERGED_V + tl.arange(0, MERGED_V)
+    acc = tl.zeros((MERGED // MERGED_V, MERGED_V), tl.float32)
+    for start in range(0, v_rows, MERGED // MERGED_V):
+        rows = start + tl.arange(0, MERGED // MERGED_V)
+        inside = (rows < v_rows)[:, None] & (offs < v_width)[None, :]
+        at = partial_v + rows.to(tl.int64)[:, None] * v_width + offs[None, :]
+        acc += tl.load(at, mask=inside, other=0.0)
+    sums = tl.sum(acc, axis=0)
+    tl.store(grad_v + offs, sums.to(grad_v.dtype.element_ty), mask=offs < v_width)
+
+
+@triton.jit
+def merge_sums(
+    program, partial, lengths, total, partial_v, grad_v,
+    lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
+):  # fmt: skip
+    """By ``merges`` programs partial (B, splits, merged) to total (B, merged), then v.
+
+    partial_v (v_rows, v_width) goes to grad_v. Either pair may be None.
+    """
+    if program < merges:
+        if partial is not None:
+            merge_splits(
+                program, partial, lengths, total, lengths_stride, S, merged, splits, segment
+            )
+    else:
+        if partial_v is not None:
+            sum_columns(program - merges, partial_v, grad_v, v_rows, v_width)
+
+
+@entry
+def merge_alone(
+    lengths, partial, total, partial_v, grad_v,
+    lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
+):  # fmt: skip
+    """`merge_sums` where nobody wants the gradient of the memory."""
+    merge_sums(
+        tl.program_id(0), partial, lengths, total, partial_v, grad_v,
+        lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
+    )  # fmt: skip
+
+
+@entry
 def source_gradients(
     kept, grad_scores, grad_context, query, lengths, mask, grad_memory,
-    seed_b, seed_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E,
+    partial, total, partial_v, grad_v,
+    seed_b, seed_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E, P,
+    sources, merges, merged, splits, segment, v_rows, v_width,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dMemory = P^T dO + dS^T Q of BLOCK_S rows and BLOCK_E columns, written once.
 
     grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
+    Where another kernel left sums to be merged, programs from ``sources`` on do `merge_sums`.
     """
+    if partial is not None:
+        if tl.program_id(0) >= sources:
+            merge_sums(
+                tl.program_id(0) - sources, partial, lengths, total, partial_v, grad_v,
+                lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
+            )  # fmt: skip
+            return
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
     E = E * UNIT
@@ -356,35 +442,16 @@ def source_gradients(
         for t in range(0, T, BLOCK_T):
             offs_t = t + tl.arange(0, BLOCK_T)
             queries = offs_t < T
-            inside = queries[:, None] & (offs_s < count)[None, :]
+            inside = queries[:, None] & (offs_s < padded(count))[None, :]
             if grad_context is not None:
-                at = pair_tile(kept, b, offs_t, offs_s, T, S)
+                at = pair_tile(kept, b, offs_t, offs_s, T, P * PITCH)
                 part = tl.load(at, mask=inside, other=0.0)
                 seed = load_tile(grad_context + wide * seed_b, seed_t, offs_t, queries, offs_e, E)
                 acc = product(tl.trans(part), seed, acc, PRECISION, WIDEN)
             if query is not None:
-                at = pair_tile(grad_scores, b, offs_t, offs_s, T, S)
+                at = pair_tile(grad_scores, b, offs_t, offs_s, T, P * PITCH)
                 part = tl.load(at, mask=inside, other=0.0)
                 heads = load_tile(query + wide * query_b, query_t, offs_t, queries, offs_e, E)
                 acc = product(tl.trans(part), heads, acc, PRECISION, WIDEN)
     acc = tl.where(rows[:, None], acc, 0.0)
     store_rows(acc, grad_memory + wide * S * E, offs_s, S, offs_e, E)
-
-
-@triton.jit
-def merge_sum(partial, lengths, total, lengths_stride, R, S, splits, segment, BLOCK: tl.constexpr):
-    """Sum the splits of a batch row in their order: partial (B, splits, R) to total (B, R).
-
-    Splits of padding alone were not written, and are not read.
-    """
-    b = tl.program_id(0)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    count = row_count(lengths, lengths_stride, b, S)
-    live = tl.cdiv(count, segment)
-    at = partial + b.to(tl.int64) * splits * R + offs
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, live):
-        acc += tl.load(at, mask=offs < R, other=0.0)
-        at += R
-    at = total + b.to(tl.int64) * R + offs
-    tl.store(at, acc.to(total.dtype.element_ty), mask=offs < R)

@@ -16,6 +16,7 @@ from .forward import store_rows
 from .tiles import (
     counted_positions,
     elements,
+    entry,
     exp,
     hide,
     inverse_or_zero,
@@ -32,7 +33,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@entry
 def score_rows(
     query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
     lengths, mask, scores, stats,
@@ -115,7 +116,7 @@ def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.conste
     return peak, tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
 
 
-@triton.jit
+@entry
 def context_columns(
     scores, stats, memory, lengths, mask, keep, context, weights, logsumexp,
     memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, keep_scale, splits, segment,

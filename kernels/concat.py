@@ -18,6 +18,7 @@ from .tiles import (
     LOG2E,
     counted_positions,
     elements,
+    entry,
     hide,
     in_squares,
     load_tile,
@@ -27,6 +28,7 @@ from .tiles import (
 )
 
 TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
+EXP_ROWS = tl.constexpr(16)  # rows that share a peak, and of which prepared tiles are multiples
 PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
 
 
@@ -42,34 +44,12 @@ def reciprocal(x, FAST_RCP: tl.constexpr):
 
 
 @triton.jit
-def concat_exponentials(
-    proj, lengths, mask, exps, peaks,
-    proj_b, proj_r, lengths_stride, mask_b, mask_t, mask_r,
-    R, T, A, exp_width, exp_rows,
-    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
+def exponential_rows(
+    proj, rows, offs_r, exps, peaks, proj_r, A, exp_width, exp_rows,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """exp(2 x) of a projection (B, R, A), laid out (B, exp_width, exp_rows) for reading by columns.
-
-    Rows that may not be read, and what lies beyond R and A, become 0: x = 1 there. ``peaks``
-    (B, exp_rows / BLOCK_R) receives each block's largest |x|, inf if it holds what is not finite.
-    The lengths and the mask are those of a memory; a query has neither.
-    """
-    proj_b, proj_r, A = elements(proj_b, UNIT), elements(proj_r, UNIT), A * UNIT
-    blocks = exp_rows // BLOCK_R
-    b = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    count = row_count(lengths, lengths_stride, b, R)
-    rows = readable_rows(mask, mask_b, mask_r, b, offs_r, count, MASK)
-    if MASK == 2:  # a row that no query looks at may hold anything, and must not move the peak
-        looks = mask + b.to(tl.int64) * mask_b + offs_r.to(tl.int64) * mask_r
-        wanted = tl.zeros((BLOCK_R,), tl.int32)
-        for _ in range(0, T):
-            wanted |= tl.load(looks, mask=rows, other=0).to(tl.int32)
-            looks += mask_t
-        rows = rows & (wanted != 0)
-    proj += b.to(tl.int64) * proj_b
-    exps += b.to(tl.int64) * exp_width * exp_rows
+    """exp(2 x) of some rows of a projection, by columns, and the peak of each EXP_ROWS of them."""
+    stored = offs_r < exp_rows
     highest = tl.zeros((BLOCK_R,), tl.float32)
     for a in range(0, exp_width, BLOCK_A):
         offs_a = a + tl.arange(0, BLOCK_A)
@@ -79,8 +59,56 @@ def concat_exponentials(
         inside = rows[:, None] & (offs_a < A)[None, :]
         values = tl.where(inside, tl.exp2(x * TWO_LOG2E), 0.0)
         at = exps + offs_a.to(tl.int64)[:, None] * exp_rows + offs_r[None, :]
-        tl.store(at, tl.trans(values), mask=(offs_a < exp_width)[:, None])
-    tl.store(peaks + tl.program_id(0), tl.max(highest, axis=0))
+        tl.store(at, tl.trans(values), mask=(offs_a < exp_width)[:, None] & stored[None, :])
+    highest = tl.max(tl.reshape(highest, (BLOCK_R // EXP_ROWS, EXP_ROWS)), axis=1)
+    first = tl.min(tl.reshape(offs_r, (BLOCK_R // EXP_ROWS, EXP_ROWS)), axis=1)
+    tl.store(peaks + first // EXP_ROWS, highest, mask=first < exp_rows)
+
+
+@entry
+def concat_exponentials(
+    query, memory_proj, lengths, mask, exp_query, exp_memory, query_peak, memory_peak,
+    query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, A, exp_width, exp_queries, exp_source,
+    MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """exp(2 x) of both projections, query (B, T, A) and memory_proj (B, S, A), for `concat_scores`.
+
+    They are laid out for reading by columns, (B, exp_width, rows): ``exp_queries`` and
+    ``exp_source`` times EXP_ROWS of them. Rows that may not be read, and what lies beyond T, S and
+    A, become 0: x = 1 there. The peaks (B, exp_queries) and (B, exp_source) receive the largest |x|
+    of EXP_ROWS rows, inf if they hold what is not finite.
+    """
+    query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
+    proj_b, proj_s, A = elements(proj_b, UNIT), elements(proj_s, UNIT), A * UNIT
+    of_queries = tl.cdiv(exp_queries * EXP_ROWS, BLOCK_R)
+    programs = of_queries + tl.cdiv(exp_source * EXP_ROWS, BLOCK_R)
+    b = tl.program_id(0) // programs
+    block = tl.program_id(0) % programs
+    wide = b.to(tl.int64)
+    if block < of_queries:
+        offs_t = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        exp_query += wide * exp_width * exp_queries * EXP_ROWS
+        exponential_rows(
+            query + wide * query_b, offs_t < T, offs_t, exp_query, query_peak + wide * exp_queries,
+            query_t, A, exp_width, exp_queries * EXP_ROWS, BLOCK_R, BLOCK_A,
+        )  # fmt: skip
+    else:
+        offs_s = (block - of_queries) * BLOCK_R + tl.arange(0, BLOCK_R)
+        count = row_count(lengths, lengths_stride, b, S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+        if MASK == 2:  # a row that no query looks at may hold anything, and must not move the peak
+            looks = mask + wide * mask_b + offs_s.to(tl.int64) * mask_s
+            wanted = tl.zeros((BLOCK_R,), tl.int32)
+            for _ in range(0, T):
+                wanted |= tl.load(looks, mask=rows, other=0).to(tl.int32)
+                looks += mask_t
+            rows = rows & (wanted != 0)
+        exp_memory += wide * exp_width * exp_source * EXP_ROWS
+        exponential_rows(
+            memory_proj + wide * proj_b, rows, offs_s, exp_memory, memory_peak + wide * exp_source,
+            proj_s, A, exp_width, exp_source * EXP_ROWS, BLOCK_R, BLOCK_A,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -92,14 +120,18 @@ def concat_scores(
 ):  # fmt: skip
     """The scores (BLOCK_T, BLOCK_S) of a tile, and with MASK == 2 the rows that are not finite.
 
-    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is even.
+    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is even, exp_queries
+    and exp_source are in units of EXP_ROWS.
     """
     total = in_squares(tl.zeros((BLOCK_T, BLOCK_S), tl.float32))
     bad = offs_s < 0
     weight_sum = 0.0
-    high_query = tl.load(query_peak + b * (exp_queries // BLOCK_T) + t_block)
-    high_memory = tl.load(memory_peak + b * (exp_source // BLOCK_S) + s_block)
-    if high_query + high_memory < PAIR_LIMIT:
+    each_t = tl.arange(0, BLOCK_T // EXP_ROWS)
+    each_s = tl.arange(0, BLOCK_S // EXP_ROWS)
+    high_query = tl.load(query_peak + b * exp_queries + t_block * (BLOCK_T // EXP_ROWS) + each_t)
+    high_memory = tl.load(memory_peak + b * exp_source + s_block * (BLOCK_S // EXP_ROWS) + each_s)
+    exp_queries, exp_source = exp_queries * EXP_ROWS, exp_source * EXP_ROWS
+    if tl.max(high_query, axis=0) + tl.max(high_memory, axis=0) < PAIR_LIMIT:
         at_query = exp_query + b.to(tl.int64) * exp_width * exp_queries + offs_t
         at_memory = exp_memory + b.to(tl.int64) * exp_width * exp_source + offs_s
         for a in range(0, exp_width, 2):
@@ -130,7 +162,7 @@ def concat_scores(
     return weight_sum - 2.0 * total, bad
 
 
-@triton.jit
+@entry
 def concat_scores_only(
     query, memory_proj, exp_query, exp_memory, query_peak, memory_peak, v, lengths, mask, scores,
     query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
@@ -162,16 +194,16 @@ def concat_scores_only(
     tl.store(at, hide(result, counts, bad, MASK), mask=inside)
 
 
-@triton.jit
+@entry
 def concat_gradients(
     grad_scores, query_proj, memory_proj, v, query_peak, memory_peak, lengths, mask,
     grad_memory_proj, partial_query, partial_v,
     query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
-    T, S, A, query_blocks, memory_blocks,
+    T, S, A, exp_queries, exp_source, score_t,
     MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCKS: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of both projections and of v from those of the scores, grad_scores (B, T, S).
+    """Gradients of both projections and of v from those of the scores, grad_scores (B, T, score_t).
 
     A program owns BLOCK_S rows and BLOCK_A columns of memory_proj and meets all queries two by two,
     so that two terms share a reciprocal: grad_memory_proj is written once. It leaves its part of
@@ -206,8 +238,8 @@ def concat_gradients(
         m = tl.where(tl.abs(m) < float("inf"), m, 0.0)  # its scores are NaN where they count
     weight = 4.0 * tl.load(v + offs_a, mask=columns, other=0.0).to(tl.float32)
     index = tl.arange(0, BLOCKS)
-    peaks = tl.load(query_peak + b * query_blocks + index, mask=index < query_blocks, other=0.0)
-    others = tl.load(memory_peak + b * memory_blocks + index, mask=index < memory_blocks, other=0.0)
+    peaks = tl.load(query_peak + b * exp_queries + index, mask=index < exp_queries, other=0.0)
+    others = tl.load(memory_peak + b * exp_source + index, mask=index < exp_source, other=0.0)
     paired = tl.max(peaks, axis=0) + tl.max(others, axis=0) < PAIR_LIMIT
 
     m = in_squares(m)
@@ -215,7 +247,7 @@ def concat_gradients(
     grad_m = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
     grad_r = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
     grad_sum = tl.zeros((BLOCK_S,), tl.float32)
-    at_score = grad_scores + b.to(tl.int64) * T * S + offs_s
+    at_score = grad_scores + b.to(tl.int64) * T * score_t + offs_s
     at_query = query_proj + b.to(tl.int64) * query_b + offs_a
     at_part = partial_query + slot * T * A + offs_a
     if paired:
@@ -224,7 +256,7 @@ def concat_gradients(
             second_rows = rows & (offs_s * 0 + (t + 1) < T)
             second = columns & (offs_a * 0 + (t + 1) < T)
             g0 = tl.load(at_score, mask=rows, other=0.0)
-            g1 = tl.load(at_score + S, mask=second_rows, other=0.0)
+            g1 = tl.load(at_score + score_t, mask=second_rows, other=0.0)
             q0 = tl.load(at_query, mask=columns, other=0.0).to(tl.float32)
             q1 = tl.load(at_query + query_t, mask=second, other=0.0).to(tl.float32)
             x0 = 1.0 + tl.exp2(q0 * TWO_LOG2E)[None, :] * exps
@@ -242,7 +274,7 @@ def concat_gradients(
             grad_sum += g0 + g1
             tl.store(at_part, weight * tl.sum(g0[:, None] * u0, axis=0), mask=columns)
             tl.store(at_part + A, weight * tl.sum(g1[:, None] * u1, axis=0), mask=second)
-            at_score += 2 * S
+            at_score += 2 * score_t
             at_query += 2 * query_t
             at_part += 2 * A
     else:
@@ -256,7 +288,7 @@ def concat_gradients(
             grad_r += gr
             grad_sum += g
             tl.store(at_part, weight * tl.sum(u, axis=0), mask=columns)
-            at_score += S
+            at_score += score_t
             at_query += query_t
             at_part += A
     grad = tl.where(rows[:, None], grad_m * weight[None, :], 0.0)

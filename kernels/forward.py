@@ -13,6 +13,7 @@ from .tiles import (
     bell,
     counted_positions,
     elements,
+    entry,
     exp,
     hide,
     inverse_or_zero,
@@ -26,6 +27,7 @@ from .tiles import (
     row_count,
     split_nonfinite,
     store_softmax,
+    window_bounds,
 )
 
 
@@ -36,7 +38,7 @@ def store_rows(tile, start, offs_row, rows, offs_col, width):
     tl.store(at, tile.to(start.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@entry
 def rows_forward(
     query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
     lengths, mask, keep, context, weights, logsumexp,
@@ -124,7 +126,7 @@ def rows_forward(
         store_rows(product(normal, tile, zero, PRECISION, WIDEN), context, offs_t, T, e + offs_e, E)
 
 
-@triton.jit
+@entry
 def online_forward(
     query, memory, lengths, mask, keep,
     context, weights, logsumexp, scores_out,
@@ -198,16 +200,16 @@ def online_forward(
     store_rows(acc, context + slot * T * E, offs_t, T, offs_e, E)
 
 
-@triton.jit
+@entry
 def merge_forward(
-    partial, stats, scores, lengths, bounds, centers, context, weights, logsumexp,
-    lengths_stride, T, S, E, rate, splits, segment,
-    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    partial, stats, scores, lengths, centers, context, weights, logsumexp,
+    lengths_stride, T, S, E, half_width, rate, splits, segment,
+    WINDOW: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query in their order, and turn its scores into weights.
 
     partial (B, splits, T, E), stats (B, splits, T, 2) as `store_softmax` leaves them, scores
-    (B, T, S) or None. bounds and centers as in `step_forward`.
+    (B, T, S) or None. WINDOW and centers as in `step_forward`.
     """
     E = E * UNIT
     row = tl.program_id(0)
@@ -239,11 +241,12 @@ def merge_forward(
         tl.store(logsumexp + place, log_sum(peak, total), mask=tl.program_id(1) == 0)
     if weights is not None:
         seen = offs < count
-        if bounds is not None:
-            first = tl.load(bounds + 2 * place)
-            seen = seen & (offs >= first) & (offs < tl.load(bounds + 2 * place + 1))
+        if WINDOW:
+            center = tl.load(centers + place)
+            begin, end = window_bounds(center, half_width, S)
+            seen = seen & (offs >= begin) & (offs < end)
         score = tl.load(scores + place * S + offs, mask=seen, other=float("-inf"))
         weight = exp(score - peak) * inverse
-        if centers is not None:
-            weight = tl.where(seen, weight * bell(offs, tl.load(centers + place), rate), 0.0)
+        if WINDOW == 2:
+            weight = tl.where(seen, weight * bell(offs, center, rate), 0.0)
         tl.store(weights + place * S + offs, weight.to(weights.dtype.element_ty), mask=offs < S)

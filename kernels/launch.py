@@ -5,14 +5,14 @@ capture it. Lengths are data, and play no part.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 STEP_WIDTH = 2048  # columns that one tile of a step may hold in registers
 SHORT = 128  # rows of memory whose scores one program keeps on chip
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What the table needs to know of a GPU."""
 
     multiprocessors: int
@@ -20,8 +20,7 @@ class Chip:
     is_nvidia: bool = True
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What else than sizes decides about tiles."""
 
     is_wide: bool  # float32: products without matrix units
@@ -40,7 +39,7 @@ class Plan:
     num_warps: int = 4
     num_stages: int = 2
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -58,6 +57,14 @@ def _segments(source: int, block: int, wanted: int) -> tuple[int, int]:
     """Cut ``source`` rows into at most ``wanted`` segments of whole blocks: (splits, segment)."""
     segment = block * max(1, cdiv(cdiv(source, block), max(wanted, 1)))
     return max(1, cdiv(source, segment)), segment
+
+
+def _block(size: int, *blocks: int) -> int:
+    """The smallest block that holds ``size``, or the largest one.
+
+    Few blocks to choose from: every one is a kernel to compile, where lengths vary between batches.
+    """
+    return next((block for block in blocks if size <= block), blocks[-1])
 
 
 def _fill(chip: Chip, programs: int, per_multiprocessor: int) -> int:
@@ -90,12 +97,14 @@ def step(
     warps = 8 if block_s * width > 4096 else 4
     # Segments of 4 tiles and more: a split costs the read of the query and a partial context.
     most = cdiv(source, 4 * block_s)
-    wanted = min(most, _fill(chip, batch * queries, 8 * 4 // warps))
+    # Short rows take less time than the launch of a merge.
+    wanted = min(most, _fill(chip, batch * queries, 8 * 4 // warps)) if source > SHORT else 1
     splits, segment = _segments(source, block_s, wanted)
     tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16)}
     return Plan("step", splits, segment, tiles, warps, num_stages=3)
 
 
+@lru_cache(maxsize=1024)
 def window(source: int, memory_dim: int, score_dim: int) -> Plan:
     """Local attention: one query a program, whose window is its one segment."""
     width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
@@ -103,13 +112,11 @@ def window(source: int, memory_dim: int, score_dim: int) -> Plan:
     return Plan("step", 1, max(source, 1), tiles, 8 if width > 2048 else 4, num_stages=2)
 
 
-def window_source(source: int, width: int) -> Plan:
+@lru_cache(maxsize=1024)
+def window_source(width: int) -> Plan:
     """Gradients of what windows lie over: 32 elements a thread."""
-    tiles = {
-        "BLOCK_S": min(32, power_of_2(source, 16)),
-        "BLOCK_E": min(128, power_of_2(width, 16)),
-    }
-    return Plan("source", 1, tiles["BLOCK_S"], tiles, 4, 2)
+    tiles = {"BLOCK_S": 32, "BLOCK_E": min(128, power_of_2(width, 16))}
+    return Plan("source", 1, 32, tiles, 4, 2)
 
 
 # Columns of the tile: (queries, rows of memory, warps). Forward holds the queries, a context of the
@@ -154,13 +161,16 @@ def online(
     # S / (8 T) splits that would be half of the traffic.
     wanted = min(_fill(chip, programs, 1), max(1, source // (8 * max(queries, 16))))
     splits, segment = _segments(source, block_s, wanted)
-    halved = cdiv(width, 32) * cdiv(queries, 16)  # blocks of the "columns" regime, at their smallest
+    halved = cdiv(width, 32) * cdiv(
+        queries, 16
+    )  # blocks of the "columns" regime, at their smallest
     if 10 * programs * splits < 9 * chip.multiprocessors and batch * halved > programs * splits:
         return None
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": width}
     return Plan("online", splits, segment, tiles, warps, stages)
 
 
+@lru_cache(maxsize=1024)
 def rows(
     chip: Chip,
     sizes: tuple[int, int, int, int],
@@ -174,14 +184,16 @@ def rows(
     """
     batch, queries, source, memory_dim = sizes
     is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
-    block_s = min(64 if is_crowded else SHORT, power_of_2(source, 16))
+    block_s = 64 if is_crowded and source > SHORT else _block(source, 64, SHORT)
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
-    block_t = min(32 if is_small else 64, power_of_2(queries, 16))
+    most_t = 16 if is_crowded and block_s == SHORT else 32 if is_small else 64
+    block_t = _block(queries, 16, most_t)
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
-    blocked = {"BLOCK_T": queries, "BLOCK_S": source}
-    order = ("BLOCK_T",) if source <= block_s else ("BLOCK_S", "BLOCK_T")
-    _spread(chip, batch, tiles, blocked, order)
+    if source > block_s:
+        _spread(chip, batch, tiles, {"BLOCK_T": queries, "BLOCK_S": source}, ("BLOCK_S", "BLOCK_T"))
+    elif 10 * batch * cdiv(queries, block_t) < 9 * chip.multiprocessors:
+        tiles["BLOCK_T"] = 16
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
     warps = 8 if not kind.is_aligned or (backward and block_t * block_s > 2048) else 4
@@ -190,6 +202,7 @@ def rows(
     return Plan("rows" if splits == 1 else "columns", splits, block_s, tiles, warps, stages)
 
 
+@lru_cache(maxsize=1024)
 def context_columns(chip: Chip, sizes: tuple[int, int, int, int], kind: Kind) -> Plan:
     """The second product of the "columns" regime; also that of the query's gradient."""
     batch, queries, source, memory_dim = sizes
@@ -204,6 +217,7 @@ def context_columns(chip: Chip, sizes: tuple[int, int, int, int], kind: Kind) ->
     return Plan("columns", 1, tiles["BLOCK_S"], tiles, 4, 2 if kind.is_wide else 3)
 
 
+@lru_cache(maxsize=4096)
 def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
     """The forward plan of (B, T, S, E, K)."""
     batch, queries, source, memory_dim, score_dim = sizes
@@ -221,6 +235,7 @@ def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind:
     return plan or rows(chip, sizes[:4], kind, False, False)
 
 
+@lru_cache(maxsize=4096)
 def backward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
     """The plan of what reads the memory; `source_gradients` plans what writes its gradient."""
     batch, queries, source, memory_dim, _ = sizes
@@ -234,20 +249,18 @@ def backward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind
     return plan or rows(chip, sizes[:4], kind, False, True)
 
 
-def source_gradients(queries: int, source: int, memory_dim: int, kind: Kind) -> Plan:
+@lru_cache(maxsize=1024)
+def source_gradients(memory_dim: int, kind: Kind) -> Plan:
     """dMemory: plain products over the queries."""
-    block_s = min(32 if kind.is_wide else 64, power_of_2(source, 16))
+    block_s = 32 if kind.is_wide else 64
     block_e = min(64 if kind.is_wide else 128, power_of_2(memory_dim, 16))
-    block_t = min(32, power_of_2(queries, 16))
-    tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
+    tiles = {"BLOCK_T": 32, "BLOCK_S": block_s, "BLOCK_E": block_e}
     return Plan("source", 1, block_s, tiles, 4, 2 if kind.is_wide else 3)
 
 
-def concat_gradients(source: int, score_dim: int, kind: Kind) -> Plan:
+@lru_cache(maxsize=1024)
+def concat_gradients(score_dim: int, kind: Kind) -> Plan:
     """Gradients of the projections: three sums of 32 elements a thread, 8 rows of a column each."""
     most = 128 if kind.is_aligned and not kind.is_wide and not kind.is_cube else 64
-    tiles = {
-        "BLOCK_S": min(32, power_of_2(source, 16)),
-        "BLOCK_A": min(most, power_of_2(score_dim, 16)),
-    }
-    return Plan("concat", 1, tiles["BLOCK_S"], tiles, 4, 1)
+    tiles = {"BLOCK_S": 32, "BLOCK_A": min(most, power_of_2(score_dim, 16))}
+    return Plan("concat", 1, 32, tiles, 4, 1)

@@ -12,6 +12,7 @@ from .concat import TWO_LOG2E, reciprocal
 from .tiles import (
     bell,
     elements,
+    entry,
     exp,
     inverse_or_zero,
     load_tile,
@@ -19,6 +20,7 @@ from .tiles import (
     peak_or_zero,
     row_count,
     split_nonfinite,
+    window_bounds,
 )
 
 LARGEST_EXPONENT = tl.constexpr(43.0)  # exp(2x) of two such factors stays within float32
@@ -65,22 +67,22 @@ def concat_row_scores(
     return v_sum - 2.0 * tl.sum(v[None, :] * r, axis=1), bad
 
 
-@triton.jit
+@entry
 def step_forward(
-    query, memory, memory_exp, memory_proj, v, lengths, mask, keep, bounds, centers,
+    query, memory, memory_exp, memory_proj, v, lengths, mask, keep, centers,
     context, weights, logsumexp, scores_out,
     query_b, query_t, memory_b, memory_s, exp_b, exp_s, proj_b, proj_s,
     lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, scale, keep_scale, rate, splits, segment,
-    CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr,
+    T, S, E, A, scale, keep_scale, half_width, rate, splits, segment,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, FAST_RCP: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query a program, over ``segment`` rows of memory; arguments as elsewhere.
 
-    SPOILED: the mask differs between queries, so that rows that are not finite need care. For
-    local attention ``bounds`` int64 (B, T, 2) holds each query's window, the one segment that it
-    has, and ``centers`` (B, T) those of a Gaussian, or None.
+    SPOILED: the mask differs between queries, so that rows that are not finite need care. WINDOW:
+    0 none, 1 each query has one around its center, and no other segment, 2 with a Gaussian of the
+    distance times ``rate``. ``centers`` (B, T) is float32, or None.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
@@ -94,10 +96,10 @@ def step_forward(
     count = row_count(lengths, lengths_stride, b, S)
     begin = split * segment
     end = tl.minimum(begin + segment, count)
-    if bounds is not None:
-        at_bounds = bounds + 2 * (b.to(tl.int64) * T + t)
-        begin = tl.load(at_bounds).to(tl.int32)
-        end = tl.minimum(tl.load(at_bounds + 1).to(tl.int32), count)
+    if WINDOW:
+        center = tl.load(centers + b.to(tl.int64) * T + t)
+        begin, end = window_bounds(center, half_width, S)
+        end = tl.minimum(end, count)
     elif SPLIT:
         if begin >= count:
             return
@@ -148,8 +150,8 @@ def step_forward(
         fade = exp(peak - shift)
         total = total * fade + exps
         peak = higher
-        if centers is not None:
-            exps *= bell(offs_s, tl.load(centers + b.to(tl.int64) * T + t), rate)
+        if WINDOW == 2:
+            exps *= bell(offs_s, center, rate)
         if keep is not None:
             kept = tl.load(keep + at_pair + offs_s, mask=offs_s < end, other=0) != 0
             exps = tl.where(kept, exps * keep_scale, 0.0)
@@ -167,7 +169,7 @@ def step_forward(
     tl.store(context + slot * E + offs_e, result.to(context.dtype.element_ty), mask=offs_e < E)
 
 
-@triton.jit
+@entry
 def step_backward(
     grad_context, grad_weights, query, memory, context, weights, logsumexp, lengths, mask, keep,
     grad_memory, grad_query,

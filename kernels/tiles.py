@@ -8,8 +8,22 @@ A dot product of bfloat16 is silently wrong in Triton's interpreter: ``WIDEN`` c
 float32 for it, after they were rounded as the compiled kernel rounds them.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+# Every number that a kernel takes at run time. Triton would compile a kernel anew for those that
+# are 1 and those that 16 divides, so for each batch of another length. What the addresses need is
+# in the constants: widths and strides come in units.
+NUMBERS = (
+    *("query_b", "query_t", "memory_b", "memory_s", "proj_b", "proj_s", "exp_b", "exp_s"),
+    *("seed_b", "seed_t", "extra_b", "extra_t", "extra_s", "mask_b", "mask_t", "mask_s"),
+    *("lengths_stride", "T", "S", "E", "A", "P", "exp_width", "exp_queries", "exp_source"),
+    *("scale", "keep_scale", "half_width", "rate", "width", "splits", "segment"),
+    *("blocks", "sources", "merges", "merged", "v_rows", "v_width", "score_t"),
+)
+entry = partial(triton.jit, do_not_specialize=NUMBERS)  # what is launched, not called
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -143,6 +157,23 @@ def bell(offs_s, center, rate):
     """exp(-((s - center) rate)^2 / 2): what a Gaussian window multiplies the weights with."""
     distance = (offs_s.to(tl.float32) - center) * rate
     return tl.exp2(distance * distance * (-0.5 * LOG2E))
+
+
+@triton.jit
+def window_bounds(center, half_width, S):
+    """First position of a window and the one after its last, as `reference.window_bounds`.
+
+    The same additions in float32: a rounding of its own would move the edges. A center that is NaN
+    gives the whole row.
+    """
+    first = tl.ceil(center - half_width)
+    last = tl.floor(center + half_width)
+    first = tl.where(first == first, first, 0.0)
+    end = tl.where(last == last, last + 1.0, float("inf"))
+    most = S * 1.0
+    begin = tl.minimum(tl.maximum(first, 0.0), most).to(tl.int32)
+    end = tl.minimum(tl.maximum(end, 0.0), most).to(tl.int32)
+    return tl.minimum(begin, S), tl.minimum(end, S)
 
 
 @triton.jit

@@ -15,12 +15,14 @@ from .step import looked_at
 from .tiles import (
     bell,
     elements,
+    entry,
     exp,
     inverse_or_zero,
     load_tile,
     readable_rows,
     row_count,
     split_nonfinite,
+    window_bounds,
 )
 
 
@@ -29,7 +31,7 @@ def window_pass(
     q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
     b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
     memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A,
-    CONCAT: tl.constexpr, SPOILED: tl.constexpr,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Weights P, their factor g, the gradient dW, the memory tile and r of a tile of positions."""
     rows = looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end)
@@ -52,7 +54,7 @@ def window_pass(
         score = tl.where(bad, float("nan"), score)
     weight = tl.where(rows, exp(score - log), 0.0)
     share = tl.where(rows, 1.0, 0.0)
-    if center is not None:
+    if WINDOW == 2:
         share *= bell(offs_s, center, rate)
     kept = weight * share
     grad = tl.sum(tile * seed[None, :], axis=1)
@@ -67,19 +69,19 @@ def window_pass(
     return rows, weight, share, kept, grad, tile, r
 
 
-@triton.jit
+@entry
 def window_backward(
-    query, memory, memory_proj, v, lengths, mask, keep, bounds, centers,
+    query, memory, memory_proj, v, lengths, mask, keep, centers,
     grad_context, grad_weights, logsumexp,
     kept_out, grads_out, grad_query, grad_centers, partial_v,
     query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t, extra_b, extra_t, extra_s,
-    lengths_stride, mask_b, mask_t, mask_s, T, S, E, A, scale, keep_scale, rate, width,
-    CONCAT: tl.constexpr, SPOILED: tl.constexpr,
+    lengths_stride, mask_b, mask_t, mask_s, T, S, E, A, scale, keep_scale, half_width, rate, width,
+    CONCAT: tl.constexpr, SPOILED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """What one query gives to its window, its own gradient and that of its center.
 
-    bounds int64 (B, T, 2), centers (B, T) or None. kept_out and grads_out (B, T, W), float32:
+    centers (B, T) and WINDOW as in `step_forward`. kept_out and grads_out (B, T, W), float32:
     weights and score gradients (times scale) of the positions from the first of the window on.
     partial_v (B T, A) for concat. The first walk sums delta = sum_s W dW, the second needs it.
 
@@ -97,9 +99,9 @@ def window_backward(
     wide = b.to(tl.int64)
     at_row = row.to(tl.int64)
     count = row_count(lengths, lengths_stride, b, S)
-    begin = tl.load(bounds + 2 * at_row).to(tl.int32)
-    end = tl.minimum(tl.load(bounds + 2 * at_row + 1).to(tl.int32), count)
-    end = tl.minimum(end, begin + width)  # a center that is NaN has no window
+    center = tl.load(centers + at_row)
+    begin, end = window_bounds(center, half_width, S)
+    end = tl.minimum(tl.minimum(end, count), begin + width)  # a center that is NaN has no window
     offs_e = tl.arange(0, BLOCK_E)
     offs_a = tl.arange(0, BLOCK_A)
     slots = tl.arange(0, BLOCK_S)
@@ -116,9 +118,6 @@ def window_backward(
     else:
         q = tl.load(query + offs_e, mask=offs_e < E, other=0.0).to(tl.float32)
         factor = q
-    center = None
-    if centers is not None:
-        center = tl.load(centers + at_row)
     log = tl.load(logsumexp + at_row)
     log = tl.where(log == float("-inf"), 0.0, log)
     at_pair = at_row * S
@@ -130,7 +129,7 @@ def window_backward(
         rows, weight, share, kept, grad, tile, r = window_pass(
             q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
             b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
-            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED,
+            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED, WINDOW,
         )  # fmt: skip
         sums += tl.where(rows, weight * share * grad, 0.0)
         totals += weight
@@ -146,10 +145,10 @@ def window_backward(
         rows, weight, share, kept, grad, tile, r = window_pass(
             q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
             b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
-            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED,
+            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED, WINDOW,
         )  # fmt: skip
         grad *= share
-        if center is not None:
+        if WINDOW == 2:
             moment += tl.where(rows, weight * grad * (offs_s.to(tl.float32) - center), 0.0)
         grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
         if CONCAT:
@@ -173,11 +172,11 @@ def window_backward(
         tl.store(at_e, acc.to(grad_query.dtype.element_ty), mask=offs_e < E)
 
 
-@triton.jit
+@entry
 def window_source(
-    kept, grads, query, grad_context, memory_proj, v, lengths, mask, bounds, out,
+    kept, grads, query, grad_context, memory_proj, v, lengths, mask, centers, out,
     query_b, query_t, seed_b, seed_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
-    T, S, E, width,
+    T, S, E, half_width, width,
     PROJ: tl.constexpr, MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -206,14 +205,13 @@ def window_source(
     m = acc
     if PROJ:
         m = load_tile(memory_proj + wide * proj_b, proj_s, offs_s, rows, offs_e, E).to(tl.float32)
-    at_bounds = bounds + wide * T * 2
+    at_center = centers + wide * T
     at_query = wide * query_b + offs_e
     at_seed = wide * seed_b + offs_e
     at_part = wide * T * width
     for _ in range(0, T):
-        begin = tl.load(at_bounds).to(tl.int32)
-        end = tl.minimum(tl.load(at_bounds + 1).to(tl.int32), count)
-        end = tl.minimum(end, begin + width)
+        begin, end = window_bounds(tl.load(at_center), half_width, S)
+        end = tl.minimum(tl.minimum(end, count), begin + width)
         if (begin < (s_block + 1) * BLOCK_S) & (end > s_block * BLOCK_S):
             inside = (offs_s >= begin) & (offs_s < end)
             at = at_part + (offs_s - begin)
@@ -232,7 +230,7 @@ def window_source(
                     grad = tl.load(grads + at, mask=inside, other=0.0)
                     q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
                     acc += grad[:, None] * q[None, :]
-        at_bounds += 2
+        at_center += 1
         at_query += query_t
         at_seed += seed_t
         at_part += width

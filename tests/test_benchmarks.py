@@ -42,7 +42,7 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
 def test_an_unknown_name_is_refused() -> None:
     done = run("qiuck")
     assert (done.returncode, done.stdout) == (2, "")
-    known = "quick, full, report, compare, swap, claims, cpu, aot"
+    known = "quick, full, report, compare, swap, claims, cpu, aot, launches"
     assert done.stderr == f"unknown benchmark 'qiuck', expected one of: {known}\n"
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fused_attn import reference
 from fused_attn.backends.triton import window
-from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
+from fused_attn.backends.triton.call import (
+    NOTHING,
+    Call,
+    Factors,
+    Sums,
+    enqueue,
+    factors_of,
+    unit,
+)
 from fused_attn.kernels import backward, launch, step
 from fused_attn.kernels import concat as concat_kernels
 from fused_attn.reference import Gradients, MaskingFields, Saved
@@ -38,7 +46,12 @@ class _Seeds:
         tensors = (self.grad_context, grad_weights, self.context, self.weights, self.deltas)
         sizes = (*call.strides(grad_context), *self.extra, queries, source, call.widths[0])
         programs = (batch * queries,)
-        enqueue(backward.weight_deltas, programs, (*tensors, *sizes), BLOCK=512, **call.unit)
+        enqueue(backward.weight_deltas, programs, tensors, sizes, BLOCK=512, **call.unit)
+
+
+def pitch(source: int) -> int:
+    """Units of a row of P or dS: padded, so that loads of 16 bytes do for any S."""
+    return -(-source // backward.PITCH.value)
 
 
 def _needs_deltas(plan: launch.Plan) -> bool:
@@ -63,6 +76,8 @@ def _step(
             *(seeds.grad_context, seeds.grad_weights, query, memory),
             *(seeds.context, seeds.weights, seeds.logsumexp),
             *(masks.lengths, masks.mask, masks.keep, grad_memory, part),
+        ),
+        (
             *(call.strides(seeds.grad_context)[0], seeds.extra[0], seeds.extra[2]),
             *(call.strides(query)[0], *call.strides(memory), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], source, call.widths[0]),
@@ -74,7 +89,7 @@ def _step(
     )
     if grad_query is not None and part is not None and plan.splits > 1:
         # Splits of padding alone left zeros.
-        call.merge_sum(part, grad_query, plan.splits, plan.segment)
+        call.merge(Sums(part, grad_query, plan.splits, plan.segment))
     return grad_query, grad_memory, None
 
 
@@ -85,14 +100,19 @@ def _read_memory(
     scale: float,
     inputs: Any,
     wants_query: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Factors]:
-    """One pass over the memory: P, dS, and for dot, where it is wanted, the query's gradient."""
+) -> tuple[Tensor, Tensor, Tensor | None, Factors, Sums]:
+    """One pass over the memory: P, dS, and for dot, where it is wanted, the query's gradient.
+
+    P and dS have rows of whole units of `pitch`. The sums are still to be made.
+    """
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
-    kept = memory.new_empty((batch, queries, source))
+    units = pitch(source)
+    row = units * backward.PITCH.value
+    kept = memory.new_empty((batch, queries, row))
     is_concat = inputs is not None
     # Of concat dS is no operand of a product: it is kept in full.
-    grad_scores = call.floats(batch, queries, source) if is_concat else torch.empty_like(kept)
+    grad_scores = call.floats(batch, queries, row) if is_concat else torch.empty_like(kept)
     grad_query: Tensor | None = None
     part: Tensor | None = None
     if wants_query:
@@ -110,9 +130,9 @@ def _read_memory(
     factors = Factors()
     options = {"MASK": masks.kind, **plan.options, **call.unit, **call.precision}
     if plan.regime == "online":
-        sizes = (queries, source, call.widths[0], *scales, plan.segment)
-        arguments = (call.query, memory, *masking, *back, *results, *ends, *where, *sizes)
-        enqueue(backward.online_backward, programs, arguments, **options)
+        numbers = (*ends, *where, queries, source, call.widths[0], *scales, plan.segment, units)
+        tensors = (call.query, memory, *masking, *back, *results)
+        enqueue(backward.online_backward, programs, tensors, numbers, **options)
     else:
         proj, v = inputs or (None, None)
         if proj is not None:
@@ -120,21 +140,22 @@ def _read_memory(
         enqueue(
             backward.rows_backward,
             programs,
+            (call.query, memory, *factors.tensors, proj, v, *masking, *back, *results),
             (
-                *(call.query, memory, *factors.tensors, proj, v, *masking, *back, *results),
                 *(*ends, *call.strides(proj), *where),
-                *(queries, source, *call.widths, *factors.sizes, *scales),
+                *(queries, source, *call.widths, *factors.sizes, *scales, units),
             ),
             CONCAT=is_concat,
             SPLIT=plan.regime == "columns",
             **options,
             **call.fast,
         )
+    sums = NOTHING
     if grad_query is not None and plan.regime == "columns":
         _grad_query(call, seeds, grad_scores, grad_query)
     elif grad_query is not None and part is not None and plan.splits > 1:
-        call.merge_sum(part, grad_query, plan.splits, plan.segment)
-    return kept, grad_scores, grad_query, factors
+        sums = Sums(part, grad_query, plan.splits, plan.segment)
+    return kept, grad_scores, grad_query, factors, sums
 
 
 def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tensor) -> None:
@@ -146,10 +167,10 @@ def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tens
     enqueue(
         backward.query_gradients,
         (batch * blocks,),
+        (grad_scores, memory, seeds.context, *masking, grad_query),
         (
-            *(grad_scores, memory, seeds.context, *masking, grad_query),
             *(*call.strides(memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
-            *(queries, source, call.widths[0]),
+            *(queries, source, call.widths[0], pitch(source)),
         ),
         MASK=masks.kind,
         **plan.options,
@@ -158,19 +179,27 @@ def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tens
     )
 
 
-def _grad_memory(call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None) -> Tensor:
+def _grad_memory(
+    call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None, sums: Sums
+) -> Tensor:
+    """The gradient of the memory, and beside it what else is to be summed."""
     batch, queries, source, memory_dim, _ = call.sizes
     masks, query = call.masks, None if grad_scores is None else call.query
-    plan = launch.source_gradients(queries, source, memory_dim, call.kind)
+    plan = launch.source_gradients(memory_dim, call.kind)
     grad_memory = call.memory.new_empty((batch, source, memory_dim))
     blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
+    others, numbers, programs = sums.arguments(batch)
     enqueue(
         backward.source_gradients,
-        (batch * blocks,),
+        (batch * blocks + programs,),
         (
             *(kept, grad_scores, seeds.grad_context, query, masks.lengths, masks.mask, grad_memory),
+            *others,
+        ),
+        (
             *(*call.strides(seeds.grad_context), *call.strides(query), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], queries, source, call.widths[0]),
+            *(pitch(source), batch * blocks, *numbers),
         ),
         MASK=masks.kind,
         **plan.options,
@@ -193,7 +222,7 @@ def dot(
     with torch.cuda.device_of(memory):
         grad_context = None if grad_context is None else unit(grad_context)
         call = Call(query, memory, masking, "dot", (grad_context,))
-        if call.masks.bounds is not None:
+        if call.masks.window:
             given = (grad_context, grad_weights, saved[2])
             return window.backward(call, *given, scale, None, wanted)
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
@@ -201,41 +230,63 @@ def dot(
         if plan.regime == "step":
             return _step(call, plan, seeds, scale, wanted)
         found = _read_memory(call, plan, seeds, scale, None, wanted[0])
-        kept, grad_scores, grad_query, _ = found
-        grad_memory = _grad_memory(call, seeds, kept, grad_scores) if wanted[1] else None
+        kept, grad_scores, grad_query, _, sums = found
+        grad_memory = _finish(call, seeds, kept, grad_scores, sums, wanted[1])
         return grad_query, grad_memory, None
+
+
+def _finish(
+    call: Call,
+    seeds: _Seeds,
+    kept: Tensor,
+    grad_scores: Tensor | None,
+    sums: Sums,
+    wants_memory: bool,
+) -> Tensor | None:
+    """The last launch: the gradient of the memory if it is wanted, and the sums."""
+    if wants_memory:
+        return _grad_memory(call, seeds, kept, grad_scores, sums)
+    if sums is not NOTHING:
+        call.merge(sums)
+    return None
 
 
 def _concat_grads(
     call: Call, memory_proj: Tensor, v: Tensor, grad_scores: Tensor, factors: Factors
-) -> tuple[Tensor, ...]:
-    """Gradients of both projections and of v from those of the scores."""
+) -> tuple[tuple[Tensor, ...], Sums]:
+    """Gradients of both projections and of v from those of the scores; two are still to be summed.
+
+    grad_scores (B, T, S or more), contiguous.
+    """
     batch, queries, source, _, width = call.sizes
-    masks, plan = call.masks, launch.concat_gradients(source, width, call.kind)
+    masks, plan = call.masks, launch.concat_gradients(width, call.kind)
     blocks = -(-source // plan.segment)
     partial_query = call.floats(batch, blocks, queries, width)
     partial_v = call.floats(batch * blocks, width)
     grad_query = call.memory.new_empty((batch, queries, width))
     grad_proj = call.memory.new_empty((batch, source, width))
-    assert factors.query_peak is not None and factors.memory_peak is not None
-    peaks = (factors.query_peak.shape[1], factors.memory_peak.shape[1])
+    grad_v = torch.empty_like(v)
+    peaks = factors.sizes[1:]
     enqueue(
         concat_kernels.concat_gradients,
         (batch * blocks * -(-width // plan.tiles["BLOCK_A"]),),
         (
             *(grad_scores, call.query, memory_proj, v, factors.query_peak, factors.memory_peak),
             *(masks.lengths, masks.mask, grad_proj, partial_query, partial_v),
+        ),
+        (
             *(*call.strides(call.query), *call.strides(memory_proj), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], queries, source, call.widths[1], *peaks),
+            grad_scores.shape[2],
         ),
         MASK=masks.kind,
-        BLOCKS=launch.power_of_2(max(peaks)),
+        BLOCKS=launch.power_of_2(max(peaks), 64),
         **plan.options,
         **call.unit,
         **call.fast,
     )
-    call.merge_sum(partial_query, grad_query, blocks, plan.segment)
-    return grad_query, grad_proj, partial_v.sum(dim=0).to(v.dtype)
+    sums = Sums(partial_query, grad_query, blocks, plan.segment, partial_v, grad_v)
+    return (grad_query, grad_proj, grad_v), sums
 
 
 def _only(wanted: list[bool], grads: tuple[Tensor, ...]) -> Gradients:
@@ -259,7 +310,9 @@ def concat_scores(
         hidden = ~reference.counted_positions(memory_proj, masking)
         grads = grad_scores.masked_fill(hidden, 0.0).contiguous()
         factors = factors_of(call, memory_proj, plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"])
-        return _only(wanted, _concat_grads(call, memory_proj, v, grads, factors))
+        found, sums = _concat_grads(call, memory_proj, v, grads, factors)
+        call.merge(sums)
+        return _only(wanted, found)
 
 
 def concat(
@@ -277,16 +330,17 @@ def concat(
         grad_context = None if grad_context is None else unit(grad_context)
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory, masking, "concat", (grad_context, memory_proj))
-        if call.masks.bounds is not None:
+        if call.masks.window:
             inputs = (memory_proj, v)
             given = (grad_context, grad_weights, saved[2])
             return window.backward(call, *given, 1.0, inputs, wanted)
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
         seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)
-        kept, grad_scores, _, factors = _read_memory(call, plan, seeds, 1.0, inputs, False)
+        kept, grad_scores, _, factors, sums = _read_memory(call, plan, seeds, 1.0, inputs, False)
         grads: Gradients = (None, None, None)
         if any(wanted[:3]):
-            grads = _only(wanted[:3], _concat_grads(call, memory_proj, v, grad_scores, factors))
-        grad_memory = _grad_memory(call, seeds, kept, None) if wanted[3] else None
+            found, sums = _concat_grads(call, memory_proj, v, grad_scores, factors)
+            grads = _only(wanted[:3], found)
+        grad_memory = _finish(call, seeds, kept, None, sums, wanted[3])
         return *grads, grad_memory, None

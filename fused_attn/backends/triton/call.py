@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_attn.backends import triton as backend
+from fused_attn.backends.triton.launcher import Numbers, bound
 from fused_attn.kernels import backward, concat, launch
-from fused_attn.reference import MaskingFields, check_lengths, window_bounds
+from fused_attn.reference import MaskingFields, check_lengths
 
 
 class Launch(NamedTuple):
@@ -45,15 +46,19 @@ def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
 
 
 def enqueue(
-    kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], **options: Any
+    kernel: Any,
+    programs: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    numbers: Numbers,
+    **options: Any,
 ) -> None:
     """Launch a kernel on the current stream, unless there is nothing to do."""
     # The default of fusing multiply and add is said to change after Triton 3.9.
     options["enable_fp_fusion"] = True
     if _recorded is not None:
-        _recorded.append(Launch(kernel, programs, arguments, options))
-    elif all(programs):
-        kernel[programs](*arguments, **options)
+        _recorded.append(Launch(kernel, programs, (*tensors, *numbers), options))
+    elif 0 not in programs:
+        bound(kernel, **options)(programs, tensors, numbers)
 
 
 @cache
@@ -80,35 +85,46 @@ class Masks(NamedTuple):
     kind: int  # 0 no mask, 1 the same for all queries, 2 one for each
     keep: Tensor | None
     keep_scale: float
-    bounds: Tensor | None = None  # int64 (B, T, 2), local attention
-    centers: Tensor | None = None  # (B, T), with a Gaussian
-    rate: float = 0.0  # 1 / sigma of that
+    window: int = 0  # 0 none, 1 local attention, 2 with a Gaussian
+    centers: Tensor | None = None  # float32 (B, T)
+    half_width: float = 0.0
+    rate: float = 0.0  # 1 / sigma of the Gaussian
     width: int = 0  # of a window, at most
 
 
 def masks_of(masking: MaskingFields, source: int) -> Masks:
     lengths, mask, keep, keep_scale, window = masking
-    kind, strides, bits = 0, (0, 0, 0), None
+    kind_of_mask, strides, bits = 0, (0, 0, 0), None
     if mask is not None:
         bits = (mask if mask.dim() == 3 else mask.unsqueeze(1)).view(torch.uint8)
-        kind = 1 if bits.shape[1] == 1 else 2
-        strides = (bits.stride(0), bits.stride(1) if kind == 2 else 0, bits.stride(2))
+        kind_of_mask = 1 if bits.shape[1] == 1 else 2
+        strides = (bits.stride(0), bits.stride(1) if kind_of_mask == 2 else 0, bits.stride(2))
     kept = None if keep is None else keep.contiguous().view(torch.uint8)
     stride = 0 if lengths is None else lengths.stride(0)
-    fields = (lengths, stride, bits, strides, kind, kept, keep_scale)
+    fields = (lengths, stride, bits, strides, kind_of_mask, kept, keep_scale)
     if window is None:
         return Masks(*fields)
     centers, half_width, gaussian = window
-    bounds = window_bounds(centers, half_width, source)
     width = min(int(2 * half_width) + 2, max(source, 1))  # one more, for edges that were rounded
-    if not gaussian:
-        return Masks(*fields, bounds, None, 0.0, width)
-    return Masks(*fields, bounds, centers.contiguous(), 2.0 / half_width, width)
+    rate = 2.0 / half_width if gaussian else 0.0
+    kind = 2 if gaussian else 1
+    return Masks(*fields, kind, centers.contiguous(), float(half_width), rate, width)
 
 
 def unit(tensor: Tensor) -> Tensor:
     """The tensor with unit stride in its last dimension; the others may be anything."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+_UNITS = {vector: {"UNIT": vector} for vector in (1, 4, 8)}
+
+
+@cache
+def _options(is_wide: bool, tf32: bool, is_nvidia: bool) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Constants of products, and of quotients."""
+    interpreted = backend.INTERPRETED
+    precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_wide}
+    return precision, {"FAST_RCP": is_nvidia and not interpreted}
 
 
 class Call:
@@ -122,61 +138,85 @@ class Call:
         score: str,
         others: tuple[Tensor | None, ...] = (),
     ) -> None:
-        self.query, self.memory = unit(query), unit(memory)
+        self.query, self.memory = query, memory = unit(query), unit(memory)
         check_lengths(masking[0], memory)
         batch, queries, score_dim = query.shape
         _, source, memory_dim = memory.shape
         self.sizes = (batch, queries, source, memory_dim, score_dim)
+        self.is_wide = memory.dtype == torch.float32
         # Loads of 16 bytes need widths and strides that the compiler can see to be multiples.
-        vector = 16 // memory.element_size()
-        rows = (self.query, self.memory, *others)
-        lengths = [length for x in rows if x is not None for length in x.stride()[:2]]
-        is_aligned = not any(length % vector for length in (*lengths, memory_dim, score_dim))
-        self.unit = {"UNIT": vector if is_aligned else 1}
+        vector = 4 if self.is_wide else 8
+        bits = memory_dim | score_dim
+        for rows in (query, memory, *others):
+            if rows is not None:
+                steps = rows.stride()
+                bits |= steps[0] | steps[1]
+        self.vector = 1 if bits & (vector - 1) else vector
+        self.unit = _UNITS[self.vector]
         self.masks, self.score = masks_of(masking, source), score
         self.chip = chip(memory.device)
-        self.is_wide = memory.dtype == torch.float32
         # Not allow_tf32: reading that raises once the newer setting has been used.
         tf32 = self.is_wide and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        self.precision = {
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "WIDEN": backend.INTERPRETED and not self.is_wide,
-        }
-        self.kind = launch.Kind(self.is_wide, self.unit["UNIT"] > 1, self.masks.kind == 2)
-        self.fast = {"FAST_RCP": self.chip.is_nvidia and not backend.INTERPRETED}
+        self.precision, self.fast = _options(self.is_wide, tf32, self.chip.is_nvidia)
+        self.kind = launch.Kind(self.is_wide, self.vector > 1, self.masks.kind == 2)
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """Of the batch and the rows of each, in units; as the kernels take widths too."""
-        unit = self.unit["UNIT"]
-        pairs = ((0, 0) if x is None else x.stride()[:2] for x in tensors)
-        return [stride // unit for pair in pairs for stride in pair]
+        vector = self.vector
+        found: list[int] = []
+        for x in tensors:
+            steps = (0, 0) if x is None else x.stride()
+            found += (steps[0] // vector, steps[1] // vector)
+        return found
 
     @property
     def widths(self) -> tuple[int, int]:
         """E and the width of the score, in units."""
-        unit = self.unit["UNIT"]
-        return self.sizes[3] // unit, self.sizes[4] // unit
+        return self.sizes[3] // self.vector, self.sizes[4] // self.vector
 
     def floats(self, *shape: int) -> Tensor:
         return self.memory.new_empty(shape, dtype=torch.float32)
 
-    def merge_sum(self, partial: Tensor, total: Tensor, splits: int, segment: int) -> None:
-        batch, _, source, _, _ = self.sizes
-        width = total[0].numel() if batch else 0
+    def merge(self, sums: Sums) -> None:
+        """What is left of a backward pass whose memory needs no gradient."""
+        tensors, numbers, programs = sums.arguments(self.sizes[0])
         masks = self.masks
-        arguments = (partial, masks.lengths, total, masks.lengths_stride, width, source)
-        programs = (batch, -(-width // 1024))
-        enqueue(backward.merge_sum, programs, (*arguments, splits, segment), BLOCK=1024)
+        tensors = (masks.lengths, *tensors)
+        numbers = (masks.lengths_stride, self.sizes[2], *numbers)
+        enqueue(backward.merge_alone, (programs,), tensors, numbers)
+
+
+class Sums(NamedTuple):
+    """What `merge_sums` adds up: splits (B, splits, ...) of a gradient, and rows of that of v."""
+
+    partial: Tensor | None
+    total: Tensor | None
+    splits: int = 1
+    segment: int = 1
+    partial_v: Tensor | None = None
+    grad_v: Tensor | None = None
+
+    def arguments(self, batch: int) -> tuple[tuple[Tensor | None, ...], Numbers, int]:
+        """Tensors and numbers as the kernels take them, and the number of programs."""
+        merged = self.total.numel() // batch if self.total is not None and batch else 0
+        merges = batch * -(-merged // backward.MERGED.value)
+        rows, width = (0, 0) if self.partial_v is None else self.partial_v.shape
+        programs = merges + -(-width // backward.MERGED_V.value)
+        tensors = (self.partial, self.total, self.partial_v, self.grad_v)
+        return tensors, (merges, merged, self.splits, self.segment, rows, width), programs
+
+
+NOTHING = Sums(None, None)
 
 
 class Factors(NamedTuple):
-    """exp(2x) of both projections by columns, and each block's largest |x|; None for dot."""
+    """exp(2x) of both projections by columns, and the peaks of their rows; None for dot."""
 
     query: Tensor | None = None
     memory: Tensor | None = None
     query_peak: Tensor | None = None
     memory_peak: Tensor | None = None
-    sizes: tuple[int, int, int] = (0, 0, 0)  # columns, and the padded numbers of rows
+    sizes: tuple[int, int, int] = (0, 0, 0)  # columns, and the padded rows in units
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -185,21 +225,24 @@ class Factors(NamedTuple):
 
 def factors_of(call: Call, memory_proj: Tensor, block_t: int, block_s: int) -> Factors:
     batch, queries, source, _, width = call.sizes
-    even = width + width % 2
+    even, unit, masks = width + width % 2, concat.EXP_ROWS.value, call.masks
     padded = (-(-queries // block_t) * block_t, max(-(-source // block_s), 1) * block_s)
-    masks, made = call.masks, []
-    nothing = (None, 0, None, (0, 0, 0), 0)
-    whole = (masks.lengths, masks.lengths_stride, masks.mask, masks.strides, masks.kind)
-    for proj, rows, blocked, block, masking in (
-        (call.query, queries, padded[0], block_t, nothing),
-        (memory_proj, source, padded[1], block_s, whole),
-    ):
-        lengths, stride, mask, mask_strides, kind = masking
-        exps, peaks = call.floats(batch, even, blocked), call.floats(batch, blocked // block)
-        arguments = (proj, lengths, mask, exps, peaks, *call.strides(proj), stride, *mask_strides)
-        sizes = (rows, queries, call.widths[1], even, blocked)
-        tiles = {"MASK": kind, "BLOCK_R": block, "BLOCK_A": 32, **call.unit}
-        programs = (batch * (blocked // block),)
-        enqueue(concat.concat_exponentials, programs, (*arguments, *sizes), **tiles)
-        made += [exps, peaks]
-    return Factors(made[0], made[2], made[1], made[3], (even, *padded))
+    units = (padded[0] // unit, padded[1] // unit)
+    exps = [call.floats(batch, even, rows) for rows in padded]
+    peaks = [call.floats(batch, rows) for rows in units]
+    block = 64
+    programs = batch * (-(-padded[0] // block) + -(-padded[1] // block))
+    enqueue(
+        concat.concat_exponentials,
+        (programs,),
+        (call.query, memory_proj, masks.lengths, masks.mask, *exps, *peaks),
+        (
+            *(*call.strides(call.query, memory_proj), masks.lengths_stride, *masks.strides),
+            *(queries, source, call.widths[1], even, *units),
+        ),
+        MASK=masks.kind,
+        BLOCK_R=block,
+        BLOCK_A=32,
+        **call.unit,
+    )
+    return Factors(exps[0], exps[1], peaks[0], peaks[1], (even, *units))

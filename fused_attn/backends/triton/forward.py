@@ -21,7 +21,7 @@ def _forward(
     return_logsumexp: bool,
 ) -> Outputs:
     batch, queries, source, memory_dim, width = call.sizes
-    if call.masks.bounds is None:
+    if not call.masks.window:
         plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
     else:
         plan = launch.window(source, memory_dim, width if concat_inputs else 1)
@@ -52,14 +52,16 @@ def _forward(
 def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ...]) -> None:
     batch, queries, source, memory_dim, _ = call.sizes
     masks, width = call.masks, max(memory_dim, source if parts[2] is not None else 0)
-    block = min(1024, launch.power_of_2(width, 16))
+    block = 512 if width <= 512 else 1024
     sizes = (masks.lengths_stride, queries, source, call.widths[0])
-    splits = (float(masks.rate), plan.splits, plan.segment)
+    splits = (masks.half_width, masks.rate, plan.splits, plan.segment)
     enqueue(
         forward.merge_forward,
         (batch * queries, -(-width // block)),
-        (*parts, masks.lengths, masks.bounds, masks.centers, *results, *sizes, *splits),
-        BLOCK_SPLITS=launch.power_of_2(plan.splits),
+        (*parts, masks.lengths, masks.centers, *results),
+        (*sizes, *splits),
+        WINDOW=masks.window,
+        BLOCK_SPLITS=launch.power_of_2(plan.splits, 16),
         BLOCK=block,
         **call.unit,
     )
@@ -71,20 +73,21 @@ def _step_forward(
     batch, queries, source, _, width = call.sizes
     masks = call.masks
     proj, exps, v = inputs or (None, None, None)
-    arguments = (call.query, call.memory, exps, proj, v, masks.lengths, masks.mask, masks.keep)
-    local = (masks.bounds, masks.centers)
+    masking = (masks.lengths, masks.mask, masks.keep, masks.centers)
     steps = call.strides(call.query, call.memory, exps, proj)
     enqueue(
         step.step_forward,
         (batch * queries * plan.splits,),
+        (call.query, call.memory, exps, proj, v, *masking, *results),
         (
-            *(*arguments, *local, *results, *steps, masks.lengths_stride, *masks.strides),
+            *(*steps, masks.lengths_stride, *masks.strides),
             *(queries, source, *call.widths, float(scale), float(masks.keep_scale)),
-            *(float(masks.rate), plan.splits, plan.segment),
+            *(masks.half_width, masks.rate, plan.splits, plan.segment),
         ),
         CONCAT=inputs is not None,
         SPOILED=masks.kind == 2,
         SPLIT=is_split,
+        WINDOW=masks.window,
         BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
         **plan.options,
         **call.unit,
@@ -107,7 +110,10 @@ def _rows_forward(
         (batch * -(-queries // block_t),),
         (
             *(call.query, call.memory, *factors.tensors, proj, v),
-            *(masks.lengths, masks.mask, masks.keep, *results, *steps, *masks.strides),
+            *(masks.lengths, masks.mask, masks.keep, *results),
+        ),
+        (
+            *(*steps, *masks.strides),
             *(queries, source, *call.widths, *factors.sizes),
             *(float(scale), float(masks.keep_scale)),
         ),
@@ -136,8 +142,8 @@ def _columns_forward(
     enqueue(
         columns.score_rows,
         (batch * -(-queries // block_t) * plan.splits,),
+        (call.query, call.memory, *factors.tensors, proj, v, *masking, scores, stats),
         (
-            *(call.query, call.memory, *factors.tensors, proj, v, *masking, scores, stats),
             *(*steps, *masks.strides),
             *(queries, source, *call.widths, *factors.sizes, float(scale), plan.splits),
         ),
@@ -153,8 +159,8 @@ def _columns_forward(
     enqueue(
         columns.context_columns,
         (batch * blocks,),
+        (scores, stats, call.memory, *masking, masks.keep, *results),
         (
-            *(scores, stats, call.memory, *masking, masks.keep, *results),
             *(*call.strides(call.memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
             *(queries, source, call.widths[0], float(masks.keep_scale), plan.splits, plan.segment),
         ),
@@ -176,10 +182,8 @@ def _online_forward(
     enqueue(
         forward.online_forward,
         (batch * -(-queries // plan.tiles["BLOCK_T"]) * plan.splits,),
-        (
-            *(call.query, call.memory, masks.lengths, masks.mask, masks.keep),
-            *(*results, *steps, *sizes, plan.splits, plan.segment),
-        ),
+        (call.query, call.memory, masks.lengths, masks.mask, masks.keep, *results),
+        (*steps, *sizes, plan.splits, plan.segment),
         MASK=masks.kind,
         SPLIT=is_split,
         **plan.options,
@@ -216,8 +220,8 @@ def concat_scores(
         enqueue(
             concat_kernels.concat_scores_only,
             (batch * -(-queries // block_t) * plan.splits,),
+            (call.query, proj, *factors.tensors, v, masks.lengths, masks.mask, scores),
             (
-                *(call.query, proj, *factors.tensors, v, masks.lengths, masks.mask, scores),
                 *(*call.strides(call.query, proj), masks.lengths_stride, *masks.strides),
                 *(queries, source, call.widths[1], *factors.sizes, plan.splits),
             ),

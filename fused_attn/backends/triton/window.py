@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.call import Call, enqueue
+from fused_attn.backends.triton.call import Call, Sums, enqueue
 from fused_attn.kernels import launch
 from fused_attn.kernels import window as kernels
 from fused_attn.reference import Gradients
@@ -27,7 +28,7 @@ def backward(
     kept = call.floats(batch, queries, masks.width)
     grads = call.floats(batch, queries, masks.width)
     grad_query = memory.new_empty((batch, queries, width))
-    grad_centers = None if masks.centers is None else call.floats(batch, queries)
+    grad_centers = call.floats(batch, queries) if masks.window == 2 else None
     partial_v = None if v is None else call.floats(batch * queries, width)
     extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
     results = (kept, grads, grad_query, grad_centers, partial_v)
@@ -36,13 +37,16 @@ def backward(
         (batch * queries,),
         (
             *(call.query, memory, proj, v, masks.lengths, masks.mask, masks.keep),
-            *(masks.bounds, masks.centers, grad_context, grad_weights, logsumexp, *results),
+            *(masks.centers, grad_context, grad_weights, logsumexp, *results),
+        ),
+        (
             *(*call.strides(call.query, memory, proj, grad_context), *extra),
             *(masks.lengths_stride, *masks.strides, queries, source, *call.widths),
-            *(float(scale), float(masks.keep_scale), float(masks.rate), masks.width),
+            *(float(scale), float(masks.keep_scale), masks.half_width, masks.rate, masks.width),
         ),
         CONCAT=inputs is not None,
         SPOILED=masks.kind == 2,
+        WINDOW=masks.window,
         BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
         **plan.options,
         **call.unit,
@@ -54,7 +58,9 @@ def backward(
         of_memory = _source(*sums, call.query, None, None) if wanted[1] else None
         return of_query, of_memory, of_centers
     of_proj = _source(*sums, call.query, proj, v) if wanted[1] else None
-    of_v = partial_v.sum(dim=0).to(v.dtype) if wanted[2] else None
+    of_v = torch.empty_like(v) if wanted[2] else None
+    if of_v is not None:
+        call.merge(Sums(None, None, partial_v=partial_v, grad_v=of_v))
     of_memory = _source(*sums, None, None, None) if wanted[3] else None
     return of_query, of_proj, of_v, of_memory, of_centers
 
@@ -72,7 +78,7 @@ def _source(
     batch, queries, source, memory_dim, score_dim = call.sizes
     is_proj, masks = proj is not None, call.masks
     width = score_dim if is_proj else memory_dim
-    plan = launch.window_source(source, width)
+    plan = launch.window_source(width)
     out = call.memory.new_empty((batch, source, width))
     blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-width // plan.tiles["BLOCK_E"])
     enqueue(
@@ -80,10 +86,12 @@ def _source(
         (batch * blocks,),
         (
             *(kept, grads, query, grad_context, proj, v),
-            *(masks.lengths, masks.mask, masks.bounds, out),
+            *(masks.lengths, masks.mask, masks.centers, out),
+        ),
+        (
             *(*call.strides(query, grad_context, proj), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], queries, source),
-            *(call.widths[1 if is_proj else 0], masks.width),
+            *(call.widths[1 if is_proj else 0], masks.half_width, masks.width),
         ),
         PROJ=is_proj,
         MASK=masks.kind,

@@ -1,0 +1,101 @@
+"""Launches that go past Triton's front end, which takes 20 us to find a kernel launched before.
+
+Triton compiles a kernel for the constants, the types of the arguments, which pointers are multiples
+of 16, and the values of integers, unless these are listed as `NUMBERS`: then only for those of 32
+and of 64 bits. A `Bound` kernel keeps what Triton compiled under exactly that, and launches it with
+the call that Triton's own `JITFunction.run` ends in. Nothing depends on it: in a version whose
+launcher takes other arguments than those known here, in the interpreter, and while anyone's hooks
+look at launches or compilations, the kernel is launched as Triton's documentation says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
+
+# The parameters of `CompiledKernel.run`: of Triton 3.6, and of 3.9. AMD's are the same.
+_PLACE = ("gridX", "gridY", "gridZ", "stream", "function")
+_HOOKS = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+_KNOWN = ((*_PLACE, "args"), (*_PLACE, *_HOOKS, "args"))
+
+Numbers = tuple[int | float, ...]
+# What is kept of a compiled kernel: itself, since what it loaded goes with it, and what runs it.
+_Ready = tuple[Any, Callable[..., None], Any, Any]
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether hooks want to see the launch or its compilation, or may, in an unknown version."""
+    runtime = knobs.runtime
+    for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if chain is not None and getattr(chain, "calls", True):
+            return True
+    hooks = getattr(kernel, "pre_run_hooks", True)
+    return bool(hooks) or getattr(runtime, "add_stages_inspection_hook", True) is not None
+
+
+def _ready(compiled: Any) -> _Ready | None:
+    """What launches a compiled kernel, if it does so in a way that is known here."""
+    try:
+        found = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        names = tuple(inspect.signature(found[1]).parameters)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return found if names in _KNOWN else None
+
+
+class Bound:
+    """A kernel with its constants. Its parameters are pointers, then numbers, then constants."""
+
+    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+        self._is_compiled = isinstance(kernel, JITFunction)
+        self._ready: dict[Any, _Ready | None] = {}
+        names = getattr(kernel, "arg_names", ())
+        # A launcher skips the constants, but counts them.
+        self._constants = (None,) * sum(name in options for name in names)
+
+    def __call__(
+        self, programs: tuple[int, ...], tensors: tuple[Tensor | None, ...], numbers: Numbers
+    ) -> None:
+        """Launch it on the current stream of the current device."""
+        if not self._is_compiled:
+            self.kernel[programs](*tensors, *numbers, **self.options)
+            return
+        active: Any = driver.active
+        device = active.get_current_device()
+        bits: int = 0
+        types: list[Any] = [device]  # what the key is made of
+        for x in tensors:
+            if x is None:
+                types.append(None)
+            else:
+                bits |= x.data_ptr()
+                types.append(x.dtype)
+        if bits & 15:
+            types.append(tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors]))
+        if not max(numbers) < 2**31:  # also if one is NaN
+            types += "wide", tuple([isinstance(x, int) and x >= 2**31 for x in numbers])
+        key = tuple(types)
+        ready = self._ready.get(key)
+        if ready is None or _is_watched(self.kernel):
+            compiled = self.kernel[programs](*tensors, *numbers, **self.options)
+            if key not in self._ready:
+                self._ready[key] = _ready(compiled)
+            return
+        _, run, function, metadata = ready
+        rows = programs[1] if len(programs) > 1 else 1
+        stream = active.get_current_stream(device)
+        place = (programs[0], rows, 1, stream, function, metadata, None, None, None)
+        run(*place, *tensors, *numbers, *self._constants)
+
+
+@cache
+def bound(kernel: Any, **options: Any) -> Bound:
+    """The kernel with these constants and options of the compiler: one for the process."""
+    return Bound(kernel, options)
