@@ -159,6 +159,14 @@ def listed(stage: str, device: str, only: str = "") -> dict[str, list[str]]:
     return {phase: [x for x in names if re.search(only, x)] for phase, names in found.items()}
 
 
+def done_of(target: Path) -> set[tuple[str, str]]:
+    """The items of a stage's file, by phase, but for those that were put off."""
+    from benchmarks import gpu_lines
+
+    lines = gpu_lines.items(gpu_lines.read(target))
+    return {key for key, line in lines.items() if line["outcome"] != "deferred"}
+
+
 def _run_pool(pool: Any) -> None:
     """Run it; a signal that ends this process ends its workers first."""
 
@@ -178,7 +186,8 @@ def _run_pool(pool: Any) -> None:
 
 def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run the phases of a stage; what there is to say of it."""
-    from benchmarks import gpu_lines
+    from dataclasses import replace
+
     from benchmarks.gpu_pool import Job, Pool
     from benchmarks.gpu_worker import module_of
 
@@ -193,12 +202,13 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
     except Exception as error:
         return {"stage": stage, "error": f"its items cannot be listed: {error}"[:800]}
     for phase in phases:
-        have = gpu_lines.items(gpu_lines.read(target))
+        have = done_of(target)
         left = [item for item in found[phase.name] if (phase.name, item) not in have]
-        arguments = ("--device", options.device)
-        pool = Pool(Job(stage, phase, left, target, end, arguments))
+        now = time.monotonic()
+        job = Job(stage, phase, left, target, now + phase.share * (end - now))
+        pool = Pool(replace(job, arguments=("--device", options.device)))
         _run_pool(pool)
-    have = gpu_lines.items(gpu_lines.read(target))
+    have = done_of(target)
     total = sum(map(len, found.values()))
     done = sum((phase, item) in have for phase, names in found.items() for item in names)
     seconds = round(time.monotonic() - began, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,7 +45,7 @@ class Device:
                 break
         return statistics.median(found)
 
-    def replayed(self, runs: list[Run]) -> float:
+    def replayed(self, runs: Sequence[Run], budget_s: float = 0.3) -> float:
         """Seconds of a call in a CUDA graph of all of ``runs``, in turns."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -57,7 +57,7 @@ class Device:
         with torch.cuda.graph(graph):
             for run in runs:
                 run()
-        return self.once(graph.replay) / len(runs)
+        return self.once(graph.replay, budget_s=budget_s) / len(runs)
 
     def peak(self, run: Run) -> int:
         """Bytes allocated at most during the call, above what was there before it."""
