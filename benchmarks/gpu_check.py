@@ -149,14 +149,17 @@ def build(limit_s: float) -> tuple[bool, str]:
     return why is None, said if why is None else f"{why}\n{said}"
 
 
-def listed(stage: str, device: str, only: str = "") -> dict[str, list[str]]:
+def listed(stage: str, options: argparse.Namespace) -> dict[str, list[str]]:
     """The items of a stage by phase, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", stage, "--list", "--device", device]
+    command = [sys.executable, "-m", "benchmarks.gpu_worker", stage, "--list"]
+    command += ["--device", options.device, "--lines", str(options.output / f"{stage}.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIST_S)
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-600:])
     found = json.loads(done.stdout.splitlines()[-1])
-    return {phase: [x for x in names if re.search(only, x)] for phase, names in found.items()}
+    return {
+        phase: [x for x in names if re.search(options.only, x)] for phase, names in found.items()
+    }
 
 
 def done_of(target: Path) -> set[tuple[str, str]]:
@@ -197,7 +200,7 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
     began = time.monotonic()
     end = min(began + limit_s, options.end)
     try:
-        found = listed(stage, options.device, options.only)
+        found = listed(stage, options)
         phases = module_of(stage).PHASES
     except Exception as error:
         return {"stage": stage, "error": f"its items cannot be listed: {error}"[:800]}
@@ -272,7 +275,7 @@ def main(arguments: list[str]) -> int:
         return 0 if passed else 1
     if options.list:
         for stage in options.stages:
-            for phase, names in listed(stage, options.device, options.only).items():
+            for phase, names in listed(stage, options).items():
                 for name in names:
                     print(f"{stage} {phase}: {name}")
         return 0

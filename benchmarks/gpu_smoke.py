@@ -39,7 +39,7 @@ def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
     backend, case = _cases(options.device)[item]
     inputs = testing.make_inputs(case, device=options.device)
     with testing.poisoned_empty():
-        got = _step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
+        got = step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
     oracle, plain = testing.oracle(inputs), testing.plain(inputs)
     right = {name: oracle[name] for name in got}
     share = {name: _share(got[name], oracle[name], plain[name]) for name in got}
@@ -58,7 +58,7 @@ def _share(got: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> floa
 
 
 @torch.no_grad()
-def _step(inputs: Inputs) -> Tensors:
+def step(inputs: Inputs) -> Tensors:
     """A decoding step of the cuda backend, which has no backward."""
     tensors, mask = inputs.tensors, inputs.masking.memory_mask
     if mask is not None and mask.dim() == 2:
