@@ -45,7 +45,12 @@ class Work:
 
 
 def _works() -> list[Work]:
-    translate = {"hidden": 512, "embedding": 256, "input_feeding": True, "dropout": 0.0}
+    translate: dict[str, Any] = {
+        "hidden": 512,
+        "embedding": 256,
+        "input_feeding": True,
+        "dropout": 0.0,
+    }
     general = ModelConfig(score="general", **translate)
     concat = ModelConfig(score="concat", **translate)
     bf16 = torch.bfloat16
@@ -65,7 +70,7 @@ def _works() -> list[Work]:
 def _items(device: str) -> dict[str, tuple[Work, str]]:
     works = _works()
     if device == "cpu":
-        small = {"hidden": 8, "embedding": 8}
+        small: dict[str, Any] = {"hidden": 8, "embedding": 8}
         works = [
             replace(work, config=replace(work.config, **small), batch=2, length=4, symbols=20)
             for work in works[1:5:2]
@@ -112,7 +117,8 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
 
     for _ in range(3):  # what compiles or is looked up once
         once()
-    found, end = [], time.perf_counter() + BUDGET_S
+    found: list[float] = []
+    end = time.perf_counter() + BUDGET_S
     while not found or (len(found) < ROUNDS and time.perf_counter() < end):
         found.append(once())
     return statistics.median(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from fused_attn import functional, testing
 from fused_attn.prepared import exponentials
 from fused_attn.testing import Case, Inputs, Tensors
 
-PHASES = (Phase("cases", jobs=14, limit_s=60.0),)
+PHASES = (Phase("cases", jobs=14, limit_s=45.0),)
 
 
 @cache
@@ -26,8 +27,11 @@ def _cases(device: str) -> dict[str, tuple[str, Case]]:
         sizes = {"queries": 5, "source": 20, "memory_dim": 24, "attn_dim": 24}
         small = [replace(c, **{k: min(getattr(c, k), v) for k, v in sizes.items()}) for c in few]
         return {f"triton {case}": ("triton", case) for case in small}
-    found = {f"triton {case}": ("triton", case) for case in gpu_cases.triton()}
-    return found | {f"cuda {case}": ("cuda", case) for case in gpu_cases.cuda()}
+    # In turns, so that neither has to wait for the other where there is little time.
+    pairs = itertools.zip_longest(gpu_cases.cuda(), gpu_cases.triton())
+    named = (zip(("cuda", "triton"), pair, strict=True) for pair in pairs)
+    both = itertools.chain.from_iterable(named)
+    return {f"{backend} {case}": (backend, case) for backend, case in both if case is not None}
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
