@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build/gpu-check/site"
+CUDA_TOOLS = "/usr/local/cuda/bin"
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 MODULES = ("torch", "triton", "numpy", "pytest")
 BUILD_MODULES = ("cmake", "ninja", "pybind11", "setuptools")
@@ -105,7 +106,11 @@ def make_site() -> None:
 def environment(device: str) -> dict[str, str]:
     """In which the site is imported, and the kernels are interpreted on a CPU alone."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    kept |= {"PYTHONPATH": str(SITE), "PYTHONSAFEPATH": "1"}
+    paths = [path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys((str(SITE), *paths)))
+    kept["PYTHONSAFEPATH"] = "1"
+    # Tools of CUDA, for whom the path has none.
+    kept["PATH"] = os.pathsep.join((kept.get("PATH", os.defpath), CUDA_TOOLS))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the processes are the parallelism
         kept.setdefault(name, "1")
     if device == "cpu":
@@ -127,12 +132,13 @@ def built() -> str | None:
 def build(limit_s: float) -> tuple[bool, str]:
     """Build the native module with CUDA or not at all; whether it is there, and the log's end."""
     absent = [name for name in BUILD_MODULES if importlib.util.find_spec(name) is None]
-    if absent or not shutil.which("nvcc"):
+    kept = environment("cuda")
+    if absent or not shutil.which("nvcc", path=kept["PATH"]):
         return False, f"to build it there is no {', '.join(absent) or 'nvcc on the path'}"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     # setup.py gives FUSED_ATTN_CUDA=AUTO first, and what comes later holds.
     arguments = f"-DFUSED_ATTN_CUDA=ON {os.environ.get('CMAKE_ARGS', '')}"
-    kept = os.environ | {"FUSED_ATTN_REQUIRE_NATIVE": "1", "CMAKE_ARGS": arguments.strip()}
+    kept |= {"FUSED_ATTN_REQUIRE_NATIVE": "1", "CMAKE_ARGS": arguments.strip()}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=kept, stdout=log, stderr=subprocess.STDOUT, process_group=0
@@ -149,14 +155,25 @@ def build(limit_s: float) -> tuple[bool, str]:
     return why is None, said if why is None else f"{why}\n{said}"
 
 
-def listed(stage: str, device: str, only: str = "") -> dict[str, list[str]]:
+def listed(stage: str, options: argparse.Namespace) -> dict[str, list[str]]:
     """The items of a stage by phase, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", stage, "--list", "--device", device]
+    command = [sys.executable, "-m", "benchmarks.gpu_worker", stage, "--list"]
+    command += ["--device", options.device, "--lines", str(options.output / f"{stage}.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIST_S)
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-600:])
     found = json.loads(done.stdout.splitlines()[-1])
-    return {phase: [x for x in names if re.search(only, x)] for phase, names in found.items()}
+    return {
+        phase: [x for x in names if re.search(options.only, x)] for phase, names in found.items()
+    }
+
+
+def done_of(target: Path) -> set[tuple[str, str]]:
+    """The items of a stage's file, by phase, but for those that were put off."""
+    from benchmarks import gpu_lines
+
+    lines = gpu_lines.items(gpu_lines.read(target))
+    return {key for key, line in lines.items() if line["outcome"] != "deferred"}
 
 
 def _run_pool(pool: Any) -> None:
@@ -178,7 +195,8 @@ def _run_pool(pool: Any) -> None:
 
 def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run the phases of a stage; what there is to say of it."""
-    from benchmarks import gpu_lines
+    from dataclasses import replace
+
     from benchmarks.gpu_pool import Job, Pool
     from benchmarks.gpu_worker import module_of
 
@@ -187,18 +205,21 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
         target.unlink(missing_ok=True)
     began = time.monotonic()
     end = min(began + limit_s, options.end)
+    if began >= end:
+        return {"stage": stage, "error": "no time left"}
     try:
-        found = listed(stage, options.device, options.only)
+        found = listed(stage, options)
         phases = module_of(stage).PHASES
     except Exception as error:
         return {"stage": stage, "error": f"its items cannot be listed: {error}"[:800]}
     for phase in phases:
-        have = gpu_lines.items(gpu_lines.read(target))
+        have = done_of(target)
         left = [item for item in found[phase.name] if (phase.name, item) not in have]
-        arguments = ("--device", options.device)
-        pool = Pool(Job(stage, phase, left, target, end, arguments))
+        now = time.monotonic()
+        job = Job(stage, phase, left, target, now + phase.share * (end - now))
+        pool = Pool(replace(job, arguments=("--device", options.device)))
         _run_pool(pool)
-    have = gpu_lines.items(gpu_lines.read(target))
+    have = done_of(target)
     total = sum(map(len, found.values()))
     done = sum((phase, item) in have for phase, names in found.items() for item in names)
     seconds = round(time.monotonic() - began, 1)
@@ -245,7 +266,7 @@ def main(arguments: list[str]) -> int:
         options.stages = parsed_stages(options.stages)
     options.output = options.output.resolve()
     options.end = time.monotonic() + options.budget
-    is_inside = os.environ.get("PYTHONPATH") == str(SITE)
+    is_inside = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] == str(SITE)
     if options.summary is not None or options.list or not is_inside:
         if why := None if options.summary or options.list else missing(options.device):
             print(f"gpu-check: {why}", file=sys.stderr)
@@ -257,12 +278,14 @@ def main(arguments: list[str]) -> int:
 
         text, passed = gpu_summary.summary(options.summary)
         print(text)
+        if options.tables:
+            print(gpu_summary.tables(options.summary))
         for path in gpu_summary.write(options.summary, options.results) if options.results else ():
             print(path)
         return 0 if passed else 1
     if options.list:
         for stage in options.stages:
-            for phase, names in listed(stage, options.device, options.only).items():
+            for phase, names in listed(stage, options).items():
                 for name in names:
                     print(f"{stage} {phase}: {name}")
         return 0

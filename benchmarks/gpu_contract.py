@@ -40,29 +40,35 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 
 class _Listed:
-    """Keeps the names of what is collected."""
+    """Keeps the names of what is collected, and of files that are not, with their errors."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.errors: dict[str, str] = {}
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.errors[report.nodeid or "(collection)"] = report.longreprtext[-600:]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.names = [item.nodeid for item in session.items]
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
-    os.chdir(ROOT)
     listed, said = _Listed(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        code = pytest.main([*_arguments(options), "--collect-only"], plugins=[listed])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise RuntimeError(f"pytest does not collect the tests: {said.getvalue()[-1500:]}")
-    return listed.names
+    with _in_root(), contextlib.redirect_stdout(said):
+        pytest.main([*_arguments(options), "--collect-only"], plugins=[listed])
+    found = [*listed.errors, *listed.names]
+    if not found and options.device == "cuda":
+        raise RuntimeError(f"pytest collects no tests: {said.getvalue()[-1500:]}")
+    return found
 
 
-class Plugin:
+class Plugin(_Listed):
     """Runs what the channel asks for in place of all that was collected."""
 
     def __init__(self, channel: Channel) -> None:
+        super().__init__()
         self.channel = channel
         self.reports: list[Any] = []
 
@@ -72,7 +78,9 @@ class Plugin:
         for name in self.channel.received():
             self.reports = []
             if name not in by_name:
-                self.channel.finish(name, None, outcome="failed", error="it was not collected")
+                why = self.errors.get(name, "it was not collected")
+                last = (why.strip().splitlines() or [""])[-1]
+                self.channel.finish(name, None, outcome="failed", error=last[:300], text=why)
                 continue
             item = by_name[name]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)

@@ -7,6 +7,7 @@ of a row after the other, those of torch's compilers last.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,8 +20,8 @@ from benchmarks.gpu_rows import Row
 from fused_attn.testing import Inputs
 
 PHASES = (
-    Phase("checks", jobs=10, limit_s=90.0),
-    Phase("times", jobs=1, limit_s=40.0),
+    Phase("checks", jobs=10, limit_s=90.0, share=0.5),
+    Phase("times", jobs=1, limit_s=40.0, share=0.9),
     Phase("compilers", jobs=1, limit_s=90.0),
 )
 RATES = "rates"
@@ -35,7 +36,7 @@ class Host:
         run()
         return 1e-3
 
-    def replayed(self, runs: list[gpu_measure.Run]) -> float:
+    def replayed(self, runs: Sequence[gpu_measure.Run], budget_s: float = 0.3) -> float:
         for run in runs:
             run()
         return 1e-3

@@ -35,6 +35,7 @@ class Phase:
     jobs: int
     limit_s: float
     start_s: float = 90.0  # that a worker may take until it is ready
+    share: float = 1.0  # most that it may take of the time that the stage has left
     in_blocks: bool = False  # neighbours go to the same worker, which has compiled for them
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from fused_attn import functional, testing
 from fused_attn.prepared import exponentials
 from fused_attn.testing import Case, Inputs, Tensors
 
-PHASES = (Phase("cases", jobs=14, limit_s=60.0),)
+PHASES = (Phase("cases", jobs=14, limit_s=45.0),)
 
 
 @cache
@@ -26,8 +27,11 @@ def _cases(device: str) -> dict[str, tuple[str, Case]]:
         sizes = {"queries": 5, "source": 20, "memory_dim": 24, "attn_dim": 24}
         small = [replace(c, **{k: min(getattr(c, k), v) for k, v in sizes.items()}) for c in few]
         return {f"triton {case}": ("triton", case) for case in small}
-    found = {f"triton {case}": ("triton", case) for case in gpu_cases.triton()}
-    return found | {f"cuda {case}": ("cuda", case) for case in gpu_cases.cuda()}
+    # In turns, so that neither has to wait for the other where there is little time.
+    pairs = itertools.zip_longest(gpu_cases.cuda(), gpu_cases.triton())
+    named = (zip(("cuda", "triton"), pair, strict=True) for pair in pairs)
+    both = itertools.chain.from_iterable(named)
+    return {f"{backend} {case}": (backend, case) for backend, case in both if case is not None}
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
@@ -39,7 +43,7 @@ def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
     backend, case = _cases(options.device)[item]
     inputs = testing.make_inputs(case, device=options.device)
     with testing.poisoned_empty():
-        got = _step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
+        got = step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
     oracle, plain = testing.oracle(inputs), testing.plain(inputs)
     right = {name: oracle[name] for name in got}
     share = {name: _share(got[name], oracle[name], plain[name]) for name in got}
@@ -58,7 +62,7 @@ def _share(got: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> floa
 
 
 @torch.no_grad()
-def _step(inputs: Inputs) -> Tensors:
+def step(inputs: Inputs) -> Tensors:
     """A decoding step of the cuda backend, which has no backward."""
     tensors, mask = inputs.tensors, inputs.masking.memory_mask
     if mask is not None and mask.dim() == 2:

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_lines, gpu_model, gpu_rows, table
+from benchmarks import gpu_lines, gpu_model, gpu_rows, gpu_tables, table
 from benchmarks.gpu_lines import Line
 from benchmarks.gpu_rows import Row
 
 STAGES = ("smoke", "contract", "kernels", "models", "sanitize", "sweep", "profile")
-GOOD = ("passed", "skipped")
+GOOD = ("passed", "skipped", "deferred")
 MOST_BYTES, MOST_FAILURES, MOST_SHARES = 4000, 15, 15
 
 # On an H200: least share of the limit, and least ratio to a rival.
@@ -131,24 +131,6 @@ def verdict(row: Row, line: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-HEADER = ["case", "backend", "kernel", "of limit", "by", "call", "eager", "compile", "sdpa", "flex",
-          "peak", "error", "target"]  # fmt: skip
-
-
-def cells(line: dict[str, Any]) -> list[str]:
-    if "share" not in line:
-        failed = line.get("failed", "no rates")
-        return [line["case"], line["backend"], failed[:44], *[""] * (len(HEADER) - 3)]
-    ratios = [line["peers"].get(name, "") for name in ("eager", "compile", "sdpa", "flex")]
-    shown = [f"{x:.2f}x" if isinstance(x, float) else x.split(":")[0][:14] for x in ratios]
-    return [
-        *(line["case"], line["backend"], table.duration(line["kernel"])),
-        *(f"{100 * line['share']:.0f} %", line["bound_by"], table.duration(line["call"])),
-        *(*shown, f"{line['peak_bytes'] / 2**20:.0f} MiB", f"{line['error_share']:.2f}"),
-        line.get("verdict", ""),
-    ]
-
-
 def _counts(directory: Path, found: dict[str, list[Line]]) -> list[str]:
     last = {str(line.get("stage")): line for line in gpu_lines.read(directory / "run.jsonl")}
     words = []
@@ -176,7 +158,7 @@ def _failures(found: dict[str, list[Line]]) -> list[str]:
     for (name, _), lines in list(kinds.items())[:MOST_FAILURES]:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         item = lines[0]["item"].rpartition("/")[2]
-        words.append(f"{name} {item[:110]}: {said(lines[0])[:110]}{more}")
+        words.append(f"{name} {item[:70]}: {said(lines[0])[:90]}{more}")
     if len(kinds) > MOST_FAILURES:
         words.append(f"... and {len(kinds) - MOST_FAILURES} other kinds of failure")
     return words
@@ -193,7 +175,7 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
         )
         kernel, call = table.duration(line["kernel"]), table.duration(line["call"])
         shown = f"  {100 * line['share']:.0f} % {line['case']} {line['backend']}"
-        words.append(f"{shown}: {kernel}, call {call}; {ratios}")
+        words.append(f"{shown}: {kernel}, call {call}; {ratios}"[:120])
     best: dict[str, tuple[float, str]] = {}
     for line in timed:
         for name, value in line["peers"].items():
@@ -211,9 +193,8 @@ def summary(directory: Path) -> tuple[str, bool]:
     failed = _failures(found)
     words = [*_counts(directory, found)]
     words += ["failures:", *(f"  {line}" for line in failed)] if failed else []
-    for name in ("models", "sweep"):
-        words += _best(name, found.get(name, []))
     words += _speeds(measured(found.get("kernels", []), gpu_rows.rows()))
+    words += _others(found)
     incomplete = any(line.get("done", 0) < line.get("items", 1) for line in last.values())
     passed = bool(last) and not failed and not incomplete
     words.append(f"gpu-check: {'passed' if passed else 'FAILED'}")
@@ -225,10 +206,26 @@ def summary(directory: Path) -> tuple[str, bool]:
     return shown, passed
 
 
-def _best(stage: str, lines: list[Line]) -> list[str]:
-    """The notes of a stage: lines that say themselves what is worth knowing."""
-    noted = [line for line in gpu_lines.items(lines).values() if line.get("note")]
-    return [f"{stage} {line['item'][:60]}: {line['note'][:100]}" for line in noted[:8]]
+def _others(found: dict[str, list[Line]]) -> list[str]:
+    """Models against eager, and where a candidate is faster than the launch table."""
+    words = []
+    for line in gpu_tables.model_results(found.get("models", [])):
+        words.append(f"{line['work']}: {line['eager'] / line['ours']:.2f}x eager")
+    for line in gpu_tables.sweep_results(found.get("sweep", [])):
+        best = line["candidates"][0]
+        if best["plan"] != "table":
+            faster = line["table"] / best["kernel"]
+            words.append(f"{line['target']}: {best['plan']} is {faster:.2f}x the table")
+    return words
+
+
+def tables(directory: Path) -> str:
+    """All that was timed, however long that is."""
+    found = lines_of(directory)
+    shown = [gpu_tables.kernels(measured(found.get("kernels", []), gpu_rows.rows()))]
+    shown += [gpu_tables.models(found["models"])] if "models" in found else []
+    shown += [gpu_tables.sweep(found["sweep"])] if "sweep" in found else []
+    return "\n\n".join(shown)
 
 
 def slug(name: str) -> str:
@@ -251,7 +248,9 @@ def results_of(directory: Path) -> dict[str, Any]:
             for name, lines in found.items()
         },
         "rows": measured(kernels, gpu_rows.rows()),
-        "models": list(gpu_lines.items(found.get("models", [])).values()),
+        "models": gpu_tables.model_results(found.get("models", [])),
+        "sweep": gpu_tables.sweep_results(found.get("sweep", [])),
+        "profile": list(gpu_lines.items(found.get("profile", [])).values()),
         "failures": [line for lines in found.values() for line in failures(lines)],
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -91,6 +92,8 @@ def lost_context(device: str) -> str | None:
 def serve(stage: Stage, channel: Channel) -> None:
     """Run items until there are no more."""
     options = channel.options
+    gc.collect()
+    gc.freeze()  # before it captures a graph torch looks through all that there is
     for item in channel.received():
         fields: dict[str, Any] = {"outcome": "passed"}
         try:

@@ -290,9 +290,9 @@ def test_after():
 def test_contract_tests_are_lines(modules: SimpleNamespace, stage: Any, tmp_path: Path) -> None:
     stage()
     (tmp_path / "test_some.py").write_text(TESTS, encoding="utf-8")
-    options = modules.gpu_worker.parser().parse_args(
-        ["contract", "--tests", str(tmp_path / "test_some.py")]
-    )
+    (tmp_path / "test_broken.py").write_text("import no_such_package", encoding="utf-8")
+    files = [str(tmp_path / f"test_{name}.py") for name in ("some", "broken")]
+    options = modules.gpu_worker.parser().parse_args(["contract", "--tests", *files])
     command = [sys.executable, "-m", "benchmarks.gpu_worker", "contract", "--list", "--tests"]
     done = subprocess.run([*command, *options.tests], capture_output=True, text=True, check=True)
     names = json.loads(done.stdout.splitlines()[-1])["tests"]
@@ -303,6 +303,7 @@ def test_contract_tests_are_lines(modules: SimpleNamespace, stage: Any, tmp_path
     modules.gpu_pool.Pool(job).run()
     lines = modules.gpu_lines.items(modules.gpu_lines.read(target))
     found = {item.rpartition("::")[2]: line for (_, item), line in lines.items()}
+    assert "no_such_package" in found.pop("(collection)")["error"]
     outcomes = {name: line["outcome"] for name, line in found.items()}
     assert outcomes == {
         "test_passes": "passed", "test_fails[1]": "failed", "test_fails[2]": "failed",
@@ -470,10 +471,8 @@ def test_a_run_is_summed_up_in_4_kb(modules: SimpleNamespace, tmp_path: Path) ->
         {"eager": 3.0, "sdpa": 3.0, "compile": 3.0, "flex": 3.0}
     )
     assert results[1]["verdict"] == "limit short of 0.85"
-    shown = modules.table.render(
-        modules.gpu_summary.HEADER, [modules.gpu_summary.cells(line) for line in results], 2
-    )
-    assert "check: context exceeds" in shown
+    shown = modules.gpu_summary.tables(tmp_path)
+    assert "check: context exceeds" in shown and len(shown.splitlines()) == len(results) + 2
 
 
 def test_lengths_and_windows_lower_the_limit(modules: SimpleNamespace) -> None:
@@ -552,3 +551,103 @@ def test_the_checkout_is_made_a_package_with_its_kernels(
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / "site/fused_attn/__init__.py")
+
+
+def test_models_are_compared_and_candidates_ranked(
+    modules: SimpleNamespace, tmp_path: Path
+) -> None:
+    add, passed = modules.gpu_lines.append, {"outcome": "passed"}
+    for side, seconds in (("auto", 0.02), ("eager", 0.05)):
+        item = {"phase": "work", "item": f"translate | {side}"}
+        add(tmp_path / "models.jsonl", item | passed | {"work": seconds, "tokens_per_s": 9})
+    for plan, seconds in (("table", 4e-5), ("online t64", 2e-5), ("online t32", 8e-5)):
+        line = {"phase": "times", "item": f"forward dot | {plan}", "target": "forward dot"}
+        line |= {"kernel": seconds, "is_table": plan == "table"} | passed
+        add(tmp_path / "sweep.jsonl", line)
+    wrong = {"phase": "compile", "item": "forward dot | online t16", "outcome": "hung", "log": ""}
+    add(tmp_path / "sweep.jsonl", wrong)
+    text, _ = modules.gpu_summary.summary(tmp_path)
+    assert "translate: 2.50x eager" in text
+    assert "forward dot: online t64 is 2.00x the table" in text
+    found = modules.gpu_tables.sweep_results(modules.gpu_lines.read(tmp_path / "sweep.jsonl"))
+    ranked = [plan["plan"] for plan in found[0]["candidates"]]
+    assert ranked == ["online t64", "table", "online t32"]
+    shown = modules.gpu_summary.tables(tmp_path)
+    assert "0.50x" in shown and "20 us" in shown
+
+
+def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
+    sweep = modules.gpu_sweep
+    items = sweep._items("cuda")
+    assert len(items) < 1100
+    for target in sweep.TARGETS:
+        plans = sweep.candidates(target)
+        own = sweep.plan_of(target)
+        assert len(plans) >= 8 and own not in plans
+        assert len({sweep.label(plan) for plan in plans}) == len(plans)
+        for plan in plans:
+            tiles, source = plan.tiles, target.row.source
+            assert all(size & (size - 1) == 0 for size in tiles.values())
+            if plan.regime in ("rows", "online", "step"):
+                assert (plan.splits - 1) * plan.segment < source <= plan.splits * plan.segment
+                assert plan.segment % tiles["BLOCK_S"] == 0
+            if plan.regime in ("step", "online"):
+                assert tiles["BLOCK_E"] >= target.row.width
+    # What was counted from the machine code to be better is among them.
+    wide = sweep.candidates(sweep.TARGETS[0])
+    found = {(*plan.tiles.values(), plan.num_warps, plan.num_stages) for plan in wide}
+    assert (64, 64, 512, 8, 2) in found
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "source_gradients", "concat_gradients"])
+def test_a_candidate_is_what_the_backend_launches(
+    name: str, modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, launch = modules.gpu_sweep, modules.gpu_sweep.launch
+    target = next(target for target in sweep._small() if target.plan == name)
+    plan = sweep.candidates(target)[0]
+    seen = []
+
+    def asked(*given: Any) -> Any:
+        seen.append(given)
+        return plan
+
+    before = getattr(launch, name)
+    with sweep.overriding(name, plan):
+        assert getattr(launch, name)("anything") is plan
+    assert getattr(launch, name) is before
+    # Its outputs are those of the table, and of the call that plans it.
+    monkeypatch.setattr(launch, name, asked)
+    inputs = modules.gpu_rows.inputs_of(target.row, "cpu")
+    sweep.call_of(target, inputs)()
+    assert seen
+
+
+def test_a_wrong_candidate_is_a_line(
+    modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = modules.gpu_sweep
+    target = next(target for target in sweep._small() if target.plan == "forward")
+    item = f"{target} | {sweep.label(sweep.candidates(target)[0])}"
+    assert sweep.run("compile", item, options)["difference"] <= sweep.TOLERANCE
+    kept = sweep._kept["right"]
+    kept[0] = kept[0] + 0.1 * kept[0].abs().max()
+    line = sweep.run("compile", item, options)
+    assert line["outcome"] == "failed" and line["error"].startswith("differs by 0.")
+    kept[0] = kept[0] * math.nan
+    assert sweep.run("compile", item, options)["outcome"] == "failed"
+
+
+def test_only_what_compiled_is_timed(
+    modules: SimpleNamespace, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, lines = modules.gpu_sweep, tmp_path / "sweep.jsonl"
+    monkeypatch.setattr(options, "lines", lines)
+    target = next(target for target in sweep._small() if target.plan == "forward")
+    item = f"{target} | table"
+    assert sweep.run("times", item, options)["outcome"] == "deferred"
+    failed = {"phase": "compile", "item": item, "outcome": "failed"}
+    modules.gpu_lines.append(lines, failed)
+    assert sweep.run("times", item, options)["outcome"] == "skipped"
+    modules.gpu_lines.append(lines, failed | {"outcome": "passed"})
+    assert sweep.run("times", item, options)["kernel"] == 1e-3
