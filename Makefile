@@ -16,7 +16,7 @@ NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-matrix test-fuzz test-asan test-tsan lint lint-python lint-native \
+.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-matrix test-tiles test-fuzz test-asan test-tsan lint lint-python lint-native \
         lint-bans format wheel bench clean
 
 help: ## list the targets
@@ -58,6 +58,10 @@ test: setup build ## run the tests
 # Makes its own environments; MATRIX has combinations and options, as in MATRIX='3.12/2.14.1 --strict'.
 test-matrix: ## run the tests on other versions of torch and Python
 	@$(PYTHON) tests/matrix.py $(MATRIX)
+
+# Where there is no GPU they are interpreted, which takes long; `make test` runs a part of them.
+test-tiles: setup build ## run every tile variant of the Triton kernels
+	TILES=all $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_backends_tiles.py
 
 test-fuzz: setup build ## run the fuzz tests on many more calls, drawn anew
 	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import backends, fakes, reference
+from fused_attn import backends, fakes, operands, reference
 from fused_attn.backends import eager
 from fused_attn.reference import Outputs
 
@@ -35,6 +35,7 @@ _CONCAT_INPUTS = (
 # Of the results of a forward operator, those not asked for are None: a tensor takes 1 us to make,
 # and a decoding step needs the context only. Of a backward one those that are not `wanted` are: a
 # bool for each input that may have a gradient, in the inputs' order, and then for the centers.
+_OTHER_ROWS = ("memory_proj", "memory_exp")  # with a row for each of a ragged memory
 LONGEST = 2**40  # source: far more than fits in memory, and little enough to count with
 library = torch.library.Library("fused_attn", "DEF")
 library.define(
@@ -99,7 +100,11 @@ def _masking(
 
 
 def _ragged(
-    chosen: backends.Backend, offsets: Tensor | None, longest: int, *tensors: Tensor | None
+    chosen: backends.Backend,
+    query: Tensor,
+    offsets: Tensor | None,
+    longest: int,
+    *tensors: Tensor | None,
 ) -> tuple[Any, ...]:
     """Lengths and what has a row for each of the memory, as the backend takes them."""
     if offsets is None:
@@ -108,6 +113,7 @@ def _ragged(
         raise ValueError(f"max_source must lie in 0..{LONGEST}, got {longest}")
     if getattr(chosen, "TAKES_OFFSETS", False):
         return (offsets, longest), *tensors
+    operands.check_rows(query, offsets, _OTHER_ROWS[: len(tensors) - 1], *tensors)
     padded = (None if t is None else reference.pad_rows(t, offsets, longest) for t in tensors)
     return offsets.diff(), *padded
 
@@ -138,7 +144,7 @@ def dot_forward(
 ) -> Outputs:
     chosen = select(query, memory, "dot", backend, windowed=centers is not None)
     if max_source is not None:
-        memory_lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
+        memory_lengths, memory = _ragged(chosen, query, memory_lengths, max_source, memory)
     window = (centers, half_width, gaussian)
     masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
     return chosen.dot_forward(query, memory, scale, masking, return_weights, return_logsumexp)
@@ -170,7 +176,7 @@ def dot_backward(
     chosen = select(query, memory, "dot", backend, backward=True, windowed=windowed)
     lengths: Any = memory_lengths
     if max_source is not None:
-        lengths, memory = _ragged(chosen, memory_lengths, max_source, memory)
+        lengths, memory = _ragged(chosen, query, memory_lengths, max_source, memory)
     window = (centers, half_width, gaussian)
     masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)
     saved = (context, weights, logsumexp)
@@ -205,7 +211,7 @@ def concat_forward(
     chosen = select(query_proj, memory, "concat", backend, **kinds)
     if max_source is not None:
         rows = (memory_proj, memory_exp, memory)
-        found = _ragged(chosen, memory_lengths, max_source, *rows)
+        found = _ragged(chosen, query_proj, memory_lengths, max_source, *rows)
         memory_lengths, memory_proj, memory_exp, memory = found
     window = (centers, half_width, gaussian)
     masking = _masking(memory_lengths, memory_mask, keep_mask, keep_scale, *window)
@@ -242,7 +248,7 @@ def concat_backward(
     lengths: Any = memory_lengths
     if max_source is not None:
         rows = (memory_proj, memory_exp, memory)
-        found = _ragged(chosen, memory_lengths, max_source, *rows)
+        found = _ragged(chosen, query_proj, memory_lengths, max_source, *rows)
         lengths, memory_proj, memory_exp, memory = found
     window = (centers, half_width, gaussian)
     masking = _masking(lengths, memory_mask, keep_mask, keep_scale, *window)

@@ -92,15 +92,6 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> None:
         )
 
 
-def check_widths(query: Tensor, memory: Tensor) -> None:
-    """Refuse vectors of no numbers, whose scores and context say nothing."""
-    if query.shape[-1] < 1 or memory.shape[-1] < 1:
-        raise ValueError(
-            f"query and memory must have widths of at least 1, got shapes {tuple(query.shape)} and "
-            f"{tuple(memory.shape)}"
-        )
-
-
 def window_bounds(centers: Tensor, half_width: float, source: int) -> Tensor:
     """First position of each window and the one after its last: int64 (B, T, 2), within 0..S.
 

@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference", "modules"),
-    ("composed", "composites", "fakes", "prepared"),
+    ("composed", "composites", "fakes", "operands", "prepared"),
     ("backends.*.*",),
     ("backends.*",),
     ("backends",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn import reference
+from fused_attn import operands, reference
 from fused_attn.problem import AttentionProblem
 from fused_attn.reference import Attention, Gradients, Masking, MaskingFields, Outputs, Saved
 
@@ -87,7 +87,7 @@ def dot_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
-    reference.check_widths(query, memory)
+    operands.check_dot(query, memory, masking)
     reference.check_lengths(masking[0], memory)
     result = reference.dot_attention(query, memory, scale, reference.as_masking(masking))
     return _outputs(result, memory.dtype, return_weights, return_logsumexp)
@@ -119,7 +119,9 @@ def dot_gradients(
     wanted: list[bool],
 ) -> Gradients:
     """`dot_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
-    reference.check_widths(query, memory)
+    operands.check_dot(query, memory, masking)
+    operands.check_seeds(grad_context, grad_weights, saved, query, memory, wanted, 3)
+    operands.check_grad_logsumexp(grad_logsumexp, saved[2])
     masks = reference.as_masking(masking)
     result = reference.dot_attention(query, memory, scale, masks)
     counts = reference.counted_positions(memory, masks)
@@ -147,7 +149,7 @@ def concat_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
-    reference.check_widths(query_proj, memory)
+    operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
     reference.check_lengths(masking[0], memory)
     result = reference.concat_attention(
         query_proj, memory_proj, v, memory, reference.as_masking(masking)
@@ -162,7 +164,7 @@ def concat_scores(
     v: Tensor,
     masking: MaskingFields,
 ) -> Tensor:
-    reference.check_widths(query_proj, memory_proj)
+    operands.check_scores(query_proj, memory_proj, memory_exp, v, masking)
     reference.check_lengths(masking[0], memory_proj)
     inputs = (query_proj, memory_proj, v)
     return reference.counted_concat_scores(*inputs, reference.as_masking(masking))[0].contiguous()
@@ -177,7 +179,8 @@ def concat_scores_backward(
     masking: MaskingFields,
     wanted: list[bool],
 ) -> Gradients:
-    reference.check_widths(query_proj, memory_proj)
+    operands.check_scores(query_proj, memory_proj, memory_exp, v, masking)
+    operands.check_grad_scores(grad_scores, query_proj, memory_proj, wanted)
     counts = reference.counted_positions(memory_proj, masking)
     projection, _ = reference.readable(memory_proj.to(grad_scores.dtype), counts)
     readable = grad_scores.masked_fill(~counts, 0.0)
@@ -233,7 +236,9 @@ def concat_gradients(
     wanted: list[bool],
 ) -> Gradients:
     """`concat_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
-    reference.check_widths(query_proj, memory)
+    operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
+    operands.check_seeds(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
+    operands.check_grad_logsumexp(grad_logsumexp, saved[2])
     masks = reference.as_masking(masking)
     result = reference.concat_attention(query_proj, memory_proj, v, memory, masks)
     counts = reference.counted_positions(memory, masks)

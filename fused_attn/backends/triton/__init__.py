@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fused_attn import operands
 from fused_attn.problem import AttentionProblem
 from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
@@ -65,6 +66,7 @@ def dot_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
+    operands.check_dot(query, memory, masking)
     from fused_attn.backends.triton import forward
 
     return forward.dot(query, memory, scale, masking, return_weights, return_logsumexp)
@@ -80,6 +82,8 @@ def dot_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
+    operands.check_dot(query, memory, masking)
+    operands.check_seeds(grad_context, grad_weights, saved, query, memory, wanted, 3)
     from fused_attn.backends.triton import backward
 
     seeds = (grad_context, grad_weights)
@@ -96,6 +100,7 @@ def concat_forward(
     return_weights: bool,
     return_logsumexp: bool,
 ) -> Outputs:
+    operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
     from fused_attn.backends.triton import forward
 
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
@@ -114,6 +119,8 @@ def concat_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
+    operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
+    operands.check_seeds(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
     from fused_attn.backends.triton import backward
 
     grads = (grad_context, grad_weights)
@@ -127,6 +134,7 @@ def concat_scores(
     v: Tensor,
     masking: MaskingFields,
 ) -> Tensor:
+    operands.check_scores(query_proj, memory_proj, memory_exp, v, masking)
     from fused_attn.backends.triton import forward
 
     return forward.concat_scores(query_proj, memory_proj, v, masking)
@@ -141,6 +149,8 @@ def concat_scores_backward(
     masking: MaskingFields,
     wanted: list[bool],
 ) -> Gradients:
+    operands.check_scores(query_proj, memory_proj, memory_exp, v, masking)
+    operands.check_grad_scores(grad_scores, query_proj, memory_proj, wanted)
     from fused_attn.backends.triton import backward
 
     return backward.concat_scores(grad_scores, query_proj, memory_proj, v, masking, wanted)

@@ -1,0 +1,206 @@
+"""Whether the operands of an operator fit one another: shapes, dtypes and devices.
+
+The one place for backends written in Python, which read what they are given; native code checks the
+same in csrc/call.h, with the same sentences. A public function has checked its arguments before;
+this is for who calls an operator by name, or fills a `PreparedMemory`. Nothing is read, sizes may
+be symbolic, and a call costs 1 to 3 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_attn.reference import MaskingFields, Saved, arithmetic_dtype
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SHORT = (torch.float32, torch.bfloat16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(
+    name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype is not dtype:
+        if dtype is torch.bool:
+            raise TypeError(f"{name} must be a bool Tensor, got {_name(tensor.dtype)}")
+        raise TypeError(f"{name} must have the dtype {_name(dtype)}, got {_name(tensor.dtype)}")
+    if tensor.device != device:
+        raise TypeError(f"{name} must be on {device}, got a tensor on {tensor.device}")
+
+
+class _Ends(NamedTuple):
+    """What a query and a memory that fit say of all the others."""
+
+    batch: int
+    queries: int
+    source: int
+    width: int  # of the query
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _check_ends(name: str, query: Tensor, partner: str, memory: Tensor, is_dot: bool) -> _Ends:
+    shape, rows = query.shape, memory.shape
+    if len(shape) != 3 or len(rows) != 3:
+        raise ValueError(
+            f"{name} and {partner} must have shapes (B, T, K) and (B, S, E), got {tuple(shape)} "
+            f"and {tuple(rows)}"
+        )
+    queries, width = shape[1], shape[2]
+    if width < 1 or rows[2] < 1:
+        raise ValueError(
+            f"{name} and {partner} must have widths of at least 1, got shapes {tuple(shape)} and "
+            f"{tuple(rows)}"
+        )
+    dtype, device = memory.dtype, memory.device
+    _check(name, query, (rows[0], queries, rows[2] if is_dot else width), dtype, device)
+    return _Ends(rows[0], queries, rows[1], width, dtype, device)
+
+
+def _check_masking(masking: MaskingFields, ends: _Ends) -> None:
+    lengths, mask, keep, _, window = masking
+    batch, queries, source, _, dtype, device = ends
+    if lengths is not None:
+        kind = lengths.dtype
+        if kind not in _INTEGERS:
+            raise TypeError(f"memory_lengths must be an integer Tensor, got {_name(kind)}")
+        _check("memory_lengths", lengths, (batch,), kind, device)
+    if mask is not None:
+        shape: tuple[int, ...] = (batch, source)
+        if mask.dim() == 3:
+            shape = (batch, 1 if mask.shape[1] == 1 else queries, source)
+        _check("memory_mask", mask, shape, torch.bool, device)
+    if keep is not None:
+        _check("keep_mask", keep, (batch, queries, source), torch.bool, device)
+    if window is not None:
+        _check("window.centers", window[0], (batch, queries), arithmetic_dtype(dtype), device)
+
+
+def check_dot(query: Tensor, memory: Tensor, masking: MaskingFields) -> None:
+    """Refuse operands of the dot score that do not fit: ValueError (shape), TypeError (the rest).
+
+    query (B, T, E), memory (B, S, E), lengths int (B,), mask bool (B, S) or (B, 1 or T, S), keep
+    bool (B, T, S), centers (B, T) in the dtype of the arithmetic; all on the device of memory.
+    """
+    _check_masking(masking, _check_ends("query", query, "memory", memory, True))
+
+
+def check_concat(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    memory: Tensor,
+    masking: MaskingFields,
+) -> None:
+    """As `check_dot`: query_proj (B, T, A), memory_proj and memory_exp (B, S, A), v (A,)."""
+    ends = _check_ends("query_proj", query_proj, "memory", memory, False)
+    batch, _, source, width, dtype, device = ends
+    _check("memory_proj", memory_proj, (batch, source, width), dtype, device)
+    _check_score(ends, memory_exp, v, masking)
+
+
+def check_scores(
+    query_proj: Tensor,
+    memory_proj: Tensor,
+    memory_exp: Tensor | None,
+    v: Tensor,
+    masking: MaskingFields,
+) -> None:
+    """As `check_concat`, without a memory."""
+    ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, True)
+    _check_score(ends, memory_exp, v, masking)
+
+
+def _check_score(ends: _Ends, memory_exp: Tensor | None, v: Tensor, masking: MaskingFields) -> None:
+    batch, _, source, width, dtype, device = ends
+    if memory_exp is not None:
+        wide = memory_exp.dtype
+        if dtype is torch.float64 or wide not in _SHORT:
+            wide = arithmetic_dtype(dtype)
+        _check("memory_exp", memory_exp, (batch, source, width), wide, device)
+    _check("v", v, (width,), dtype, device)
+    _check_masking(masking, ends)
+
+
+def check_seeds(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    saved: Saved,
+    query: Tensor,
+    memory: Tensor,
+    wanted: Sequence[bool],
+    count: int,
+) -> None:
+    """Refuse what comes back to a forward call of these operands, and what it left, if unfit.
+
+    grad_context and context (B, T, E), grad_weights and weights (B, T, S), logsumexp (B, T) in the
+    dtype of the arithmetic; weights must be there where they have a gradient.
+    """
+    context, weights, logsumexp = saved
+    dtype, device, (batch, source, width) = memory.dtype, memory.device, memory.shape
+    queries = query.shape[1]
+    _check("context", context, (batch, queries, width), dtype, device)
+    if grad_context is not None:
+        _check("grad_context", grad_context, (batch, queries, width), dtype, device)
+    if grad_weights is not None:
+        _check("grad_weights", grad_weights, (batch, queries, source), dtype, device)
+    if grad_weights is not None or weights is not None:
+        _check("weights", weights, (batch, queries, source), dtype, device)
+    _check("logsumexp", logsumexp, (batch, queries), arithmetic_dtype(dtype), device)
+    _check_wanted(wanted, count)
+
+
+def check_grad_scores(
+    grad_scores: Tensor, query_proj: Tensor, memory_proj: Tensor, wanted: Sequence[bool]
+) -> None:
+    """Refuse a gradient of scores that is not (B, T, S) in the dtype of the arithmetic."""
+    shape = (query_proj.shape[0], query_proj.shape[1], memory_proj.shape[1])
+    wide = arithmetic_dtype(memory_proj.dtype)
+    _check("grad_scores", grad_scores, shape, wide, memory_proj.device)
+    _check_wanted(wanted, 3)
+
+
+def check_grad_logsumexp(grad_logsumexp: Tensor | None, logsumexp: Tensor) -> None:
+    """Refuse a gradient that is not like what it is the gradient of."""
+    if grad_logsumexp is not None:
+        kind = (logsumexp.dtype, logsumexp.device)
+        _check("grad_logsumexp", grad_logsumexp, tuple(logsumexp.shape), *kind)
+
+
+def _check_wanted(wanted: Sequence[bool], count: int) -> None:
+    if len(wanted) != count:
+        raise TypeError(f"wanted must be a list of {count} bools")
+
+
+def check_rows(query: Tensor, offsets: Tensor, names: Sequence[str], *rows: Tensor | None) -> None:
+    """Refuse ``rows``, each (N, its width), that offsets (B + 1) of sequences do not go with.
+
+    The last of them is the memory, after which the others have to be long. Offsets that do not
+    rise from 0 to N are not looked for: they are on the device.
+    """
+    memory = rows[-1]
+    assert memory is not None
+    if query.dim() != 3 or memory.dim() != 2:
+        raise ValueError(
+            f"query and memory must have shapes (B, T, K) and (N, E), got {tuple(query.shape)} and "
+            f"{tuple(memory.shape)}"
+        )
+    if offsets.dtype not in _INTEGERS:
+        raise TypeError(f"offsets must be an integer Tensor, got {_name(offsets.dtype)}")
+    _check("offsets", offsets, (query.shape[0] + 1,), offsets.dtype, memory.device)
+    for name, tensor in zip(names, rows[:-1], strict=True):
+        if tensor is not None:
+            shape = (memory.shape[0], query.shape[2])
+            _check(name, tensor, shape, tensor.dtype, memory.device)

@@ -1,0 +1,113 @@
+"""Every variant of the Triton kernels that the launch table can ask for, against the oracle.
+
+The calls are chosen from the table as it is (see `tiles`), so that new tiles bring calls of their
+own. Where kernels are interpreted a part of the calls runs; with TILES=all, as in
+`make test-tiles`, all do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tiles
+from fused_attn.kernels.launch import Chip
+from targets import TARGETS, Target
+
+from fused_attn import testing
+from fused_attn.backends.triton import backward, call, forward, window
+from fused_attn.testing import Case, Inputs
+
+# The table is asked about the GPU that is here, or in its absence about one that would be.
+ON_GPU = torch.cuda.is_available()
+CHIP = call.chip(torch.device("cuda", 0)) if ON_GPU else tiles.H200
+TRITON = [target for target in TARGETS if isinstance(target, Target) and target.backend == "triton"]
+CASES = tiles.chosen(tiles.small(), CHIP) if TRITON else []
+# Half of the variants of 16 bits in either type.
+CASES = [
+    replace(case, dtype=torch.float16) if case.dtype == torch.bfloat16 and index % 2 else case
+    for index, case in enumerate(CASES)
+]
+
+
+def is_short(case: Case) -> bool:
+    """Whether interpreting takes a second or two, and the contract tests leave the sizes out."""
+    beyond = case.queries > 20 or case.source > 170 or case.memory_dim > 70
+    return beyond and case.source < 1000 and tiles.work(case) < 3_000_000
+
+
+RUN = CASES
+if not ON_GPU and os.environ.get("TILES") != "all":
+    RUN = tiles.chosen(filter(is_short, CASES), CHIP, tiles.interpreted)
+
+
+def regime(case: Case) -> str:
+    """The kernels that make the context, as the first word of a test's name."""
+    if case.window != "none":
+        return "window"
+    names = {one.kernel.__name__ for one in tiles.launches(case, CHIP)}
+    return next(word for word in ("online", "rows", "step") if f"{word}_forward" in names)
+
+
+def name(value: object) -> str:
+    return f"{regime(value)}-{value}" if isinstance(value, Case) else str(value)
+
+
+def cut(inputs: Inputs) -> Inputs:
+    """The inputs with lengths of which one ends within a tile."""
+    batch, source, _ = inputs.tensors["memory"].shape
+    if inputs.masking.memory_lengths is None:
+        return inputs
+    lengths = torch.tensor([source - source // 3, source, 0])[:batch]
+    lengths = lengths.to(inputs.tensors["memory"].device)
+    return replace(inputs, masking=inputs.masking._replace(memory_lengths=lengths))
+
+
+@contextmanager
+def launching(chip: Chip) -> Iterator[list[call.Launch]]:
+    """Within it the table is asked about ``chip``, and what is launched is kept in the list."""
+    found: list[call.Launch] = []
+    enqueue = call.enqueue
+
+    def kept(kernel: Any, programs: Any, arguments: Any, **options: Any) -> None:
+        enqueue(kernel, programs, arguments, **options)
+        found.append(call.Launch(kernel, programs, arguments, options))
+
+    with ExitStack() as patches:
+        for module in (call, forward, backward, window):
+            patches.enter_context(mock.patch.object(module, "enqueue", kept))
+        patches.enter_context(mock.patch.object(call, "chip", lambda device: chip))
+        yield found
+
+
+@pytest.mark.parametrize("target", TRITON, ids=str)
+@pytest.mark.parametrize("case", RUN, ids=name)
+def test_every_variant(case: Case, target: Target) -> None:
+    inputs = cut(testing.make_inputs(case, device=target.device))
+    with launching(CHIP) as launches:
+        got = target.run(inputs)
+    testing.check_results(got, testing.oracle(inputs), testing.plain(inputs))
+    reached = {variant for one in launches for variant in tiles.variants_of(one, case)}
+    assert reached >= tiles.variants(case, CHIP)
+
+
+@pytest.mark.skipif(not TRITON, reason="the triton backend cannot run here")
+def test_no_variant_is_left_out() -> None:
+    """Calls of every size that models have reach nothing that the calls above do not."""
+    tested = {variant for case in CASES for variant in tiles.variants(case, CHIP)}
+    missing = {
+        variant: str(case)
+        for case in tiles.large(3000)
+        for variant in tiles.variants(case, CHIP)
+        if variant not in tested
+    }
+    assert not missing
