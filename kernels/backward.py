@@ -201,7 +201,7 @@ def rows_backward(
         scores *= scale
 
     scores = hide(scores, counts, bad, MASK)
-    grad, excess = score_gradients(
+    grad, _excess = score_gradients(
         scores, grads, delta, counts, queries, b, offs_t, offs_s,
         grad_weights, logsumexp, keep, kept, grad_scores,
         extra_b, extra_t, extra_s, T, S, P * PITCH, count, scale, keep_scale, not SPLIT,
@@ -416,7 +416,7 @@ def source_gradients(
     grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
     Where another kernel left sums to be merged, programs from ``sources`` on do `merge_sums`.
     """
-    if partial is not None:
+    if partial is not None or partial_v is not None:
         if tl.program_id(0) >= sources:
             merge_sums(
                 tl.program_id(0) - sources, partial, lengths, total, partial_v, grad_v,

@@ -28,6 +28,7 @@ from .tiles import (
 )
 
 TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
+EXP_COLUMNS = tl.constexpr(8)  # the number of prepared columns is a multiple of it
 EXP_ROWS = tl.constexpr(16)  # rows that share a peak, and of which prepared tiles are multiples
 PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
 
@@ -120,7 +121,8 @@ def concat_scores(
 ):  # fmt: skip
     """The scores (BLOCK_T, BLOCK_S) of a tile, and with MASK == 2 the rows that are not finite.
 
-    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is even, exp_queries
+    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is a
+    multiple of EXP_COLUMNS, exp_queries
     and exp_source are in units of EXP_ROWS.
     """
     total = in_squares(tl.zeros((BLOCK_T, BLOCK_S), tl.float32))
@@ -134,19 +136,22 @@ def concat_scores(
     if tl.max(high_query, axis=0) + tl.max(high_memory, axis=0) < PAIR_LIMIT:
         at_query = exp_query + b.to(tl.int64) * exp_width * exp_queries + offs_t
         at_memory = exp_memory + b.to(tl.int64) * exp_width * exp_source + offs_s
-        for a in range(0, exp_width, 2):
-            v0 = tl.load(v + a).to(tl.float32)
-            v1 = tl.load(v + a + 1, mask=a + 1 < A, other=0.0).to(tl.float32)
-            q0 = tl.load(at_query)
-            q1 = tl.load(at_query + exp_queries)
-            m0 = tl.load(at_memory)
-            m1 = tl.load(at_memory + exp_source)
-            x0 = 1.0 + q0[:, None] * m0[None, :]
-            x1 = 1.0 + q1[:, None] * m1[None, :]
-            total += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST_RCP)
-            weight_sum += v0 + v1
-            at_query += 2 * exp_queries
-            at_memory += 2 * exp_source
+        for a in range(0, exp_width, EXP_COLUMNS):
+            # Unrolled, so that the loads of all pairs are on their way before the first is used.
+            for pair in tl.static_range(EXP_COLUMNS // 2):
+                v0 = tl.load(v + a + 2 * pair, mask=a + 2 * pair < A, other=0.0).to(tl.float32)
+                v1 = tl.load(v + a + 2 * pair + 1, mask=a + 2 * pair + 1 < A, other=0.0)
+                v1 = v1.to(tl.float32)
+                q0 = tl.load(at_query + 2 * pair * exp_queries)
+                q1 = tl.load(at_query + (2 * pair + 1) * exp_queries)
+                m0 = tl.load(at_memory + 2 * pair * exp_source)
+                m1 = tl.load(at_memory + (2 * pair + 1) * exp_source)
+                x0 = 1.0 + q0[:, None] * m0[None, :]
+                x1 = 1.0 + q1[:, None] * m1[None, :]
+                total += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST_RCP)
+                weight_sum += v0 + v1
+            at_query += EXP_COLUMNS * exp_queries
+            at_memory += EXP_COLUMNS * exp_source
     else:
         plain_query = query + offs_t.to(tl.int64) * query_t
         plain_memory = memory_proj + offs_s.to(tl.int64) * proj_s
@@ -194,104 +199,168 @@ def concat_scores_only(
     tl.store(at, hide(result, counts, bad, MASK), mask=inside)
 
 
+@triton.jit
+def other_row(at_other, other_mask, mask_step, other, end, columns, BLOCK_A: tl.constexpr):
+    """Columns of row ``other`` of a projection, 0 where it has ended or its mask hides it."""
+    # As a vector: in the interpreter a loop counts in plain integers.
+    place = tl.zeros((BLOCK_A,), tl.int32) + other
+    inside = columns & (place < end)
+    if other_mask is not None:
+        at_mask = other_mask + place.to(tl.int64) * mask_step
+        inside = inside & (tl.load(at_mask, mask=inside, other=0) != 0)
+    return finite_or_zero(tl.load(at_other, mask=inside, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def gradient_rows(
+    exps, plain, at_grad, at_other, rows, columns, other_mask, mask_step, grad_step, other_step,
+    end, paired,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, WITH_V: tl.constexpr, FAST_RCP: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows of the other side: of g (r - r^2), and with WITH_V of g r and of g.
+
+    ``plain`` (BLOCK_R, BLOCK_A) are the rows of one projection that a program owns, ``exps`` are
+    exp(2 plain). at_grad and at_other point to the first of the ``end`` rows of the other; those
+    that its mask hides are not read. Nothing is summed across threads: each has its own elements.
+    """
+    grad = tl.zeros((BLOCK_R, BLOCK_A), tl.float32)
+    grad_r = tl.zeros((BLOCK_R, BLOCK_A), tl.float32)
+    grad_sum = tl.zeros((BLOCK_R,), tl.float32)
+    none = tl.zeros((BLOCK_R,), tl.int32)
+    if paired:
+        for start in range(0, end, 4):
+            for half in tl.static_range(2):
+                o = start + 2 * half
+                at_g = at_grad + 2 * half * grad_step
+                at_y = at_other + 2 * half * other_step
+                g0 = tl.load(at_g, mask=rows & (none + o < end), other=0.0)
+                g1 = tl.load(at_g + grad_step, mask=rows & (none + (o + 1) < end), other=0.0)
+                y0 = other_row(at_y, other_mask, mask_step, o, end, columns, BLOCK_A)
+                at_y += other_step
+                y1 = other_row(at_y, other_mask, mask_step, o + 1, end, columns, BLOCK_A)
+                x0 = 1.0 + tl.exp2(y0 * TWO_LOG2E)[None, :] * exps
+                x1 = 1.0 + tl.exp2(y1 * TWO_LOG2E)[None, :] * exps
+                both = reciprocal(x0 * x1, FAST_RCP)
+                r0 = x1 * both
+                r1 = x0 * both
+                # Written so that every product ends in an addition.
+                grad += g0[:, None] * (r0 - r0 * r0)
+                grad += g1[:, None] * (r1 - r1 * r1)
+                if WITH_V:
+                    grad_r += g0[:, None] * r0
+                    grad_r += g1[:, None] * r1
+                    grad_sum += g0 + g1
+            at_grad += 4 * grad_step
+            at_other += 4 * other_step
+    else:
+        for o in range(0, end):
+            g = tl.load(at_grad, mask=rows, other=0.0)
+            y = other_row(at_other, other_mask, mask_step, o, end, columns, BLOCK_A)
+            r = 1.0 / (1.0 + tl.exp2((y[None, :] + plain) * TWO_LOG2E))
+            gr = g[:, None] * r
+            grad += gr - gr * r
+            if WITH_V:
+                grad_r += gr
+                grad_sum += g
+            at_grad += grad_step
+            at_other += other_step
+    return grad, grad_r, grad_sum
+
+
+@triton.jit
+def finite_or_zero(x):
+    """What is not finite has a score of NaN where it counts, and none elsewhere."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def highest_peaks(query_peak, memory_peak, exp_queries, exp_source, BLOCKS: tl.constexpr):
+    """The largest |q| and |m| of a batch row, added."""
+    index = tl.arange(0, BLOCKS)
+    peaks = tl.load(query_peak + index, mask=index < exp_queries, other=0.0)
+    others = tl.load(memory_peak + index, mask=index < exp_source, other=0.0)
+    return tl.max(peaks, axis=0) + tl.max(others, axis=0)
+
+
 @entry
 def concat_gradients(
     grad_scores, query_proj, memory_proj, v, query_peak, memory_peak, lengths, mask,
-    grad_memory_proj, partial_query, partial_v,
+    grad_query_proj, grad_memory_proj, partial_v,
     query_b, query_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
     T, S, A, exp_queries, exp_source, score_t,
-    MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCKS: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both projections and of v from those of the scores, grad_scores (B, T, score_t).
 
-    A program owns BLOCK_S rows and BLOCK_A columns of memory_proj and meets all queries two by two,
-    so that two terms share a reciprocal: grad_memory_proj is written once. It leaves its part of
-    the query's gradient, partial_query (B, blocks, T, A), and of v's, partial_v (B blocks, A).
+    A program owns BLOCK_T rows of the query's projection, or BLOCK_S of the memory's, and BLOCK_A
+    columns, and meets all rows of the other side two by two, so that two terms share a reciprocal.
+    tanh(q + m) does not tell the sides apart: both do the same. Each term is computed twice, which
+    is less than a sum across threads for every row would be, and what that would leave in memory.
+    v's gradient is left in parts, partial_v (B blocks, A). Outputs are None where nobody asks.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     A = A * UNIT
     a_blocks = tl.cdiv(A, BLOCK_A)
+    t_blocks = tl.cdiv(T, BLOCK_T)
     s_blocks = tl.cdiv(S, BLOCK_S)
-    program = tl.program_id(0)
-    a_block = program % a_blocks
-    s_block = (program // a_blocks) % s_blocks
-    b = program // (a_blocks * s_blocks)
-    offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
+    if grad_query_proj is None:
+        t_blocks = 0 * t_blocks
+    batch_rows = tl.num_programs(0) // (a_blocks * (t_blocks + s_blocks))
+    a_block = tl.program_id(0) % a_blocks
+    block = tl.program_id(0) // a_blocks
     offs_a = a_block * BLOCK_A + tl.arange(0, BLOCK_A)
     columns = offs_a < A
-    count = row_count(lengths, lengths_stride, b, S)
-    rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
-    at_s = b.to(tl.int64) * S + offs_s
-    at_grad = grad_memory_proj + at_s[:, None] * A + offs_a[None, :]
-    inside = (offs_s < S)[:, None] & columns[None, :]
-    slot = b.to(tl.int64) * s_blocks + s_block
-    if s_block * BLOCK_S >= count:
-        zeros = tl.zeros((BLOCK_S, BLOCK_A), grad_memory_proj.dtype.element_ty)
-        tl.store(at_grad, zeros, mask=inside)
-        tl.store(partial_v + slot * A + offs_a, tl.zeros((BLOCK_A,), tl.float32), mask=columns)
-        return
-    m = load_tile(memory_proj + b.to(tl.int64) * proj_b, proj_s, offs_s, rows, offs_a, A)
-    m = m.to(tl.float32)
-    if MASK == 2:
-        m = tl.where(tl.abs(m) < float("inf"), m, 0.0)  # its scores are NaN where they count
     weight = 4.0 * tl.load(v + offs_a, mask=columns, other=0.0).to(tl.float32)
-    index = tl.arange(0, BLOCKS)
-    peaks = tl.load(query_peak + b * exp_queries + index, mask=index < exp_queries, other=0.0)
-    others = tl.load(memory_peak + b * exp_source + index, mask=index < exp_source, other=0.0)
-    paired = tl.max(peaks, axis=0) + tl.max(others, axis=0) < PAIR_LIMIT
-
-    m = in_squares(m)
-    exps = tl.exp2(m * TWO_LOG2E)
-    grad_m = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
-    grad_r = tl.zeros((BLOCK_S, BLOCK_A), tl.float32)
-    grad_sum = tl.zeros((BLOCK_S,), tl.float32)
-    at_score = grad_scores + b.to(tl.int64) * T * score_t + offs_s
-    at_query = query_proj + b.to(tl.int64) * query_b + offs_a
-    at_part = partial_query + slot * T * A + offs_a
-    if paired:
-        for t in range(0, T, 2):
-            # As tensors: in the interpreter a loop counts in plain integers.
-            second_rows = rows & (offs_s * 0 + (t + 1) < T)
-            second = columns & (offs_a * 0 + (t + 1) < T)
-            g0 = tl.load(at_score, mask=rows, other=0.0)
-            g1 = tl.load(at_score + score_t, mask=second_rows, other=0.0)
-            q0 = tl.load(at_query, mask=columns, other=0.0).to(tl.float32)
-            q1 = tl.load(at_query + query_t, mask=second, other=0.0).to(tl.float32)
-            x0 = 1.0 + tl.exp2(q0 * TWO_LOG2E)[None, :] * exps
-            x1 = 1.0 + tl.exp2(q1 * TWO_LOG2E)[None, :] * exps
-            both = reciprocal(x0 * x1, FAST_RCP)
-            r0 = x1 * both
-            r1 = x0 * both
-            u0 = r0 - r0 * r0
-            u1 = r1 - r1 * r1
-            # Written so that every product ends in an addition: eleven multiply-adds for two terms.
-            grad_m += g0[:, None] * u0
-            grad_m += g1[:, None] * u1
-            grad_r += g0[:, None] * r0
-            grad_r += g1[:, None] * r1
-            grad_sum += g0 + g1
-            tl.store(at_part, weight * tl.sum(g0[:, None] * u0, axis=0), mask=columns)
-            tl.store(at_part + A, weight * tl.sum(g1[:, None] * u1, axis=0), mask=second)
-            at_score += 2 * score_t
-            at_query += 2 * query_t
-            at_part += 2 * A
+    # Those of the query first: each meets S rows, where the others meet T.
+    if block < batch_rows * t_blocks:
+        b = (block // t_blocks).to(tl.int64)
+        offs_t = (block % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+        queries = offs_t < T
+        count = row_count(lengths, lengths_stride, b, S)
+        q = load_tile(query_proj + b * query_b, query_t, offs_t, queries, offs_a, A).to(tl.float32)
+        q = in_squares(finite_or_zero(q))
+        peak = highest_peaks(
+            query_peak + b * exp_queries, memory_peak + b * exp_source, exp_queries, exp_source,
+            BLOCKS,
+        )  # fmt: skip
+        hidden = None
+        if MASK == 1:
+            hidden = mask + b * mask_b
+        grad_q, _, _ = gradient_rows(
+            tl.exp2(q * TWO_LOG2E), q, grad_scores + (b * T + offs_t) * score_t,
+            memory_proj + b * proj_b + offs_a, queries, columns, hidden, mask_s, 1, proj_s,
+            count, peak < PAIR_LIMIT, BLOCK_T, BLOCK_A, False, FAST_RCP,
+        )  # fmt: skip
+        grad_q *= weight[None, :]
+        at_q = grad_query_proj + (b * T + offs_t)[:, None] * A + offs_a[None, :]
+        inside_q = queries[:, None] & columns[None, :]
+        tl.store(at_q, grad_q.to(grad_query_proj.dtype.element_ty), mask=inside_q)
     else:
-        for _ in range(0, T):
-            g = tl.load(at_score, mask=rows, other=0.0)
-            q = tl.load(at_query, mask=columns, other=0.0).to(tl.float32)
-            r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
-            gr = g[:, None] * r
-            u = gr - gr * r
-            grad_m += u
-            grad_r += gr
-            grad_sum += g
-            tl.store(at_part, weight * tl.sum(u, axis=0), mask=columns)
-            at_score += score_t
-            at_query += query_t
-            at_part += A
-    grad = tl.where(rows[:, None], grad_m * weight[None, :], 0.0)
-    tl.store(at_grad, grad.to(grad_memory_proj.dtype.element_ty), mask=inside)
-    part = tl.sum(grad_sum, axis=0) - 2.0 * tl.sum(grad_r, axis=0)
-    tl.store(partial_v + slot * A + offs_a, part, mask=columns)
+        block -= batch_rows * t_blocks
+        b = (block // s_blocks).to(tl.int64)
+        offs_s = (block % s_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+        count = row_count(lengths, lengths_stride, b, S)
+        rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
+        m = load_tile(memory_proj + b * proj_b, proj_s, offs_s, rows, offs_a, A).to(tl.float32)
+        m = in_squares(finite_or_zero(m))
+        peak = highest_peaks(
+            query_peak + b * exp_queries, memory_peak + b * exp_source, exp_queries, exp_source,
+            BLOCKS,
+        )  # fmt: skip
+        end = T
+        if (block % s_blocks) * BLOCK_S >= count:
+            end = 0 * T  # padding has zeros
+        grad_m, grad_r, grad_sum = gradient_rows(
+            tl.exp2(m * TWO_LOG2E), m, grad_scores + b * T * score_t + offs_s,
+            query_proj + b * query_b + offs_a, rows, columns, None, 0, score_t, query_t,
+            end, peak < PAIR_LIMIT, BLOCK_S, BLOCK_A, True, FAST_RCP,
+        )  # fmt: skip
+        grad_m = tl.where(rows[:, None], grad_m * weight[None, :], 0.0)
+        at_m = grad_memory_proj + (b * S + offs_s)[:, None] * A + offs_a[None, :]
+        inside_m = (offs_s < S)[:, None] & columns[None, :]
+        tl.store(at_m, grad_m.to(grad_memory_proj.dtype.element_ty), mask=inside_m)
+        part = tl.sum(grad_sum, axis=0) - 2.0 * tl.sum(grad_r, axis=0)
+        slot = (b * s_blocks + block % s_blocks) * A + offs_a
+        tl.store(partial_v + slot, part, mask=columns)

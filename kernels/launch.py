@@ -260,7 +260,7 @@ def source_gradients(memory_dim: int, kind: Kind) -> Plan:
 
 @lru_cache(maxsize=1024)
 def concat_gradients(score_dim: int, kind: Kind) -> Plan:
-    """Gradients of the projections: three sums of 32 elements a thread, 8 rows of a column each."""
+    """Gradients of the projections: sums of 16 elements a thread, which meet no other thread's."""
     most = 128 if kind.is_aligned and not kind.is_wide and not kind.is_cube else 64
-    tiles = {"BLOCK_S": 32, "BLOCK_A": min(most, power_of_2(score_dim, 16))}
-    return Plan("concat", 1, 32, tiles, 4, 1)
+    tiles = {"BLOCK_T": 16, "BLOCK_S": 16, "BLOCK_A": min(most, power_of_2(score_dim, 16))}
+    return Plan("concat", 1, tiles["BLOCK_S"], tiles, 4, 1)

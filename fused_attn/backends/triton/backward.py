@@ -252,27 +252,31 @@ def _finish(
 
 
 def _concat_grads(
-    call: Call, memory_proj: Tensor, v: Tensor, grad_scores: Tensor, factors: Factors
-) -> tuple[tuple[Tensor, ...], Sums]:
-    """Gradients of both projections and of v from those of the scores; two are still to be summed.
+    call: Call,
+    memory_proj: Tensor,
+    v: Tensor,
+    grad_scores: Tensor,
+    factors: Factors,
+    wanted: list[bool],
+) -> tuple[Gradients, Sums]:
+    """Gradients of both projections and of v from those of the scores; v's is still to be summed.
 
     grad_scores (B, T, S or more), contiguous.
     """
     batch, queries, source, _, width = call.sizes
     masks, plan = call.masks, launch.concat_gradients(width, call.kind)
-    blocks = -(-source // plan.segment)
-    partial_query = call.floats(batch, blocks, queries, width)
-    partial_v = call.floats(batch * blocks, width)
-    grad_query = call.memory.new_empty((batch, queries, width))
+    t_blocks = -(-queries // plan.tiles["BLOCK_T"]) if wanted[0] else 0
+    s_blocks = -(-source // plan.tiles["BLOCK_S"])
+    grad_query = call.memory.new_empty((batch, queries, width)) if wanted[0] else None
     grad_proj = call.memory.new_empty((batch, source, width))
-    grad_v = torch.empty_like(v)
+    partial_v, grad_v = call.floats(batch * s_blocks, width), torch.empty_like(v)
     peaks = factors.sizes[1:]
     enqueue(
         concat_kernels.concat_gradients,
-        (batch * blocks * -(-width // plan.tiles["BLOCK_A"]),),
+        (batch * (t_blocks + s_blocks) * -(-width // plan.tiles["BLOCK_A"]),),
         (
             *(grad_scores, call.query, memory_proj, v, factors.query_peak, factors.memory_peak),
-            *(masks.lengths, masks.mask, grad_proj, partial_query, partial_v),
+            *(masks.lengths, masks.mask, grad_query, grad_proj, partial_v),
         ),
         (
             *(*call.strides(call.query), *call.strides(memory_proj), masks.lengths_stride),
@@ -285,13 +289,8 @@ def _concat_grads(
         **call.unit,
         **call.fast,
     )
-    sums = Sums(partial_query, grad_query, blocks, plan.segment, partial_v, grad_v)
-    return (grad_query, grad_proj, grad_v), sums
-
-
-def _only(wanted: list[bool], grads: tuple[Tensor, ...]) -> Gradients:
-    """The wanted ones of what one launch computes together."""
-    return tuple(g if is_wanted else None for g, is_wanted in zip(grads, wanted, strict=True))
+    found = (grad_query, grad_proj if wanted[1] else None, grad_v if wanted[2] else None)
+    return found, Sums(None, None, partial_v=partial_v, grad_v=grad_v)
 
 
 def concat_scores(
@@ -310,9 +309,9 @@ def concat_scores(
         hidden = ~reference.counted_positions(memory_proj, masking)
         grads = grad_scores.masked_fill(hidden, 0.0).contiguous()
         factors = factors_of(call, memory_proj, plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"])
-        found, sums = _concat_grads(call, memory_proj, v, grads, factors)
+        found, sums = _concat_grads(call, memory_proj, v, grads, factors, wanted)
         call.merge(sums)
-        return _only(wanted, found)
+        return found
 
 
 def concat(
@@ -340,7 +339,6 @@ def concat(
         kept, grad_scores, _, factors, sums = _read_memory(call, plan, seeds, 1.0, inputs, False)
         grads: Gradients = (None, None, None)
         if any(wanted[:3]):
-            found, sums = _concat_grads(call, memory_proj, v, grad_scores, factors)
-            grads = _only(wanted[:3], found)
+            grads, sums = _concat_grads(call, memory_proj, v, grad_scores, factors, wanted)
         grad_memory = _finish(call, seeds, kept, None, sums, wanted[3])
         return *grads, grad_memory, None

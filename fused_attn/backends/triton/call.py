@@ -225,7 +225,8 @@ class Factors(NamedTuple):
 
 def factors_of(call: Call, memory_proj: Tensor, block_t: int, block_s: int) -> Factors:
     batch, queries, source, _, width = call.sizes
-    even, unit, masks = width + width % 2, concat.EXP_ROWS.value, call.masks
+    even = -(-width // concat.EXP_COLUMNS.value) * concat.EXP_COLUMNS.value
+    unit, masks = concat.EXP_ROWS.value, call.masks
     padded = (-(-queries // block_t) * block_t, max(-(-source // block_s), 1) * block_s)
     units = (padded[0] // unit, padded[1] // unit)
     exps = [call.floats(batch, even, rows) for rows in padded]
