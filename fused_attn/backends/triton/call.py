@@ -58,7 +58,7 @@ def enqueue(
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, (*tensors, *numbers), options))
     elif 0 not in programs:
-        bound(kernel, **options)(programs, tensors, numbers)
+        bound(kernel, options)(programs, tensors, numbers)
 
 
 @cache
