@@ -93,7 +93,7 @@ TRAINING = [
     (64, 64, 1024, 512), (64, 64, 1024, 1024), (64, 50, 50, 512), (128, 10, 128, 1024),
     (64, 64, 512, 512), (32, 40, 200, 512), (16, 30, 300, 1000), (64, 40, 100, 384),
 ]  # fmt: skip
-SMALL_WORK = ("merge_forward", "merge_sum", "concat_exponentials", "weight_deltas")
+SMALL_WORK = ("merge_forward", "merge_alone", "concat_exponentials", "weight_deltas")
 
 
 @pytest.mark.parametrize("sizes", TRAINING, ids=str)

@@ -181,7 +181,7 @@ def test_every_device_has_its_own(gpu: SimpleNamespace, bound: launcher.Bound) -
 def test_other_constants_are_another_kernel(gpu: SimpleNamespace) -> None:
     x, kernel = torch.zeros(16), new_kernel()
     for block in (16, 32, 16, 32):
-        launcher.bound(kernel, BLOCK=block)((1,), (x, x), (1, 1.0))
+        launcher.bound(kernel, {"BLOCK": block})((1,), (x, x), (1, 1.0))
     assert [options for _, _, options in gpu.normal] == [{"BLOCK": 16}, {"BLOCK": 32}]
 
 

@@ -18,7 +18,7 @@ from fused_attn.backends.triton.call import (
     factors_of,
     unit,
 )
-from fused_attn.kernels import backward, launch, step
+from fused_attn.kernels import backward, gradients, launch, step
 from fused_attn.kernels import concat as concat_kernels
 from fused_attn.reference import Gradients, MaskingFields, Saved
 
@@ -103,7 +103,8 @@ def _read_memory(
 ) -> tuple[Tensor, Tensor, Tensor | None, Factors, Sums]:
     """One pass over the memory: P, dS, and for dot, where it is wanted, the query's gradient.
 
-    P and dS have rows of whole units of `pitch`. The sums are still to be made.
+    P and dS have rows of whole units of `pitch`. The sums are still to be made, and with the
+    regime "columns" the query's gradient.
     """
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
@@ -151,22 +152,28 @@ def _read_memory(
             **call.fast,
         )
     sums = NOTHING
-    if grad_query is not None and plan.regime == "columns":
-        _grad_query(call, seeds, grad_scores, grad_query)
-    elif grad_query is not None and part is not None and plan.splits > 1:
+    if grad_query is not None and part is not None and plan.splits > 1:
         sums = Sums(part, grad_query, plan.splits, plan.segment)
     return kept, grad_scores, grad_query, factors, sums
 
 
-def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tensor) -> None:
-    batch, queries, source, memory_dim, _ = call.sizes
-    masks, memory = call.masks, call.memory
+def _query_plan(call: Call) -> tuple[launch.Plan, int]:
+    """How the gradient of the query is made from dS, and by how many programs."""
+    batch, queries, _, memory_dim, _ = call.sizes
     plan = launch.context_columns(call.chip, call.sizes[:4], call.kind)
     blocks = -(-queries // plan.tiles["BLOCK_T"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
+    return plan, batch * blocks
+
+
+def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tensor) -> None:
+    """Its own launch, where the memory needs no gradient."""
+    _, queries, source, _, _ = call.sizes
+    masks, memory = call.masks, call.memory
+    plan, programs = _query_plan(call)
     masking = (masks.lengths, masks.mask, masks.keep)
     enqueue(
-        backward.query_gradients,
-        (batch * blocks,),
+        gradients.query_gradients,
+        (programs,),
         (grad_scores, memory, seeds.context, *masking, grad_query),
         (
             *(*call.strides(memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
@@ -180,29 +187,41 @@ def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tens
 
 
 def _grad_memory(
-    call: Call, seeds: _Seeds, kept: Tensor, grad_scores: Tensor | None, sums: Sums
+    call: Call,
+    seeds: _Seeds,
+    kept: Tensor,
+    grad_scores: Tensor | None,
+    sums: Sums,
+    grad_query: Tensor | None,
 ) -> Tensor:
-    """The gradient of the memory, and beside it what else is to be summed."""
+    """The gradient of the memory, and beside it the sums, or the gradient of the query."""
     batch, queries, source, memory_dim, _ = call.sizes
     masks, query = call.masks, None if grad_scores is None else call.query
     plan = launch.source_gradients(memory_dim, call.kind)
     grad_memory = call.memory.new_empty((batch, source, memory_dim))
     blocks = -(-source // plan.tiles["BLOCK_S"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
     others, numbers, programs = sums.arguments(batch)
+    more: tuple[Tensor | None, ...] = (None,) * 4
+    tiles = dict.fromkeys(("QUERY_T", "QUERY_S", "QUERY_E"), 16)
+    if grad_query is not None:
+        more = (call.memory, seeds.context, masks.keep, grad_query)
+        second, programs = _query_plan(call)
+        tiles = {name.replace("BLOCK", "QUERY"): size for name, size in second.tiles.items()}
     enqueue(
-        backward.source_gradients,
+        gradients.source_gradients,
         (batch * blocks + programs,),
         (
             *(kept, grad_scores, seeds.grad_context, query, masks.lengths, masks.mask, grad_memory),
-            *others,
+            *(*others, *more),
         ),
         (
             *(*call.strides(seeds.grad_context), *call.strides(query), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], queries, source, call.widths[0]),
-            *(pitch(source), batch * blocks, *numbers),
+            *(pitch(source), batch * blocks, *numbers, *call.strides(more[0])),
         ),
         MASK=masks.kind,
         **plan.options,
+        **tiles,
         **call.unit,
         **call.precision,
     )
@@ -231,7 +250,8 @@ def dot(
             return _step(call, plan, seeds, scale, wanted)
         found = _read_memory(call, plan, seeds, scale, None, wanted[0])
         kept, grad_scores, grad_query, _, sums = found
-        grad_memory = _finish(call, seeds, kept, grad_scores, sums, wanted[1])
+        left = grad_query if plan.regime == "columns" else None
+        grad_memory = _finish(call, seeds, kept, grad_scores, sums, left, wanted[1])
         return grad_query, grad_memory, None
 
 
@@ -241,11 +261,14 @@ def _finish(
     kept: Tensor,
     grad_scores: Tensor | None,
     sums: Sums,
+    grad_query: Tensor | None,
     wants_memory: bool,
 ) -> Tensor | None:
-    """The last launch: the gradient of the memory if it is wanted, and the sums."""
+    """The last launch: the gradient of the memory if it is wanted, and what others have left."""
     if wants_memory:
-        return _grad_memory(call, seeds, kept, grad_scores, sums)
+        return _grad_memory(call, seeds, kept, grad_scores, sums, grad_query)
+    if grad_query is not None and grad_scores is not None:
+        _grad_query(call, seeds, grad_scores, grad_query)
     if sums is not NOTHING:
         call.merge(sums)
     return None
@@ -340,5 +363,5 @@ def concat(
         grads: Gradients = (None, None, None)
         if any(wanted[:3]):
             grads, sums = _concat_grads(call, memory_proj, v, grad_scores, factors, wanted)
-        grad_memory = _finish(call, seeds, kept, None, sums, wanted[3])
+        grad_memory = _finish(call, seeds, kept, None, sums, None, wanted[3])
         return *grads, grad_memory, None

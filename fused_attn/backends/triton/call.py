@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn.backends import triton as backend
 from fused_attn.backends.triton.launcher import Numbers, bound
-from fused_attn.kernels import backward, concat, launch
+from fused_attn.kernels import concat, gradients, launch
 from fused_attn.reference import MaskingFields, check_lengths
 
 
@@ -58,7 +58,7 @@ def enqueue(
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, (*tensors, *numbers), options))
     elif 0 not in programs:
-        bound(kernel, **options)(programs, tensors, numbers)
+        bound(kernel, options)(programs, tensors, numbers)
 
 
 @cache
@@ -183,7 +183,7 @@ class Call:
         masks = self.masks
         tensors = (masks.lengths, *tensors)
         numbers = (masks.lengths_stride, self.sizes[2], *numbers)
-        enqueue(backward.merge_alone, (programs,), tensors, numbers)
+        enqueue(gradients.merge_alone, (programs,), tensors, numbers)
 
 
 class Sums(NamedTuple):
@@ -199,9 +199,9 @@ class Sums(NamedTuple):
     def arguments(self, batch: int) -> tuple[tuple[Tensor | None, ...], Numbers, int]:
         """Tensors and numbers as the kernels take them, and the number of programs."""
         merged = self.total.numel() // batch if self.total is not None and batch else 0
-        merges = batch * -(-merged // backward.MERGED.value)
+        merges = batch * -(-merged // gradients.MERGED.value)
         rows, width = (0, 0) if self.partial_v is None else self.partial_v.shape
-        programs = merges + -(-width // backward.MERGED_V.value)
+        programs = merges + -(-width // gradients.MERGED_V.value)
         tensors = (self.partial, self.total, self.partial_v, self.grad_v)
         return tensors, (merges, merged, self.splits, self.segment, rows, width), programs
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +94,13 @@ class Bound:
         run(*place, *tensors, *numbers, *self._constants)
 
 
-@cache
-def bound(kernel: Any, **options: Any) -> Bound:
+_BOUND: dict[tuple[Any, ...], Bound] = {}
+
+
+def bound(kernel: Any, options: dict[str, Any]) -> Bound:
     """The kernel with these constants and options of the compiler: one for the process."""
-    return Bound(kernel, options)
+    key = (id(kernel), *options, *options.values())  # its own hash locks, and takes 1 us
+    found = _BOUND.get(key)
+    if found is None:
+        found = _BOUND[key] = Bound(kernel, options)  # it keeps the kernel, and so the id
+    return found
