@@ -338,8 +338,9 @@ def merge_sum(partial, lengths, total, lengths_stride, R, S, splits, segment, BL
 
     Splits of padding alone were not written, and are not read.
     """
-    b = tl.program_id(0)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    chunks = tl.cdiv(R, BLOCK)
+    b = tl.program_id(0) // chunks
+    offs = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     count = row_count(lengths, lengths_stride, b, S)
     live = tl.cdiv(count, segment)
     at = partial + b.to(tl.int64) * splits * R + offs

@@ -220,7 +220,9 @@ def merge_forward(
     centers as in `step_forward`.
     """
     E = E * UNIT
-    row = tl.program_id(0)
+    chunks = tl.cdiv(E if weights is None else max(E, S), BLOCK)
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
     b = row // T
     t = row % T
     count = row_count(lengths, lengths_stride, b, S)
@@ -232,7 +234,7 @@ def merge_forward(
     total = tl.sum(exp(logs - peak), axis=0)
     log = log_sum(peak, total)
     shift = tl.where(log == float("-inf"), 0.0, log)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, live):
         part_log = tl.load(partial_log + (first + split) * T + t)
@@ -243,7 +245,7 @@ def merge_forward(
     place = row.to(tl.int64)
     tl.store(context + place * E + offs, acc.to(context.dtype.element_ty), mask=offs < E)
     if logsumexp is not None:
-        tl.store(logsumexp + place, log, mask=tl.program_id(1) == 0)
+        tl.store(logsumexp + place, log, mask=chunk == 0)
     if weights is not None:
         seen = offs < count
         if bounds is not None:

@@ -19,11 +19,12 @@ class Launch(NamedTuple):
     """One kernel launch, as `recording` keeps it."""
 
     kernel: Any
-    programs: tuple[int, ...]
+    programs: tuple[int]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
 
+MOST_PROGRAMS = 2**31 - 1  # of a launch, in its first dimension; the others take 65535
 _recorded: list[Launch] | None = None
 _recorded_chip: launch.Chip | None = None
 
@@ -44,15 +45,21 @@ def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
         _recorded = _recorded_chip = None
 
 
-def enqueue(
-    kernel: Any, programs: tuple[int, ...], arguments: tuple[Any, ...], **options: Any
-) -> None:
-    """Launch a kernel on the current stream, unless there is nothing to do."""
+def enqueue(kernel: Any, programs: tuple[int], arguments: tuple[Any, ...], **options: Any) -> None:
+    """Launch a kernel on the current stream, unless there is nothing to do.
+
+    ValueError if it would take more programs than a launch may have.
+    """
+    if programs[0] > MOST_PROGRAMS:
+        raise ValueError(
+            f"{kernel.__name__} would need {programs[0]} programs and a launch has at most "
+            f"{MOST_PROGRAMS}: give the batch in parts"
+        )
     # The default of fusing multiply and add is said to change after Triton 3.9.
     options["enable_fp_fusion"] = True
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, arguments, options))
-    elif all(programs):
+    elif programs[0]:
         kernel[programs](*arguments, **options)
 
 
@@ -165,7 +172,7 @@ class Call:
         width = total[0].numel() if batch else 0
         masks = self.masks
         arguments = (partial, masks.lengths, total, masks.lengths_stride, width, source)
-        programs = (batch, -(-width // 1024))
+        programs = (batch * -(-width // 1024),)
         enqueue(backward.merge_sum, programs, (*arguments, splits, segment), BLOCK=1024)
 
 

@@ -51,7 +51,7 @@ def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ..
     splits = (float(masks.rate), plan.splits, plan.segment)
     enqueue(
         forward.merge_forward,
-        (batch * queries, -(-width // block)),
+        (batch * queries * -(-width // block),),
         (*parts, masks.lengths, masks.bounds, masks.centers, *results, *sizes, *splits),
         BLOCK_SPLITS=launch.power_of_2(plan.splits),
         BLOCK=block,
