@@ -212,7 +212,9 @@ def merge_forward(
     (B, T, S) or None. WINDOW and centers as in `step_forward`.
     """
     E = E * UNIT
-    row = tl.program_id(0)
+    chunks = tl.cdiv(E if weights is None else max(E, S), BLOCK)
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
     b = row // T
     t = row % T
     count = row_count(lengths, lengths_stride, b, S)
@@ -226,7 +228,7 @@ def merge_forward(
     peak = peak_or_zero(tl.max(peaks, axis=0))
     total = tl.sum(totals * exp(peaks - peak), axis=0)
     inverse = inverse_or_zero(total)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(0, live):
         at_split = stats + 2 * ((first + split) * T + t)
@@ -238,7 +240,7 @@ def merge_forward(
     place = row.to(tl.int64)
     tl.store(context + place * E + offs, acc.to(context.dtype.element_ty), mask=offs < E)
     if logsumexp is not None:
-        tl.store(logsumexp + place, log_sum(peak, total), mask=tl.program_id(1) == 0)
+        tl.store(logsumexp + place, log_sum(peak, total), mask=chunk == 0)
     if weights is not None:
         seen = offs < count
         if WINDOW:

@@ -55,7 +55,8 @@ def regime(case: Case) -> str:
     if case.window != "none":
         return "window"
     names = {one.kernel.__name__ for one in tiles.launches(case, CHIP)}
-    return next(word for word in ("online", "rows", "step") if f"{word}_forward" in names)
+    found = (word for word in ("online", "rows", "step") if f"{word}_forward" in names)
+    return next(found, "columns")
 
 
 def name(value: object) -> str:
@@ -78,8 +79,8 @@ def launching(chip: Chip) -> Iterator[list[call.Launch]]:
     found: list[call.Launch] = []
     enqueue = call.enqueue
 
-    def kept(kernel: Any, programs: Any, arguments: Any, **options: Any) -> None:
-        enqueue(kernel, programs, arguments, **options)
+    def kept(kernel: Any, programs: Any, *arguments: Any, **options: Any) -> None:
+        enqueue(kernel, programs, *arguments, **options)
         found.append(call.Launch(kernel, programs, arguments, options))
 
     with ExitStack() as patches:

@@ -9,10 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import tiles
 from fused_attn.kernels.launch import Chip
 
 from fused_attn.backends.triton import backward, call, forward
 from fused_attn.reference import Masking
+from fused_attn.testing import Case
 
 H200 = Chip(132, 232448)
 
@@ -114,3 +116,30 @@ def test_a_training_step_fills_the_chip(score: str, sizes: tuple[int, ...]) -> N
     for one in launches:
         if one.kernel.__name__ not in SMALL_WORK:
             assert one.programs[0] >= 0.9 * H200.multiprocessors, one.kernel.__name__
+
+
+LARGE = [
+    Case("dot", torch.bfloat16, 65536, 64, 1024, 1024, 1024, weights=True),
+    Case("dot", torch.bfloat16, 1, 65536, 65536, 1024, 1024, weights=True),
+    Case("dot", torch.bfloat16, 1, 1, 2**30, 16, 16, weights=True),
+    Case("dot", torch.float32, 131072, 4, 512, 2048, 2048, weights=True),
+    Case("projected", torch.bfloat16, 4096, 128, 8192, 512, 512, 512, weights=True),
+    Case("projected", torch.float32, 1, 65536, 65536, 512, 512, 512, mask="cube"),
+    Case("projected", torch.float32, 16384, 512, 600, 512, 512, 512, window="gaussian"),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_programs_fit_in_the_first_dimension_of_a_launch(case: Case) -> None:
+    """The second takes 65535: sums of 67 million numbers would be all that it allows."""
+    found = tiles.launches(case, H200)
+    assert len(found) > 2
+    assert all(len(one.programs) == 1 for one in found)
+    assert all(0 < one.programs[0] <= call.MOST_PROGRAMS for one in found)
+
+
+def test_more_programs_than_a_launch_may_have_are_refused() -> None:
+    query, memory = meta(2**31, 1, 8), meta(2**31, 1, 8)
+    refused = pytest.raises(ValueError, match=r"programs and a launch has at most 2147483647")
+    with call.recording(H200), refused:
+        forward.dot(query, memory, 1.0, Masking(), True, False)

@@ -15,6 +15,7 @@ namespace {
 constexpr int kStreams = 128;               // with counters of their own: torch has 65 in its pools
 constexpr int kCapturedCounters = 1 << 17;  // 512 KiB
 constexpr int64_t kMostPositions = 1 << 30;
+constexpr int64_t kMostRows = INT32_MAX / kMostQueries;  // of the batch: blocks of a launch
 
 // Zero when the module is loaded, on each device.
 __device__ unsigned all_counters[kStreams * kCountersPerCall + kCapturedCounters];
@@ -105,7 +106,8 @@ const void* kernel_for(const AttentionParams& p, const Plan& plan) {
 }
 
 void check_sizes(const AttentionParams& p) {
-  if (p.T > kMostQueries || p.E > kLargestWidth || p.K > kLargestWidth || p.S > kMostPositions)
+  if (p.B > kMostRows || p.T > kMostQueries || p.E > kLargestWidth || p.K > kLargestWidth ||
+      p.S > kMostPositions)
     throw std::invalid_argument("too large for the cuda backend");
   if (p.score == Score::concat && !p.memory_exp.data)
     throw std::invalid_argument("the cuda backend needs the exponentials of a prepared memory");

@@ -20,11 +20,12 @@ class Launch(NamedTuple):
     """One kernel launch, as `recording` keeps it."""
 
     kernel: Any
-    programs: tuple[int, ...]
+    programs: tuple[int]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
 
+MOST_PROGRAMS = 2**31 - 1  # of a launch, in its first dimension; the others take 65535
 _recorded: list[Launch] | None = None
 _recorded_chip: launch.Chip | None = None
 
@@ -47,17 +48,25 @@ def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
 
 def enqueue(
     kernel: Any,
-    programs: tuple[int, ...],
+    programs: tuple[int],
     tensors: tuple[Tensor | None, ...],
     numbers: Numbers,
     **options: Any,
 ) -> None:
-    """Launch a kernel on the current stream, unless there is nothing to do."""
+    """Launch a kernel on the current stream, unless there is nothing to do.
+
+    ValueError if it would take more programs than a launch may have.
+    """
+    if programs[0] > MOST_PROGRAMS:
+        raise ValueError(
+            f"{kernel.__name__} would need {programs[0]} programs and a launch has at most "
+            f"{MOST_PROGRAMS}: give the batch in parts"
+        )
     # The default of fusing multiply and add is said to change after Triton 3.9.
     options["enable_fp_fusion"] = True
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, (*tensors, *numbers), options))
-    elif 0 not in programs:
+    elif programs[0]:
         bound(kernel, options)(programs, tensors, numbers)
 
 

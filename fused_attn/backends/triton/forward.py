@@ -57,7 +57,7 @@ def _merge(call: Call, plan: Any, parts: tuple[Any, ...], results: tuple[Any, ..
     splits = (masks.half_width, masks.rate, plan.splits, plan.segment)
     enqueue(
         forward.merge_forward,
-        (batch * queries, -(-width // block)),
+        (batch * queries * -(-width // block),),
         (*parts, masks.lengths, masks.centers, *results),
         (*sizes, *splits),
         WINDOW=masks.window,
