@@ -651,3 +651,65 @@ def test_only_what_compiled_is_timed(
     assert sweep.run("times", item, options)["outcome"] == "skipped"
     modules.gpu_lines.append(lines, failed | {"outcome": "passed"})
     assert sweep.run("times", item, options)["kernel"] == 1e-3
+
+
+def test_what_the_sanitizer_says_is_a_line(
+    modules: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = "========= COMPUTE-SANITIZER\ncalls made\n========= ERROR SUMMARY: 0 errors\n"
+    verdict = modules.gpu_sanitize.verdict
+    assert verdict(0, clean) == {"tool": "0 errors"}
+    found = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n"
+    line = verdict(9, found + "=========     at decode+0x10\n========= ERROR SUMMARY: 1 error\n")
+    assert line["outcome"] == "failed"
+    assert line["error"] == "Invalid __global__ read of size 4 bytes"
+    assert "decode+0x10" in line["text"]
+    # The tool may end well though what it watched never got to the calls.
+    assert verdict(0, "Device not supported")["outcome"] == "failed"
+    race = modules.gpu_sanitize.command("racecheck cuda-dot", "cuda")
+    assert race[race.index("--kernel-regex") + 1] == "kns=decode"
+    assert modules.gpu_sanitize.call("triton-step", "cpu") == 0
+    assert capsys.readouterr().out == "calls made\n"
+
+
+PROFILED = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","us","register/thread"
+"0","7","online_forward","43.2","168"
+"1","7","merge_forward","5.1","40"
+==PROF== Disconnected from process 7
+"""
+
+
+def test_what_the_profiler_prints_is_read(
+    modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = modules.gpu_profile
+    assert profile.parsed(PROFILED) == [
+        {"kernel": "online_forward", "time": "43.2 us", "registers": "168 register/thread"},
+        {"kernel": "merge_forward", "time": "5.1 us", "registers": "40 register/thread"},
+    ]
+    told = ["==ERROR== Failed to find metric sm__inst", PROFILED]
+    asked = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command[command.index("--metrics") + 1])
+        return SimpleNamespace(stdout=told[len(asked) - 1], returncode=0)
+
+    monkeypatch.setattr(profile.subprocess, "run", run)
+    assert len(profile.run("calls", "any | triton", options)["kernels"]) == 2
+    assert "tensor" in asked[0] and "tensor" not in asked[1]
+    asked.clear()
+    told[1] = "==ERROR== ERR_NVGPUCTRPERM"
+    line = profile.run("calls", "any | triton", options)
+    assert line["outcome"] == "failed" and "ERR_NVGPUCTRPERM" in line["error"]
+
+
+def test_the_slowest_calls_are_profiled(modules: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = ["profile", "--lines", str(tmp_path / "profile.jsonl")]
+    options = modules.gpu_worker.parser().parse_args(arguments)
+    assert len(modules.gpu_profile.items("calls", options)) == 7  # none was measured
+    rows = written(modules, tmp_path)
+    known = {f"{row} | {name}" for row in rows for name in row.backends}
+    found = modules.gpu_profile.items("calls", options)
+    assert len(found) == modules.gpu_profile.MOST and set(found) <= known
