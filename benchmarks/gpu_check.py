@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tests")
     made.add_argument("--list", action="store_true", help="print the items of the stages")
     made.add_argument("--summary", type=Path, metavar="DIR", help="of a run's files, and no run")
+    made.add_argument("--tables", action="store_true", help="with --summary: all that was timed")
     made.add_argument(
         "--results", type=Path, metavar="DIR", help="with --summary: write them there"
     )

@@ -200,38 +200,44 @@ print(gpu_check.run_stage("fakes.stage", 60.0, options))
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def workers_of(target: Path) -> list[str]:
+    """Processes that write to a file, by its name among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(target).encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_killed_is_resumed(
     how: signal.Signals, modules: SimpleNamespace, stage: Any, tmp_path: Path
 ) -> None:
-    names = [f"slow {number}" for number in range(12)]
+    names = ["hang", *(f"slow {number}" for number in range(12))]
     target = stage(*names)
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
-    while len(modules.gpu_lines.read(target)) < 3 and time.monotonic() < end:
+    while len(modules.gpu_lines.read(target)) < 2 and time.monotonic() < end:
         time.sleep(0.02)
+    assert len(workers_of(target)) == 2
     driver.send_signal(how)
     driver.communicate(timeout=20)
     before = modules.gpu_lines.read(target)
-    assert 3 <= len(before) < 12
-    while any(alive(line["pid"]) for line in before) and time.monotonic() < end:
+    assert 2 <= len(before) < 12 and all("slow" in line["item"] for line in before)
+    while workers_of(target) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(alive(line["pid"]) for line in before)
+    assert not workers_of(target)
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "'items': 13, 'done': 13" in done.stdout
+    assert "'items': 14, 'done': 14" in done.stdout
     lines = modules.gpu_lines.read(target)
     assert lines[: len(before)] == before
     assert sorted(line["item"] for line in lines) == sorted([*names, "last"])
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "'done': 13" in again.stdout and modules.gpu_lines.read(target) == lines
+    assert "'done': 14" in again.stdout and modules.gpu_lines.read(target) == lines
     one = [*command, "--only", "slow 1$"]
     assert "'items': 1," in subprocess.run(one, capture_output=True, text=True, check=True).stdout
     assert [line["item"] for line in modules.gpu_lines.read(target)] == ["slow 1"]
@@ -651,3 +657,65 @@ def test_only_what_compiled_is_timed(
     assert sweep.run("times", item, options)["outcome"] == "skipped"
     modules.gpu_lines.append(lines, failed | {"outcome": "passed"})
     assert sweep.run("times", item, options)["kernel"] == 1e-3
+
+
+def test_what_the_sanitizer_says_is_a_line(
+    modules: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = "========= COMPUTE-SANITIZER\ncalls made\n========= ERROR SUMMARY: 0 errors\n"
+    verdict = modules.gpu_sanitize.verdict
+    assert verdict(0, clean) == {"tool": "0 errors"}
+    found = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n"
+    line = verdict(9, found + "=========     at decode+0x10\n========= ERROR SUMMARY: 1 error\n")
+    assert line["outcome"] == "failed"
+    assert line["error"] == "Invalid __global__ read of size 4 bytes"
+    assert "decode+0x10" in line["text"]
+    # The tool may end well though what it watched never got to the calls.
+    assert verdict(0, "Device not supported")["outcome"] == "failed"
+    race = modules.gpu_sanitize.command("racecheck cuda-dot", "cuda")
+    assert race[race.index("--kernel-regex") + 1] == "kns=decode"
+    assert modules.gpu_sanitize.call("triton-step", "cpu") == 0
+    assert capsys.readouterr().out == "calls made\n"
+
+
+PROFILED = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","us","register/thread"
+"0","7","online_forward","43.2","168"
+"1","7","merge_forward","5.1","40"
+==PROF== Disconnected from process 7
+"""
+
+
+def test_what_the_profiler_prints_is_read(
+    modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = modules.gpu_profile
+    assert profile.parsed(PROFILED) == [
+        {"kernel": "online_forward", "time": "43.2 us", "registers": "168 register/thread"},
+        {"kernel": "merge_forward", "time": "5.1 us", "registers": "40 register/thread"},
+    ]
+    told = ["==ERROR== Failed to find metric sm__inst", PROFILED]
+    asked = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command[command.index("--metrics") + 1])
+        return SimpleNamespace(stdout=told[len(asked) - 1], returncode=0)
+
+    monkeypatch.setattr(profile.subprocess, "run", run)
+    assert len(profile.run("calls", "any | triton", options)["kernels"]) == 2
+    assert "tensor" in asked[0] and "tensor" not in asked[1]
+    asked.clear()
+    told[1] = "==ERROR== ERR_NVGPUCTRPERM"
+    line = profile.run("calls", "any | triton", options)
+    assert line["outcome"] == "failed" and "ERR_NVGPUCTRPERM" in line["error"]
+
+
+def test_the_slowest_calls_are_profiled(modules: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = ["profile", "--lines", str(tmp_path / "profile.jsonl")]
+    options = modules.gpu_worker.parser().parse_args(arguments)
+    assert len(modules.gpu_profile.items("calls", options)) == 7  # none was measured
+    rows = written(modules, tmp_path)
+    known = {f"{row} | {name}" for row in rows for name in row.backends}
+    found = modules.gpu_profile.items("calls", options)
+    assert len(found) == modules.gpu_profile.MOST and set(found) <= known
