@@ -50,7 +50,7 @@ def constrain(
     """
     step = tokens.shape[1]
     allowed = torch.ones_like(log_probs, dtype=torch.bool)
-    allowed[:, [PAD, BOS]] = False
+    allowed[:, PAD] = allowed[:, BOS] = False
     if step < config.min_length:
         allowed[:, EOS] = False
     if config.block_ngrams:
