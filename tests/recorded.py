@@ -7,6 +7,7 @@ numbers and the same tensors from outside as at the capture.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,33 +54,39 @@ class Calls(TorchDispatchMode):
 
 
 class FakeGraph:
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, checks: bool) -> None:
         work()
         self._work = work
         with Calls() as calls:
             found = work()
         self.outputs = tuple(tensor.clone() for tensor in found)
-        self._calls = calls.calls
+        self._calls, self._checks = calls.calls, checks
         self.replays = 0
 
     def replay(self) -> None:
         for tensor in self.outputs:
             tensor.fill_(torch.nan)
-        with Calls() as calls:
+        calls = Calls()
+        with calls if self._checks else nullcontext():
             found = self._work()
-        assert calls.calls == self._calls
+        assert not self._checks or calls.calls == self._calls
         for tensor, new in zip(self.outputs, found, strict=True):
             tensor.copy_(new)
         self.replays += 1
 
 
 class FakeRecorder:
-    """Counts: it keeps all that it has captured, but for what a test lets go."""
+    """Counts: it keeps all that it has captured, but for what a test lets go.
+
+    checks: whether replays are compared with the capture. It makes torch take other ways through
+        some operators, whose results differ in the last bit.
+    """
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
         self.graphs: list[FakeGraph] = []
         self.tries = 0
+        self.checks = True
 
     def __call__(self, device: torch.device) -> FakeRecorder:
         return self
@@ -90,5 +97,5 @@ class FakeRecorder:
 
     def capture(self, work: Work) -> FakeGraph:
         self.tries += 1
-        self.graphs.append(FakeGraph(work))
+        self.graphs.append(FakeGraph(work, self.checks))
         return self.graphs[-1]

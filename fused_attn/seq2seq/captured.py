@@ -211,7 +211,6 @@ def _fill_state(buffer: DecoderState, state: DecoderState) -> None:
     if buffer.attentional is not None and state.attentional is not None:
         buffer.attentional[:rows].copy_(state.attentional)
     if buffer.coverage is not None and state.coverage is not None:
-        buffer.coverage.zero_()
         buffer.coverage[:rows, : state.coverage.shape[1]].copy_(state.coverage)
     assert isinstance(buffer.position, Tensor)
     if isinstance(state.position, Tensor):

@@ -59,7 +59,7 @@ class Trainer:
     Each process takes its part of every batch, and of that one of ``config.accumulate`` parts at a
     time; the loss is divided by the symbols of the whole batch, so that neither changes it.
 
-    fabric: of the process, launched; None for one process, on a GPU if there is one.
+    fabric: of the process, launched; None for one process, where the model is.
 
     Raises `InputError` if there is nothing to train on.
     """
@@ -71,7 +71,8 @@ class Trainer:
         config: TrainingConfig,
         fabric: Fabric | None = None,
     ) -> None:
-        self.fabric = fabric = fabric or launch(precision=config.precision)
+        place = str(next(model.parameters()).device)
+        self.fabric = fabric = fabric or launch(place, config.precision)
         self.model = model
         self.examples = examples
         self.config = config
