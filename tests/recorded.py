@@ -59,7 +59,8 @@ class FakeGraph:
         self._work = work
         with Calls() as calls:
             found = work()
-        self.outputs = tuple(tensor.clone() for tensor in found)
+        with torch.inference_mode(False):  # as those of a device, which fill themselves
+            self.outputs = tuple(tensor.clone() for tensor in found)
         self._calls, self._checks = calls.calls, checks
         self.replays = 0
 
