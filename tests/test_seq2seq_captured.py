@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fused_attn.seq2seq import captured, graphs, step_cache
-from fused_attn.seq2seq.batching import pad
+from fused_attn.seq2seq.batching import Examples, pad
 from fused_attn.seq2seq.captured import CapturedStepper
-from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
 from fused_attn.seq2seq.ensemble import STEPS_BEFORE_CAPTURE, Ensemble
 from fused_attn.seq2seq.hypothesis import Hypothesis
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
+from fused_attn.seq2seq.training import Trainer
 from fused_attn.seq2seq.vocabulary import BOS, EOS
 
 SIZE = 9
@@ -426,6 +428,36 @@ def test_the_same_bits_on_a_gpu(shape: str, dtype: torch.dtype, beam: int) -> No
             symbols = mine.argmax(dim=-1)
             for each in (one, other):
                 each.reorder(torch.arange(4 * beam, device="cuda").view(-1, beam).flip(1).flatten())
+
+
+@needs_gpu
+@pytest.mark.parametrize("bridge", ["last", "mean"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_lengths_may_be_on_either_side(reverse: bool, bridge: str) -> None:
+    model = make(device="cuda", reverse_source=reverse, bridge=bridge)
+    source, lengths = draw(5)
+    assert_same(search(model, source.cuda(), lengths), search(model, source.cuda(), lengths.cuda()))
+    expected = search(make(reverse_source=reverse, bridge=bridge), source, lengths)
+    assert_same(search(model, source.cuda(), lengths), expected)
+
+
+@needs_gpu
+def test_a_training_step_waits_once_for_the_gpu() -> None:
+    model = Seq2Seq(ModelConfig(hidden=16, embedding=8), SIZE, SIZE).cuda()
+    source, _ = draw(64, 6)
+    sources = [row[:6].tolist() for row in source.clamp(min=3)]  # of one length: nothing is packed
+    trainer = Trainer(model, Examples.of(sources, sources), TrainingConfig(batch_size=32, epochs=3))
+    trainer.run_epoch(lambda report: None, lambda: False)  # compiles, loads and chooses
+    trainer.finish_epoch()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer.run_epoch(lambda report: None, lambda: False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in told if "synchroniz" in str(each.message)]
+    assert len(waits) == trainer.batches_per_epoch == 2, [str(each.message) for each in waits]
 
 
 @needs_gpu
