@@ -15,8 +15,8 @@ from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.step_cache import StepCache, cache_of, not_captured_reasons
 from fused_attn.seq2seq.stepping import Decoders, EagerStepper
 
-# A capture takes about as long as so many steps without one: a search that has gone so far without
-# a graph makes one, and is then at most twice as slow as if it had known that it would end.
+# A capture takes about as long as so many steps without one (an estimate, no GPU has run it): a
+# search that has gone so far makes one, and loses at most as much again if it ends just then.
 STEPS_BEFORE_CAPTURE = 4
 
 
