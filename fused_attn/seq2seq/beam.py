@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -74,11 +74,13 @@ def beam_search(
     source: Tensor,
     lengths: Tensor,
     limits: Tensor,
+    shortest: int,
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[list[Hypothesis]]:
-    """`search.search` with a beam; limits: int64 (B,), of the targets' lengths.
+    """`search.search` with a beam; limits: int64 (B,), of the targets' lengths, none
+    below ``shortest``.
 
     ensemble: with ``config.beam`` rows a sentence, and weights if any of this needs them.
 
@@ -96,10 +98,14 @@ def beam_search(
     found: dict[int, list[Hypothesis]] = {}
     look_every = LOOK_EVERY.get(source.device.type, 1)
     done = torch.zeros_like(rows, dtype=torch.bool)
+    row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
     step = 0
     while True:
         log_probs, weights = ensemble.step(symbols)
-        extended, parents = _extend(alive, log_probs, weights, limits, config, prefix)
+        allowed = constrain(
+            log_probs, alive.tokens.flatten(0, 1), row_limits, config, row_prefix, shortest
+        )
+        extended, parents = _extend(alive, allowed, weights)
         ended = _take_ended(ended, extended, lengths, config, done)
         alive, places = _go_on(extended, config.beam)
         offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
@@ -120,6 +126,7 @@ def beam_search(
         rows, done = rows[remaining], done[remaining]
         limits, lengths = limits[remaining], lengths[remaining]
         prefix = None if prefix is None else prefix[remaining]
+        row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
         alive, ended = alive.rows(remaining), ended.rows(remaining)
         symbols = symbols.view(-1, config.beam)[remaining].flatten()
         ensemble.keep(remaining)
@@ -142,20 +149,15 @@ def _begin(
     return _Pool(first, first, *rest), _Pool(nothing, nothing, *rest)
 
 
-def _extend(
-    alive: _Pool,
-    log_probs: Tensor,
-    weights: Tensor | None,
-    limits: Tensor,
-    config: SearchConfig,
-    prefix: Tensor | None,
-) -> tuple[_Pool, Tensor]:
+def _of_rows(limits: Tensor, prefix: Tensor | None, beam: int) -> tuple[Tensor, Tensor | None]:
+    """What each row has of its sentence's."""
+    each = None if prefix is None else prefix.repeat_interleave(beam, dim=0)
+    return limits.repeat_interleave(beam), each
+
+
+def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_Pool, Tensor]:
     """The 2 K likeliest extensions of each sentence by one symbol, and which beam each extends."""
     batch, beam, _ = alive.tokens.shape
-    repeat = torch.arange(batch, device=limits.device).repeat_interleave(beam)
-    forced = None if prefix is None else prefix[repeat]
-    tokens = alive.tokens.flatten(0, 1)
-    log_probs = constrain(log_probs, tokens, limits[repeat], config, forced)
     size = log_probs.shape[1]
     totals = (alive.log_prob[:, :, None] + log_probs.view(batch, beam, size)).flatten(1)
     best, index = totals.topk(min(2 * beam, totals.shape[1]), dim=1)
@@ -184,7 +186,7 @@ def _take_ended(
         each = lengths.repeat_interleave(score.shape[1])
         penalty = coverage_penalty(extended.coverage.flatten(0, 1), each, config)
         score = score + penalty.view_as(score)
-    fresh = extended.chosen(torch.arange(score.shape[1], device=score.device).expand_as(score))
+    fresh = replace(extended)
     ends = (extended.tokens[:, :, -1] == EOS) & ~done[:, None]
     ends[:, config.beam :] = False
     fresh.score = score.masked_fill(~ends, -torch.inf)

@@ -38,8 +38,10 @@ def search(
     graphs: whether steps on a GPU may replay a captured graph; see `Ensemble`.
     """
     members = [models] if isinstance(models, Seq2Seq) else list(models)
-    lengths = moved(source_lengths, source.device)
-    limits = limits_of(lengths, config, bound)
+    on_host = limits_of(source_lengths.cpu(), config, bound)
+    shortest = int(on_host.min()) if len(on_host) else 0
+    lengths, limits = (moved(each, source.device) for each in (source_lengths, on_host))
+    rest = (source, lengths, limits, shortest, config, prefix, return_weights)
     penalised = config.coverage_penalty > 0
     with Ensemble(
         members,
@@ -50,8 +52,8 @@ def search(
         graphs=graphs,
     ) as ensemble:
         if config.beam > 1:
-            return beam_search(ensemble, source, lengths, limits, config, prefix, return_weights)
-        found = _walk(ensemble, source, lengths, limits, config, prefix, return_weights)
+            return beam_search(ensemble, *rest)
+        found = _walk(ensemble, *rest)
     return [[hypothesis] for hypothesis in found]
 
 
@@ -60,11 +62,15 @@ def _walk(
     source: Tensor,
     lengths: Tensor,
     limits: Tensor,
+    shortest: int,
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[Hypothesis]:
-    """One symbol after the other for each row: the likeliest, or a drawn one."""
+    """One symbol after the other for each row: the likeliest, or a drawn one.
+
+    Arguments as those of `beam_search`.
+    """
     look_every = LOOK_EVERY.get(source.device.type, 1)
     generator = None
     if config.seed is not None:
@@ -78,7 +84,7 @@ def _walk(
     found: dict[int, Hypothesis] = {}
     while len(rows):
         log_probs, weights = ensemble.step(symbols)
-        allowed = constrain(log_probs, tokens, limits, config, prefix)
+        allowed = constrain(log_probs, tokens, limits, config, prefix, shortest)
         if look_every > 1 and config.sample:  # those that are done need something to draw from
             allowed = allowed.masked_fill(done[:, None], 0.0)
         symbols = _draw(allowed, config, generator) if config.sample else allowed.argmax(dim=-1)
