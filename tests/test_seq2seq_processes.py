@@ -17,7 +17,7 @@ from fused_attn.cli import main
 from fused_attn.seq2seq import layers
 from fused_attn.seq2seq.batching import Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.config import CELLS, ModelConfig, TrainingConfig
-from fused_attn.seq2seq.devices import choose_device
+from fused_attn.seq2seq.devices import choose_device, own_device
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.processes import launch
@@ -137,6 +137,54 @@ def test_devices() -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(InputError, match=f"--device {missing} is not there"):
         choose_device(missing)
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        assert choose_device(name) == torch.device("cuda")
+    assert (
+        choose_device("cuda:1") == choose_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    )
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [own_device(n) for n in ("auto", "cuda", "cpu", "cuda:0")] == [
+        "cuda:1",
+        "cuda:1",
+        "cpu",
+        "cuda:0",
+    ]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(InputError, match="cuda:2 is not there: torch finds 2 CUDA devices"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InputError, match="cuda:2 is not there: this torch is built without CUDA"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict g2p word",
+        "evaluate g2p",
+        "explain g2p word --output",
+        "chat g2p",
+        "train g2p --output",
+    ],
+)
+def test_every_command_says_that_a_device_is_not_there(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    output = [str(tmp_path / "out")] if command.endswith("--output") else []
+    assert main([*command.split(), *output, "--device", missing]) != 0
+    assert f"--device {missing} is not there: " in capsys.readouterr().err
+
+
+def test_a_batch_on_a_device_leaves_its_lengths_on_the_host() -> None:
+    batch = make_examples().batch(torch.arange(3)).to(torch.device("meta"))
+    assert batch.source.is_meta and batch.target.is_meta and batch.source_lengths.is_cpu
 
 
 TRAIN = """

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq import beam as beam_module
 from fused_attn.seq2seq.batching import pad
 from fused_attn.seq2seq.beam import beam_search
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.devices import LOOK_EVERY
 from fused_attn.seq2seq.ensemble import Ensemble
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference import Predictor
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
+from fused_attn.seq2seq.stepping import EagerStepper
 from fused_attn.seq2seq.vocabulary import BOS, EOS, Vocabulary
 
 SIZE = 6  # three symbols of a target, 3, 4 and 5
@@ -216,9 +217,9 @@ def test_a_beam_of_one_is_greedy(shape: str, name: str) -> None:
     source, lengths = pad(SOURCES)
     greedy = search(model, source, lengths, config, return_weights=True)
     with torch.inference_mode():
-        beamed = beam_search(
-            [model], source, lengths, lengths.new_full((len(lengths),), 12), config, None, True
-        )
+        ensemble = Ensemble([model], source, lengths, return_weights=True)
+        limits = lengths.new_full((len(lengths),), 12)
+        beamed = beam_search(ensemble, source, lengths, limits, 12, config, None, True)
     for (one,), (other,) in zip(greedy, beamed, strict=True):
         assert one.tokens == other.tokens
         assert (one.log_prob, one.score) == pytest.approx((other.log_prob, other.score))
@@ -246,29 +247,45 @@ def test_what_is_done_leaves_and_the_memory_is_not_repeated(
 ) -> None:
     model = make()
     rows, memories = [], []
-    step = Ensemble.step
+    step = EagerStepper.step
 
-    def watched(self: Ensemble, symbols: Tensor, return_weights: bool) -> Any:
+    def watched(self: EagerStepper, symbols: Tensor) -> Any:
         rows.append(len(symbols))
-        memories.append(len(self.members[0].prepared))
-        return step(self, symbols, return_weights)
+        (memory,) = self.decoders.prepared
+        assert memory is not None
+        memories.append(len(memory))
+        return step(self, symbols)
 
-    monkeypatch.setattr(Ensemble, "step", watched)
+    monkeypatch.setattr(EagerStepper, "step", watched)
     sources = [[3], [4, 5, 3, 3, 4, 5, 5], [5, 3], [4, 4, 4, 4]] * 5
     search(model, *pad(sources), SearchConfig(beam=beam))
     assert rows[0] == 20 * beam and rows == sorted(rows, reverse=True) and len(set(rows)) > 2
     assert memories == [count // beam for count in rows]
 
 
-def test_looking_seldom_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        SearchConfig(beam=3, nbest=3),
+        SearchConfig(coverage_penalty=0.4),
+        SearchConfig(block_ngrams=1),
+        # After all symbols and the end there is nothing left to draw.
+        SearchConfig(sample=True, top_k=1, block_ngrams=1, min_length=3),
+    ],
+    ids=["beam", "greedy", "no doubles", "drawn"],
+)
+def test_looking_seldom_changes_nothing(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU the host does not wait at every step: sentences leave a little later."""
     model = make()
-    config = SearchConfig(beam=3, nbest=3)
     expected = search(model, *pad(SOURCES), config, return_weights=True)
-    monkeypatch.setitem(beam_module._LOOK_EVERY, "cpu", 4)
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 5)
     found = search(model, *pad(SOURCES), config, return_weights=True)
     for one, other in zip(expected, found, strict=True):
-        assert [(h.tokens, h.score) for h in one] == [(h.tokens, h.score) for h in other]
+        assert [(h.tokens, h.log_prob, h.score) for h in one] == [
+            (h.tokens, h.log_prob, h.score) for h in other
+        ]
         for h, g in zip(one, other, strict=True):
             torch.testing.assert_close(h.weights, g.weights)
 

@@ -208,7 +208,7 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
     recipe = Recipe(ModelConfig(hidden=128), training, G2P(G2PConfig(limit_words=20_000)))
     curves = []
     for backend in ("auto", "eager"):
-        machine = Machine(launch(), backend)
+        machine = Machine(launch("cpu"), backend)
         run = task_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
         losses = [report.loss for report in train(run.trainer, stop_at=200)]
         curves.append(torch.tensor(losses))

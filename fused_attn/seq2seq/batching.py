@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.seq2seq.config import TrainingConfig
+from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.storage import Sequences, SequenceWriter
 from fused_attn.seq2seq.teaching import Lesson, Teaching
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
@@ -28,13 +29,13 @@ class Batch:
     lesson: Lesson | None = None  # what teachers say of the target
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on a device, but for the lengths of its sources: the host reads them."""
         return Batch(
-            self.source.to(device),
-            self.source_lengths.to(device),
-            self.target.to(device),
+            moved(self.source, device),
+            self.source_lengths,
+            moved(self.target, device),
             self.tokens,
-            None if self.alignment is None else self.alignment.to(device),
+            None if self.alignment is None else moved(self.alignment, device),
             None if self.lesson is None else self.lesson.to(device),
         )
 

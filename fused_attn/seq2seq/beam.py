@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -11,14 +11,10 @@ from torch import Tensor
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.constraints import constrain
+from fused_attn.seq2seq.devices import LOOK_EVERY
 from fused_attn.seq2seq.ensemble import Ensemble
 from fused_attn.seq2seq.hypothesis import Hypothesis, coverage_penalty, length_penalty
-from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
-
-# On a GPU the host looks only every so many steps which sentences are done: it waits for that.
-_LOOK_EVERY = {"cpu": 1, "cuda": 4}
-
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -47,6 +43,10 @@ class _Pool:
         batch = torch.arange(len(places), device=places.device)[:, None]
         return self._each(lambda tensor: tensor[batch, places])
 
+    def on_host(self) -> _Pool:
+        """On the CPU."""
+        return self._each(Tensor.cpu)
+
     def padded(self) -> _Pool:
         """With room for one more symbol."""
         pool = self._each(lambda tensor: tensor)
@@ -70,15 +70,19 @@ class _Pool:
 
 
 def beam_search(
-    models: Sequence[Seq2Seq],
+    ensemble: Ensemble,
     source: Tensor,
     lengths: Tensor,
     limits: Tensor,
+    shortest: int,
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[list[Hypothesis]]:
-    """`search.search` for a beam of more than one; limits: int64 (B,), of the targets' lengths.
+    """`search.search` with a beam; limits: int64 (B,), of the targets' lengths, none
+    below ``shortest``.
+
+    ensemble: with ``config.beam`` rows a sentence, and weights if any of this needs them.
 
     Of each sentence K hypotheses are alive. Every step extends all of them and ranks what comes of
     it: those of the first K that end have ended, and the first K others go on. A sentence is done
@@ -86,36 +90,43 @@ def beam_search(
     fall, so a hypothesis gains most from the length penalty of the longest target, and nothing from
     coverage. It then leaves the batch.
     """
-    ensemble = Ensemble(models, source, lengths, config.beam)
     with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
-    wanted = ensemble.has_attention and (return_weights or with_coverage)
-    alive, ended = _begin(source, config, wanted and return_weights, with_coverage)
+    with_weights = return_weights and ensemble.has_attention
+    alive, ended = _begin(source, config, with_weights, with_coverage)
     rows = torch.arange(len(source), device=source.device)
     symbols = torch.full((len(source) * config.beam,), BOS, device=source.device)
     found: dict[int, list[Hypothesis]] = {}
-    look_every = _LOOK_EVERY.get(source.device.type, 1)
+    look_every = LOOK_EVERY.get(source.device.type, 1)
     done = torch.zeros_like(rows, dtype=torch.bool)
+    row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
     step = 0
     while True:
-        log_probs, weights = ensemble.step(symbols, wanted)
-        limit, forced = limits[rows], None if prefix is None else prefix[rows]
-        extended, parents = _extend(alive, log_probs, weights, limit, config, forced)
-        ended = _take_ended(ended, extended, lengths[rows], config, done)
+        log_probs, weights = ensemble.step(symbols)
+        allowed = constrain(
+            log_probs, alive.tokens.flatten(0, 1), row_limits, config, row_prefix, shortest
+        )
+        extended, parents = _extend(alive, allowed, weights)
+        ended = _take_ended(ended, extended, lengths, config, done)
         alive, places = _go_on(extended, config.beam)
         offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
         ensemble.reorder((offsets + parents.gather(1, places)).flatten())
         symbols = alive.tokens[:, :, -1].flatten()
-        done = done | _is_done(alive, ended, limit, config)
+        done = done | _is_done(alive, ended, limits, config)
         step += 1
         if step % look_every or not bool(done.any()):
             continue
-        for i in done.nonzero()[:, 0].tolist():
-            row = int(rows[i])
-            found[row] = _hypotheses(ended, i, int(lengths[row]), config.nbest, return_weights)
+        finished = done.nonzero()[:, 0]
+        told = ended.rows(finished).on_host()
+        sizes = lengths[finished].tolist()
+        for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
+            found[row] = _hypotheses(told, i, size, config.nbest, return_weights)
         remaining = (~done).nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
         rows, done = rows[remaining], done[remaining]
+        limits, lengths = limits[remaining], lengths[remaining]
+        prefix = None if prefix is None else prefix[remaining]
+        row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
         alive, ended = alive.rows(remaining), ended.rows(remaining)
         symbols = symbols.view(-1, config.beam)[remaining].flatten()
         ensemble.keep(remaining)
@@ -138,20 +149,15 @@ def _begin(
     return _Pool(first, first, *rest), _Pool(nothing, nothing, *rest)
 
 
-def _extend(
-    alive: _Pool,
-    log_probs: Tensor,
-    weights: Tensor | None,
-    limits: Tensor,
-    config: SearchConfig,
-    prefix: Tensor | None,
-) -> tuple[_Pool, Tensor]:
+def _of_rows(limits: Tensor, prefix: Tensor | None, beam: int) -> tuple[Tensor, Tensor | None]:
+    """What each row has of its sentence's."""
+    each = None if prefix is None else prefix.repeat_interleave(beam, dim=0)
+    return limits.repeat_interleave(beam), each
+
+
+def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_Pool, Tensor]:
     """The 2 K likeliest extensions of each sentence by one symbol, and which beam each extends."""
     batch, beam, _ = alive.tokens.shape
-    repeat = torch.arange(batch, device=limits.device).repeat_interleave(beam)
-    forced = None if prefix is None else prefix[repeat]
-    tokens = alive.tokens.flatten(0, 1)
-    log_probs = constrain(log_probs, tokens, limits[repeat], config, forced)
     size = log_probs.shape[1]
     totals = (alive.log_prob[:, :, None] + log_probs.view(batch, beam, size)).flatten(1)
     best, index = totals.topk(min(2 * beam, totals.shape[1]), dim=1)
@@ -180,7 +186,7 @@ def _take_ended(
         each = lengths.repeat_interleave(score.shape[1])
         penalty = coverage_penalty(extended.coverage.flatten(0, 1), each, config)
         score = score + penalty.view_as(score)
-    fresh = extended.chosen(torch.arange(score.shape[1], device=score.device).expand_as(score))
+    fresh = replace(extended)
     ends = (extended.tokens[:, :, -1] == EOS) & ~done[:, None]
     ends[:, config.beam :] = False
     fresh.score = score.masked_fill(~ends, -torch.inf)
@@ -217,6 +223,6 @@ def _hypotheses(
         if return_weights:
             weights = torch.zeros(0, length)
             if ended.weights is not None:
-                weights = ended.weights[row, place, : len(tokens), :length].float().cpu()
+                weights = ended.weights[row, place, : len(tokens), :length].float()
         found.append(Hypothesis(tokens, float(ended.log_prob[row, place]), score, weights))
     return found

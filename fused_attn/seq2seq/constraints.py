@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,27 +42,45 @@ def limits_of(lengths: Tensor, config: SearchConfig, bound: LengthBound) -> Tens
 
 
 def constrain(
-    log_probs: Tensor, tokens: Tensor, limits: Tensor, config: SearchConfig, prefix: Tensor | None
+    log_probs: Tensor,
+    tokens: Tensor,
+    limits: Tensor,
+    config: SearchConfig,
+    prefix: Tensor | None,
+    shortest: int = 0,
 ) -> Tensor:
     """Return the log-probabilities (N, V) with -inf for what may not come next.
 
-    tokens: int64 (N, t), the symbols so far, without BOS. limits: int64 (N,). prefix: int64 (N, P)
-    that each target has to begin with, padded; nothing else is allowed there.
+    tokens: int64 (N, t), the symbols so far, without BOS. limits: int64 (N,), none below
+    ``shortest``. prefix: int64 (N, P) that each target has to begin with, padded; nothing else is
+    allowed there.
     """
-    step = tokens.shape[1]
-    allowed = torch.ones_like(log_probs, dtype=torch.bool)
-    allowed[:, [PAD, BOS]] = False
-    if step < config.min_length:
-        allowed[:, EOS] = False
+    step, size = tokens.shape[1], log_probs.shape[1]
+    is_short = step < config.min_length
+    allowed = log_probs + _barred(size, is_short, log_probs.dtype, log_probs.device)
     if config.block_ngrams:
-        allowed &= ~_repeats(tokens, config.block_ngrams, log_probs.shape[1])
-    only = torch.full_like(limits, -1)
+        repeats = _repeats(tokens, config.block_ngrams, size)
+        allowed = allowed.masked_fill(repeats, -torch.inf)
+    only: Tensor | None = None  # the one symbol that is allowed, or -1
     if prefix is not None and step < prefix.shape[1]:
-        only = torch.where(prefix[:, step] == PAD, only, prefix[:, step])
-    only = torch.where(limits <= step, EOS, only)
-    symbols = torch.arange(log_probs.shape[1], device=log_probs.device)
-    allowed = torch.where(only[:, None] >= 0, symbols == only[:, None], allowed)
-    return log_probs.masked_fill(~allowed, -torch.inf)
+        only = prefix[:, step].masked_fill(prefix[:, step] == PAD, -1)
+    if step >= shortest:
+        only = torch.where(limits <= step, EOS, -1 if only is None else only)
+    if only is None:
+        return allowed
+    symbols = torch.arange(size, device=log_probs.device)
+    alone = log_probs.masked_fill(symbols != only[:, None], -torch.inf)
+    return torch.where(only[:, None] < 0, allowed, alone)
+
+
+@lru_cache(maxsize=16)
+def _barred(size: int, with_end: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to log-probabilities (N, V) at every step: -inf to what is never written."""
+    with torch.inference_mode(False):  # other modes read it, too
+        barred = torch.zeros(size, dtype=dtype, device=device)
+        for symbol in (PAD, BOS, EOS) if with_end else (PAD, BOS):
+            barred[symbol] = -torch.inf
+    return barred
 
 
 def _repeats(tokens: Tensor, size: int, vocabulary: int) -> Tensor:

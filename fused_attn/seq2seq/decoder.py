@@ -26,7 +26,7 @@ class DecoderState:
     hidden: Hidden  # of the recurrent layers, each (layers, N, hidden)
     attentional: Tensor | None = None  # (N, hidden), h~ of the step before, with input feeding
     coverage: Tensor | None = None  # (N, S), sum of the weights so far, with coverage
-    position: int = 0  # steps done
+    position: int | Tensor = 0  # steps done; int64 () in a captured step
 
     def index_select(self, rows: Tensor) -> Self:
         """The state of ``rows``, int64 (M,), which may repeat: beams that go on."""

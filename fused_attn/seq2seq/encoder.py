@@ -18,8 +18,9 @@ class Encoder(nn.Module):
         self.stack = stack
         self.reverse = config.reverse_source
 
-    def forward(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Hidden]:
+    def forward(self, embedded: Tensor, lengths: Tensor, on_host: Tensor) -> tuple[Tensor, Hidden]:
         """embedded: (B, S, width), padded at the end. lengths: int64 (B,), 1..S, in any order.
+        on_host: the same on the CPU.
 
         Returns the memory (B, S, E), 0 in the padding, and the last states of every layer. A source
         that is read reversed (Sutskever et al. 2014) leaves its memory in the order of the source.
@@ -27,7 +28,6 @@ class Encoder(nn.Module):
         order = reversed_order(lengths, embedded.shape[1]) if self.reverse else None
         if order is not None:
             embedded = embedded.take_along_dim(order[..., None], dim=1)
-        on_host = lengths.cpu()
         if len(on_host) and int(on_host.min()) == embedded.shape[1]:
             memory, final = self.stack(embedded)  # packing costs a quarter more time
         else:

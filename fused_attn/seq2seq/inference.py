@@ -15,6 +15,7 @@ from fused_attn.seq2seq import checkpoint
 from fused_attn.seq2seq.batching import pad
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.constraints import LengthBound
+from fused_attn.seq2seq.devices import choose_device, moved
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.hypothesis import Hypothesis
 from fused_attn.seq2seq.model import Seq2Seq
@@ -22,7 +23,6 @@ from fused_attn.seq2seq.search import search
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ def load_model(
     meta: dict[str, Any],
     *,
     backend: str = "auto",
-    device: torch.device = _CPU,
+    device: torch.device | str = "auto",
 ) -> tuple[Seq2Seq, Vocabulary, Vocabulary]:
     """Return the model of a checkpoint with this metadata, and source and target vocabulary.
 
-    The model is on the device.
+    The model is on the device, see `choose_device`.
 
-    Raises `InputError` if the checkpoint is damaged or the backend cannot run it.
+    Raises `InputError` if the checkpoint is damaged or the backend cannot run it, or if
+    the device is not there.
     """
+    device = choose_device(device)
     parameters = checkpoint.load_tensors(directory, checkpoint.MODEL)
     source, target = load_vocabularies(directory, meta)
     try:
@@ -110,12 +112,14 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, *directories: Path, backend: str = "auto", device: torch.device = _CPU
+        cls, *directories: Path, backend: str = "auto", device: torch.device | str = "auto"
     ) -> Predictor:
         """Read one checkpoint, or those of an ensemble, whose first has the bound.
 
-        Raises `InputError` if one is missing, damaged or of another format, or if they have not the
-        same vocabularies.
+        device: where the models go, "cpu", "cuda", "cuda:1" ..., or "auto", a GPU if there is one.
+
+        Raises `InputError` if one is missing, damaged or of another format, if they have not the
+        same vocabularies, or if the device is not there.
         """
         loaded = []
         metas = [checkpoint.load_metadata(directory) for directory in directories]
@@ -164,10 +168,10 @@ class Predictor:
                 prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
             results = search(
                 self.models,
-                tokens.to(self.device),
-                lengths.to(self.device),
+                moved(tokens, self.device),
+                lengths,
                 config,
-                prefix=None if prefix is None else prefix.to(self.device),
+                prefix=None if prefix is None else moved(prefix, self.device),
                 bound=self.bound,
                 return_weights=return_weights,
             )

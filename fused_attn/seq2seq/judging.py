@@ -25,13 +25,14 @@ def perplexity(predictor: Predictor, items: Sequence[Item]) -> float:
         [predictor.source.encode(source) for source, _ in pairs],
         [predictor.target.encode(target) for _, target in pairs],
     )
-    loss, tokens = 0.0, 0
+    loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
+    tokens = 0
     for rows in torch.arange(len(examples)).split(BATCH_SIZE):
         batch = examples.batch(rows).to(predictor.device)
         mean = predictor.models[0].loss(batch.source, batch.source_lengths, batch.target)
-        loss += mean.item() * batch.tokens
+        loss += mean.double() * batch.tokens
         tokens += batch.tokens
-    return math.exp(loss / tokens)
+    return math.exp(loss.item() / tokens)
 
 
 def targets(

@@ -10,6 +10,7 @@ from fused_attn.composed import coverage_loss
 from fused_attn.prepared import PreparedMemory
 from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.decoder import Decoder, DecoderState
+from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.encoder import Bridge, Encoder
 from fused_attn.seq2seq.layers import Dropout, Stack
 from fused_attn.seq2seq.teaching import Lesson
@@ -76,13 +77,15 @@ class Seq2Seq(nn.Module):
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
         """Read the source.
 
-        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, any order.
+        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, any order; of a source
+            on a GPU on the CPU as well, and nothing waits for the GPU then.
 
         Returns the memory (B, S, E) and the state that the decoder starts with.
         """
         embedded = self.dropout(self.source_embedding(source))
-        memory, final = self.encoder(embedded, lengths)
-        hidden = self.bridge(memory, lengths, final)
+        on_device = moved(lengths, source.device)
+        memory, final = self.encoder(embedded, on_device, lengths.cpu())
+        hidden = self.bridge(memory, on_device, final)
         return self.memory_proj(memory), self.decoder.start(hidden, source.shape[1])
 
     def decode(
@@ -123,13 +126,15 @@ class Seq2Seq(nn.Module):
         """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``, and
         the alignment weights (B, T, S) or None.
 
-        source: int64 (B, S). source_lengths: int64 (B,). inputs: int64 (B, T), from BOS on.
+        source: int64 (B, S). source_lengths: int64 (B,), see `encode`. inputs: int64 (B, T), from
+            BOS on.
         sampling: probability that the decoder is given its own likeliest symbol in place of the
             one in ``inputs`` (scheduled sampling, Bengio et al. 2015); 0 is teacher forcing.
         sampling_per: "token" draws for every step of every sentence, "example" for every sentence:
             all of its steps then, or none.
         """
         memory, state = self.encode(source, source_lengths)
+        source_lengths = moved(source_lengths, source.device)
         if sampling == 0.0:
             logits, _, weights = self.decode(
                 inputs, state, memory, source_lengths, return_weights=return_weights

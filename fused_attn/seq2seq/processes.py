@@ -25,7 +25,7 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def launch(device: str = "cpu", precision: str = "32") -> Fabric:
+def launch(device: str = "auto", precision: str = "32") -> Fabric:
     """Return the Fabric of this process, one of those that ``torchrun`` started, or the only one.
 
     device: see `choose_device`; of several processes on GPUs each takes its own. precision: of

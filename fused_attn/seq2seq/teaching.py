@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.devices import moved
 
 if TYPE_CHECKING:
     from fused_attn.seq2seq.batching import Examples
@@ -40,7 +41,7 @@ class Lesson:
 
     def to(self, device: torch.device) -> Lesson:
         """Return it on a device."""
-        return Lesson(self.symbols.to(device), self.probabilities.to(device))
+        return Lesson(moved(self.symbols, device), moved(self.probabilities, device))
 
     def twice(self) -> Lesson:
         """Return it for the batch and the same batch again."""

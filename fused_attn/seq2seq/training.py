@@ -59,7 +59,7 @@ class Trainer:
     Each process takes its part of every batch, and of that one of ``config.accumulate`` parts at a
     time; the loss is divided by the symbols of the whole batch, so that neither changes it.
 
-    fabric: of the process, launched; None for one process on the CPU.
+    fabric: of the process, launched; None for one process, where the model is.
 
     Raises `InputError` if there is nothing to train on.
     """
@@ -71,7 +71,8 @@ class Trainer:
         config: TrainingConfig,
         fabric: Fabric | None = None,
     ) -> None:
-        self.fabric = fabric = fabric or launch(precision=config.precision)
+        place = str(next(model.parameters()).device)
+        self.fabric = fabric = fabric or launch(place, config.precision)
         self.model = model
         self.examples = examples
         self.config = config
@@ -125,15 +126,17 @@ class Trainer:
         self.optimizer.zero_grad()
         sampling = self._sampling()
         tokens = int(self.examples.target_lengths[rows].sum()) - len(rows)
-        value = total(self.fabric, self._gradient(rows, tokens, sampling)).item()
+        loss = total(self.fabric, self._gradient(rows, tokens, sampling))
         norm = self.fabric.clip_gradients(
             self._wrapped, self._stepper, max_norm=config.clip, error_if_nonfinite=False
         )
         assert norm is not None
+        # The one time that the host waits for the device in a step.
+        value, size = torch.stack((loss, norm.to(loss.dtype))).tolist()
         # A gradient in float16 may be too large for once; its scale is lowered then.
-        if not (math.isfinite(value) and (config.precision == "16" or bool(norm.isfinite()))):
+        if not (math.isfinite(value) and (config.precision == "16" or math.isfinite(size))):
             raise InputError(
-                f"the loss is {value} and the gradient's norm {norm.item()} at step "
+                f"the loss is {value} and the gradient's norm {size} at step "
                 f"{position.step + 1}: train with a lower --lr"
             )
         self._stepper.step()
