@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-
 from fused_attn.kernels import launch
+
 from fused_attn.testing import Case
 
 CHIP = launch.Chip(multiprocessors=132, shared_memory=232448)
@@ -38,10 +38,10 @@ def variants(case: Case, chip: launch.Chip = CHIP) -> frozenset[tuple[object, ..
         # Rows write their weights on the way; the others leave that to a merge.
         found.add((name, score, *_tiles(plan), case.weights and plan.regime != "rows"))
     if launch.backward(chip, score, sizes, kind).regime != "step":
-        plan = launch.source_gradients(case.queries, case.source, width, kind)
+        plan = launch.source_gradients(width, kind)
         found.add(("source", *_tiles(plan)))
     if score == "concat":
-        found.add(("gradients", *_tiles(launch.concat_gradients(case.source, width, kind))))
+        found.add(("gradients", *_tiles(launch.concat_gradients(width, kind))))
     return frozenset((*variant, kind.is_cube, case.dtype) for variant in found)
 
 

@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from fused_attn.kernels import launch
 from torch import Tensor
 
 from benchmarks import gpu_kernels, gpu_lines, gpu_measure, gpu_rows
@@ -22,7 +23,6 @@ from benchmarks.gpu_cases import CHIP
 from benchmarks.gpu_pool import Phase
 from benchmarks.gpu_rows import Row
 from fused_attn import backends
-from fused_attn.kernels import launch
 from fused_attn.testing import Inputs
 
 PHASES = (
@@ -39,7 +39,7 @@ REGISTERS = 200  # of a thread for its part of the accumulator, at most
 class Target:
     """A call of one plan function, whose plan is replaced."""
 
-    plan: str  # "forward", "backward", "source_gradients" or "concat_gradients"
+    plan: str  # "forward", "backward", "context_columns", "source_gradients", "concat_gradients"
     row: Row
 
     def __str__(self) -> str:
@@ -49,8 +49,13 @@ class Target:
     def wanted(self) -> list[bool]:
         """The gradients: those that the planned kernel makes, alone where that is possible."""
         if self.row.score == "concat":
-            return [self.plan == "concat_gradients"] * 3 + [self.plan != "concat_gradients"]
-        return [True, self.plan == "source_gradients"]
+            return [self.plan == "concat_gradients"] * 3 + [self.plan != "concat_gradients", False]
+        return [True, self.plan == "source_gradients", False]
+
+    @property
+    def name(self) -> str:
+        """Of the backend's function."""
+        return "forward" if self.plan in ("forward", "context_columns") else "backward"
 
 
 def _target(plan: str, score: str, batch: int, queries: int, source: int, width: int) -> Target:
@@ -62,31 +67,32 @@ TARGETS = (
     _target("forward", "dot", 64, 64, 1024, 512),
     _target("backward", "dot", 64, 64, 1024, 512),
     _target("forward", "dot", 64, 64, 1024, 1024),
+    _target("context_columns", "dot", 64, 64, 1024, 1024),
     _target("backward", "dot", 64, 64, 1024, 1024),
     _target("forward", "dot", 64, 1, 1024, 512),
     _target("forward", "concat", 64, 64, 1024, 512),
     _target("backward", "concat", 64, 64, 1024, 512),
     _target("concat_gradients", "concat", 64, 64, 1024, 512),
     _target("source_gradients", "dot", 64, 64, 1024, 512),
+    _target("forward", "dot", 64, 5, 1024, 512),
+    _target("forward", "dot", 64, 5, 1024, 1024),
     _target("forward", "concat", 64, 1, 1024, 512),
+    _target("forward", "dot", 128, 10, 128, 1024),
+    _target("backward", "dot", 128, 10, 128, 1024),
     _target("forward", "dot", 64, 50, 50, 512),
     _target("backward", "dot", 64, 50, 50, 512),
     _target("forward", "dot", 32, 40, 200, 512),
     _target("backward", "dot", 32, 40, 200, 512),
     _target("forward", "dot", 16, 30, 300, 1000),
     _target("backward", "dot", 16, 30, 300, 1000),
-    _target("forward", "dot", 128, 10, 128, 1024),
-    _target("backward", "dot", 128, 10, 128, 1024),
     _target("forward", "dot", 64, 64, 512, 512),
-    _target("forward", "dot", 64, 5, 1024, 512),
-    _target("forward", "dot", 64, 5, 1024, 1024),
     _target("source_gradients", "dot", 64, 64, 1024, 1024),
+    _target("forward", "dot", 8, 1, 200, 512),
+    _target("forward", "dot", 64, 1, 1024, 1024),
     _target("forward", "dot", 64, 64, 1024, 256),
     _target("backward", "dot", 64, 64, 1024, 256),
     _target("forward", "dot", 64, 64, 1024, 128),
     _target("backward", "dot", 64, 64, 1024, 128),
-    _target("forward", "dot", 64, 1, 1024, 1024),
-    _target("forward", "dot", 8, 1, 200, 512),
 )
 
 
@@ -124,27 +130,46 @@ def _rows(row: Row) -> Iterator[launch.Plan]:
     longest_t = launch.power_of_2(row.queries, 16)
     longest_s = launch.power_of_2(row.source, 16)
     all_e = (32, 64) if is_concat else (64, 128)
-    blocks = itertools.product((16, 32, 64), (32, 64, 128), all_e, (4, 8), (3,))
+    all_stages = (3,) if is_concat else (3, 4)
+    blocks = itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), all_e, (4, 8), all_stages)
     for block_t, block_s, block_e, warps, stages in blocks:
         elements = block_t * block_s / (32 * warps)
-        if block_t > longest_t or block_s > longest_s or elements > (32 if is_concat else 64):
+        if (
+            block_t > longest_t
+            or block_s > longest_s
+            or not 8 <= elements <= (32 if is_concat else 64)
+        ):
             continue
-        if not is_concat and block_s < longest_s:  # all of the source in one program
+        if block_t < min(longest_t, 64) and block_s < 64 and row.source > 512:
             continue
         tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
-        yield launch.Plan("rows", launch.cdiv(row.source, block_s), block_s, tiles, warps, stages)
+        splits = launch.cdiv(row.source, block_s)
+        regime = "rows" if splits == 1 else "columns"
+        yield launch.Plan(regime, splits, block_s, tiles, warps, stages)
+
+
+def _columns(row: Row) -> Iterator[launch.Plan]:
+    longest_t = launch.power_of_2(row.queries, 16)
+    blocks = itertools.product((32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))
+    for block_t, block_s, block_e, warps, stages in blocks:
+        held = stages * block_s * (2 * block_e + 2 * block_t)
+        if block_t > longest_t or held > CHIP.shared_memory - 16384:
+            continue
+        if 16 <= block_t * block_e / (32 * warps) <= 128 and block_t * block_s / warps <= 1024:
+            tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
+            yield launch.Plan("columns", 1, block_s, tiles, warps, stages)
 
 
 def _steps(row: Row) -> Iterator[launch.Plan]:
     width = launch.power_of_2(row.width, 16)
     own = plan_of(Target("forward", row)).splits
-    blocks = itertools.product((2, 4, 8, 16), (2, 4, 8), (2, 3, 4), (0.5, 1, 2))
+    blocks = itertools.product((2, 4, 8, 16), (2, 4, 8), (1, 2, 3, 4), (0.25, 0.5, 1, 2))
     for block_s, warps, stages, more in blocks:
-        if not 16 <= block_s * width / (32 * warps) <= 64 or (stages != 3 and more != 1):
+        if not 16 <= block_s * width / (32 * warps) <= 64 or (stages not in (1, 3) and more != 0.5):
             continue
         splits, segment = _cut(row.source, block_s, max(1, int(own * more)))
-        tiles = {"BLOCK_S": block_s, "BLOCK_E": width}
-        yield launch.Plan("step", splits, segment, tiles, warps, stages)
+        tiles = {"BLOCK_S": block_s, "BLOCK_E": width, "STAGES": stages}
+        yield launch.Plan("step", splits, segment, tiles, warps)
 
 
 def _source(row: Row) -> Iterator[launch.Plan]:
@@ -158,10 +183,11 @@ def _source(row: Row) -> Iterator[launch.Plan]:
 
 
 def _gradients(row: Row) -> Iterator[launch.Plan]:
-    blocks = itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1,))
-    for block_s, block_a, warps, stages in blocks:
-        if 8 <= block_s * block_a / (32 * warps) <= 32:
-            tiles = {"BLOCK_S": block_s, "BLOCK_A": block_a}
+    blocks = itertools.product((16, 32), (16, 32, 64), (32, 64, 128), (2, 4, 8), (1,))
+    for block_t, block_s, block_a, warps, stages in blocks:
+        each = [block * block_a / (32 * warps) for block in (block_t, block_s)]
+        if 4 <= min(each) and max(each) <= 32:
+            tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_A": block_a}
             yield launch.Plan("concat", 1, block_s, tiles, warps, stages)
 
 
@@ -170,9 +196,11 @@ def plan_of(target: Target) -> launch.Plan:
     row = target.row
     kind = launch.Kind(row.dtype == torch.float32, True, False)
     if target.plan == "source_gradients":
-        return launch.source_gradients(row.queries, row.source, row.width, kind)
+        return launch.source_gradients(row.width, kind)
     if target.plan == "concat_gradients":
-        return launch.concat_gradients(row.source, row.width, kind)
+        return launch.concat_gradients(row.width, kind)
+    if target.plan == "context_columns":
+        return launch.context_columns(CHIP, (row.batch, row.queries, row.source, row.width), kind)
     sizes = (row.batch, row.queries, row.source, row.width, row.width)
     return getattr(launch, target.plan)(CHIP, row.score, sizes, kind)
 
@@ -184,14 +212,15 @@ def candidates(target: Target) -> list[launch.Plan]:
         found = list(_source(row))
     elif target.plan == "concat_gradients":
         found = list(_gradients(row))
+    elif target.plan == "context_columns":
+        found = list(_columns(row))
     elif plan_of(target).regime == "step":
         found = list(_steps(row))
     elif row.score == "concat":
         found = list(_rows(row))
     else:
         found = list(_online(row, target.plan == "backward"))
-        if row.source <= launch.SHORT:
-            found += _rows(row)
+        found += _rows(row)
     own = plan_of(target)
     return [plan for plan in found if label(plan) != label(own)]
 
@@ -250,7 +279,7 @@ def call_of(target: Target, inputs: Inputs) -> Call:
         concat = (tensors["query_proj"], tensors["memory_proj"], tensors.get("memory_exp"))
         given = (*concat, tensors["v"], memory, masking)
     forward: Any = partial(getattr(backend, f"{name}_forward"), *given, False)
-    if target.plan == "forward":
+    if target.name == "forward":
         return partial(forward, False)
     saved = forward(True)
     seeds = (inputs.grad_context, None)

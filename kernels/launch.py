@@ -100,8 +100,8 @@ def step(
     # Short rows take less time than the launch of a merge.
     wanted = min(most, _fill(chip, batch * queries, 8 * 4 // warps)) if source > SHORT else 1
     splits, segment = _segments(source, block_s, wanted)
-    tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16)}
-    return Plan("step", splits, segment, tiles, warps, num_stages=3)
+    tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16), "STAGES": 3}
+    return Plan("step", splits, segment, tiles, warps)
 
 
 @lru_cache(maxsize=1024)
@@ -109,6 +109,7 @@ def window(source: int, memory_dim: int, score_dim: int) -> Plan:
     """Local attention: one query a program, whose window is its one segment."""
     width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
     tiles = {"BLOCK_S": max(2, min(32, 4096 // width)), "BLOCK_E": power_of_2(memory_dim, 16)}
+    tiles["STAGES"] = 1
     return Plan("step", 1, max(source, 1), tiles, 8 if width > 2048 else 4, num_stages=2)
 
 

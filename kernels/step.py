@@ -76,7 +76,7 @@ def step_forward(
     T, S, E, A, scale, keep_scale, half_width, rate, splits, segment,
     CONCAT: tl.constexpr, SPOILED: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, FAST_RCP: tl.constexpr,
-    UNIT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query a program, over ``segment`` rows of memory; arguments as elsewhere.
 
@@ -123,7 +123,7 @@ def step_forward(
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     peak = tl.full((BLOCK_S,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
-    for start in range(begin, end, BLOCK_S):
+    for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         offs_s = start + slots
         rows = looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end)
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
