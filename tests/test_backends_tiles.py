@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import product, starmap
 from typing import Any
 from unittest import mock
 
@@ -31,11 +32,15 @@ from fused_attn.testing import Case, Inputs
 ON_GPU = torch.cuda.is_available()
 CHIP = call.chip(torch.device("cuda", 0)) if ON_GPU else tiles.H200
 TRITON = [target for target in TARGETS if isinstance(target, Target) and target.backend == "triton"]
-CASES = tiles.chosen(tiles.small(), CHIP) if TRITON else []
+# Chips that a small batch fills, or nearly, as larger ones fill the other.
+CHIPS = (CHIP, *(Chip(count, CHIP.shared_memory, CHIP.is_nvidia) for count in (1, 6, 12, 24)))
+CASES = tiles.chosen(product(tiles.small(), CHIPS)) if TRITON else []
 # Half of the variants of 16 bits in either type.
 CASES = [
-    replace(case, dtype=torch.float16) if case.dtype == torch.bfloat16 and index % 2 else case
-    for index, case in enumerate(CASES)
+    (replace(case, dtype=torch.float16), chip)
+    if case.dtype == torch.bfloat16 and index % 2
+    else (case, chip)
+    for index, (case, chip) in enumerate(CASES)
 ]
 
 
@@ -47,20 +52,20 @@ def is_short(case: Case) -> bool:
 
 RUN = CASES
 if not ON_GPU and os.environ.get("TILES") != "all":
-    RUN = tiles.chosen(filter(is_short, CASES), CHIP, tiles.interpreted)
+    RUN = tiles.chosen((one for one in CASES if is_short(one[0])), tiles.interpreted)
 
 
-def regime(case: Case) -> str:
+def regime(case: Case, chip: Chip) -> str:
     """The kernels that make the context, as the first word of a test's name."""
     if case.window != "none":
         return "window"
-    names = {one.kernel.__name__ for one in tiles.launches(case, CHIP)}
+    names = {one.kernel.__name__ for one in tiles.launches(case, chip)}
     found = (word for word in ("online", "rows", "step") if f"{word}_forward" in names)
     return next(found, "columns")
 
 
-def name(value: object) -> str:
-    return f"{regime(value)}-{value}" if isinstance(value, Case) else str(value)
+def name(case: Case, chip: Chip) -> str:
+    return "-".join([regime(case, chip), str(case), f"on{chip.multiprocessors}"])
 
 
 def cut(inputs: Inputs) -> Inputs:
@@ -91,20 +96,20 @@ def launching(chip: Chip) -> Iterator[list[call.Launch]]:
 
 
 @pytest.mark.parametrize("target", TRITON, ids=str)
-@pytest.mark.parametrize("case", RUN, ids=name)
-def test_every_variant(case: Case, target: Target) -> None:
+@pytest.mark.parametrize(("case", "chip"), RUN, ids=starmap(name, RUN))
+def test_every_variant(case: Case, chip: Chip, target: Target) -> None:
     inputs = cut(testing.make_inputs(case, device=target.device))
-    with launching(CHIP) as launches:
+    with launching(chip) as launches:
         got = target.run(inputs)
     testing.check_results(got, testing.oracle(inputs), testing.plain(inputs))
     reached = {variant for one in launches for variant in tiles.variants_of(one, case)}
-    assert reached >= tiles.variants(case, CHIP)
+    assert reached >= tiles.variants(case, chip)
 
 
 @pytest.mark.skipif(not TRITON, reason="the triton backend cannot run here")
 def test_no_variant_is_left_out() -> None:
     """Calls of every size that models have reach nothing that the calls above do not."""
-    tested = {variant for case in CASES for variant in tiles.variants(case, CHIP)}
+    tested = {variant for one in CASES for variant in tiles.variants(*one)}
     missing = {
         variant: str(case)
         for case in tiles.large(3000)

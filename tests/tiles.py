@@ -138,16 +138,14 @@ def _steps() -> Iterator[Case]:
     for source in (300, 600, 1200, 2400, 4800, 9600, 16384):  # partial results to be merged
         yield _made("dot", FLOAT32, (1, 1, source, 1024, 1), "row", True)
         yield _made("projected", FLOAT32, (1, 1, source, 16, 16), "row", True)
+        yield _made("dot", FLOAT32, (1, 9, source, 16, 1), "row", True)
 
 
 def _rows() -> Iterator[Case]:
     widths = (16, 24, 64, 9, 31, 63)
-    for width, source, queries in product(widths, (9, 20, 50, 100), (9, 20, 64)):
-        for dtype, mask in product(DTYPES, ("row", "cube")):
-            sizes = (2, queries, source, width, width)
-            yield _made("dot", dtype, sizes, mask, True)
-            if source < 100:
-                yield _made("projected", dtype, sizes, mask, True)
+    for width, source, queries in product(widths, (9, 20, 50, 100, 200), (9, 20, 64)):
+        for score, dtype, mask in product(("dot", "projected"), DTYPES, ("row", "cube")):
+            yield _made(score, dtype, (2, queries, source, width, width), mask, True)
     for source, score, width in product((50, 150), ("dot", "projected"), (64, 63)):
         for dtype, style in product(DTYPES, STYLES):
             yield _made(score, dtype, (2, 9, source, width, width), *style)
@@ -205,19 +203,20 @@ def interpreted(found: Iterable[Variant]) -> set[Variant]:
 
 
 def chosen(
-    calls: Iterable[Case], chip: Chip, seen_as: Callable[[Iterable[Variant]], set[Variant]] = set
-) -> list[Case]:
+    calls: Iterable[tuple[Case, Chip]],
+    seen_as: Callable[[Iterable[Variant]], set[Variant]] = set,
+) -> list[tuple[Case, Chip]]:
     """Of ``calls`` a few that reach all that they reach together, small ones rather than large."""
     seen: Counter[Variant] = Counter()
-    reached = {case: seen_as(variants(case, chip)) for case in calls}
+    reached = {one: seen_as(variants(*one)) for one in calls}
     found = []
-    for case in sorted(reached, key=work):
-        new = reached[case]
+    for one in sorted(reached, key=lambda one: work(one[0])):
+        new = reached[one]
         if not all(seen[variant] for variant in new):
             seen.update(new)
-            found.append(case)
-    for case in list(found):  # what larger ones, needed for something else, reach too
-        if all(seen[variant] > 1 for variant in reached[case]):
-            seen.subtract(reached[case])
-            found.remove(case)
+            found.append(one)
+    for one in list(found):  # what larger ones, needed for something else, reach too
+        if all(seen[variant] > 1 for variant in reached[one]):
+            seen.subtract(reached[one])
+            found.remove(one)
     return found
