@@ -84,9 +84,9 @@ def launching(chip: Chip) -> Iterator[list[call.Launch]]:
     found: list[call.Launch] = []
     enqueue = call.enqueue
 
-    def kept(kernel: Any, programs: Any, *arguments: Any, **options: Any) -> None:
-        enqueue(kernel, programs, *arguments, **options)
-        found.append(call.Launch(kernel, programs, arguments, options))
+    def kept(kernel: Any, programs: Any, tensors: Any, numbers: Any, **options: Any) -> None:
+        enqueue(kernel, programs, tensors, numbers, **options)
+        found.append(call.Launch(kernel, programs, (*tensors, *numbers), options))
 
     with ExitStack() as patches:
         for module in (call, forward, backward, window):

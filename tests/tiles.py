@@ -35,6 +35,8 @@ _ELSEWHERE = {"enable_fp_fusion", "PRECISION", "WIDEN", "FAST_RCP"}
 _FLAGS = {"MASK", "SPLIT", "SPOILED", "CONCAT", "PROJ"}
 # How much of a loop or a sum there is: counted apart from the tiles too.
 _COUNTS = {"BLOCK_SPLITS", "BLOCKS"}
+# Tiles of another product in the same launch.
+_BESIDE = {"QUERY_T", "QUERY_S", "QUERY_E"}
 
 
 def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
@@ -44,6 +46,7 @@ def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
     if "UNIT" in given:
         given["aligned"] = given.pop("UNIT") > 1
     counts = {name: given.pop(name) for name in _COUNTS & set(given)}
+    beside = {name: given.pop(name) for name in _BESIDE & set(given)}
     flags = {name: given[name] for name in _FLAGS & set(given)}
     tiles = given if kernel.startswith("online") else given.keys() - flags.keys()
     tiles = {name: given[name] for name in tiles}
@@ -53,12 +56,14 @@ def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
         for width in columns.items():
             yield (kernel, ("size", size), ("aligned", given.get("aligned")), *kind, width)
     # Sums are of float32 whatever the dtype of the call.
-    yield (kernel, ("size", 4 if kernel == "merge_sum" else size), *kind, *sorted(tiles.items()))
+    yield (kernel, ("size", 4 if kernel == "merge_alone" else size), *kind, *sorted(tiles.items()))
     if flags:
         apart = (("aligned", given.get("aligned")), ("weights", case.weights))
         yield (kernel, *apart, *sorted(flags.items()))
     for count in counts.items():
         yield (kernel, count)
+    if beside:
+        yield (kernel, ("size", size), *sorted(beside.items()))
 
 
 def launches(case: Case, chip: Chip) -> list[call.Launch]:
