@@ -14,6 +14,7 @@ import triton.language as tl
 from .concat import concat_scores
 from .forward import store_rows
 from .tiles import (
+    PITCH,
     counted_positions,
     elements,
     entry,
@@ -22,6 +23,7 @@ from .tiles import (
     inverse_or_zero,
     kept_factor,
     load_tile,
+    padded,
     pair_tile,
     peak_or_zero,
     product,
@@ -29,8 +31,6 @@ from .tiles import (
     row_count,
     split_nonfinite,
 )
-
-PITCH = tl.constexpr(16)  # rows of P and dS are padded to multiples of so many elements
 
 
 @entry
@@ -59,12 +59,6 @@ def weight_deltas(
         grad = tl.load(extra, mask=(at < S) & (weight != 0.0), other=0.0).to(tl.float32)
         total += weight * grad
     tl.store(deltas + wide, tl.sum(total, axis=0))
-
-
-@triton.jit
-def padded(count):
-    """The end of a row of P or dS: so many elements that loads of 16 bytes need no other mask."""
-    return tl.cdiv(count, PITCH) * PITCH
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from .concat import concat_scores
 from .forward import store_rows
 from .tiles import (
+    PITCH,
     counted_positions,
     elements,
     entry,
@@ -23,6 +24,7 @@ from .tiles import (
     kept_factor,
     load_tile,
     log_sum,
+    padded,
     pair_tile,
     peak_or_zero,
     product,
@@ -38,12 +40,12 @@ def score_rows(
     query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
     lengths, mask, scores, stats,
     query_b, query_t, memory_b, memory_s, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, exp_width, exp_queries, exp_source, scale, splits,
+    T, S, E, A, exp_width, exp_queries, exp_source, scale, splits, P,
     CONCAT: tl.constexpr, MASK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores (B, T, S) of BLOCK_S rows, -inf where nothing counts, and their softmax sums.
+    """Scores (B, T, P PITCH) of BLOCK_S rows, -inf where nothing counts, and their softmax sums.
 
     ``stats`` (B, splits, T, 2) as `store_softmax` leaves them; ``splits`` blocks cover S. Blocks of
     padding alone write nothing. Operands as in `rows_forward`.
@@ -98,8 +100,8 @@ def score_rows(
     total = tl.sum(exp(result - peak[:, None]), axis=1)
     slot = b.to(tl.int64) * splits + split
     store_softmax(stats, slot * T + offs_t, peak, total, queries)
-    inside = queries[:, None] & (offs_s < count)[None, :]
-    tl.store(pair_tile(scores, b, offs_t, offs_s, T, S), result, mask=inside)
+    inside = queries[:, None] & (offs_s < padded(count))[None, :]
+    tl.store(pair_tile(scores, b, offs_t, offs_s, T, P * PITCH), result, mask=inside)
 
 
 @triton.jit
@@ -119,7 +121,7 @@ def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.conste
 @entry
 def context_columns(
     scores, stats, memory, lengths, mask, keep, context, weights, logsumexp,
-    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, keep_scale, splits, segment,
+    memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, keep_scale, splits, segment, P,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -153,8 +155,9 @@ def context_columns(
         if MASK == 2:
             tile, _ = split_nonfinite(tile)
         inside = queries[:, None] & (offs_s < count)[None, :]
-        at = pair_tile(scores, b, offs_t, offs_s, T, S)
-        exps = exp(tl.load(at, mask=inside, other=float("-inf")) - peak[:, None])
+        at = pair_tile(scores, b, offs_t, offs_s, T, P * PITCH)
+        stored = queries[:, None] & (offs_s < padded(count))[None, :]
+        exps = exp(tl.load(at, mask=stored, other=float("-inf")) - peak[:, None])
         if weights is not None:
             first = inside & (offs_t * 0 + e_block == 0)[:, None]
             at = pair_tile(weights, b, offs_t, offs_s, T, S)

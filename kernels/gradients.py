@@ -8,12 +8,14 @@ where it is a product of its own. A launch costs more than any of these.
 import triton
 import triton.language as tl
 
-from .backward import PITCH, padded, without_excess
+from .backward import without_excess
 from .forward import store_rows
 from .tiles import (
+    PITCH,
     elements,
     entry,
     load_tile,
+    padded,
     pair_tile,
     product,
     readable_rows,

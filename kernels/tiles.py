@@ -26,6 +26,7 @@ NUMBERS = (
 entry = partial(triton.jit, do_not_specialize=NUMBERS)  # what is launched, not called
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PITCH = tl.constexpr(16)  # rows of workspaces (B, T, S) are padded to multiples of so many elements
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -33,6 +34,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 def elements(stride, UNIT: tl.constexpr):
     """A stride in elements. Widened first: a batch of long sequences has more than 2^31 of them."""
     return tl.cast(stride, tl.int64) * UNIT
+
+
+@triton.jit
+def padded(count):
+    """The end of such a row: so many elements that loads of 16 bytes need no other mask."""
+    return tl.cdiv(count, PITCH) * PITCH
 
 
 @triton.jit

@@ -11,11 +11,13 @@ from fused_attn import reference
 from fused_attn.backends.triton import window
 from fused_attn.backends.triton.call import (
     NOTHING,
+    PITCH,
     Call,
     Factors,
     Sums,
     enqueue,
     factors_of,
+    pitch,
     unit,
 )
 from fused_attn.kernels import backward, gradients, launch, step
@@ -47,11 +49,6 @@ class _Seeds:
         sizes = (*call.strides(grad_context), *self.extra, queries, source, call.widths[0])
         programs = (batch * queries,)
         enqueue(backward.weight_deltas, programs, tensors, sizes, BLOCK=512, **call.unit)
-
-
-def pitch(source: int) -> int:
-    """Units of a row of P or dS: padded, so that loads of 16 bytes do for any S."""
-    return -(-source // backward.PITCH.value)
 
 
 def _needs_deltas(plan: launch.Plan) -> bool:
@@ -109,7 +106,7 @@ def _read_memory(
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
     units = pitch(source)
-    row = units * backward.PITCH.value
+    row = units * PITCH
     kept = memory.new_empty((batch, queries, row))
     is_concat = inputs is not None
     # Of concat dS is no operand of a product: it is kept in full.

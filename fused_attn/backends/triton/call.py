@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn.backends import triton as backend
 from fused_attn.backends.triton.launcher import Numbers, bound
-from fused_attn.kernels import concat, gradients, launch
+from fused_attn.kernels import concat, gradients, launch, tiles
 from fused_attn.reference import MaskingFields, check_lengths
 
 
@@ -118,6 +118,14 @@ def masks_of(masking: MaskingFields, source: int) -> Masks:
     rate = 2.0 / half_width if gaussian else 0.0
     kind = 2 if gaussian else 1
     return Masks(*fields, kind, centers.contiguous(), float(half_width), rate, width)
+
+
+PITCH = tiles.PITCH.value
+
+
+def pitch(source: int) -> int:
+    """Units of a row of a workspace (B, T, S): padded, so that loads of 16 bytes do for any S."""
+    return -(-source // PITCH)
 
 
 def unit(tensor: Tensor) -> Tensor:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.call import Call, Factors, enqueue, factors_of, unit
+from fused_attn.backends.triton.call import (
+    PITCH,
+    Call,
+    Factors,
+    enqueue,
+    factors_of,
+    pitch,
+    unit,
+)
 from fused_attn.kernels import columns, forward, launch, step
 from fused_attn.kernels import concat as concat_kernels
 from fused_attn.reference import MaskingFields, Outputs
@@ -131,7 +139,7 @@ def _columns_forward(
 ) -> None:
     batch, queries, source, memory_dim, _ = call.sizes
     masks, block_t = call.masks, plan.tiles["BLOCK_T"]
-    scores = call.floats(batch, queries, source)
+    scores = call.floats(batch, queries, pitch(source) * PITCH)
     stats = call.floats(batch, plan.splits, queries, 2)
     proj, _, v = inputs or (None, None, None)
     factors = Factors()
@@ -146,6 +154,7 @@ def _columns_forward(
         (
             *(*steps, *masks.strides),
             *(queries, source, *call.widths, *factors.sizes, float(scale), plan.splits),
+            pitch(source),
         ),
         CONCAT=inputs is not None,
         MASK=masks.kind,
@@ -163,6 +172,7 @@ def _columns_forward(
         (
             *(*call.strides(call.memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
             *(queries, source, call.widths[0], float(masks.keep_scale), plan.splits, plan.segment),
+            pitch(source),
         ),
         MASK=masks.kind,
         BLOCKS=launch.power_of_2(plan.splits),
