@@ -290,6 +290,17 @@ def test_looking_seldom_changes_nothing(
             torch.testing.assert_close(h.weights, g.weights)
 
 
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_prefix_beyond_the_limit_of_another_source(beam: int) -> None:
+    """12 symbols for a source of one, and 20 for one of five, of which 15 are given."""
+    given_symbols = [3, 4, 5] * 5
+    prefix, _ = pad([[], given_symbols])
+    config = SearchConfig(beam=beam, min_length=30)  # none ends before it has to
+    short, long = search(make(), *pad([[3], [3, 4, 5, 4, 3]]), config, prefix=prefix)
+    assert len(short[0].tokens) == 12 and len(long[0].tokens) == 20
+    assert long[0].tokens[:15] == given_symbols
+
+
 def test_fewer_targets_than_asked_for() -> None:
     config = SearchConfig(beam=8, nbest=8, max_length=1)
     (found,) = search(make(), *pad([[3, 4]]), config)

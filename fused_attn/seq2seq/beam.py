@@ -43,6 +43,13 @@ class _Pool:
         batch = torch.arange(len(places), device=places.device)[:, None]
         return self._each(lambda tensor: tensor[batch, places])
 
+    def alive(self, places: Tensor, log_prob: Tensor) -> _Pool:
+        """Those at ``places`` int64 (B, M), alive with log-probabilities (B, M)."""
+        batch = torch.arange(len(places), device=places.device)[:, None]
+        rest = (self.tokens, self.coverage, self.weights)
+        fields = [None if field is None else field[batch, places] for field in rest]
+        return _Pool(*cast(Fields, [log_prob, log_prob, *fields]))
+
     def on_host(self) -> _Pool:
         """On the CPU."""
         return self._each(Tensor.cpu)
@@ -162,9 +169,7 @@ def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_P
     totals = (alive.log_prob[:, :, None] + log_probs.view(batch, beam, size)).flatten(1)
     best, index = totals.topk(min(2 * beam, totals.shape[1]), dim=1)
     parents, symbols = index // size, index % size
-    pool = alive.chosen(parents)
-    extended = pool.padded()
-    extended.score = extended.log_prob = best
+    extended = alive.alive(parents, best).padded()
     extended.tokens[:, :, -1] = symbols
     if weights is not None:
         places = torch.arange(batch, device=parents.device)[:, None]
@@ -196,10 +201,8 @@ def _take_ended(
 def _go_on(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
     """The K likeliest that have not ended, and their places among the extensions."""
     score = extended.log_prob.masked_fill(extended.tokens[:, :, -1] == EOS, -torch.inf)
-    places = score.topk(beam, dim=1).indices
-    alive = extended.chosen(places)
-    alive.score = alive.log_prob = score.gather(1, places)
-    return alive, places
+    log_prob, places = score.topk(beam, dim=1)
+    return extended.alive(places, log_prob), places
 
 
 def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
