@@ -91,14 +91,20 @@ def _spread(
 def step(
     chip: Chip, batch: int, queries: int, source: int, memory_dim: int, score_dim: int
 ) -> Plan:
-    """One query a program, tiles of memory in registers: 32 to 64 elements a thread."""
+    """One query a program, tiles of memory in registers: 32 to 64 elements a thread.
+
+    For dot (score_dim 1) two warps, whose loads run ahead: they wait for less of each other.
+    """
     width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
     block_s = max(4, min(64, 4096 // width))
     warps = 8 if block_s * width > 4096 else 4
+    each = 8 * 4 // warps
+    if score_dim == 1:
+        warps, each = warps // 2, each // 2
     # Segments of 4 tiles and more: a split costs the read of the query and a partial context.
     most = cdiv(source, 4 * block_s)
     # Short rows take less time than the launch of a merge.
-    wanted = min(most, _fill(chip, batch * queries, 8 * 4 // warps)) if source > SHORT else 1
+    wanted = min(most, _fill(chip, batch * queries, each)) if source > SHORT else 1
     splits, segment = _segments(source, block_s, wanted)
     tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16), "STAGES": 3}
     return Plan("step", splits, segment, tiles, warps)
@@ -186,8 +192,10 @@ def rows(
     batch, queries, source, memory_dim = sizes
     is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
     block_s = 64 if is_crowded and source > SHORT else _block(source, 64, SHORT)
+    if is_concat and backward and not kind.is_wide and not kind.is_cube and source > SHORT:
+        block_s = SHORT
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
-    most_t = 16 if is_crowded and block_s == SHORT else 32 if is_small else 64
+    most_t = 16 if is_crowded and source <= block_s == SHORT else 32 if is_small else 64
     block_t = _block(queries, 16, most_t)
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
@@ -197,25 +205,33 @@ def rows(
         tiles["BLOCK_T"] = 16
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
-    warps = 8 if not kind.is_aligned or (backward and block_t * block_s > 2048) else 4
+    is_large = is_concat or kind.is_wide or source <= block_s
+    warps = 8 if not kind.is_aligned or (backward and is_large and block_t * block_s > 2048) else 4
     stages = 2 if kind.is_wide else 3
     splits = cdiv(max(source, 1), block_s)
     return Plan("rows" if splits == 1 else "columns", splits, block_s, tiles, warps, stages)
 
 
 @lru_cache(maxsize=1024)
-def context_columns(chip: Chip, sizes: tuple[int, int, int, int], kind: Kind) -> Plan:
-    """The second product of the "columns" regime; also that of the query's gradient."""
+def context_columns(
+    chip: Chip, sizes: tuple[int, int, int, int], kind: Kind, backward: bool = False
+) -> Plan:
+    """The second product of the "columns" regime; in the backward the query's gradient."""
     batch, queries, source, memory_dim = sizes
     is_small = kind.is_wide or kind.is_cube or not kind.is_aligned
+    most_s, most_e, warps = (64, 128, 4) if backward else (32, 256, 8)
+    if is_small:
+        most_s, most_e, warps = 32, 64, 4
     tiles = {
         "BLOCK_T": min(32 if is_small else 64, power_of_2(queries, 16)),
-        "BLOCK_S": min(32 if is_small else 64, power_of_2(source, 16)),
-        "BLOCK_E": min(64 if is_small else 128, power_of_2(memory_dim, 16)),
+        "BLOCK_S": min(most_s, power_of_2(source, 16)),
+        "BLOCK_E": min(most_e, power_of_2(memory_dim, 16)),
     }
     blocked = {"BLOCK_T": queries, "BLOCK_E": memory_dim}
     _spread(chip, batch, tiles, blocked, ("BLOCK_E", "BLOCK_T"))
-    return Plan("columns", 1, tiles["BLOCK_S"], tiles, 4, 2 if kind.is_wide else 3)
+    if tiles["BLOCK_T"] * tiles["BLOCK_E"] <= 4096:
+        warps = 4
+    return Plan("columns", 1, tiles["BLOCK_S"], tiles, warps, 2 if kind.is_wide else 3)
 
 
 @lru_cache(maxsize=4096)
@@ -261,7 +277,9 @@ def source_gradients(memory_dim: int, kind: Kind) -> Plan:
 
 @lru_cache(maxsize=1024)
 def concat_gradients(score_dim: int, kind: Kind) -> Plan:
-    """Gradients of the projections: sums of 16 elements a thread, which meet no other thread's."""
-    most = 128 if kind.is_aligned and not kind.is_wide and not kind.is_cube else 64
-    tiles = {"BLOCK_T": 16, "BLOCK_S": 16, "BLOCK_A": min(most, power_of_2(score_dim, 16))}
+    """Gradients of the projections: sums of 16 elements a thread, which meet no other thread's.
+
+    In wider tiles Triton takes a row of the other side through shared memory, with a barrier.
+    """
+    tiles = {"BLOCK_T": 32, "BLOCK_S": 16, "BLOCK_A": min(64, power_of_2(score_dim, 16))}
     return Plan("concat", 1, tiles["BLOCK_S"], tiles, 4, 1)

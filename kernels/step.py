@@ -175,7 +175,8 @@ def step_backward(
     grad_memory, grad_query,
     seed_b, extra_b, extra_s, query_b, memory_b, memory_s, lengths_stride, mask_b, mask_s,
     S, E, scale, keep_scale, splits, segment,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROW: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ROW: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Backward of the dot score for T = 1: memory is read once and its gradient written once.
 
@@ -219,7 +220,7 @@ def step_backward(
         grad_memory += wide * S * E
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     excess = tl.zeros((BLOCK_S,), tl.float32)
-    for start in range(begin, end, BLOCK_S):
+    for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         offs_s = start + slots
         rows = looked_at(mask, mask_b, 0 * b, mask_s, b, 0 * b, offs_s, end)
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E).to(tl.float32)

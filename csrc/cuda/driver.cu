@@ -87,10 +87,11 @@ unsigned* take_counters(Device& device, const AttentionParams& p, const Plan& pl
   const auto stream = static_cast<cudaStream_t>(p.stream);
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  unsigned long long id = 0;
-  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const int64_t count = p.B * plan.groups;
   const bool capturing = status != cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  // Not of a stream that captures: to be asked for its number ends a capture with an error.
+  if (!capturing) check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const int64_t first = device.slots.take(id, capturing, count);
   if (first >= 0) return device.counters + first;
   auto* own = reinterpret_cast<unsigned*>(p.workspace + workspace_floats(p, plan) - count);

@@ -157,7 +157,7 @@ def _read_memory(
 def _query_plan(call: Call) -> tuple[launch.Plan, int]:
     """How the gradient of the query is made from dS, and by how many programs."""
     batch, queries, _, memory_dim, _ = call.sizes
-    plan = launch.context_columns(call.chip, call.sizes[:4], call.kind)
+    plan = launch.context_columns(call.chip, call.sizes[:4], call.kind, True)
     blocks = -(-queries // plan.tiles["BLOCK_T"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
     return plan, batch * blocks
 
