@@ -241,8 +241,14 @@ def context_columns(
 
 
 @lru_cache(maxsize=4096)
-def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
-    """The forward plan of (B, T, S, E, K)."""
+def forward(
+    chip: Chip,
+    score: str,
+    sizes: tuple[int, int, int, int, int],
+    kind: Kind,
+    weights: bool = False,
+) -> Plan:
+    """The forward plan of (B, T, S, E, K). Of many queries two products give the weights too."""
     batch, queries, source, memory_dim, score_dim = sizes
     fits = max(memory_dim, score_dim) <= STEP_WIDTH
     if score == "concat":
@@ -253,7 +259,7 @@ def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind:
     if fits and queries <= (4 if kind.is_wide else 1):
         return step(chip, batch, queries, source, memory_dim, 1)
     plan = None
-    if not kind.is_wide and source > SHORT:
+    if not kind.is_wide and source > SHORT and not (weights and queries > 16):
         plan = online(chip, batch, queries, source, memory_dim, kind, False)
     return plan or rows(chip, sizes[:4], kind, False, False)
 
