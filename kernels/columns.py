@@ -137,7 +137,8 @@ def context_columns(
     t_blocks = tl.cdiv(T, BLOCK_T)
     e_block = program % e_blocks
     t_block = (program // e_blocks) % t_blocks
-    b = program // (e_blocks * t_blocks)
+    # From the end: the cache holds the memory that `score_rows` has read last.
+    b = (tl.num_programs(0) - 1 - program) // (e_blocks * t_blocks)
     offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
     queries = offs_t < T

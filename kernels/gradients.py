@@ -29,17 +29,20 @@ MERGED_V = tl.constexpr(16)  # columns of v that a program sums
 
 @triton.jit
 def query_tile(
-    program, grad_scores, memory, context, lengths, mask, keep, grad_query,
+    program, programs, grad_scores, memory, context, lengths, mask, keep, grad_query,
     memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, P,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dQ = dS memory of BLOCK_T queries and BLOCK_E columns: a plain product over the positions."""
+    """dQ = dS memory of BLOCK_T queries and BLOCK_E columns: a plain product over the positions.
+
+    From the end of the batch: the cache holds the memory that was read last.
+    """
     e_blocks = tl.cdiv(E, BLOCK_E)
     t_blocks = tl.cdiv(T, BLOCK_T)
     e_block = program % e_blocks
     t_block = (program // e_blocks) % t_blocks
-    b = program // (e_blocks * t_blocks)
+    b = (programs - 1 - program) // (e_blocks * t_blocks)
     offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
     queries = offs_t < T
@@ -74,9 +77,10 @@ def query_gradients(
 ):  # fmt: skip
     """`query_tile` where nobody wants the gradient of the memory."""
     query_tile(
-        tl.program_id(0), grad_scores, memory, context, lengths, mask, keep, grad_query,
-        elements(memory_b, UNIT), elements(memory_s, UNIT), lengths_stride, mask_b, mask_s,
-        T, S, E * UNIT, P * PITCH, MASK, BLOCK_T, BLOCK_S, BLOCK_E, PRECISION, WIDEN,
+        tl.program_id(0), tl.num_programs(0), grad_scores, memory, context, lengths, mask, keep,
+        grad_query, elements(memory_b, UNIT), elements(memory_s, UNIT), lengths_stride,
+        mask_b, mask_s, T, S, E * UNIT, P * PITCH, MASK, BLOCK_T, BLOCK_S, BLOCK_E,
+        PRECISION, WIDEN,
     )  # fmt: skip
 
 
@@ -157,22 +161,26 @@ def source_gradients(
     """dMemory = P^T dO + dS^T Q of BLOCK_S rows and BLOCK_E columns, written once.
 
     grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
-    Where another kernel left sums to be merged, programs from ``sources`` on do `merge_sums`; where
-    it left the gradient of the query, `query_tile`, in tiles of QUERY_T, QUERY_S and QUERY_E.
+    ``sources`` programs do that. Where another kernel left sums to be merged, `merge_sums` comes
+    after them; where it left the gradient of the query, `query_tile` comes before them, in tiles of
+    QUERY_T, QUERY_S and QUERY_E.
     """
+    program = tl.program_id(0)
     if grad_query is not None:
-        if tl.program_id(0) >= sources:
+        others = tl.num_programs(0) - sources
+        if program < others:
             query_tile(
-                tl.program_id(0) - sources, grad_scores, memory, context, lengths, mask, keep,
+                program, others, grad_scores, memory, context, lengths, mask, keep,
                 grad_query, elements(memory_b, UNIT), elements(memory_s, UNIT),
                 lengths_stride, mask_b, mask_s, T, S, E * UNIT, P * PITCH,
                 MASK, QUERY_T, QUERY_S, QUERY_E, PRECISION, WIDEN,
             )  # fmt: skip
             return
+        program -= others
     if partial is not None or partial_v is not None:
-        if tl.program_id(0) >= sources:
+        if program >= sources:
             merge_sums(
-                tl.program_id(0) - sources, partial, lengths, total, partial_v, grad_v,
+                program - sources, partial, lengths, total, partial_v, grad_v,
                 lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
             )  # fmt: skip
             return
@@ -181,7 +189,7 @@ def source_gradients(
     E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
     s_blocks = tl.cdiv(S, BLOCK_S)
-    program = tl.program_id(0)
+    program = sources - 1 - program  # from the end of the batch, as above
     e_block = program % e_blocks
     s_block = (program // e_blocks) % s_blocks
     b = program // (e_blocks * s_blocks)

@@ -89,24 +89,30 @@ def _spread(
 
 
 def step(
-    chip: Chip, batch: int, queries: int, source: int, memory_dim: int, score_dim: int
+    chip: Chip,
+    batch: int,
+    queries: int,
+    source: int,
+    memory_dim: int,
+    score_dim: int,
+    backward: bool = False,
 ) -> Plan:
     """One query a program, tiles of memory in registers: 32 to 64 elements a thread.
 
-    For dot (score_dim 1) two warps, whose loads run ahead: they wait for less of each other.
+    The forward of dot (score_dim 1) has half as many warps, whose loads run ahead.
     """
     width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
     block_s = max(4, min(64, 4096 // width))
     warps = 8 if block_s * width > 4096 else 4
-    each = 8 * 4 // warps
-    if score_dim == 1:
-        warps, each = warps // 2, each // 2
+    each, stages = 8 * 4 // warps, 1
+    if score_dim == 1 and not backward:
+        warps, each, stages = warps // 2, each // 2, 3
     # Segments of 4 tiles and more: a split costs the read of the query and a partial context.
     most = cdiv(source, 4 * block_s)
     # Short rows take less time than the launch of a merge.
     wanted = min(most, _fill(chip, batch * queries, each)) if source > SHORT else 1
     splits, segment = _segments(source, block_s, wanted)
-    tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16), "STAGES": 3}
+    tiles = {"BLOCK_S": block_s, "BLOCK_E": power_of_2(memory_dim, 16), "STAGES": stages}
     return Plan("step", splits, segment, tiles, warps)
 
 
@@ -235,8 +241,14 @@ def context_columns(
 
 
 @lru_cache(maxsize=4096)
-def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind: Kind) -> Plan:
-    """The forward plan of (B, T, S, E, K)."""
+def forward(
+    chip: Chip,
+    score: str,
+    sizes: tuple[int, int, int, int, int],
+    kind: Kind,
+    weights: bool = False,
+) -> Plan:
+    """The forward plan of (B, T, S, E, K). Of many queries two products give the weights too."""
     batch, queries, source, memory_dim, score_dim = sizes
     fits = max(memory_dim, score_dim) <= STEP_WIDTH
     if score == "concat":
@@ -247,7 +259,7 @@ def forward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind:
     if fits and queries <= (4 if kind.is_wide else 1):
         return step(chip, batch, queries, source, memory_dim, 1)
     plan = None
-    if not kind.is_wide and source > SHORT:
+    if not kind.is_wide and source > SHORT and not (weights and queries > 16):
         plan = online(chip, batch, queries, source, memory_dim, kind, False)
     return plan or rows(chip, sizes[:4], kind, False, False)
 
@@ -259,7 +271,7 @@ def backward(chip: Chip, score: str, sizes: tuple[int, int, int, int, int], kind
     if score == "concat":
         return rows(chip, sizes[:4], kind, True, True)
     if queries == 1 and memory_dim <= STEP_WIDTH:
-        return step(chip, batch, queries, source, memory_dim, 1)
+        return step(chip, batch, queries, source, memory_dim, 1, True)
     plan = None
     if not kind.is_wide and source > SHORT:
         plan = online(chip, batch, queries, source, memory_dim, kind, True)

@@ -36,6 +36,9 @@ class Backend(Protocol):
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this problem cannot run, in sentences, availability included."""
 
+    def is_slower(self, problem: AttentionProblem) -> bool:
+        """Whether a later backend was measured to be faster: then "auto" goes on to that."""
+
     def dot_forward(
         self,
         query: Tensor,
@@ -139,9 +142,9 @@ def select(
     """Return the backend for such a call. A request by name never falls back to another one.
 
     ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend without a reason
-    against the problem. The variable is read once per kind of call, not on every call. ``sizes``
-    are T, E and the width of the score; no backend asks for them on a CPU. ``score`` may be
-    "scores": those of concat without a softmax.
+    against the problem, and no measured reason to prefer a later one. The variable is read once per
+    kind of call, not on every call. ``sizes`` are T, E and the width of the score; no backend asks
+    for them on a CPU. ``score`` may be "scores": those of concat without a softmax.
     """
     if requested == "auto":
         asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
@@ -159,7 +162,7 @@ def select(
     for name in order if requested == "auto" else (requested,):
         backend = load(name)
         objections[name] = backend.not_supported_reasons(problem)
-        if not objections[name]:
+        if not objections[name] and not (requested == "auto" and backend.is_slower(problem)):
             return backend
     lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in objections.items()]
     call = f"{score} attention on {device_type} in {str(dtype).removeprefix('torch.')}"

@@ -93,6 +93,11 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+def is_slower(problem: AttentionProblem) -> bool:
+    """Of several queries a matrix unit does the products in one pass over the memory: Triton's."""
+    return problem.score != "concat" and problem.queries > 1 and problem.dtype != torch.float32
+
+
 def dot_backward(*arguments: Any) -> Any:
     raise NotImplementedError("the cuda backend has no backward")
 

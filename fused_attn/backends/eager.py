@@ -24,6 +24,10 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
+def is_slower(problem: AttentionProblem) -> bool:
+    return False
+
+
 def _outputs(
     result: Attention, dtype: torch.dtype, return_weights: bool, return_logsumexp: bool
 ) -> Outputs:

@@ -55,6 +55,19 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+def is_slower(problem: AttentionProblem) -> bool:
+    """Products in full float32 are the library's business; so are many windows that overlap.
+
+    On an H200 at (64, 64, 1024, 512): float32 takes 3.1 times as long as eager (1.9 with the
+    backward), windows of 65 rows 1.35 (1.77). See benchmarks/results.
+    """
+    if problem.score == "concat" or problem.score == "scores":
+        return False
+    if problem.windowed:
+        return problem.queries > 32
+    return problem.dtype == torch.float32 and problem.queries > 8
+
+
 # The modules that launch import triton, which takes a second: only a call brings them in.
 
 

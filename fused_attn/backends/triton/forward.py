@@ -30,7 +30,7 @@ def _forward(
 ) -> Outputs:
     batch, queries, source, memory_dim, width = call.sizes
     if not call.masks.window:
-        plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
+        plan = launch.forward(call.chip, call.score, call.sizes, call.kind, return_weights)
     else:
         plan = launch.window(source, memory_dim, width if concat_inputs else 1)
     memory = call.memory
