@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 STEP_WIDTH = 2048  # columns that one tile of a step may hold in registers
+WGMMA_MEMORY = 200_000  # shared memory that only chips with products out of it have
 SHORT = 128  # rows of memory whose scores one program keeps on chip
 
 
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     is_wide: bool  # float32: products without matrix units
     is_aligned: bool  # loads of 16 bytes
     is_cube: bool  # a mask of its own for every query
+    has_dropout: bool = False  # on the weights
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ def rows(
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
     is_large = is_concat or kind.is_wide or source <= block_s
+    # So does dropout, and so do products whose operands come through registers.
+    is_large |= kind.has_dropout or (chip.is_nvidia and chip.shared_memory < WGMMA_MEMORY)
     warps = 8 if not kind.is_aligned or (backward and is_large and block_t * block_s > 2048) else 4
     stages = 2 if kind.is_wide else 3
     splits = cdiv(max(source, 1), block_s)
