@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 STEP_WIDTH = 2048  # columns that one tile of a step may hold in registers
+WGMMA_MEMORY = 200_000  # shared memory that only chips with products out of it have
 SHORT = 128  # rows of memory whose scores one program keeps on chip
 
 
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     is_wide: bool  # float32: products without matrix units
     is_aligned: bool  # loads of 16 bytes
     is_cube: bool  # a mask of its own for every query
+    has_dropout: bool = False  # on the weights
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def rows(
     block_t = _block(queries, 16, most_t)
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
     # The scores of concat are computed again: in larger tiles, beside narrower ones of the memory.
-    is_plain = kind.is_aligned and not kind.is_wide and not kind.is_cube
+    is_plain = chip.is_nvidia and kind.is_aligned and not kind.is_wide and not kind.is_cube
     if is_concat and backward and is_plain and source > block_s and queries > 32:
         block_t, block_e = 64, min(32, block_e)
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
@@ -215,6 +217,8 @@ def rows(
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
     is_large = kind.is_wide or (source <= block_s and not is_concat)
+    # So does dropout, and so do products whose operands come through registers.
+    is_large |= kind.has_dropout or (chip.is_nvidia and chip.shared_memory < WGMMA_MEMORY)
     warps = 8 if not kind.is_aligned or (backward and is_large and block_t * block_s > 2048) else 4
     stages = 2 if kind.is_wide else 3
     splits = cdiv(max(source, 1), block_s)
