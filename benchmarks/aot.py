@@ -89,15 +89,22 @@ def _memory_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str
     if result.shared > gpu.chip.shared_memory:
         chip = gpu.chip.shared_memory
         yield f"{result.shared} bytes of shared memory, the chip has {chip}"
-    if is_aligned and result.kernel in WIDE and not result.wide_loads:
+    # Concat scores read what a thread's elements share: 16 of them are needed for a wide load.
+    tile = result.tiles.get("BLOCK_T", 0) * result.tiles.get("BLOCK_S", 0)
+    is_small = _is_scores_alone(result) and tile < 16 * 32 * result.num_warps
+    if is_aligned and result.kernel in WIDE and not result.wide_loads and not is_small:
         yield "no load of 16 bytes"
+
+
+def _is_scores_alone(result: Compiled) -> bool:
+    """Whether the kernel makes concat scores and reads no memory: it has no product."""
+    return result.kernel == "score_rows" and bool(result.tiles["CONCAT"])
 
 
 def _product_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str]:
     dtypes = {x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)}
     is_short = bool(dtypes & {torch.bfloat16, torch.float16})
-    scores_alone = result.kernel == "score_rows" and result.tiles["CONCAT"]
-    if not is_short or result.kernel not in MATRIX or scores_alone:
+    if not is_short or result.kernel not in MATRIX or _is_scores_alone(result):
         return
     rows = result.tiles[MATRIX[result.kernel]]
     if not result.matrix:

@@ -133,14 +133,18 @@ def test_half_a_reciprocal_is_counted(
     options = launch.options | {"BLOCK_T": 32, "BLOCK_S": 64, "num_warps": 4}
     launch = launch._replace(options=options)
     assert modules.aot_compile.loop_elements(launch) == (128,)
-    tiles = {"BLOCK_T": 32, "CONCAT": 1, "UNIT": 8}
-    result = replace(sound[0], kernel="score_rows", tiles=tiles, matrix="")
+    tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "CONCAT": 1, "UNIT": 8}
+    result = replace(sound[0], kernel="score_rows", tiles=tiles, num_warps=4, matrix="")
     paired = replace(result, loops=(loop(64, 600),))
     assert modules.aot.promises(paired, launch, gpu) == []
     (reason,) = modules.aot.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
     assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
     (reason,) = modules.aot.promises(result, launch, gpu)
     assert reason == "0 loops with paired reciprocals, expected 1"
+    narrow = replace(paired, wide_loads=0)
+    assert modules.aot.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
+    small = replace(narrow, tiles=tiles | {"BLOCK_T": 16})  # 8 scores a thread
+    assert modules.aot.promises(small, launch, gpu) == []
 
 
 def test_both_roles_of_the_gradients_are_counted(
