@@ -83,7 +83,7 @@ def promises(result: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
     if is_aligned and result.kernel in WIDE and not result.wide_loads:
         broken.append("no load of 16 bytes")
     is_concat = tiles.get("CONCAT", 1) and result.kernel in PAIRED
-    is_loop = is_concat and result.loop_elements >= 32 and given["T"] != 1  # one query: no loop
+    is_loop = is_concat and result.loop_elements >= 128 and given["T"] != 1  # one query: no loop
     if gpu.target.backend == "cuda" and is_loop:
         share = result.loop_reciprocals / result.loop_elements
         if not 0.0 < share <= 0.51:

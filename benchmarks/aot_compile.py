@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from fused_attn.kernels.concat import EXP_COLUMNS
 from fused_attn.kernels.launch import Chip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -169,7 +170,8 @@ class Compiled:
     def loop_elements(self) -> float:
         """Terms of the concat score that a thread does in one iteration of that loop."""
         sizes = [v for k, v in self.tiles.items() if k in ("BLOCK_T", "BLOCK_S", "BLOCK_A")]
-        return 2 * sizes[0] * sizes[1] / (32 * self.num_warps) if len(sizes) == 2 else 0.0
+        scores = sizes[0] * sizes[1] / (32 * self.num_warps) if len(sizes) == 2 else 0.0
+        return EXP_COLUMNS.value * scores
 
 
 def compile_for(launch: call.Launch, gpu: Gpu) -> Compiled:

@@ -585,7 +585,7 @@ def test_models_are_compared_and_candidates_ranked(
 def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
     sweep = modules.gpu_sweep
     items = sweep._items("cuda")
-    assert len(items) < 1100
+    assert len(items) * sweep.BUDGET_S < 75  # seconds of the device, when all are timed
     for target in sweep.TARGETS:
         plans = sweep.candidates(target)
         own = sweep.plan_of(target)

@@ -101,14 +101,14 @@ def test_a_broken_promise_is_seen(
 def test_half_a_reciprocal_is_counted(
     sound: tuple[object, object, object], modules: SimpleNamespace
 ) -> None:
-    """32 x 64 scores on 128 threads are 16 a thread: 32 terms in an iteration of two columns."""
+    """32 x 64 scores on 128 threads are 16 a thread: 128 terms in an iteration of 8 columns."""
     result, launch, gpu = sound
     tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "BLOCK_E": 64, "CONCAT": 1}
-    names = {"kernel": "rows_forward", "num_warps": 4, "loop_instructions": 152, "spills": 0}
-    paired = replace(result, tiles=tiles, loop_reciprocals=16, **names)
-    assert paired.loop_elements == 32
+    names = {"kernel": "rows_forward", "num_warps": 4, "loop_instructions": 608, "spills": 0}
+    paired = replace(result, tiles=tiles, loop_reciprocals=64, **names)
+    assert paired.loop_elements == 128
     assert modules.aot.promises(paired, launch, gpu) == []
-    (reason,) = modules.aot.promises(replace(paired, loop_reciprocals=32), launch, gpu)
+    (reason,) = modules.aot.promises(replace(paired, loop_reciprocals=128), launch, gpu)
     assert reason == "1.00 reciprocals for an element of the concat loop, expected .5"
 
 
