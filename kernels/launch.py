@@ -198,8 +198,9 @@ def rows(
     batch, queries, source, memory_dim = sizes
     is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
     block_s = 64 if is_crowded and source > SHORT else _block(source, 64, SHORT)
-    if is_concat and backward and not kind.is_wide and not kind.is_cube and source > SHORT:
-        block_s = SHORT
+    is_plain = not kind.is_wide and not kind.is_cube
+    if is_concat and backward and is_plain and source > SHORT and chip.is_nvidia:
+        block_s = SHORT  # on AMD it spills
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
     most_t = 16 if is_crowded and source <= block_s == SHORT else 32 if is_small else 64
     block_t = _block(queries, 16, most_t)
