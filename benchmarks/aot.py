@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fused_attn.backends.triton.call import Launch
 
 STACK = {"cuda": 64, "hip": 128}  # bytes a thread may spill
-STACK_OF_FLAGS = 256  # with dropout or a gradient of the weights, which few calls have
+STACK_OF_FLAGS = 512  # with dropout or a gradient of the weights, which few calls have
 WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048)
 SHAPES = ((1, 1024), (4, 1024), (16, 1024), (64, 1024), (50, 50), (128, 8192))  # (T, S)
 MATRIX = ("online_forward", "online_backward", "rows_forward", "rows_backward", "source_gradients")
