@@ -585,7 +585,7 @@ def test_models_are_compared_and_candidates_ranked(
 def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
     sweep = modules.gpu_sweep
     items = sweep._items("cuda")
-    assert len(items) < 1100
+    assert len(items) * sweep.BUDGET_S < 75  # seconds of the device, when all are timed
     for target in sweep.TARGETS:
         plans = sweep.candidates(target)
         own = sweep.plan_of(target)
@@ -593,7 +593,8 @@ def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
         assert len({sweep.label(plan) for plan in plans}) == len(plans)
         for plan in plans:
             tiles, source = plan.tiles, target.row.source
-            assert all(size & (size - 1) == 0 for size in tiles.values())
+            blocks = [size for name, size in tiles.items() if name.startswith("BLOCK")]
+            assert all(size & (size - 1) == 0 for size in blocks)
             if plan.regime in ("rows", "online", "step"):
                 assert (plan.splits - 1) * plan.segment < source <= plan.splits * plan.segment
                 assert plan.segment % tiles["BLOCK_S"] == 0
