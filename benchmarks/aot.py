@@ -27,12 +27,21 @@ if TYPE_CHECKING:
     from fused_attn.backends.triton.call import Launch
 
 STACK = {"cuda": 64, "hip": 128}  # bytes a thread may spill
-STACK_OF_FLAGS = 512  # with dropout or a gradient of the weights, which few calls have
+STACK_OF_FLAGS = 256  # with dropout or a gradient of the weights, which few calls have
 WIDTHS = (64, 128, 256, 512, 1000, 1024, 2048)
 SHAPES = ((1, 1024), (4, 1024), (16, 1024), (64, 1024), (50, 50), (128, 8192))  # (T, S)
-MATRIX = ("online_forward", "online_backward", "rows_forward", "rows_backward", "source_gradients")
+# Kernels of matrix products, and the block that is the left side's rows: WGMMA takes 64 of them.
+MATRIX = {
+    "online_forward": "BLOCK_T",
+    "online_backward": "BLOCK_T",
+    "rows_forward": "BLOCK_T",
+    "rows_backward": "BLOCK_T",
+    "score_rows": "BLOCK_T",
+    "context_columns": "BLOCK_T",
+    "query_gradients": "BLOCK_T",
+    "source_gradients": "BLOCK_S",
+}
 WIDE = (*MATRIX, "step_forward", "step_backward", "window_backward")
-PAIRED = ("rows_forward", "rows_backward", "concat_scores_only", "concat_gradients")
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -47,14 +56,14 @@ def cases(quick: bool) -> Iterator[Case]:
         for score in ("dot", "concat"):
             yield Case(score, dtype, queries, source, width, flags="lengths")
     for (queries, source), score in itertools.product(heavy, ("dot", "concat")):
-        for mask in ("mask", "cube"):
+        for mask, width in itertools.product(("mask", "cube"), (512,) if quick else (512, 1024)):
             flags = f"lengths {mask} keep weights"
-            yield Case(score, torch.bfloat16, queries, source, 512, flags=flags)
+            yield Case(score, torch.bfloat16, queries, source, width, flags=flags)
     for dtype, width in itertools.product(dtypes, (512,) if quick else (64, 512, 1024, 2048)):
         for score in ("dot", "concat"):
             yield Case(score, dtype, 50, 1000, width, flags="lengths window")
         yield Case("scores", dtype, 50, 1000, width, flags="lengths")
-    for queries, source in ((1, 1024),) if quick else heavy:  # kernels with one result less
+    for queries, source in ((1, 1024), (64, 200)) if quick else heavy:  # one result less
         yield Case("dot", torch.bfloat16, queries, source, 512, flags="lengths frozen")
     if not quick:
         for score in ("dot", "concat"):  # no load of 16 bytes
@@ -63,32 +72,60 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def promises(result: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
     """What ``result`` was to be and is not, in sentences."""
-    broken = []
+    return [
+        *_memory_promises(result, launch, gpu),
+        *_product_promises(result, launch, gpu),
+        *_loop_promises(result, launch, gpu),
+    ]
+
+
+def _memory_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str]:
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     has_flags = given.get("keep") is not None or given.get("grad_weights") is not None
     most = STACK_OF_FLAGS if has_flags else STACK[gpu.target.backend]
-    tiles, is_aligned = result.tiles, result.tiles.get("UNIT", 1) > 1
-    dtypes = {x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)}
-    is_short = bool(dtypes & {torch.bfloat16, torch.float16})
+    is_aligned = result.tiles.get("UNIT", 1) > 1
     if is_aligned and result.spills > most:
-        broken.append(f"{result.spills} bytes of stack, at most {most} expected")
+        yield f"{result.spills} bytes of stack, at most {most} expected"
     if result.shared > gpu.chip.shared_memory:
         chip = gpu.chip.shared_memory
-        broken.append(f"{result.shared} bytes of shared memory, the chip has {chip}")
-    if is_short and result.kernel in MATRIX and not result.matrix:
-        broken.append("no matrix instruction")
-    if gpu.name == "sm_90" and result.kernel == "online_forward" and tiles["BLOCK_T"] == 64:
-        if result.matrix != "wgmma":
-            broken.append("64 queries and no WGMMA")
-    if is_aligned and result.kernel in WIDE and not result.wide_loads:
-        broken.append("no load of 16 bytes")
-    is_concat = tiles.get("CONCAT", 1) and result.kernel in PAIRED
-    is_loop = is_concat and result.loop_elements >= 128 and given["T"] != 1  # one query: no loop
-    if gpu.target.backend == "cuda" and is_loop:
-        share = result.loop_reciprocals / result.loop_elements
-        if not 0.0 < share <= 0.51:
-            broken.append(f"{share:.2f} reciprocals for an element of the concat loop, expected .5")
-    return broken
+        yield f"{result.shared} bytes of shared memory, the chip has {chip}"
+    # Concat scores read what a thread's elements share: 16 of them are needed for a wide load.
+    tile = result.tiles.get("BLOCK_T", 0) * result.tiles.get("BLOCK_S", 0)
+    is_small = _is_scores_alone(result) and tile < 16 * 32 * result.num_warps
+    if is_aligned and result.kernel in WIDE and not result.wide_loads and not is_small:
+        yield "no load of 16 bytes"
+
+
+def _is_scores_alone(result: Compiled) -> bool:
+    """Whether the kernel makes concat scores and reads no memory: it has no product."""
+    return result.kernel == "score_rows" and bool(result.tiles["CONCAT"])
+
+
+def _product_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str]:
+    dtypes = {x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)}
+    is_short = bool(dtypes & {torch.bfloat16, torch.float16})
+    if not is_short or result.kernel not in MATRIX or _is_scores_alone(result):
+        return
+    rows = result.tiles[MATRIX[result.kernel]]
+    if not result.matrix:
+        yield "no matrix instruction"
+    elif gpu.name == "sm_90" and rows >= 64 and result.matrix != "wgmma":
+        yield f"{rows} rows and no WGMMA"
+
+
+def _loop_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str]:
+    from benchmarks.aot_compile import loop_elements
+
+    elements = loop_elements(launch)
+    if gpu.target.backend != "cuda" or not elements:
+        return
+    if len(result.loops) != len(elements):
+        yield f"{len(result.loops)} loops with paired reciprocals, expected {len(elements)}"
+        return
+    for loop, count in zip(result.loops, elements, strict=True):
+        share = loop.reciprocals / count
+        if share > 0.51:
+            yield f"{share:.2f} reciprocals for an element of a concat loop, expected .5"
 
 
 def distinct(cases: Iterable[Case], gpu: Gpu) -> list[tuple[str, Launch]]:
@@ -106,7 +143,7 @@ def distinct(cases: Iterable[Case], gpu: Gpu) -> list[tuple[str, Launch]]:
 
 def run(gpu: Gpu, quick: bool) -> tuple[list[dict[str, Any]], int]:
     """Compile all of a GPU's kernels: rows of what came of them, and how many broke a promise."""
-    from benchmarks.aot_compile import compile_for
+    from benchmarks.aot_compile import compile_for, loop_elements
 
     def one(job: tuple[str, Launch]) -> dict[str, Any]:
         case, launch = job
@@ -117,7 +154,7 @@ def run(gpu: Gpu, quick: bool) -> tuple[list[dict[str, Any]], int]:
             reason = f"does not compile: {lines[0][:200]}"
             return {"case": case, "kernel": launch.kernel.__name__, "broken": [reason]}
         broken = promises(result, launch, gpu)
-        return {"case": case, **asdict(result), "elements": result.loop_elements, "broken": broken}
+        return {"case": case, **asdict(result), "elements": loop_elements(launch), "broken": broken}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(one, distinct(cases(quick), gpu)))
@@ -129,10 +166,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return [row["kernel"], *[""] * 7, "; ".join(row["broken"]), row["case"]]
     names = {k.removeprefix("BLOCK_").lower(): v for k, v in row["tiles"].items()}
     tiles = " ".join(f"{name}={value}" for name, value in names.items())
-    per_element = ""
-    if row["loop_reciprocals"] and row["kernel"] in PAIRED and row["elements"]:
-        reciprocals = row["loop_reciprocals"] / row["elements"]
-        per_element = f"{reciprocals:.2f} of {row['loop_instructions'] / row['elements']:.1f}"
+    per_element = ", ".join(
+        f"{loop.reciprocals / count:.2f} of {loop.instructions / count:.1f}"
+        for loop, count in zip(row["loops"], row["elements"], strict=False)
+    )
     return [
         *(row["kernel"], f"{tiles} warps={row['num_warps']} stages={row['num_stages']}"),
         *(str(row[name]) for name in ("registers", "spills", "shared")),
@@ -150,7 +187,9 @@ HEADER = [
 def main(arguments: list[str]) -> int:
     """Compile, print the table, and return 1 if a promise is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
-    parser.add_argument("--gpu", action="append", help="sm_80, sm_90 or gfx942; all if not given")
+    parser.add_argument(
+        "--gpu", action="append", help="sm_80, sm_89, sm_90, sm_120 or gfx942; all if not given"
+    )
     parser.add_argument("--quick", action="store_true", help="one width and few shapes")
     parser.add_argument(
         "--output", type=Path, help="a directory for the tables, one file for each GPU"

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from fused_attn.kernels.concat import EXP_COLUMNS
+from fused_attn.kernels.concat import EXP_COLUMNS, OTHER_ROWS
 from fused_attn.kernels.launch import Chip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,11 +44,16 @@ class Gpu:
     chip: Chip
 
 
+# One chip of each: A100, RTX 4090, H100 and H200, RTX 5090, MI300X.
 GPUS = {
     "sm_80": Gpu("sm_80", GPUTarget("cuda", 80, 32), Chip(108, 166912)),
+    "sm_89": Gpu("sm_89", GPUTarget("cuda", 89, 32), Chip(128, 101376)),
     "sm_90": Gpu("sm_90", GPUTarget("cuda", 90, 32), Chip(132, 232448)),
+    "sm_120": Gpu("sm_120", GPUTarget("cuda", 120, 32), Chip(170, 101376)),
     "gfx942": Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Chip(304, 65536, False)),
 }
+# Kernels that compute a tile of concat scores, two columns with one reciprocal.
+SCORED = ("rows_forward", "rows_backward", "score_rows", "concat_scores_only")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,30 @@ def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
+def loop_elements(launch: call.Launch) -> tuple[float, ...]:
+    """Terms of the concat score that a thread does in an iteration, of each of its paired loops.
+
+    In the order of the kernel's source; empty where a kernel has no such loop.
+    """
+    name, options = launch.kernel.__name__, launch.options
+    block_t, block_s, block_a = (options.get(f"BLOCK_{size}", 0) for size in "TSA")
+    threads = 32 * options.get("num_warps", 4)
+    if name == "concat_gradients":
+        given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+        owned = [block_s] if given["grad_query_proj"] is None else [block_t, block_s]
+        return tuple(OTHER_ROWS.value * rows * block_a / threads for rows in owned)
+    if name in SCORED and options.get("CONCAT", True):
+        return (EXP_COLUMNS.value * block_t * block_s / threads,)
+    return ()
+
+
+class Loop(NamedTuple):
+    """One iteration, as a thread runs it."""
+
+    reciprocals: int
+    instructions: int
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of one kernel."""
@@ -163,15 +192,7 @@ class Compiled:
     matrix: str  # "wgmma", "mma", "mfma" or ""
     wide_loads: int  # of 16 bytes, from global memory
     narrow_loads: int
-    loop_reciprocals: int = 0  # one iteration of the paired loop of concat, NVIDIA only
-    loop_instructions: int = 0
-
-    @property
-    def loop_elements(self) -> float:
-        """Terms of the concat score that a thread does in one iteration of that loop."""
-        sizes = [v for k, v in self.tiles.items() if k in ("BLOCK_T", "BLOCK_S", "BLOCK_A")]
-        scores = sizes[0] * sizes[1] / (32 * self.num_warps) if len(sizes) == 2 else 0.0
-        return EXP_COLUMNS.value * scores
+    loops: tuple[Loop, ...] = ()  # the paired ones of concat, NVIDIA only
 
 
 def compile_for(launch: call.Launch, gpu: Gpu) -> Compiled:
@@ -205,10 +226,10 @@ def loops(sass: str) -> Iterator[Counter[str]]:
             yield Counter(t.split()[0] for at, t in code if start <= at <= address)
 
 
-def paired_loop(sass: str) -> Counter[str]:
-    """The concat loop of the usual range: reciprocals, and no exponential for each of them."""
+def paired_loops(sass: str) -> tuple[Loop, ...]:
+    """The concat loops of the usual range: reciprocals, and no exponential for each of them."""
     found = [c for c in loops(sass) if c["MUFU.RCP"] > c["MUFU.EX2"]]
-    return max(found, key=lambda c: c["MUFU.RCP"], default=Counter())
+    return tuple(Loop(c["MUFU.RCP"], sum(c.values())) for c in found)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -226,15 +247,13 @@ def _read_cuda(kernel: Any) -> dict[str, Any]:
         sass = _tool("cuobjdump", "-sass", file.name)
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*", sass)
     wide = sum(".128" in load for load in loads)
-    loop = paired_loop(sass)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spills": _number(r"STACK:(\d+)", usage),
         "matrix": "wgmma" if "HGMMA" in sass else "mma" if "HMMA" in sass else "",
         "wide_loads": wide,
         "narrow_loads": len(loads) - wide,
-        "loop_reciprocals": loop["MUFU.RCP"],
-        "loop_instructions": sum(loop.values()),
+        "loops": paired_loops(sass),
     }
 
 

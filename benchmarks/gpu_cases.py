@@ -29,7 +29,8 @@ def variants(case: Case, chip: launch.Chip = CHIP) -> frozenset[tuple[object, ..
     """The kernels with their tiles that a call forward and backward launches."""
     is_wide = case.dtype == F32
     width = case.memory_dim
-    kind = launch.Kind(is_wide, width % (4 if is_wide else 8) == 0, case.mask == "cube")
+    is_aligned = width % (4 if is_wide else 8) == 0
+    kind = launch.Kind(is_wide, is_aligned, case.mask == "cube", case.keep)
     score = "concat" if case.score in ("concat", "projected") else "dot"
     sizes = (case.batch, case.queries, case.source, width, width)
     found: set[tuple[object, ...]] = set()

@@ -288,7 +288,7 @@ def _plots(directory: Path, results: dict[str, Any]) -> Iterable[Path]:
     axes.set(xlabel="% of the limit", xlim=(0, 100), title=results["gpu"])
     target = directory / f"{results['date'][:10]}-gpu.png"
     partial = target.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
+    figure.savefig(partial, format="png", dpi=60)
     pyplot.close(figure)
     partial.replace(target)
     return [target]

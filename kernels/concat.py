@@ -30,6 +30,7 @@ from .tiles import (
 TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
 EXP_COLUMNS = tl.constexpr(8)  # the number of prepared columns is a multiple of it
 EXP_ROWS = tl.constexpr(16)  # rows that share a peak, and of which prepared tiles are multiples
+OTHER_ROWS = tl.constexpr(4)  # rows of the other side in an iteration of the gradients' loop
 PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
 
 
@@ -228,11 +229,11 @@ def gradient_rows(
     grad_sum = tl.zeros((BLOCK_R,), tl.float32)
     none = tl.zeros((BLOCK_R,), tl.int32)
     if paired:
-        for start in range(0, end, 4):
-            for half in tl.static_range(2):
-                o = start + 2 * half
-                at_g = at_grad + 2 * half * grad_step
-                at_y = at_other + 2 * half * other_step
+        for start in range(0, end, OTHER_ROWS):
+            for pair in tl.static_range(OTHER_ROWS // 2):
+                o = start + 2 * pair
+                at_g = at_grad + 2 * pair * grad_step
+                at_y = at_other + 2 * pair * other_step
                 g0 = tl.load(at_g, mask=rows & (none + o < end), other=0.0)
                 g1 = tl.load(at_g + grad_step, mask=rows & (none + (o + 1) < end), other=0.0)
                 y0 = other_row(at_y, other_mask, mask_step, o, end, columns, BLOCK_A)
@@ -250,8 +251,8 @@ def gradient_rows(
                     grad_r += g0[:, None] * r0
                     grad_r += g1[:, None] * r1
                     grad_sum += g0 + g1
-            at_grad += 4 * grad_step
-            at_other += 4 * other_step
+            at_grad += OTHER_ROWS * grad_step
+            at_other += OTHER_ROWS * other_step
     else:
         for o in range(0, end):
             g = tl.load(at_grad, mask=rows, other=0.0)

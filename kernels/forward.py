@@ -8,7 +8,6 @@ split, a program leaves a normalised context, its largest score and the sum of t
 import triton
 import triton.language as tl
 
-from .concat import concat_scores
 from .tiles import (
     bell,
     counted_positions,
@@ -40,27 +39,24 @@ def store_rows(tile, start, offs_row, rows, offs_col, width):
 
 @entry
 def rows_forward(
-    query, memory, exp_query, exp_memory, query_peak, memory_peak, memory_proj, v,
-    lengths, mask, keep, context, weights, logsumexp,
-    query_b, query_t, memory_b, memory_s, proj_b, proj_s, lengths_stride, mask_b, mask_t, mask_s,
-    T, S, E, A, exp_width, exp_queries, exp_source, scale, keep_scale,
-    CONCAT: tl.constexpr, MASK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
+    query, memory, lengths, mask, keep, context, weights, logsumexp,
+    query_b, query_t, memory_b, memory_s, lengths_stride, mask_b, mask_t, mask_s,
+    T, S, E, scale, keep_scale,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of scores that fit on chip: two sweeps over the columns of all S <= BLOCK_S memory rows.
 
     The first sweep makes the scores, the second the weighted sum, chunk of columns by chunk: no
     accumulator is as wide as the memory, so any width will do. The second reads the same few
-    kilobytes again, from the cache. Concat scores come from `concat_scores` instead of a product.
+    kilobytes again, from the cache.
 
-    query (B, T, K), memory (B, S, E); context (B, T, E), weights (B, T, S) or None, logsumexp
+    query (B, T, E), memory (B, S, E); context (B, T, E), weights (B, T, S) or None, logsumexp
     (B, T) or None. Strides and widths come in units of UNIT elements.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
-    proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
-    E, A = E * UNIT, A * UNIT
+    E = E * UNIT
     program = tl.program_id(0)
     t_blocks = tl.cdiv(T, BLOCK_T)
     t_block = program % t_blocks
@@ -75,33 +71,15 @@ def rows_forward(
     memory += b.to(tl.int64) * memory_b
     query += b.to(tl.int64) * query_b
     bad = offs_s < 0
-
-    if CONCAT:
-        memory_proj += b.to(tl.int64) * proj_b
-        scores, bad = concat_scores(
-            exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
-            b, t_block, 0, offs_t, offs_s, queries, rows,
-            query_t, proj_s, A, exp_width, exp_queries, exp_source,
-            MASK, BLOCK_T, BLOCK_S, FAST_RCP,
-        )  # fmt: skip
-        if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
-            for e in range(0, E, BLOCK_E):
-                _, spoiled = split_nonfinite(
-                    load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
-                )
-                bad = bad | spoiled
-    else:
-        scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
-        for e in range(0, E, BLOCK_E):
-            tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
-            if MASK == 2:
-                tile, spoiled = split_nonfinite(tile)
-                bad = bad | spoiled
-            heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
-            scores = product(heads, tl.trans(tile), scores, PRECISION, WIDEN)
-        scores *= scale
-
-    scores = hide(scores, counts, bad, MASK)
+    scores = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for e in range(0, E, BLOCK_E):
+        tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
+        if MASK == 2:
+            tile, spoiled = split_nonfinite(tile)
+            bad = bad | spoiled
+        heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
+        scores = product(heads, tl.trans(tile), scores, PRECISION, WIDEN)
+    scores = hide(scores * scale, counts, bad, MASK)
     peak = peak_or_zero(tl.max(scores, axis=1))
     exps = exp(scores - peak[:, None])
     total = tl.sum(exps, axis=1)

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 STEP_WIDTH = 2048  # columns that one tile of a step may hold in registers
+WGMMA_MEMORY = 200_000  # shared memory that only chips with products out of it have
 SHORT = 128  # rows of memory whose scores one program keeps on chip
 
 
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     is_wide: bool  # float32: products without matrix units
     is_aligned: bool  # loads of 16 bytes
     is_cube: bool  # a mask of its own for every query
+    has_dropout: bool = False  # on the weights
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,12 @@ def step(
 
 
 @lru_cache(maxsize=1024)
-def window(source: int, memory_dim: int, score_dim: int) -> Plan:
+def window(source: int, memory_dim: int, score_dim: int, backward: bool = False) -> Plan:
     """Local attention: one query a program, whose window is its one segment."""
     width = max(power_of_2(memory_dim, 16), power_of_2(score_dim, 16))
     tiles = {"BLOCK_S": max(2, min(32, 4096 // width)), "BLOCK_E": power_of_2(memory_dim, 16)}
-    tiles["STAGES"] = 1
+    if not backward:
+        tiles["STAGES"] = 1
     return Plan("step", 1, max(source, 1), tiles, 8 if width > 2048 else 4, num_stages=2)
 
 
@@ -174,9 +177,7 @@ def online(
     # S / (8 T) splits that would be half of the traffic.
     wanted = min(_fill(chip, programs, 1), max(1, source // (8 * max(queries, 16))))
     splits, segment = _segments(source, block_s, wanted)
-    halved = cdiv(width, 32) * cdiv(
-        queries, 16
-    )  # blocks of the "columns" regime, at their smallest
+    halved = cdiv(width, 32) * cdiv(queries, 16)  # the "columns" regime's blocks, at their smallest
     if 10 * programs * splits < 9 * chip.multiprocessors and batch * halved > programs * splits:
         return None
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": width}
@@ -197,26 +198,32 @@ def rows(
     """
     batch, queries, source, memory_dim = sizes
     is_crowded = is_concat or kind.is_cube or (kind.is_wide and backward)
-    block_s = 64 if is_crowded and source > SHORT else _block(source, 64, SHORT)
-    is_plain = not kind.is_wide and not kind.is_cube
-    if is_concat and backward and is_plain and source > SHORT and chip.is_nvidia:
-        block_s = SHORT  # on AMD it spills
+    is_cut = is_concat or (is_crowded and source > SHORT)
+    block_s = 64 if is_cut else _block(source, 64, SHORT)
     is_small = is_concat or kind.is_wide or kind.is_cube or not kind.is_aligned
-    most_t = 16 if is_crowded and source <= block_s == SHORT else 32 if is_small else 64
+    most_t = 16 if is_crowded and block_s == SHORT else 32 if is_small else 64
     block_t = _block(queries, 16, most_t)
     block_e = min(32 if kind.is_wide else 64, power_of_2(memory_dim, 16))
+    # The scores of concat are computed again: in larger tiles, beside narrower ones of the memory.
+    is_plain = chip.is_nvidia and kind.is_aligned and not kind.is_wide and not kind.is_cube
+    if is_concat and backward and is_plain and source > block_s and queries > 32:
+        block_t, block_e = 64, min(32, block_e)
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
-    if source > block_s:
+    # Not of short rows, whose tiles would vary from batch to batch: each is a kernel to compile.
+    if source > SHORT:
         _spread(chip, batch, tiles, {"BLOCK_T": queries, "BLOCK_S": source}, ("BLOCK_S", "BLOCK_T"))
-    elif 10 * batch * cdiv(queries, block_t) < 9 * chip.multiprocessors:
+    elif source <= block_s and 10 * batch * cdiv(queries, block_t) < 9 * chip.multiprocessors:
         tiles["BLOCK_T"] = 16
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
-    is_large = is_concat or kind.is_wide or source <= block_s
+    is_large = kind.is_wide or (source <= block_s and not is_concat)
+    # So does dropout, and so do products whose operands come through registers.
+    is_large |= kind.has_dropout or (chip.is_nvidia and chip.shared_memory < WGMMA_MEMORY)
     warps = 8 if not kind.is_aligned or (backward and is_large and block_t * block_s > 2048) else 4
     stages = 2 if kind.is_wide else 3
     splits = cdiv(max(source, 1), block_s)
-    return Plan("rows" if splits == 1 else "columns", splits, block_s, tiles, warps, stages)
+    regime = "columns" if is_concat or splits > 1 else "rows"
+    return Plan(regime, splits, block_s, tiles, warps, stages)
 
 
 @lru_cache(maxsize=1024)
@@ -231,11 +238,14 @@ def context_columns(
         most_s, most_e, warps = 32, 64, 4
     tiles = {
         "BLOCK_T": min(32 if is_small else 64, power_of_2(queries, 16)),
-        "BLOCK_S": min(most_s, power_of_2(source, 16)),
+        "BLOCK_S": most_s,
         "BLOCK_E": min(most_e, power_of_2(memory_dim, 16)),
     }
-    blocked = {"BLOCK_T": queries, "BLOCK_E": memory_dim}
-    _spread(chip, batch, tiles, blocked, ("BLOCK_E", "BLOCK_T"))
+    if source > SHORT:
+        blocked = {"BLOCK_T": queries, "BLOCK_E": memory_dim}
+        _spread(chip, batch, tiles, blocked, ("BLOCK_E", "BLOCK_T"))
+    elif not is_small:
+        tiles |= {"BLOCK_T": _block(queries, 16, 32), "BLOCK_E": min(128, tiles["BLOCK_E"])}
     if tiles["BLOCK_T"] * tiles["BLOCK_E"] <= 4096:
         warps = 4
     return Plan("columns", 1, tiles["BLOCK_S"], tiles, warps, 2 if kind.is_wide else 3)
@@ -247,9 +257,8 @@ def forward(
     score: str,
     sizes: tuple[int, int, int, int, int],
     kind: Kind,
-    weights: bool = False,
 ) -> Plan:
-    """The forward plan of (B, T, S, E, K). Of many queries two products give the weights too."""
+    """The forward plan of (B, T, S, E, K)."""
     batch, queries, source, memory_dim, score_dim = sizes
     fits = max(memory_dim, score_dim) <= STEP_WIDTH
     if score == "concat":
@@ -260,7 +269,7 @@ def forward(
     if fits and queries <= (4 if kind.is_wide else 1):
         return step(chip, batch, queries, source, memory_dim, 1)
     plan = None
-    if not kind.is_wide and source > SHORT and not (weights and queries > 16):
+    if not kind.is_wide and source > SHORT:
         plan = online(chip, batch, queries, source, memory_dim, kind, False)
     return plan or rows(chip, sizes[:4], kind, False, False)
 

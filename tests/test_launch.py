@@ -28,7 +28,7 @@ def plans(chip: Chip) -> object:
 
 @pytest.mark.parametrize("chip", [H200, A100, MI300], ids=["h200", "a100", "mi300"])
 def test_every_plan_covers_the_source_and_fits(chip: Chip) -> None:
-    for (_, _, source, width, _), kind, plan, _ in plans(chip):
+    for (_, _, source, width, _), kind, plan, score in plans(chip):
         assert plan.splits >= 1
         assert (plan.splits - 1) * plan.segment < max(source, 1) <= plan.splits * plan.segment
         assert plan.segment % plan.tiles["BLOCK_S"] == 0
@@ -42,7 +42,7 @@ def test_every_plan_covers_the_source_and_fits(chip: Chip) -> None:
             assert 2 * tile * plan.tiles["BLOCK_E"] < chip.shared_memory
         if plan.regime in ("rows", "columns"):
             assert plan.segment == plan.tiles["BLOCK_S"] <= launch.SHORT
-            assert (plan.splits == 1) == (plan.regime == "rows")
+            assert plan.regime == "columns" if plan.splits > 1 or score == "concat" else "rows"
 
 
 def test_regimes() -> None:
@@ -79,3 +79,39 @@ def test_a_chip_with_little_shared_memory_gets_narrow_tiles() -> None:
     sizes, kind = (108, 64, 1024, 512, 512), Kind(False, True, False)
     assert launch.forward(A100, "dot", sizes, kind).num_stages < 3
     assert launch.forward(MI300, "dot", sizes, kind).regime == "columns"
+
+
+@pytest.mark.parametrize("multiprocessors", [128, 170])  # RTX 4090 and RTX 5090
+@pytest.mark.parametrize("width", [512, 1024])
+@pytest.mark.parametrize("queries", [2, 16, 64])
+def test_99_kilobytes_are_enough_for_matrix_products(
+    multiprocessors: int, width: int, queries: int
+) -> None:
+    chip, kind = Chip(multiprocessors, 101376), Kind(False, True, False)
+    sizes = (64, queries, 1024, width, width)
+    for plan in (
+        launch.forward(chip, "dot", sizes, kind),
+        launch.backward(chip, "dot", sizes, kind),
+    ):
+        assert plan.regime in ("online", "columns")  # "step" has no matrix products
+        block_t, block_s, columns = (plan.tiles[f"BLOCK_{name}"] for name in "TSE")
+        tile = block_s + block_t
+        if plan.regime == "online":  # one tile of queries, and of memory one for each stage
+            tile += (plan.num_stages - 1) * block_s
+        assert 2 * columns * tile <= 101376
+        assert min(block_t, block_s, columns) >= 16  # what a product takes
+
+
+def test_a_tile_that_would_spill_has_more_warps() -> None:
+    """64 queries and 128 rows: 4 warps where products read shared memory, without dropout."""
+
+    def warps(chip: Chip, has_dropout: bool) -> int:
+        kind = Kind(False, True, False, has_dropout)
+        plan = launch.backward(chip, "dot", (64, 64, 1024, 1024, 1024), kind)
+        assert (plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"]) == (64, 128)
+        return plan.num_warps
+
+    assert warps(H200, False) == 4
+    assert warps(H200, True) == 8
+    assert warps(A100, False) == 8
+    assert warps(Chip(128, 101376), False) == 8

@@ -412,6 +412,7 @@ def test_replays_on_a_gpu(shape: str, name: str, monkeypatch: pytest.MonkeyPatch
 
 @needs_gpu
 @torch.inference_mode()
+@pytest.mark.filterwarnings("ignore:RNN module weights")  # torch does not flatten those in bfloat16
 @pytest.mark.parametrize("beam", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_kernels_compile_and_keep_their_promises(gpu: str) -> None:
     done = compile_all("--quick", "--gpu", gpu)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -41,7 +42,8 @@ def test_kernels_compile_and_keep_their_promises(gpu: str) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    assert "--gpu must be one of sm_80, sm_90, gfx942, got sm_1" in compile_all("--gpu=sm_1").stderr
+    names = "sm_80, sm_89, sm_90, sm_120, gfx942"
+    assert f"--gpu must be one of {names}, got sm_1" in compile_all("--gpu=sm_1").stderr
     interpreted = compile_all(TRITON_INTERPRET="1")
     assert interpreted.returncode == 2
     assert "unset TRITON_INTERPRET" in interpreted.stderr
@@ -82,7 +84,8 @@ def sound(modules: SimpleNamespace) -> tuple[object, object, object]:
         ({}, None),
         ({"spills": 65}, "65 bytes of stack, at most 64 expected"),
         ({"shared": 232449}, "232449 bytes of shared memory, the chip has 232448"),
-        ({"matrix": "mma"}, "64 queries and no WGMMA"),
+        ({"matrix": "mma"}, "64 rows and no WGMMA"),
+        ({"matrix": ""}, "no matrix instruction"),
         ({"wide_loads": 0}, "no load of 16 bytes"),
     ],
     ids=str,
@@ -98,18 +101,74 @@ def test_a_broken_promise_is_seen(
     assert broken == ([] if reason is None else [reason])
 
 
+def launched(modules: SimpleNamespace, score: str, kernel: str) -> tuple[object, object]:
+    """(launch of that kernel in a call of 64 queries and 1000 columns, GPU)."""
+    aot_compile = modules.aot_compile
+    gpu = aot_compile.GPUS["sm_90"]
+    case = aot_compile.Case(score, torch.bfloat16, 64, 1024, 1000)
+    both = itertools.chain(*aot_compile.launches(case, gpu.chip))
+    return next(one for one in both if one.kernel.__name__ == kernel), gpu
+
+
+@pytest.mark.parametrize("kernel", ["score_rows", "context_columns"])
+def test_a_product_by_rows_or_columns_takes_matrix_instructions(
+    kernel: str, sound: tuple[object, object, object], modules: SimpleNamespace
+) -> None:
+    launch, gpu = launched(modules, "dot", kernel)
+    tiles = {"BLOCK_T": 64, "UNIT": 8, "CONCAT": 0}
+    result = replace(sound[0], kernel=kernel, tiles=tiles)
+    assert modules.aot.promises(result, launch, gpu) == []
+    plain = replace(result, matrix="")
+    assert modules.aot.promises(plain, launch, gpu) == ["no matrix instruction"]
+    few = replace(result, tiles=tiles | {"BLOCK_T": 32}, matrix="mma")
+    assert modules.aot.promises(few, launch, gpu) == []
+
+
 def test_half_a_reciprocal_is_counted(
     sound: tuple[object, object, object], modules: SimpleNamespace
 ) -> None:
-    """32 x 64 scores on 128 threads are 16 a thread: 128 terms in an iteration of 8 columns."""
-    result, launch, gpu = sound
-    tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "BLOCK_E": 64, "CONCAT": 1}
-    names = {"kernel": "rows_forward", "num_warps": 4, "loop_instructions": 608, "spills": 0}
-    paired = replace(result, tiles=tiles, loop_reciprocals=64, **names)
-    assert paired.loop_elements == 128
+    """32 x 64 scores on 128 threads are 16 a thread, and 8 columns an iteration: 128 terms."""
+    loop = modules.aot_compile.Loop
+    launch, gpu = launched(modules, "concat", "score_rows")
+    options = launch.options | {"BLOCK_T": 32, "BLOCK_S": 64, "num_warps": 4}
+    launch = launch._replace(options=options)
+    assert modules.aot_compile.loop_elements(launch) == (128,)
+    tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "CONCAT": 1, "UNIT": 8}
+    result = replace(sound[0], kernel="score_rows", tiles=tiles, num_warps=4, matrix="")
+    paired = replace(result, loops=(loop(64, 600),))
     assert modules.aot.promises(paired, launch, gpu) == []
-    (reason,) = modules.aot.promises(replace(paired, loop_reciprocals=128), launch, gpu)
-    assert reason == "1.00 reciprocals for an element of the concat loop, expected .5"
+    (reason,) = modules.aot.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
+    assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
+    (reason,) = modules.aot.promises(result, launch, gpu)
+    assert reason == "0 loops with paired reciprocals, expected 1"
+    narrow = replace(paired, wide_loads=0)
+    assert modules.aot.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
+    small = replace(narrow, tiles=tiles | {"BLOCK_T": 16})  # 8 scores a thread
+    assert modules.aot.promises(small, launch, gpu) == []
+
+
+def test_both_roles_of_the_gradients_are_counted(
+    sound: tuple[object, object, object], modules: SimpleNamespace
+) -> None:
+    """Four rows of the other side meet 32 x 64 terms on 128 threads, or 16 x 64."""
+    loop = modules.aot_compile.Loop
+    launch, gpu = launched(modules, "concat", "concat_gradients")
+    options = {"BLOCK_T": 32, "BLOCK_S": 16, "BLOCK_A": 64, "num_warps": 4}
+    launch = launch._replace(options=launch.options | options)
+    assert modules.aot_compile.loop_elements(launch) == (64, 32)
+    result = replace(sound[0], kernel="concat_gradients", matrix="")
+    paired = replace(result, loops=(loop(32, 500), loop(16, 350)))
+    assert modules.aot.promises(paired, launch, gpu) == []
+    second = replace(result, loops=(loop(32, 500), loop(32, 350)))
+    (reason,) = modules.aot.promises(second, launch, gpu)
+    assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
+    (reason,) = modules.aot.promises(replace(result, loops=(loop(32, 500),)), launch, gpu)
+    assert reason == "1 loops with paired reciprocals, expected 2"
+    # Without a gradient for the query there is one role.
+    names = launch.kernel.arg_names
+    given = dict(zip(names, launch.arguments, strict=False)) | {"grad_query_proj": None}
+    alone = launch._replace(arguments=tuple(given.values()))
+    assert modules.aot_compile.loop_elements(alone) == (32,)
 
 
 def test_loops_are_read_from_machine_code(modules: SimpleNamespace) -> None:
@@ -127,4 +186,4 @@ def test_loops_are_read_from_machine_code(modules: SimpleNamespace) -> None:
     """
     found = list(aot_compile.loops(code))
     assert [sum(loop.values()) for loop in found] == [3, 3]
-    assert aot_compile.paired_loop(code) == {"FFMA": 1, "MUFU.RCP": 1, "BRA": 1}
+    assert aot_compile.paired_loops(code) == ((1, 3),)

@@ -94,8 +94,16 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def is_slower(problem: AttentionProblem) -> bool:
-    """Of several queries a matrix unit does the products in one pass over the memory: Triton's."""
-    return problem.score != "concat" and problem.queries > 1 and problem.dtype != torch.float32
+    """Many queries are for matrix units, which do their products in one pass over the memory.
+
+    Measured on an H200 in bfloat16, (64, T, 1024, D): see benchmarks/results.
+    """
+    if problem.dtype == torch.float32:
+        return False
+    is_wide = problem.memory_dim > 512
+    if problem.score == "concat":
+        return is_wide and problem.queries > 4
+    return problem.queries > 2 or (problem.queries == 2 and not is_wide)
 
 
 def dot_backward(*arguments: Any) -> Any:

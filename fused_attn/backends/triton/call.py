@@ -175,7 +175,8 @@ class Call:
         # Not allow_tf32: reading that raises once the newer setting has been used.
         tf32 = self.is_wide and torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.precision, self.fast = _options(self.is_wide, tf32, self.chip.is_nvidia)
-        self.kind = launch.Kind(self.is_wide, self.vector > 1, self.masks.kind == 2)
+        has_dropout = self.masks.keep is not None
+        self.kind = launch.Kind(self.is_wide, self.vector > 1, self.masks.kind == 2, has_dropout)
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """Of the batch and the rows of each, in units; as the kernels take widths too."""

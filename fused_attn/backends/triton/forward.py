@@ -30,7 +30,7 @@ def _forward(
 ) -> Outputs:
     batch, queries, source, memory_dim, width = call.sizes
     if not call.masks.window:
-        plan = launch.forward(call.chip, call.score, call.sizes, call.kind, return_weights)
+        plan = launch.forward(call.chip, call.score, call.sizes, call.kind)
     else:
         plan = launch.window(source, memory_dim, width if concat_inputs else 1)
     memory = call.memory
@@ -39,7 +39,7 @@ def _forward(
     logsumexp = call.floats(batch, queries) if return_logsumexp else None
     results = (context, weights, logsumexp)
     if plan.regime == "rows":
-        _rows_forward(call, plan, scale, concat_inputs, results)
+        _rows_forward(call, plan, scale, results)
         return results
     if plan.regime == "columns":
         _columns_forward(call, plan, scale, concat_inputs, results)
@@ -103,34 +103,21 @@ def _step_forward(
     )
 
 
-def _rows_forward(
-    call: Call, plan: Any, scale: float, inputs: Any, results: tuple[Any, ...]
-) -> None:
+def _rows_forward(call: Call, plan: Any, scale: float, results: tuple[Any, ...]) -> None:
     batch, queries, source, _, _ = call.sizes
-    masks, block_t = call.masks, plan.tiles["BLOCK_T"]
-    proj, _, v = inputs or (None, None, None)
-    factors = Factors()
-    if proj is not None:
-        factors = factors_of(call, proj, block_t, plan.tiles["BLOCK_S"])
-    steps = (*call.strides(call.query, call.memory, proj), masks.lengths_stride)
+    masks = call.masks
     enqueue(
         forward.rows_forward,
-        (batch * -(-queries // block_t),),
+        (batch * -(-queries // plan.tiles["BLOCK_T"]),),
+        (call.query, call.memory, masks.lengths, masks.mask, masks.keep, *results),
         (
-            *(call.query, call.memory, *factors.tensors, proj, v),
-            *(masks.lengths, masks.mask, masks.keep, *results),
+            *(*call.strides(call.query, call.memory), masks.lengths_stride, *masks.strides),
+            *(queries, source, call.widths[0], float(scale), float(masks.keep_scale)),
         ),
-        (
-            *(*steps, *masks.strides),
-            *(queries, source, *call.widths, *factors.sizes),
-            *(float(scale), float(masks.keep_scale)),
-        ),
-        CONCAT=inputs is not None,
         MASK=masks.kind,
         **plan.options,
         **call.unit,
         **call.precision,
-        **call.fast,
     )
 
 
@@ -175,7 +162,7 @@ def _columns_forward(
             pitch(source),
         ),
         MASK=masks.kind,
-        BLOCKS=launch.power_of_2(plan.splits),
+        BLOCKS=launch.power_of_2(plan.splits, 16),
         **second.options,
         **call.unit,
         **call.precision,

@@ -24,7 +24,7 @@ def backward(
     batch, queries, source, memory_dim, width = call.sizes
     masks, memory = call.masks, call.memory
     proj, v = inputs or (None, None)
-    plan = launch.window(source, memory_dim, width if inputs else 1)
+    plan = launch.window(source, memory_dim, width if inputs else 1, True)
     kept = call.floats(batch, queries, masks.width)
     grads = call.floats(batch, queries, masks.width)
     grad_query = memory.new_empty((batch, queries, width))
