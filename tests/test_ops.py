@@ -146,7 +146,10 @@ def test_results_not_asked_for_are_none(name: str, target: Target) -> None:
             assert_fake_is_real(name, arguments)
             results = zip(op(name)(*arguments), whole, (True, *flags), strict=True)
             for got, expected, asked in results:
-                assert torch.equal(got, expected) if asked else got is None
+                if asked:  # another kernel may do without the weights, and round otherwise
+                    torch.testing.assert_close(got, expected)
+                else:
+                    assert got is None
 
 
 @every_target

@@ -173,6 +173,12 @@ def small() -> Iterator[Case]:
             yield _made("dot", BFLOAT16, (3, queries, source, width, 1), *style)
     for queries, style in product((16, 64), STYLES):
         yield _made("dot", BFLOAT16, (1, queries, 1024, 16, 1), *style)
+    # Splits of more than 16 queries: two programs a batch row where a chip has twice as many.
+    for width, mask in product((16, 24, 64, 72, 200, 512), ("row", "none")):
+        for queries, source in ((20, 320), (64, 1024)):
+            yield _made("dot", BFLOAT16, (3, queries, source, width, 1), mask, False)
+    for width in (16, 64):  # with dropout the backward has more warps
+        yield _made("projected", BFLOAT16, (2, 64, 300, width, width), "row", False)
     yield from _steps()
     yield from _rows()
     yield from _windows()
