@@ -121,7 +121,10 @@ def environment(device: str) -> dict[str, str]:
 
 def built() -> str | None:
     """Why the native module must be built; None for one that is there and has CUDA."""
-    code = "import torch; from fused_attn import _C; print('CUDA:' + _C.cuda_build()['missing'])"
+    code = (
+        "import torch; from fused_attn import _C; "
+        "print('CUDA:' + (_C.cuda_build()['missing'] or ''))"  # None where nothing is
+    )
     command = [sys.executable, "-c", code]
     kept = environment("cuda")
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120)
