@@ -720,3 +720,19 @@ def test_the_slowest_calls_are_profiled(modules: SimpleNamespace, tmp_path: Path
     known = {f"{row} | {name}" for row in rows for name in row.backends}
     found = modules.gpu_profile.items("calls", options)
     assert len(found) == modules.gpu_profile.MOST and set(found) <= known
+
+
+@pytest.mark.parametrize("missing", [None, "nvcc was not found"])
+def test_a_native_module_with_cuda_is_not_built_again(
+    missing: str | None,
+    modules: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it lacks is None where it lacks nothing."""
+    package = tmp_path / "fused_attn"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_C.py").write_text(f"def cuda_build():\n    return {{'missing': {missing!r}}}\n")
+    monkeypatch.setattr(modules.gpu_check, "SITE", tmp_path)
+    assert modules.gpu_check.built() == missing
