@@ -91,7 +91,7 @@ def _memory_promises(result: Compiled, launch: Launch, gpu: Gpu) -> Iterator[str
         yield f"{result.shared} bytes of shared memory, the chip has {chip}"
     # Concat scores read what a thread's elements share: 16 of them are needed for a wide load.
     tile = result.tiles.get("BLOCK_T", 0) * result.tiles.get("BLOCK_S", 0)
-    is_small = _is_scores_alone(result) and tile < 16 * 32 * result.num_warps
+    is_small = _is_scores_alone(result) and tile < 16 * gpu.target.warp_size * result.num_warps
     if is_aligned and result.kernel in WIDE and not result.wide_loads and not is_small:
         yield "no load of 16 bytes"
 
