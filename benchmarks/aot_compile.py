@@ -53,7 +53,7 @@ GPUS = {
     "gfx942": Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Chip(304, 65536, False)),
 }
 # Kernels that compute a tile of concat scores, two columns with one reciprocal.
-SCORED = ("rows_forward", "rows_backward", "score_rows", "concat_scores_only")
+SCORED = ("rows_backward", "score_rows", "concat_scores_only")
 
 
 @dataclass(frozen=True)

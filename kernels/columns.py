@@ -106,16 +106,25 @@ def score_rows(
 
 @triton.jit
 def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.constexpr):
-    """Largest score and sum (BLOCK_T,) of each query over the first ``live`` of its splits."""
-    index = tl.arange(0, BLOCKS)
-    inside = queries[:, None] & (index < live)[None, :]
-    at = b.to(tl.int64) * splits + index
-    at = stats + 2 * (at[None, :] * T + offs_t[:, None])
-    totals = tl.load(at + 1, mask=inside, other=0.0)
-    peaks = tl.load(at, mask=inside, other=float("-inf"))
-    peaks = tl.where(totals == 0.0, float("-inf"), peaks)
-    peak = peak_or_zero(tl.max(peaks, axis=1))
-    return peak, tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
+    """Largest score and sum (BLOCK_T,) of each query over the first ``live`` of its splits.
+
+    BLOCKS of them at a time: those of long rows would not fit into registers.
+    """
+    peak = tl.full(offs_t.shape, float("-inf"), tl.float32)
+    total = tl.zeros(offs_t.shape, tl.float32)
+    for first in range(0, live, BLOCKS):
+        index = first + tl.arange(0, BLOCKS)
+        inside = queries[:, None] & (index < live)[None, :]
+        at = b.to(tl.int64) * splits + index
+        at = stats + 2 * (at[None, :] * T + offs_t[:, None])
+        totals = tl.load(at + 1, mask=inside, other=0.0)
+        peaks = tl.load(at, mask=inside, other=float("-inf"))
+        peaks = tl.where(totals == 0.0, float("-inf"), peaks)
+        highest = tl.maximum(peak, tl.max(peaks, axis=1))
+        finite = peak_or_zero(highest)
+        total = total * exp(peak - finite) + tl.sum(totals * exp(peaks - finite[:, None]), axis=1)
+        peak = highest
+    return peak_or_zero(peak), total
 
 
 @entry
@@ -128,7 +137,7 @@ def context_columns(
     """BLOCK_E columns of the context (B, T, E), from what `score_rows` left.
 
     The program of the first columns also writes weights (B, T, S) and logsumexp (B, T), or None.
-    ``segment`` rows belong to each of the ``splits`` in stats; BLOCKS is a power of 2 from there.
+    ``segment`` rows belong to each of the ``splits`` in stats; BLOCKS of them are merged at a time.
     """
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     E = E * UNIT

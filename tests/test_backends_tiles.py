@@ -119,3 +119,16 @@ def test_no_variant_is_left_out() -> None:
         if variant not in tested
     }
     assert not missing
+
+
+@pytest.mark.parametrize("target", TRITON, ids=str)
+def test_more_splits_than_are_merged_at_once(target: Target) -> None:
+    sizes = {"batch": 2, "queries": 9, "source": 600, "memory_dim": 16, "attn_dim": 8}
+    case = Case("projected", **sizes, lengths=True)
+    inputs = cut(testing.make_inputs(case, device=target.device))
+    with launching(CHIP) as launches:
+        got = target.run(inputs)
+    testing.check_results(got, testing.oracle(inputs), testing.plain(inputs))
+    (merged,) = (one for one in launches if one.kernel.__name__ == "context_columns")
+    given = dict(zip(merged.kernel.arg_names, merged.arguments, strict=False))
+    assert given["splits"] > merged.options["BLOCKS"]

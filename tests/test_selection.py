@@ -244,3 +244,47 @@ def test_a_missing_native_module_leaves_eager() -> None:
     assert found.stdout.split() == ["fused_attn.backends.eager"]
     assert "ValueError: no backend can do dot attention on cpu in float32" in found.stderr
     assert "cpu: the native module fused_attn._C is not there" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("score", "dtype", "queries", "width", "flags", "expected"),
+    [
+        ("dot", torch.bfloat16, 1, 512, {}, "cuda"),
+        ("dot", torch.bfloat16, 2, 512, {}, "triton"),
+        ("dot", torch.bfloat16, 2, 1024, {}, "cuda"),
+        ("general", torch.float16, 5, 1024, {}, "triton"),
+        ("dot", torch.float32, 4, 512, {}, "cuda"),
+        ("dot", torch.float32, 64, 512, {}, "eager"),
+        ("dot", torch.float32, 64, 512, {"backward": True}, "eager"),
+        ("dot", torch.bfloat16, 64, 512, {"backward": True}, "triton"),
+        ("dot", torch.bfloat16, 1, 512, {"windowed": True}, "triton"),
+        ("dot", torch.bfloat16, 64, 512, {"windowed": True}, "eager"),
+        ("concat", torch.float32, 64, 512, {}, "triton"),
+        ("concat", torch.bfloat16, 5, 512, {"prepared": True}, "cuda"),
+        ("concat", torch.bfloat16, 5, 1024, {"prepared": True}, "triton"),
+    ],
+)
+def test_auto_on_a_gpu_goes_by_what_was_measured(
+    score: str,
+    dtype: torch.dtype,
+    queries: int,
+    width: int,
+    flags: dict[str, bool],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of benchmarks/results/nvidia-h200. Asked for by name, every backend does the call."""
+    pytest.importorskip("triton")
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(backends.load(name), "unavailable_reasons", list)
+    sizes = (queries, width, width)
+    assert backends.select("cuda", dtype, score, sizes=sizes, **flags) is backends.load(expected)
+    asked = backends.select("cuda", dtype, score, "triton", sizes, **flags)
+    assert asked is backends.load("triton")
+
+
+def test_the_slower_backend_is_taken_where_no_other_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.load("triton"), "unavailable_reasons", list)
+    refuse(monkeypatch, "eager", "it is too hot")
+    found = backends.select("cuda", torch.float32, "dot", sizes=(64, 512, 512))
+    assert found is backends.load("triton")

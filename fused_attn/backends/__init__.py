@@ -156,14 +156,20 @@ def select(
         prepared=prepared,
         windowed=windowed,
     )
-    objections = {}
+    objections: dict[str, list[str]] = {}
+    slower: list[Backend] = []
     # On a CPU Triton's kernels are interpreted, which is for tests: only a request brings that.
     order = sorted(BACKENDS, key=lambda name: name == "triton" and device_type == "cpu")
     for name in order if requested == "auto" else (requested,):
         backend = load(name)
         objections[name] = backend.not_supported_reasons(problem)
-        if not objections[name] and not (requested == "auto" and backend.is_slower(problem)):
+        if objections[name]:
+            continue
+        if requested != "auto" or not backend.is_slower(problem):
             return backend
+        slower.append(backend)
+    if slower:
+        return slower[0]
     lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in objections.items()]
     call = f"{score} attention on {device_type} in {str(dtype).removeprefix('torch.')}"
     raise ValueError(f"no backend can do {call} (backend={requested!r}):\n" + "\n".join(lines))

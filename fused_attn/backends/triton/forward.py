@@ -162,7 +162,7 @@ def _columns_forward(
             pitch(source),
         ),
         MASK=masks.kind,
-        BLOCKS=launch.power_of_2(plan.splits, 16),
+        BLOCKS=min(launch.power_of_2(plan.splits, 16), 32),
         **second.options,
         **call.unit,
         **call.precision,
