@@ -208,11 +208,17 @@ def rows(
     is_plain = chip.is_nvidia and kind.is_aligned and not kind.is_wide and not kind.is_cube
     if is_concat and backward and is_plain and source > block_s and queries > 32:
         block_t, block_e = 64, min(32, block_e)
+    if is_concat and backward and source <= block_s:
+        block_t = 32
     tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
     # Not of short rows, whose tiles would vary from batch to batch: each is a kernel to compile.
     if source > SHORT:
         _spread(chip, batch, tiles, {"BLOCK_T": queries, "BLOCK_S": source}, ("BLOCK_S", "BLOCK_T"))
-    elif source <= block_s and 10 * batch * cdiv(queries, block_t) < 9 * chip.multiprocessors:
+    elif (
+        source <= block_s
+        and not is_concat
+        and 10 * batch * cdiv(queries, block_t) < 9 * chip.multiprocessors
+    ):
         tiles["BLOCK_T"] = 16
     block_t, block_s = tiles["BLOCK_T"], tiles["BLOCK_S"]
     # Narrow loads need an address each: more threads, so that each has fewer.
@@ -245,7 +251,7 @@ def context_columns(
         blocked = {"BLOCK_T": queries, "BLOCK_E": memory_dim}
         _spread(chip, batch, tiles, blocked, ("BLOCK_E", "BLOCK_T"))
     elif not is_small:
-        tiles |= {"BLOCK_T": _block(queries, 16, 32), "BLOCK_E": min(128, tiles["BLOCK_E"])}
+        tiles |= {"BLOCK_T": 32, "BLOCK_E": min(128, tiles["BLOCK_E"])}
     if tiles["BLOCK_T"] * tiles["BLOCK_E"] <= 4096:
         warps = 4
     return Plan("columns", 1, tiles["BLOCK_S"], tiles, warps, 2 if kind.is_wide else 3)

@@ -130,7 +130,7 @@ def test_auto_prefers_it_and_leaves_the_backward_to_others(
     gpu((9, 0))
     monkeypatch.setattr(backends.load("triton"), "not_supported_reasons", lambda problem: others)
     backends.select.cache_clear()
-    call = ("cuda", torch.float32, "dot", "auto")
+    call = ("cuda", torch.bfloat16, "dot", "auto")
     rest = backends.load("eager" if others else "triton")
     assert backends.select(*call, (1, 64, 64)) is cuda
     assert backends.select(*call, (1, 64, 64), backward=True) is rest

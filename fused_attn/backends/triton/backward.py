@@ -53,7 +53,7 @@ class _Seeds:
 
 def _needs_deltas(plan: launch.Plan) -> bool:
     """Whether a program sees a part of the positions only, and none that could sum over all."""
-    return plan.regime in ("online", "columns")
+    return plan.regime == "online" or (plan.regime == "columns" and plan.splits > 1)
 
 
 def _step(
@@ -144,7 +144,7 @@ def _read_memory(
                 *(queries, source, *call.widths, *factors.sizes, *scales, units),
             ),
             CONCAT=is_concat,
-            SPLIT=plan.regime == "columns",
+            SPLIT=plan.splits > 1,
             **options,
             **call.fast,
         )
