@@ -49,7 +49,7 @@ def is_short(case: Case) -> bool:
     beyond = case.queries > 20 or case.source > 170 or case.memory_dim > 70
     # Concat loops over columns, and in its backward over the rows of the other side.
     work = tiles.work(case) * (8 if case.score == "projected" else 1)
-    return beyond and case.source < 1000 and work < 300_000
+    return beyond and case.source < 1000 and work < 150_000
 
 
 RUN = CASES

@@ -183,7 +183,7 @@ def test_rows_where_they_lie(
     """The same bits as padded rows give, which other tests hold against the oracle."""
     if target.device != "cpu":
         pytest.skip("a jagged memory on a GPU is padded before the operator")
-    if queries == 70 and dtype != torch.float32:
+    if queries == 70 and (score == "concat" or dtype != torch.float32):
         target.needs_speed()
     with target.active():
         got, expected = both_forms(score, dtype, queries, width, target.backend)
