@@ -48,7 +48,8 @@ def score_rows(
     """Scores (B, T, P PITCH) of BLOCK_S rows, -inf where nothing counts, and their softmax sums.
 
     ``stats`` (B, splits, T, 2) as `store_softmax` leaves them; ``splits`` blocks cover S. Blocks of
-    padding alone write nothing. Operands as in `rows_forward`.
+    padding alone write nothing. query (B, T, K), memory (B, S, E); for concat also what
+    `concat_exponentials` leaves of both projections, memory_proj (B, S, K) and v (K,).
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
