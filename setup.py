@@ -124,7 +124,7 @@ def run_step(step: str, command: list[str | Path]) -> None:
 setup(
     packages=[*find_packages(include=["fused_attn", "fused_attn.*"]), "fused_attn.kernels"],
     package_dir={"fused_attn": "fused_attn", "fused_attn.kernels": "kernels"},
-    package_data={"fused_attn": ["py.typed", "_C.pyi", "models/*/*", "seq2seq/*.html"]},
+    package_data={"fused_attn": ["py.typed", "_C.pyi", "models/*/*", "seq2seq/*/*.html"]},
     ext_modules=[CMakeExtension("fused_attn._C")],
     cmdclass={"build_ext": CMakeBuild},
 )

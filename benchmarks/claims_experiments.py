@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq.batching import Examples, pad
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.data.examples import Examples, pad
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 
 SYMBOLS = 20

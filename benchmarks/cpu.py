@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] = (), plan: Plan | None = None) -> int:
     report = run(chosen, options.threads, options.seconds)
     print(text_of(report))
     if options.json:
-        from fused_attn.seq2seq.checkpoint import write_atomically  # needs the seq2seq extra
+        from fused_attn.seq2seq.checkpoints.files import write_atomically  # needs the seq2seq extra
 
         write_atomically(options.json, (json.dumps(report.as_json(), indent=1) + "\n").encode())
     return 0 if report.passed else 1

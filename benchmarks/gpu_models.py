@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.gpu_pool import Phase
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.search import search
 
 PHASES = (Phase("work", jobs=1, limit_s=60.0),)
 # Of a search: ours, which replays captured steps, eager attention in steps from Python, as people

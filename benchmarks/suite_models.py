@@ -21,8 +21,8 @@ from benchmarks.measure import Call, samples
 from benchmarks.suite_measure import ROUNDS, Record, Timing, synchronised
 from fused_attn import LuongAttention, testing
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.search import search
 
 OURS, EAGER = "fused", "eager"
 # Both backends' targets agree for nearly all sources: where two symbols are equally likely but for

@@ -15,16 +15,16 @@ from types import NoneType
 from typing import NoReturn, get_args, get_type_hints
 
 from fused_attn import __version__
-from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
-from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.option_help import (
+from fused_attn.seq2seq.commands.option_help import (
     MODEL_HELP,
     SEARCH_HELP,
     TASK_HELP,
     TASK_SUMMARIES,
     TRAINING_HELP,
 )
-from fused_attn.seq2seq.tasks import TASKS
+from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.tasks.registry import TASKS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -264,49 +264,49 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import train_command
+    from fused_attn.seq2seq.commands import train as train_command
 
     return train_command.train(args)
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import predicting
+    from fused_attn.seq2seq.commands import predict as predicting
 
     return predicting.predict(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq.commands import evaluate as commands
 
     return commands.evaluate(args)
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import explain
+    from fused_attn.seq2seq.commands import explain
 
     return explain.explain(args)
 
 
 def _aer(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq.commands import evaluate as commands
 
     return commands.aer(args)
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq.commands import evaluate as commands
 
     return commands.chat(args)
 
 
 def _curves(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq.commands import evaluate as commands
 
     return commands.curves(args)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq import commands
+    from fused_attn.seq2seq.commands import evaluate as commands
 
     return commands.export(args)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_attn.seq2seq.graphs import Work
+from fused_attn.seq2seq.search.graphs import Work
 
 # Of which a device cannot know the result, or its size, without the host.
 _WAITS = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from benchmarks_package import ROOT, imported
 
-from fused_attn.seq2seq.model import Seq2Seq
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 
 
 @pytest.fixture(scope="module")

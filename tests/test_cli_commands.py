@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint, g2p
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.tasks import cmudict as g2p
+from fused_attn.seq2seq.training.trainer import Trainer
 
 TINY = ["--hidden", "16", "--embedding", "8", "--batch-size", "32", "--epochs", "2"]
 
@@ -92,7 +93,7 @@ def test_train_writes_log_and_checkpoints(run: Path) -> None:
 def test_train_keeps_the_best_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fused_attn.seq2seq import judging
+    from fused_attn.seq2seq.inference import evaluate as judging
 
     wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
     monkeypatch.setattr(judging, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.alignments import (
+from fused_attn.seq2seq.inference.alignments import (
     alignment_error_rate,
     hard_links,
     parse_pharaoh,
@@ -122,7 +122,7 @@ def test_an_exported_model_predicts_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In less space, without what training needs, and by name where the package has it."""
-    from fused_attn.seq2seq import runs
+    from fused_attn.seq2seq.training import run as runs
 
     exported = tmp_path / "models" / "greeter"
     assert main(["export", str(greeter), "--output", str(exported), "--store", kind]) == 0

@@ -17,15 +17,15 @@ from recorded import FakeRecorder
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fused_attn.seq2seq import captured, graphs, step_cache
-from fused_attn.seq2seq.batching import Examples, pad
-from fused_attn.seq2seq.captured import CapturedStepper
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
-from fused_attn.seq2seq.ensemble import STEPS_BEFORE_CAPTURE, Ensemble
-from fused_attn.seq2seq.hypothesis import Hypothesis
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.data.examples import Examples, pad
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search import captured, graphs, step_cache
+from fused_attn.seq2seq.search.captured import CapturedStepper
+from fused_attn.seq2seq.search.ensemble import STEPS_BEFORE_CAPTURE, Ensemble
+from fused_attn.seq2seq.search.hypothesis import Hypothesis
+from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import BOS, EOS
 
 SIZE = 9

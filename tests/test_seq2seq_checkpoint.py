@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 from fused_attn.seq2seq.errors import InputError
 
 MODEL = {"weight": torch.arange(6.0).view(2, 3)}
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_what_was_there(
 
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, torch
-from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 tensors, calls, sync = {"weight": torch.zeros(1000)}, 0, os.fsync
 def fsync(descriptor):
     global calls

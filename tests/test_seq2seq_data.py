@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.seq2seq import g2p
-from fused_attn.seq2seq.batching import Examples, epoch_batches, pad
 from fused_attn.seq2seq.config import TrainingConfig
+from fused_attn.seq2seq.data.examples import Examples, epoch_batches, pad
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.tasks import cmudict as g2p
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD, UnknownSymbolError, Vocabulary
 
 TEST_WORDS = Path(__file__).resolve().parents[2] / "shared/data/g2p/test_words.txt"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fused_attn.seq2seq.layers import Dropout, dropout
+from fused_attn.seq2seq.model.recurrent import Dropout, dropout
 
 
 @pytest.mark.parametrize("variational", [False, True])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.seq2seq.explain import page
-from fused_attn.seq2seq.inference import Prediction
+from fused_attn.seq2seq.commands.explain import page
+from fused_attn.seq2seq.inference.predictor import Prediction
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 from fused_attn.seq2seq.config import ModelConfig
-from fused_attn.seq2seq.growing import can_grow, grown
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.runs import checkpoints
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.model.widen import can_grow, grown
+from fused_attn.seq2seq.training.run import checkpoints
 
 SHAPE = ModelConfig(hidden=6, embedding=5, layers=2, dropout=0.0)
 TWO_WAY = [

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint, g2p
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.task import Data, Pair
-from fused_attn.seq2seq.tasks import G2P, G2PConfig
+from fused_attn.seq2seq.tasks import cmudict as g2p
+from fused_attn.seq2seq.tasks.base import Data, Pair
+from fused_attn.seq2seq.tasks.registry import G2P, G2PConfig
 
 TINY = ["--hidden", "8", "--embedding", "8", "--max-steps", "2"]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import layer_options
-from fused_attn.seq2seq import checkpoint
-from fused_attn.seq2seq.batching import Examples, pad
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 from fused_attn.seq2seq.config import (
     BRIDGES,
     CELLS,
@@ -20,9 +19,10 @@ from fused_attn.seq2seq.config import (
     ModelConfig,
     TrainingConfig,
 )
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.data.examples import Examples, pad
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import EOS
 
 SIZE = 12  # of both vocabularies

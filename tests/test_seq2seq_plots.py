@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.seq2seq.inference import Prediction
-from fused_attn.seq2seq.plots import _CELL, alignment_figure, font_families, save_alignments
+from fused_attn.seq2seq.commands.plots import (
+    _CELL,
+    alignment_figure,
+    font_families,
+    save_alignments,
+)
+from fused_attn.seq2seq.inference.predictor import Prediction
 
 
 def make_prediction(source: str, target: str) -> Prediction:

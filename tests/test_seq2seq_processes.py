@@ -14,14 +14,14 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import layers
-from fused_attn.seq2seq.batching import Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.config import CELLS, ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.examples import Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.devices import choose_device, own_device
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.processes import launch
-from fused_attn.seq2seq.training import StepReport, Trainer
+from fused_attn.seq2seq.model import recurrent as layers
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.training.processes import launch
+from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
 SIZE = 20
 

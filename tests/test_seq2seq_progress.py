@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from fused_attn.seq2seq import progress
-from fused_attn.seq2seq.progress import BarProgress, LineProgress, Progress, make_progress
-from fused_attn.seq2seq.training import StepReport
+from fused_attn.seq2seq.training import progress
+from fused_attn.seq2seq.training.progress import BarProgress, LineProgress, Progress, make_progress
+from fused_attn.seq2seq.training.trainer import StepReport
 
 
 def follow(shown: Progress) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.batching import Batch, Examples
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.model import Seq2Seq, rdrop_loss
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.data.examples import Batch, Examples
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq, rdrop_loss
+from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 
 SYMBOLS = 9

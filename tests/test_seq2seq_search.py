@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq.batching import pad
-from fused_attn.seq2seq.beam import beam_search
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import LOOK_EVERY
-from fused_attn.seq2seq.ensemble import Ensemble
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference import Predictor
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.search import search
-from fused_attn.seq2seq.stepping import EagerStepper
+from fused_attn.seq2seq.inference.predictor import Predictor
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.beam import beam_search
+from fused_attn.seq2seq.search.ensemble import Ensemble
+from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.search.stepping import EagerStepper
 from fused_attn.seq2seq.vocabulary import BOS, EOS, Vocabulary
 
 SIZE = 6  # three symbols of a target, 3, 4 and 5

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint, g2p, judging
+from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.inference import Predictor
-from fused_attn.seq2seq.recipe import load_recipe
-from fused_attn.seq2seq.runs import SHIPPED, find_checkpoint
-from fused_attn.seq2seq.task import Item
+from fused_attn.seq2seq.inference import evaluate as judging
+from fused_attn.seq2seq.inference.predictor import Predictor
+from fused_attn.seq2seq.tasks import cmudict as g2p
+from fused_attn.seq2seq.tasks.base import Item
+from fused_attn.seq2seq.training.run import SHIPPED, find_checkpoint
 
 # With a word that no dictionary has.
 WORDS = {"world": "W ER L D", "attention": "AH T EH N SH AH N", "blicketing": "B L IH K AH T IH NG"}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint
-from fused_attn.seq2seq.runs import checkpoints, find_checkpoint
+from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.training.run import checkpoints, find_checkpoint
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf"}
 OPTIONS = ["--batch-size", "16", "--threads", "1", "--dropout", "0"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fused_attn.seq2seq import checkpoint
+from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints.compress import narrowed, widened
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference import load_model
-from fused_attn.seq2seq.runs import find_checkpoint
-from fused_attn.seq2seq.storage_types import narrowed, widened
+from fused_attn.seq2seq.inference.predictor import load_model
+from fused_attn.seq2seq.training.run import find_checkpoint
 
 
 def make_parameters() -> dict[str, torch.Tensor]:

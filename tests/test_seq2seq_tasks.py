@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import scan, tasks
+from fused_attn.seq2seq.data.pair_files import PairFile, Reader, frequent
+from fused_attn.seq2seq.data.tokenizers import make_tokenizer
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.parallel import PairFile, Reader, frequent
-from fused_attn.seq2seq.tasks import Reverse, ReverseConfig, Scan, ScanConfig
-from fused_attn.seq2seq.text_tasks import Pairs, PairsConfig
-from fused_attn.seq2seq.tokens import make_tokenizer
+from fused_attn.seq2seq.tasks import registry as tasks
+from fused_attn.seq2seq.tasks import scan_grammar as scan
+from fused_attn.seq2seq.tasks.registry import Reverse, ReverseConfig, Scan, ScanConfig
+from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/scan/simple_test_commands.txt"
@@ -208,6 +209,6 @@ def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_every_task_is_documented_for_the_command_line() -> None:
-    from fused_attn.seq2seq.option_help import TASK_HELP, TASK_SUMMARIES
+    from fused_attn.seq2seq.commands.option_help import TASK_HELP, TASK_SUMMARIES
 
     assert list(TASK_HELP) == list(TASK_SUMMARIES) == list(tasks.TASKS)

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import checkpoint
-from fused_attn.seq2seq.batching import Batch, Examples
+from fused_attn.seq2seq.checkpoints import files as checkpoint
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.examples import Batch, Examples
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.runs import checkpoints
-from fused_attn.seq2seq.teaching import FILE, KEPT, Lesson, Teaching
-from fused_attn.seq2seq.training import Trainer
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.training.distillation import FILE, KEPT, Lesson, Teaching
+from fused_attn.seq2seq.training.run import checkpoints
+from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import EOS, PAD
 
 SYMBOLS = 17  # more than are kept

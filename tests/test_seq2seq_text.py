@@ -13,14 +13,14 @@ import sacrebleu
 import torch
 
 from fused_attn.cli import main
-from fused_attn.seq2seq import dialogs
-from fused_attn.seq2seq.batching import Examples
 from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.data.examples import Examples
+from fused_attn.seq2seq.data.pair_files import PairFile, Reader
+from fused_attn.seq2seq.data.tokenizers import Subwords, learn_subwords
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model import Seq2Seq, guided_alignment_loss
-from fused_attn.seq2seq.parallel import PairFile, Reader
-from fused_attn.seq2seq.text_tasks import Chat, ChatConfig, Pairs, PairsConfig
-from fused_attn.seq2seq.tokens import Subwords, learn_subwords
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq, guided_alignment_loss
+from fused_attn.seq2seq.tasks import chat as dialogs
+from fused_attn.seq2seq.tasks.text import Chat, ChatConfig, Pairs, PairsConfig
 
 # Words of one language and of another, in which a sentence's order is turned around.
 LEXICON = {

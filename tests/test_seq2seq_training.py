@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq import task_run
-from fused_attn.seq2seq.batching import Examples
+from fused_attn.seq2seq.checkpoints.recipe import Recipe
 from fused_attn.seq2seq.config import LR_SCHEDULES, SCHEDULES, ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model import Seq2Seq
-from fused_attn.seq2seq.processes import launch
-from fused_attn.seq2seq.progress import LineProgress
-from fused_attn.seq2seq.recipe import Recipe
-from fused_attn.seq2seq.schedules import (
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.tasks.registry import G2P, G2PConfig
+from fused_attn.seq2seq.training import start as task_run
+from fused_attn.seq2seq.training.processes import launch
+from fused_attn.seq2seq.training.progress import LineProgress
+from fused_attn.seq2seq.training.schedules import (
     learning_rate,
     planned_steps,
     sampling_probability,
 )
-from fused_attn.seq2seq.task_run import Machine
-from fused_attn.seq2seq.tasks import G2P, G2PConfig
-from fused_attn.seq2seq.training import StepReport, Trainer
+from fused_attn.seq2seq.training.start import Machine
+from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 
 SIZE = 30  # of both vocabularies

@@ -1,0 +1,1 @@
+"""Models on disk: written atomically, found by name, averaged, compressed."""

@@ -1,0 +1,1 @@
+"""What each subcommand of ``fused-attn`` does with its options."""

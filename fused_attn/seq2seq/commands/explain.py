@@ -1,0 +1,59 @@
+"""``fused-attn explain``: one HTML page, with nothing from elsewhere, on what a model looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from fused_attn.seq2seq.checkpoints.files import write_atomically
+from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference.predictor import Prediction
+
+
+def explain(args: Namespace) -> int:
+    """Write the page for one source: what was read and written, alternatives, alignments."""
+    set_threads(args.threads)
+    path: Path = args.output
+    if not path.parent.is_dir():
+        raise InputError(f"--output: there is no directory {path.parent}")
+    search = search_config(args)
+    if args.beam is None and not search.sample:
+        search = replace(search, beam=5, nbest=5)
+    predictor, task = load_models(args)
+    try:
+        source = task.read(os.fsencode(args.text).decode())
+    except UnicodeDecodeError:
+        raise InputError("TEXT is not UTF-8 text") from None
+    (found,) = predictor.predict([source], search, return_weights=True)
+    try:
+        write_atomically(path, page(source, found).encode())
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    print(f"{path}: {task.show(source)} -> {task.write(found[0].target)}")
+    return 0
+
+
+def page(source: Sequence[str], found: Sequence[Prediction]) -> str:
+    """Return the HTML text for predictions of a source, the best first."""
+    data = {"source": list(source), "hypotheses": [_values(prediction) for prediction in found]}
+    template = resources.files("fused_attn.seq2seq.commands").joinpath("explain.html")
+    # In a script element "<" could end it, or begin a comment.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return template.read_text(encoding="utf-8").replace("@DATA@", text)
+
+
+def _values(prediction: Prediction) -> dict[str, object]:
+    weights = prediction.weights
+    has_weights = weights is not None and weights.numel() > 0
+    return {
+        "target": list(prediction.target),
+        "score": prediction.score,
+        "log_prob": prediction.log_prob,
+        "weights": weights.tolist() if weights is not None and has_weights else None,
+    }

@@ -1,0 +1,161 @@
+"""Pictures of alignments and of trainings."""
+
+from __future__ import annotations
+
+import io
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+
+from matplotlib import font_manager, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fused_attn.seq2seq.checkpoints.files import write_atomically
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference.predictor import Prediction
+from fused_attn.seq2seq.metrics import PERPLEXITY
+from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_rows
+
+# Inches: the side of a cell, room for the phones beside a map and for the letters above it.
+_CELL, _LEFT, _TOP, _EDGE, _LETTER = 0.32, 0.6, 0.45, 0.15, 0.1
+
+
+def font_families(text: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Return families that together have the characters of a text, and what none of them has.
+
+    Matplotlib's own font comes first; what it lacks is looked for in the fonts of this machine.
+    """
+    own = font_manager.findfont("DejaVu Sans")
+    families = ["DejaVu Sans"]
+    missing = {c for c in text if not c.isspace()} - _characters(own)
+    for path in sorted(font_manager.findSystemFonts()) if missing else ():
+        try:
+            found = missing & _characters(path)
+        except (OSError, RuntimeError):  # FreeType cannot read it
+            continue
+        if found:
+            font_manager.fontManager.addfont(path)
+            families.append(font_manager.get_font(path).family_name)
+            missing -= found
+        if not missing:
+            break
+    return families, missing
+
+
+def _characters(path: str) -> set[str]:
+    return {chr(code) for code in font_manager.get_font(path).get_charmap()}
+
+
+def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
+    """Return a figure with a heat map for each prediction, one below the other.
+
+    A map has the source's symbols along the top and the target's down the side; the darker a cell,
+    the more of the weight a_t of that target symbol lies on that source symbol. The predictions
+    need their weights, and a target that is not empty.
+    """
+    upright = max(map(_letters, chain(*(p.source for p in predictions))), default=0) <= 2
+    top = max((_letters(s) for p in predictions for s in p.source), default=0) * _LETTER + _EDGE
+    top = _TOP if upright else max(_TOP, top)
+    left = max((_letters(s) for p in predictions for s in p.target), default=0) * _LETTER + _EDGE
+    left = max(_LEFT, left)
+    width = left + _CELL * max(len(p.source) for p in predictions) + _EDGE
+    height = sum(top + _CELL * len(p.target) for p in predictions) + _EDGE
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    bottom = height
+    for prediction in predictions:
+        if prediction.weights is None:
+            raise ValueError("a prediction has no alignment weights")
+        across, down = _CELL * len(prediction.source), _CELL * len(prediction.target)
+        bottom -= top + down
+        axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
+        axes.imshow(prediction.weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+        turned = 0 if upright else 90
+        axes.set_xticks(range(len(prediction.source)), prediction.source, rotation=turned)
+        axes.set_yticks(range(len(prediction.target)), prediction.target)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+    return figure
+
+
+def _letters(symbol: str) -> int:
+    """Width in letters; those of East Asia count twice."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in symbol)
+
+
+def curves_figure(runs: Sequence[Path]) -> Figure:
+    """Return a figure of trainings: the loss of each step, and each measure after each epoch.
+
+    Raises `InputError` if a directory has no log.
+    """
+    steps = {run: read_rows(run / STEPS) for run in runs}
+    epochs = {run: read_rows(run / EPOCHS) for run in runs}
+    for run, rows in steps.items():
+        if not rows:
+            raise InputError(f"{run} has no log of a training: {STEPS} is missing or empty")
+    places = ("epoch", "step", "train_loss", "seconds")
+    measures = list(
+        dict.fromkeys(n for rows in epochs.values() for r in rows for n in r if n not in places)
+    )
+    figure = Figure(figsize=(6.4, 2.6 * (1 + len(measures))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + len(measures), squeeze=False)[:, 0]
+    for run in runs:
+        x = [int(row["step"]) for row in steps[run]]
+        loss = _smooth([float(row["loss"]) for row in steps[run]])
+        axes[0].plot(x, loss, label=run.name, linewidth=1.2)
+        for place, name in zip(axes[1:], measures, strict=True):
+            rows = [row for row in epochs[run] if name in row]
+            values = [float(row[name]) * (1 if name == PERPLEXITY else 100) for row in rows]
+            place.plot([int(row["step"]) for row in rows], values, marker=".", label=run.name)
+    axes[0].set_ylabel("loss, nats a symbol")
+    axes[0].set_yscale("log")
+    for place, name in zip(axes[1:], measures, strict=True):
+        place.set_ylabel(name if name == PERPLEXITY else f"{name}, %")
+    for place in axes:
+        place.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
+    if len(runs) > 1:
+        axes[0].legend()
+    return figure
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean of the last fiftieth of the values."""
+    width = max(1, len(values) // 50)
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(values) + 1)]
+
+
+def save_curves(runs: Sequence[Path], path: Path) -> None:
+    """Write `curves_figure`, as `save_alignments` writes."""
+    _save(curves_figure(runs), path)
+
+
+def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
+    """Write `alignment_figure` to a file that is whole or not there; raises OSError.
+
+    A PNG, or an SVG for a path that ends so. Prints a note if no font here has a character.
+    """
+    symbols = (symbol for p in predictions for symbol in (*p.source, *p.target))
+    families, missing = font_families("".join(symbols))
+    if missing and path.suffix.lower() == ".png":  # who looks at an SVG may have a font for it
+        shown = "".join(sorted(missing)[:10])
+        print(f"note: no font on this machine has {shown}; Noto fonts have", file=sys.stderr)
+    with rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it has been said
+        _save(alignment_figure(predictions), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise InputError(f"--output must name a file that ends in .png or .svg, got {path}")
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):  # text stays text
+        figure.savefig(buffer, format=kind, dpi=150)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,1 @@
+"""Pairs of sequences: files, links, tokenizers, and batches for training."""

@@ -1,0 +1,1 @@
+"""The encoder-decoder model with attention, and its losses."""

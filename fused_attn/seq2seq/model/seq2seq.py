@@ -1,0 +1,265 @@
+"""The model: embeddings, encoder, bridge, decoder with attention, output layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+
+from fused_attn.composed import coverage_loss
+from fused_attn.prepared import PreparedMemory
+from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.devices import moved
+from fused_attn.seq2seq.model.decoder import Decoder, DecoderState
+from fused_attn.seq2seq.model.encoder import Bridge, Encoder
+from fused_attn.seq2seq.model.recurrent import Dropout, Stack
+from fused_attn.seq2seq.training.distillation import Lesson
+from fused_attn.seq2seq.vocabulary import PAD
+
+
+class Seq2Seq(nn.Module):
+    """Encoder, attention and decoder over symbol numbers.
+
+    Args:
+        config: the shape.
+        source_size, target_size: sizes of the vocabularies, special symbols included.
+        backend: of the attention, "auto" or a name.
+
+    Raises ValueError if the shape and the vocabularies do not go together.
+    """
+
+    def __init__(
+        self, config: ModelConfig, source_size: int, target_size: int, *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        if config.tie == "all" and source_size != target_size:
+            raise ValueError(
+                "tie all needs one vocabulary for source and target, "
+                f"got {source_size} and {target_size} symbols"
+            )
+        self.target_embedding = nn.Embedding(target_size, config.embedding, padding_idx=PAD)
+        self.source_embedding = (
+            self.target_embedding
+            if config.tie == "all"
+            else nn.Embedding(source_size, config.embedding, padding_idx=PAD)
+        )
+        width = config.hidden if config.encoder_hidden is None else config.encoder_hidden
+        encoder = Stack(
+            config,
+            config.embedding,
+            width,
+            config.encoder_depth,
+            bidirectional=config.bidirectional,
+        )
+        fed = config.embedding + (config.hidden if config.input_feeding else 0)
+        decoder = encoder if config.share else Stack(config, fed, config.hidden, config.layers)
+        self.encoder = Encoder(config, encoder)
+        self.bridge = Bridge(config, config.memory_dim)
+        # The dot score compares h_t with h_s as they are, so they must be equally wide.
+        narrow = config.score == "dot" and config.memory_dim != config.hidden
+        self.memory_proj = (
+            nn.Linear(config.memory_dim, config.hidden, bias=False) if narrow else nn.Identity()
+        )
+        memory_dim = config.hidden if narrow else config.memory_dim
+        self.decoder = Decoder(config, decoder, memory_dim, backend)
+        # With tied embeddings the output layer works in their width.
+        between = config.tie is not None and config.embedding != config.hidden
+        self.output_proj = (
+            nn.Linear(config.hidden, config.embedding, bias=False) if between else nn.Identity()
+        )
+        width = config.embedding if config.tie is not None else config.hidden
+        self.output = nn.Linear(width, target_size)
+        if config.tie is not None:
+            self.output.weight = self.target_embedding.weight
+        self.dropout = Dropout(config.dropout, config.variational)
+
+    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
+        """Read the source.
+
+        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, any order; of a source
+            on a GPU on the CPU as well, and nothing waits for the GPU then.
+
+        Returns the memory (B, S, E) and the state that the decoder starts with.
+        """
+        embedded = self.dropout(self.source_embedding(source))
+        on_device = moved(lengths, source.device)
+        memory, final = self.encoder(embedded, on_device, lengths.cpu())
+        hidden = self.bridge(memory, on_device, final)
+        return self.memory_proj(memory), self.decoder.start(hidden, source.shape[1])
+
+    def decode(
+        self,
+        inputs: Tensor,
+        state: DecoderState,
+        memory: Tensor | PreparedMemory | None,
+        memory_lengths: Tensor | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """Run the decoder over given symbols: all of them in training, one at a time in search.
+
+        inputs: int64 (N, T), the symbols before those to predict; N is B, or B K for K beams of
+            each sentence one after another, if T is 1.
+        state: from `encode`, or from the call before.
+        memory, memory_lengths: as `LuongAttention` takes them.
+
+        Returns the logits (N, T, target_size), the next state, and the alignment weights
+        (N, T, S) or None.
+        """
+        embedded = self.dropout(self.target_embedding(inputs))
+        attentional, state, weights = self.decoder(
+            embedded, state, memory, memory_lengths, return_weights=return_weights
+        )
+        return self.output(self.output_proj(self.dropout(attentional))), state, weights
+
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        inputs: Tensor,
+        *,
+        sampling: float = 0.0,
+        sampling_per: str = "token",
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``, and
+        the alignment weights (B, T, S) or None.
+
+        source: int64 (B, S). source_lengths: int64 (B,), see `encode`. inputs: int64 (B, T), from
+            BOS on.
+        sampling: probability that the decoder is given its own likeliest symbol in place of the
+            one in ``inputs`` (scheduled sampling, Bengio et al. 2015); 0 is teacher forcing.
+        sampling_per: "token" draws for every step of every sentence, "example" for every sentence:
+            all of its steps then, or none.
+        """
+        memory, state = self.encode(source, source_lengths)
+        source_lengths = moved(source_lengths, source.device)
+        if sampling == 0.0:
+            logits, _, weights = self.decode(
+                inputs, state, memory, source_lengths, return_weights=return_weights
+            )
+            return logits, weights
+        # The projections of the memory are made once for all steps.
+        prepared = self.prepare_memory(memory, source_lengths)
+        drawn = inputs.shape if sampling_per == "token" else (inputs.shape[0], 1)
+        own = (torch.rand(drawn, device=inputs.device) < sampling).expand_as(inputs)
+        steps: list[Tensor] = []
+        alignments: list[Tensor] = []
+        for t in range(inputs.shape[1]):
+            given = inputs[:, t : t + 1]
+            if steps:
+                given = torch.where(own[:, t : t + 1], steps[-1].argmax(dim=-1), given)
+            logits, state, weights = self.decode(
+                given, state, prepared, return_weights=return_weights
+            )
+            steps.append(logits)
+            if weights is not None:
+                alignments.append(weights)
+        return torch.cat(steps, dim=1), torch.cat(alignments, dim=1) if alignments else None
+
+    def loss(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target: Tensor,
+        *,
+        sampling: float = 0.0,
+        sampling_per: str = "token",
+        label_smoothing: float = 0.0,
+        coverage_weight: float = 0.0,
+        alignment: Tensor | None = None,
+        guided_weight: float = 0.0,
+        rdrop: float = 0.0,
+        lesson: Lesson | None = None,
+        teacher_weight: float = 0.5,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """Return the loss in nats, summed over the target symbols that are not padding, per symbol.
+
+        target: int64 (B, T + 1), from BOS to EOS, padded at the end. The loss is the cross-entropy,
+            ``coverage_weight`` times the coverage loss of each step, and ``guided_weight`` times
+            that of the weights against ``alignment`` (Chen et al. 2016, eq. 4).
+        alignment: (B, T, S), the shares of the source in each target symbol; rows of zeros do not
+            count.
+        rdrop: the alpha of R-Drop (Liang et al. 2021, eq. 4): every pair goes through the model
+            twice, under different dropout, and the two predictions are drawn to each other. The
+            loss is half of that equation's, so that alpha 0 is the loss without it.
+        lesson: what teachers say of the target. With it the cross-entropy is ``teacher_weight``
+            times that with the teachers and the rest that with the target (Kim & Rush 2016, 2.2).
+        tokens: what to divide by, if not by the number of those symbols: of a batch of which these
+            pairs are a part.
+        """
+        if rdrop > 0.0:
+            tokens = int((target[:, 1:] != PAD).sum()) if tokens is None else tokens
+            source, source_lengths, target = (
+                torch.cat([once, once]) for once in (source, source_lengths, target)
+            )
+            alignment = None if alignment is None else torch.cat([alignment, alignment])
+            lesson = None if lesson is None else lesson.twice()
+        inputs, expected = target[:, :-1], target[:, 1:]
+        covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
+        logits, weights = self(
+            source,
+            source_lengths,
+            inputs,
+            sampling=sampling,
+            sampling_per=sampling_per,
+            return_weights=covers or guided,
+        )
+        loss = entropy(logits, expected, label_smoothing)
+        if lesson is not None:
+            loss = (1.0 - teacher_weight) * loss + teacher_weight * lesson.loss(logits)
+        if covers:
+            again = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
+            loss = loss + coverage_weight * again
+        if guided:
+            assert alignment is not None
+            loss = loss + guided_weight * guided_alignment_loss(weights, alignment)
+        if rdrop > 0.0:
+            loss = 0.5 * (loss + rdrop * rdrop_loss(logits, expected))
+        return loss / ((expected != PAD).sum() if tokens is None else tokens)
+
+    def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory | None:
+        """Return the memory (B, S, E) with what the attention can compute before the first step.
+
+        None for a decoder without attention.
+        """
+        attention = self.decoder.attention
+        return None if attention is None else attention.prepare_memory(memory, lengths)
+
+
+def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
+    """Return the cross-entropy of logits (B, T, V) with symbols (B, T), summed, without padding."""
+    return cross_entropy(
+        logits.flatten(0, 1),
+        expected.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+
+
+def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:
+    """Return the cross-entropy of alignment weights against known shares, summed.
+
+    Chen et al. 2016, "Guided Alignment Training for Topic-Aware Neural Machine Translation", eq. 4.
+    Both are (B, T, S).
+    """
+    # The addend bounds the gradient where a weight has vanished.
+    return -(alignment * torch.log(weights.float() + 1e-8)).sum()
+
+
+def rdrop_loss(logits: Tensor, expected: Tensor) -> Tensor:
+    """Return the mean of both Kullback-Leibler divergences between two passes, summed over symbols.
+
+    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 2. The gradient goes
+    into both passes.
+
+    logits: (2 B, T, V), the second pass behind the first. expected: int64 (2 B, T); where it is
+        padding nothing counts.
+    """
+    first, second = log_softmax(logits.float(), dim=-1).chunk(2)
+    # KL(p|q) + KL(q|p) = sum (p - q) (log p - log q)
+    both = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1)
+    return 0.5 * both.masked_fill(expected[: len(both)] == PAD, 0.0).sum()

@@ -1,0 +1,1 @@
+"""Finding targets: greedy, sampling and beam search, with one model or several."""

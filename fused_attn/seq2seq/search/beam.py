@@ -1,0 +1,231 @@
+"""Beam search, all sentences and beams at once on the device, the memory never repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.devices import LOOK_EVERY
+from fused_attn.seq2seq.search.constraints import constrain
+from fused_attn.seq2seq.search.ensemble import Ensemble
+from fused_attn.seq2seq.search.hypothesis import Hypothesis, coverage_penalty, length_penalty
+from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
+
+Fields = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass
+class _Pool:
+    """Hypotheses of each sentence, (B, K, ...); a place that is not taken has the score -inf."""
+
+    score: Tensor  # (B, K): alive ones by log-probability, ended ones with penalties
+    log_prob: Tensor  # (B, K)
+    tokens: Tensor  # int64 (B, K, t)
+    coverage: Tensor | None  # (B, K, S), sum of the weights
+    weights: Tensor | None  # (B, K, t, S)
+
+    def rows(self, sentences: Tensor) -> _Pool:
+        """Those of some sentences."""
+        return self._each(lambda tensor: tensor[sentences])
+
+    def best(self, size: int) -> _Pool:
+        """The ``size`` best of each sentence, in order."""
+        chosen = self.score.topk(size, dim=1).indices
+        return self.chosen(chosen)
+
+    def chosen(self, places: Tensor) -> _Pool:
+        """places: int64 (B, M)."""
+        batch = torch.arange(len(places), device=places.device)[:, None]
+        return self._each(lambda tensor: tensor[batch, places])
+
+    def alive(self, places: Tensor, log_prob: Tensor) -> _Pool:
+        """Those at ``places`` int64 (B, M), alive with log-probabilities (B, M)."""
+        batch = torch.arange(len(places), device=places.device)[:, None]
+        rest = (self.tokens, self.coverage, self.weights)
+        fields = [None if field is None else field[batch, places] for field in rest]
+        return _Pool(*cast(Fields, [log_prob, log_prob, *fields]))
+
+    def on_host(self) -> _Pool:
+        """On the CPU."""
+        return self._each(Tensor.cpu)
+
+    def padded(self) -> _Pool:
+        """With room for one more symbol."""
+        pool = self._each(lambda tensor: tensor)
+        pool.tokens = torch.nn.functional.pad(pool.tokens, (0, 1), value=PAD)
+        if pool.weights is not None:
+            pool.weights = torch.nn.functional.pad(pool.weights, (0, 0, 0, 1))
+        return pool
+
+    def joined(self, other: _Pool) -> _Pool:
+        """Both, side by side."""
+        pairs = zip(self._fields(), other._fields(), strict=True)
+        joined = [None if x is None or y is None else torch.cat((x, y), 1) for x, y in pairs]
+        return _Pool(*cast(Fields, joined))
+
+    def _fields(self) -> Fields:
+        return self.score, self.log_prob, self.tokens, self.coverage, self.weights
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _Pool:
+        changed = [None if field is None else change(field) for field in self._fields()]
+        return _Pool(*cast(Fields, changed))
+
+
+def beam_search(
+    ensemble: Ensemble,
+    source: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    shortest: int,
+    config: SearchConfig,
+    prefix: Tensor | None,
+    return_weights: bool,
+) -> list[list[Hypothesis]]:
+    """`search.search` with a beam; limits: int64 (B,), of the targets' lengths, none
+    below ``shortest``.
+
+    ensemble: with ``config.beam`` rows a sentence, and weights if any of this needs them.
+
+    Of each sentence K hypotheses are alive. Every step extends all of them and ranks what comes of
+    it: those of the first K that end have ended, and the first K others go on. A sentence is done
+    when K have ended, or when no alive one could still enter the n best: log-probabilities only
+    fall, so a hypothesis gains most from the length penalty of the longest target, and nothing from
+    coverage. It then leaves the batch.
+    """
+    with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
+    with_weights = return_weights and ensemble.has_attention
+    alive, ended = _begin(source, config, with_weights, with_coverage)
+    rows = torch.arange(len(source), device=source.device)
+    symbols = torch.full((len(source) * config.beam,), BOS, device=source.device)
+    found: dict[int, list[Hypothesis]] = {}
+    look_every = LOOK_EVERY.get(source.device.type, 1)
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
+    step = 0
+    while True:
+        log_probs, weights = ensemble.step(symbols)
+        allowed = constrain(
+            log_probs, alive.tokens.flatten(0, 1), row_limits, config, row_prefix, shortest
+        )
+        extended, parents = _extend(alive, allowed, weights)
+        ended = _take_ended(ended, extended, lengths, config, done)
+        alive, places = _go_on(extended, config.beam)
+        offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
+        ensemble.reorder((offsets + parents.gather(1, places)).flatten())
+        symbols = alive.tokens[:, :, -1].flatten()
+        done = done | _is_done(alive, ended, limits, config)
+        step += 1
+        if step % look_every or not bool(done.any()):
+            continue
+        finished = done.nonzero()[:, 0]
+        told = ended.rows(finished).on_host()
+        sizes = lengths[finished].tolist()
+        for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
+            found[row] = _hypotheses(told, i, size, config.nbest, return_weights)
+        remaining = (~done).nonzero()[:, 0]
+        if not len(remaining):
+            return [found[row] for row in range(len(source))]
+        rows, done = rows[remaining], done[remaining]
+        limits, lengths = limits[remaining], lengths[remaining]
+        prefix = None if prefix is None else prefix[remaining]
+        row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
+        alive, ended = alive.rows(remaining), ended.rows(remaining)
+        symbols = symbols.view(-1, config.beam)[remaining].flatten()
+        ensemble.keep(remaining)
+
+
+def _begin(
+    source: Tensor, config: SearchConfig, with_weights: bool, with_coverage: bool
+) -> tuple[_Pool, _Pool]:
+    """One empty hypothesis a sentence is alive, none has ended."""
+    batch, length = source.shape
+    nothing = torch.full((batch, config.beam), -torch.inf, device=source.device)
+    first = nothing.clone()
+    first[:, 0] = 0.0
+    shape = (batch, config.beam)
+    rest = (
+        source.new_zeros(*shape, 0),
+        nothing.new_zeros(*shape, length) if with_coverage else None,
+        nothing.new_zeros(*shape, 0, length) if with_weights else None,
+    )
+    return _Pool(first, first, *rest), _Pool(nothing, nothing, *rest)
+
+
+def _of_rows(limits: Tensor, prefix: Tensor | None, beam: int) -> tuple[Tensor, Tensor | None]:
+    """What each row has of its sentence's."""
+    each = None if prefix is None else prefix.repeat_interleave(beam, dim=0)
+    return limits.repeat_interleave(beam), each
+
+
+def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_Pool, Tensor]:
+    """The 2 K likeliest extensions of each sentence by one symbol, and which beam each extends."""
+    batch, beam, _ = alive.tokens.shape
+    size = log_probs.shape[1]
+    totals = (alive.log_prob[:, :, None] + log_probs.view(batch, beam, size)).flatten(1)
+    best, index = totals.topk(min(2 * beam, totals.shape[1]), dim=1)
+    parents, symbols = index // size, index % size
+    extended = alive.alive(parents, best).padded()
+    extended.tokens[:, :, -1] = symbols
+    if weights is not None:
+        places = torch.arange(batch, device=parents.device)[:, None]
+        step = weights.view(batch, beam, -1)[places, parents]
+        if extended.coverage is not None:
+            extended.coverage = extended.coverage + step
+        if extended.weights is not None:
+            extended.weights[:, :, -1] = step
+    return extended, parents
+
+
+def _take_ended(
+    ended: _Pool, extended: _Pool, lengths: Tensor, config: SearchConfig, done: Tensor
+) -> _Pool:
+    """The best that have ended, with those that end now; those of a sentence that is done stay."""
+    length = extended.tokens.shape[2]
+    score = extended.log_prob / length_penalty(float(length), config)
+    if extended.coverage is not None:
+        each = lengths.repeat_interleave(score.shape[1])
+        penalty = coverage_penalty(extended.coverage.flatten(0, 1), each, config)
+        score = score + penalty.view_as(score)
+    fresh = replace(extended)
+    ends = (extended.tokens[:, :, -1] == EOS) & ~done[:, None]
+    ends[:, config.beam :] = False
+    fresh.score = score.masked_fill(~ends, -torch.inf)
+    return ended.padded().joined(fresh).best(config.beam)
+
+
+def _go_on(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
+    """The K likeliest that have not ended, and their places among the extensions."""
+    score = extended.log_prob.masked_fill(extended.tokens[:, :, -1] == EOS, -torch.inf)
+    log_prob, places = score.topk(beam, dim=1)
+    return extended.alive(places, log_prob), places
+
+
+def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
+    """Bool (B,): whether K have ended, or no alive hypothesis can become one of the n best."""
+    longest = (limits + 1).to(alive.log_prob.dtype)
+    bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
+    return (ended.score[:, -1] > -torch.inf) | (ended.score[:, config.nbest - 1] >= bound)
+
+
+def _hypotheses(
+    ended: _Pool, row: int, length: int, nbest: int, return_weights: bool
+) -> list[Hypothesis]:
+    """The n best of a sentence that is done; fewer if there are no more."""
+    found = []
+    for place in range(nbest):
+        score = float(ended.score[row, place])
+        if score == -torch.inf:
+            break
+        tokens = [token for token in ended.tokens[row, place].tolist() if token not in (PAD, EOS)]
+        weights = None
+        if return_weights:
+            weights = torch.zeros(0, length)
+            if ended.weights is not None:
+                weights = ended.weights[row, place, : len(tokens), :length].float()
+        found.append(Hypothesis(tokens, float(ended.log_prob[row, place]), score, weights))
+    return found

@@ -1,0 +1,165 @@
+"""Finding the targets of sources with trained models: greedy, by drawing, or with a beam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.devices import LOOK_EVERY, moved
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.beam import beam_search
+from fused_attn.seq2seq.search.constraints import LengthBound, constrain, limits_of
+from fused_attn.seq2seq.search.ensemble import Ensemble
+from fused_attn.seq2seq.search.hypothesis import Hypothesis, coverage_penalty, length_penalty
+from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
+
+
+@torch.inference_mode()
+def search(
+    models: Seq2Seq | Sequence[Seq2Seq],
+    source: Tensor,
+    source_lengths: Tensor,
+    config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+    *,
+    prefix: Tensor | None = None,
+    bound: LengthBound = LengthBound(),  # noqa: B008
+    return_weights: bool = False,
+    graphs: bool = True,
+) -> list[list[Hypothesis]]:
+    """Find the ``config.nbest`` best targets of each source, the best first.
+
+    models: one, or an ensemble with the same vocabularies; in evaluation mode, all on one device.
+    source: int64 (B, S), padded at the end. source_lengths: int64 (B,), 1..S, on any device.
+    prefix: int64 (B, P), padded at the end: what each target begins with.
+    bound: of the targets' lengths, if ``config.max_length`` is None.
+    graphs: whether steps on a GPU may replay a captured graph; see `Ensemble`.
+    """
+    members = [models] if isinstance(models, Seq2Seq) else list(models)
+    on_host = limits_of(source_lengths.cpu(), config, bound)
+    shortest = int(on_host.min()) if len(on_host) else 0
+    lengths, limits = (moved(each, source.device) for each in (source_lengths, on_host))
+    rest = (source, lengths, limits, shortest, config, prefix, return_weights)
+    penalised = config.coverage_penalty > 0
+    with Ensemble(
+        members,
+        source,
+        source_lengths,
+        config.beam,
+        return_weights=return_weights or penalised,
+        graphs=graphs,
+    ) as ensemble:
+        if config.beam > 1:
+            return beam_search(ensemble, *rest)
+        found = _walk(ensemble, *rest)
+    return [[hypothesis] for hypothesis in found]
+
+
+def _walk(
+    ensemble: Ensemble,
+    source: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    shortest: int,
+    config: SearchConfig,
+    prefix: Tensor | None,
+    return_weights: bool,
+) -> list[Hypothesis]:
+    """One symbol after the other for each row: the likeliest, or a drawn one.
+
+    Arguments as those of `beam_search`.
+    """
+    look_every = LOOK_EVERY.get(source.device.type, 1)
+    generator = None
+    if config.seed is not None:
+        generator = torch.Generator(source.device).manual_seed(config.seed)
+    rows = torch.arange(len(source), device=source.device)  # of the batch, still under way
+    symbols = torch.full_like(lengths, BOS)
+    done = torch.zeros_like(symbols, dtype=torch.bool)
+    tokens = source.new_zeros(len(source), 0)
+    total = torch.zeros(len(source), device=source.device)
+    steps: list[Tensor] = []
+    found: dict[int, Hypothesis] = {}
+    while len(rows):
+        log_probs, weights = ensemble.step(symbols)
+        allowed = constrain(log_probs, tokens, limits, config, prefix, shortest)
+        if look_every > 1 and config.sample:  # those that are done need something to draw from
+            allowed = allowed.masked_fill(done[:, None], 0.0)
+        symbols = _draw(allowed, config, generator) if config.sample else allowed.argmax(dim=-1)
+        gained = log_probs.gather(1, symbols[:, None])[:, 0]
+        if look_every > 1:
+            symbols, gained = symbols.masked_fill(done, PAD), gained.masked_fill(done, 0.0)
+        total = total + gained
+        tokens = torch.cat((tokens, symbols[:, None]), dim=1)
+        if weights is not None:
+            steps.append(weights)
+        done = done | (symbols == EOS)
+        if tokens.shape[1] % look_every:
+            continue
+        ended = done.nonzero()[:, 0]
+        if not len(ended):
+            continue
+        aligned = torch.stack([step[ended] for step in steps], dim=1) if steps else None
+        chosen = (tokens[ended], total[ended], lengths[rows[ended]], aligned)
+        told = _hypotheses(*chosen, config, return_weights)
+        found |= zip(rows[ended].tolist(), told, strict=True)
+        remaining = (~done).nonzero()[:, 0]
+        rows, symbols, done = rows[remaining], symbols[remaining], done[remaining]
+        tokens, total, limits = tokens[remaining], total[remaining], limits[remaining]
+        prefix = None if prefix is None else prefix[remaining]
+        steps = [step[remaining] for step in steps]
+        if len(remaining):
+            ensemble.keep(remaining)
+    return [found[row] for row in range(len(source))]
+
+
+def _hypotheses(
+    tokens: Tensor,
+    total: Tensor,
+    lengths: Tensor,
+    aligned: Tensor | None,
+    config: SearchConfig,
+    return_weights: bool,
+) -> list[Hypothesis]:
+    """What is told of rows that have ended.
+
+    tokens: int64 (M, t), up to an EOS and some padding. total: (M,), log-probabilities. lengths:
+    int64 (M,), of the sources. aligned: (M, t, S) or None.
+    """
+    total, lengths = total.cpu(), lengths.cpu()
+    aligned = None if aligned is None else aligned.cpu()
+    found = []
+    for i, symbols in enumerate(tokens.tolist()):
+        length, size = symbols.index(EOS) + 1, int(lengths[i])
+        rows = None if aligned is None else aligned[i, :length]
+        weights = None
+        if return_weights:
+            weights = torch.zeros(0, size) if rows is None else rows[:-1, :size].float()
+        score = _score(total[i : i + 1], length, rows, lengths[i], config)
+        found.append(Hypothesis(symbols[: length - 1], float(total[i]), score, weights))
+    return found
+
+
+def _score(
+    total: Tensor, length: int, aligned: Tensor | None, source: Tensor, config: SearchConfig
+) -> float:
+    score = total / length_penalty(float(length), config)
+    if aligned is not None and config.coverage_penalty:
+        score = score + coverage_penalty(aligned.sum(dim=0)[None], source[None], config)
+    return float(score)
+
+
+def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:
+    """Draw a symbol for each row from (N, V), after temperature, top-k and top-p."""
+    tempered = torch.log_softmax(log_probs / config.temperature, dim=-1)
+    ranked, order = tempered.sort(dim=-1, descending=True)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if config.top_k:
+        keep[:, config.top_k :] = False
+    # A symbol stays while those before it do not reach p; the first always does.
+    before = ranked.exp().cumsum(dim=-1) - ranked.exp()
+    keep &= before < config.top_p
+    weights = ranked.exp().masked_fill(~keep, 0.0)
+    return order.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]

@@ -1,0 +1,1 @@
+"""Training: the loop, schedules, processes, logs, and how a run starts and resumes."""

@@ -1,0 +1,306 @@
+"""Training a model of a task: the data meets the toolkit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.data.examples import Examples
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference import evaluate as judging
+from fused_attn.seq2seq.inference.predictor import (
+    Predictor,
+    load_model,
+    load_vocabularies,
+    require_backend,
+)
+from fused_attn.seq2seq.metrics import PERPLEXITY
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.model.widen import can_grow, grown
+from fused_attn.seq2seq.search.constraints import LengthBound
+from fused_attn.seq2seq.tasks.base import Data, Item, Symbols, Task
+from fused_attn.seq2seq.tasks.registry import make_task
+from fused_attn.seq2seq.training.distillation import Teaching
+from fused_attn.seq2seq.training.processes import gathered
+from fused_attn.seq2seq.training.progress import NoProgress, Progress
+from fused_attn.seq2seq.training.run import (
+    PAIRS,
+    START_FROM,
+    TEACHER,
+    Run,
+    find_checkpoint,
+    last_checkpoint,
+)
+from fused_attn.seq2seq.training.trainer import Trainer
+from fused_attn.seq2seq.vocabulary import UnknownSymbolError
+
+_ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is carried out, which does not decide its numbers but for rounding.
+
+    fabric: of the process. backend: of the attention. on_disk: whether the encoded pairs are kept
+    in the run's directory and not in memory. tensorboard: whether to write events.
+    """
+
+    fabric: Fabric
+    backend: str = "auto"
+    on_disk: bool = False
+    tensorboard: bool = False
+
+
+def start(
+    directory: Path,
+    recipe: Recipe,
+    progress: Progress,
+    machine: Machine,
+    note: Callable[[str], None] = lambda text: None,
+    start_from: Path | None = None,
+    teachers: Sequence[Path] = (),
+) -> Run:
+    """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
+
+    start_from: the model whose parameters and vocabularies the run begins with.
+    teachers: the models that it learns from, beside the data.
+
+    Raises `InputError` if the data cannot be had or the backend cannot run the model, or if
+    ``start_from`` or a teacher does not fit them, OSError if the directory cannot be written.
+    """
+    require_backend(machine.backend, recipe.model.score, machine.fabric.device)
+    if recipe.training.rdrop and not recipe.model.dropout:
+        raise InputError("--rdrop needs --dropout above 0: without it both passes are the same")
+    origin = None if start_from is None else find_checkpoint(start_from)
+
+    def fit(data: Data) -> Data:
+        if origin is None:
+            return data
+        known = load_vocabularies(origin, checkpoint.load_metadata(origin))
+        return recipe.task.with_vocabularies(data, *known)
+
+    recipe, data, examples = _load(directory, recipe, machine, fit)
+    for text in data.notes:
+        note(text)
+    torch.manual_seed(recipe.training.seed)
+    sizes = len(data.source), len(data.target)
+    try:
+        model = Seq2Seq(recipe.model, *sizes, backend=machine.backend)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    if origin is not None:
+        _begin_with(model, origin)
+    if teachers:
+        _ask(teachers, data, examples, directory, machine, note)
+    trainer = Trainer(model, examples, recipe.training, machine.fabric)
+    if rank := machine.fabric.global_rank:  # each process drops other columns
+        torch.manual_seed(recipe.training.seed + rank)
+    meta = {
+        **recipe.to_json(),
+        "source": data.source.symbols,
+        "target": data.target.symbols,
+        "training_pairs": data.fingerprint,
+        "target_bound": asdict(_bound(examples)),
+        START_FROM: None if start_from is None else str(start_from),
+        TEACHER: [str(teacher) for teacher in teachers],
+    }
+    run = _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
+    run.start()
+    return run
+
+
+def _begin_with(model: Seq2Seq, origin: Path) -> None:
+    """Give the model the parameters of a checkpoint, which may be narrower."""
+    parameters = checkpoint.load_tensors(origin, checkpoint.MODEL)
+    before = load_recipe(origin, checkpoint.load_metadata(origin)).model
+    try:
+        if can_grow(before, model.config):
+            parameters = grown(before, parameters, model.config, model.state_dict())
+        model.load_state_dict(parameters)
+    except (KeyError, ValueError) as error:
+        raise checkpoint.damaged(origin, error) from None
+    except RuntimeError as error:  # names or shapes that do not fit
+        reason = " ".join(str(error).split())
+        raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
+
+
+def _ask(
+    teachers: Sequence[Path],
+    data: Data,
+    examples: Examples,
+    directory: Path,
+    machine: Machine,
+    note: Callable[[str], None],
+) -> None:
+    """Let the examples have what the teachers say of them. The first process asks and writes it."""
+    fabric = machine.fabric
+    if fabric.is_global_zero:
+        places = [find_checkpoint(teacher) for teacher in teachers]
+        asked = Predictor.load(*places, backend=machine.backend, device=fabric.device)
+        for name, theirs, ours in (
+            ("source", asked.source, data.source),
+            ("target", asked.target, data.target),
+        ):
+            if theirs.symbols != ours.symbols:
+                raise InputError(f"--teacher: {places[0]} has another {name} vocabulary")
+        models = "a teacher" if len(places) == 1 else f"{len(places)} teachers"
+        note(f"{models} first read {len(examples):,} pairs")
+        said = Teaching.of(asked.models, examples)
+        directory.mkdir(parents=True, exist_ok=True)
+        said.save(directory)
+    gathered(fabric, None)
+    examples.teaching = Teaching.open(directory, examples)
+
+
+def _load(
+    directory: Path, recipe: Recipe, machine: Machine, fit: Callable[[Data], Data]
+) -> tuple[Recipe, Data, Examples]:
+    """The data, encoded. The first process is ahead: it learns subwords and writes files.
+
+    fit: makes of the data what the model wants of it.
+    """
+    fabric, task = machine.fabric, recipe.task
+    place = directory / PAIRS if machine.on_disk else None
+    data: Data | None = None
+    if fabric.is_global_zero:
+        data = fit(task.load())
+        if place is not None:
+            _write(data, place)
+    learned = make_task(gathered(fabric, task.to_json())[0])
+    if data is None:
+        data = fit(learned.load())
+    examples = _encode(data, None) if place is None else Examples.open(place)
+    if not len(examples):
+        raise InputError("there are no pairs to train on")
+    if recipe.training.guided and not examples.has_links:
+        raise InputError("--guided needs links, and no pair has any")
+    return replace(recipe, task=learned), data, examples
+
+
+def _write(data: Data, place: Path) -> None:
+    """Put the encoded pairs into ``place``; if they cannot be had, nothing is left there."""
+    new = [path for path in (place, place.parent) if not path.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        _encode(data, place)
+    except BaseException:
+        shutil.rmtree(place)
+        for path in new[1:]:
+            path.rmdir()
+        raise
+
+
+def _encode(data: Data, place: Path | None) -> Examples:
+    pairs = (
+        (data.source.encode(pair.source), data.target.encode(pair.target), pair.links)
+        for pair in data.train
+    )
+    try:
+        return Examples.collect(pairs, place)
+    except UnknownSymbolError as error:
+        raise InputError(
+            f"the training pairs have the symbol {error.symbol!r}, which the model does not know"
+        ) from None
+
+
+def _bound(examples: Examples) -> LengthBound:
+    """How long targets get: by what all but one in a thousand of the pairs have."""
+    targets = examples.target_lengths - 2  # BOS and EOS
+    ratios = targets / examples.source_lengths
+    place = max(1, math.ceil(0.999 * len(ratios)))
+    return LengthBound(ratios.kthvalue(place).values.item(), int(targets.max()))
+
+
+def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
+    """Return the run in ``directory`` as its last checkpoint left it.
+
+    Raises `InputError` if there is no checkpoint, or it is damaged, or the data has changed.
+    """
+    last = last_checkpoint(directory)
+    meta = checkpoint.load_metadata(last)
+    before = load_recipe(last, meta)
+
+    def fit(data: Data) -> Data:
+        if data.fingerprint != meta.get("training_pairs"):
+            raise InputError(
+                f"{directory} was trained on other data: the training pairs have changed"
+            )
+        return before.task.with_vocabularies(data, *load_vocabularies(last, meta))
+
+    recipe, data, examples = _load(directory, before, machine, fit)
+    if meta.get(TEACHER):
+        examples.teaching = Teaching.open(directory, examples)
+    model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
+    trainer = Trainer(model, examples, recipe.training, machine.fabric)
+    tensors = checkpoint.load_tensors(last, checkpoint.TRAINING)
+    try:
+        trainer.load_state(meta["position"], tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise checkpoint.damaged(last, error) from None
+    kept = ("model", "training", "task", "source", "target", "training_pairs")
+    meta = {key: meta[key] for key in kept} | {
+        "target_bound": asdict(_bound(examples)),
+        START_FROM: meta.get(START_FROM),
+        TEACHER: meta.get(TEACHER, []),
+    }
+    return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
+
+
+def _make_run(
+    directory: Path,
+    trainer: Trainer,
+    meta: dict[str, Any],
+    task: Task,
+    data: Data,
+    progress: Progress,
+    machine: Machine,
+) -> Run:
+    bound = LengthBound(**meta["target_bound"])
+    predictor = Predictor([trainer.model], data.source, data.target, bound)
+    judge_dev = _by_perplexity if task.by_perplexity else _by_targets
+
+    def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        trainer.model.eval()
+        return judge_dev(task, predictor, data.dev, machine.fabric, should_stop)
+
+    shown = progress if machine.fabric.is_global_zero else NoProgress()
+    return Run(directory, trainer, meta, evaluate, shown, machine.tensorboard)
+
+
+def _by_targets(
+    task: Task,
+    predictor: Predictor,
+    items: Sequence[Item],
+    fabric: Fabric,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Measures of what the model makes of the items, of which each process takes its part."""
+    found: list[Symbols] = []
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        if should_stop():
+            return None
+        lot = items[start : start + _ITEMS_AT_ONCE]
+        parts = gathered(
+            fabric, judging.targets(predictor, lot[fabric.global_rank :: fabric.world_size])
+        )
+        found += [parts[i % len(parts)][i // len(parts)] for i in range(len(lot))]
+    return {**task.quality(found, items), **judging.rates(task, judging.judge(found, items))}
+
+
+def _by_perplexity(
+    task: Task,
+    predictor: Predictor,
+    items: Sequence[Item],
+    fabric: Fabric,
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    return None if should_stop() else {PERPLEXITY: judging.perplexity(predictor, items)}

@@ -1,0 +1,261 @@
+"""The training loop, which can stop after any step and go on to the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from fused_attn.seq2seq.config import TrainingConfig
+from fused_attn.seq2seq.data.examples import Batch, Examples, epoch_batches, split_batch
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.training.processes import generator_state, launch, restore_generator, total
+from fused_attn.seq2seq.training.schedules import learning_rate, planned_steps, sampling_probability
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_GENERATOR = "generator"
+
+
+@dataclass
+class Position:
+    """How far a training has come."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches done of the epoch after those
+    loss: float = 0.0  # summed over the tokens of those batches
+    tokens: int = 0  # of those batches
+    sampling_from: int | None = None  # the step at which scheduled sampling began
+    best: float | None = None  # first rate on the development set, the best so far
+    waited: int = 0  # epochs since that
+    plateaus: int = 0  # epochs without a best rate, of all
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    epoch: int
+    loss: float  # mean over the tokens of the batch, in nats
+    lr: float
+    tokens: int
+    sampling: float  # probability of the decoder's own symbols
+
+
+class Trainer:
+    """Adam on a `Seq2Seq` model, over the batches of `epoch_batches`.
+
+    The order of the batches depends on seed and epoch alone and dropout on torch's generator, whose
+    state is saved: a trainer that loads what another saved repeats, bit for bit, what that one
+    would have done next, on the same machine with the same numbers of threads and processes.
+
+    Each process takes its part of every batch, and of that one of ``config.accumulate`` parts at a
+    time; the loss is divided by the symbols of the whole batch, so that neither changes it.
+
+    fabric: of the process, launched; None for one process, where the model is.
+
+    Raises `InputError` if there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        model: Seq2Seq,
+        examples: Examples,
+        config: TrainingConfig,
+        fabric: Fabric | None = None,
+    ) -> None:
+        place = str(next(model.parameters()).device)
+        self.fabric = fabric = fabric or launch(place, config.precision)
+        self.model = model
+        self.examples = examples
+        self.config = config
+        begins = config.sampling != "none" and config.sampling_after is None
+        self.position = Position(sampling_from=0 if begins else None)
+        # A scaled gradient, of float16, must be seen before the update.
+        fused = config.precision != "16"
+        wrapped: Any = fabric.setup_module(model)
+        wrapped.mark_forward_method("loss")
+        self._wrapped = wrapped
+        self.parameters = dict(model.named_parameters())
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=fused)
+        self._stepper: Any = fabric.setup_optimizers(self.optimizer)
+        self._batches = self._epoch_batches()
+        self.batches_per_epoch = len(self._batches)
+        self.total_steps = planned_steps(self.batches_per_epoch, config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all planned steps are done, or the patience is at its end."""
+        patience = self.config.patience
+        tired = patience is not None and self.position.waited >= patience
+        return tired or self.position.step >= self.total_steps
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether `finish_epoch` is due."""
+        done = self.position.step >= self.total_steps
+        return self.position.batch == self.batches_per_epoch or done
+
+    def run_epoch(
+        self, on_step: Callable[[StepReport], None], should_stop: Callable[[], bool]
+    ) -> bool:
+        """Train to the end of the epoch, or of the run, or until ``should_stop()``.
+
+        Returns whether the end was reached; `finish_epoch` is due then. Raises `InputError` if the
+        loss is no longer finite.
+        """
+        self.model.train()
+        while not self.at_epoch_end:
+            if should_stop():
+                return False
+            on_step(self._step(self._batches[self.position.batch]))
+        return True
+
+    def _step(self, rows: Tensor) -> StepReport:
+        position, config = self.position, self.config
+        lr = learning_rate(position.step, self.total_steps, config, position.plateaus)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        sampling = self._sampling()
+        tokens = int(self.examples.target_lengths[rows].sum()) - len(rows)
+        loss = total(self.fabric, self._gradient(rows, tokens, sampling))
+        norm = self.fabric.clip_gradients(
+            self._wrapped, self._stepper, max_norm=config.clip, error_if_nonfinite=False
+        )
+        assert norm is not None
+        # The one time that the host waits for the device in a step.
+        value, size = torch.stack((loss, norm.to(loss.dtype))).tolist()
+        # A gradient in float16 may be too large for once; its scale is lowered then.
+        if not (math.isfinite(value) and (config.precision == "16" or math.isfinite(size))):
+            raise InputError(
+                f"the loss is {value} and the gradient's norm {size} at step "
+                f"{position.step + 1}: train with a lower --lr"
+            )
+        self._stepper.step()
+        position.step += 1
+        position.batch += 1
+        position.loss += value * tokens
+        position.tokens += tokens
+        return StepReport(position.step, position.epoch + 1, value, lr, tokens, sampling)
+
+    def _gradient(self, rows: Tensor, tokens: int, sampling: float) -> Tensor:
+        """Add up the gradient of this process's share of a batch; returns its share of the loss."""
+        config, fabric = self.config, self.fabric
+        summed = torch.zeros((), device=fabric.device)
+        for last, share, batch in self._parts(rows):
+            with fabric.no_backward_sync(self._wrapped, enabled=not last):
+                with fabric.autocast():
+                    loss = self._wrapped.loss(
+                        batch.source,
+                        batch.source_lengths,
+                        batch.target,
+                        sampling=sampling,
+                        sampling_per=config.sampling_per,
+                        label_smoothing=config.label_smoothing,
+                        coverage_weight=config.coverage_loss,
+                        alignment=batch.alignment,
+                        guided_weight=config.guided,
+                        rdrop=config.rdrop,
+                        lesson=batch.lesson,
+                        teacher_weight=config.teacher_weight,
+                        tokens=tokens,
+                    )
+                # The gradients of the processes are averaged, and their shares are to be added.
+                fabric.backward(loss * (share * fabric.world_size))
+            summed += loss.detach() * share
+        return summed
+
+    def _parts(self, rows: Tensor) -> Iterator[tuple[bool, float, Batch]]:
+        """Whether it is the last one, its weight, and the pairs of each part of this process."""
+        fabric, count = self.fabric, self.config.accumulate
+        parts = split_batch(rows, fabric.world_size * count)[
+            fabric.global_rank :: fabric.world_size
+        ]
+        last = count if fabric.world_size > 1 else min(count, len(rows))
+        for number, part in enumerate(parts, start=1):
+            if len(part) == 0 and fabric.world_size == 1:
+                continue
+            # Every process goes through its model equally often: an empty part takes any pair.
+            chosen, share = (part, 1.0) if len(part) else (rows[:1], 0.0)
+            yield number == last, share, self.examples.batch(chosen).to(fabric.device)
+
+    def _sampling(self) -> float:
+        start = self.position.sampling_from
+        if start is None:
+            return 0.0
+        config = self.config
+        progress = (self.position.step - start) / max(1, self.total_steps - start - 1)
+        return sampling_probability(config.sampling, progress, config.sampling_max)
+
+    def finish_epoch(self, rate: float | None = None) -> None:
+        """Go on to the next epoch.
+
+        rate: the first rate on the development set, lower is better; for the learning rate's
+        plateaus and the patience. Scheduled sampling begins once it is low enough: until then the
+        model learns from right symbols only.
+        """
+        config, before = self.config, self.position
+        start, best, waited = before.sampling_from, before.best, before.waited
+        plateaus = before.plateaus
+        if rate is not None:
+            if config.sampling != "none" and start is None:
+                assert config.sampling_after is not None
+                start = before.step if rate <= config.sampling_after else None
+            if best is None or rate < best:
+                best, waited = rate, 0
+            else:
+                waited, plateaus = waited + 1, plateaus + 1
+        self.position = Position(
+            step=before.step,
+            epoch=before.epoch + 1,
+            sampling_from=start,
+            best=best,
+            waited=waited,
+            plateaus=plateaus,
+        )
+        self._batches = self._epoch_batches()
+
+    def _epoch_batches(self) -> list[Tensor]:
+        return epoch_batches(self.examples, self.config, self.position.epoch)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the position as JSON values, and optimizer, generators and scale as tensors.
+
+        All processes have to call it together.
+        """
+        tensors = {_GENERATOR: generator_state(self.fabric)}
+        for name, parameter in self.parameters.items():
+            for moment, tensor in self.optimizer.state[parameter].items():
+                tensors[f"{moment}.{name}"] = tensor
+        for name, value in self.fabric.strategy.precision.state_dict().items():
+            tensors[f"scaler.{name}"] = torch.tensor(value)
+        return asdict(self.position), tensors
+
+    def load_state(self, position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned. Raises KeyError, TypeError or ValueError if it does
+        not fit; the parameters of the model are loaded by its owner.
+        """
+        restored = Position(**position)
+        if restored.step:
+            state = {}
+            for number, (name, parameter) in enumerate(self.parameters.items()):
+                state[number] = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+                if state[number]["exp_avg"].shape != parameter.shape:
+                    raise ValueError(f"exp_avg.{name} does not have the shape of its parameter")
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        precision = self.fabric.strategy.precision
+        precision.load_state_dict(
+            {name: tensors[f"scaler.{name}"].item() for name in precision.state_dict()}
+        )
+        self.position = restored
+        self._batches = self._epoch_batches()
+        restore_generator(self.fabric, tensors[_GENERATOR], self.config.seed + restored.step)
