@@ -264,51 +264,51 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import train as train_command
+    from fused_attn.seq2seq.commands import train
 
-    return train_command.train(args)
+    return train.run(args)
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import predict as predicting
+    from fused_attn.seq2seq.commands import predict
 
-    return predicting.predict(args)
+    return predict.run(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import evaluate as commands
+    from fused_attn.seq2seq.commands import evaluate
 
-    return commands.evaluate(args)
+    return evaluate.run(args)
 
 
 def _explain(args: argparse.Namespace) -> int:
     from fused_attn.seq2seq.commands import explain
 
-    return explain.explain(args)
+    return explain.run(args)
 
 
 def _aer(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import evaluate as commands
+    from fused_attn.seq2seq.commands import align
 
-    return commands.aer(args)
+    return align.run(args)
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import evaluate as commands
+    from fused_attn.seq2seq.commands import chat
 
-    return commands.chat(args)
+    return chat.run(args)
 
 
 def _curves(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import evaluate as commands
+    from fused_attn.seq2seq.commands import curves
 
-    return commands.curves(args)
+    return curves.run(args)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from fused_attn.seq2seq.commands import evaluate as commands
+    from fused_attn.seq2seq.commands import export
 
-    return commands.export(args)
+    return export.run(args)
 
 
 def with_config(argv: Sequence[str]) -> list[str]:

@@ -39,6 +39,23 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
+# The rooms of the toolkit, lowest first. The ground are modules; the others are packages.
+GROUND = ("config", "errors", "vocabulary", "metrics", "devices")
+ROOMS = (
+    "data",
+    "tasks",
+    "model",
+    "search",
+    "checkpoints",
+    "inference",
+    "training",
+    "commands",
+)
+# The command line reads these before it needs torch.
+WITHOUT_TORCH = (
+    *("config", "errors", "vocabulary", "metrics", "tasks"),
+    *("data.pairs", "data.links", "data.pair_files", "data.tokenizers", "commands.option_help"),
+)
 # May use what the extras install; everything else runs with torch alone.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")
 IMPORTS_NATIVE = {"backends.cpu", "backends.cuda", "info"}
@@ -113,6 +130,48 @@ def test_imports_point_down(module: str) -> None:
         and package(other) != package(module)
     }
     assert not upward, f"fused_attn.{module} imports upwards or sideways: {sorted(upward)}"
+
+
+TOOLKIT = [module for module in MODULES if module.startswith("seq2seq.")]
+
+
+def room(module: str) -> int:
+    """The height of a module of the toolkit."""
+    name = module.split(".")[1]
+    assert name in (*GROUND, *ROOMS), f"fused_attn/{module} is in no room: add it to ROOMS"
+    return 0 if name in GROUND else 1 + ROOMS.index(name)
+
+
+@pytest.mark.parametrize("module", TOOLKIT)
+def test_imports_of_the_toolkit_point_down(module: str) -> None:
+    others = {other for other in internal(module, MODULES[module]) if other in TOOLKIT}
+    upward = {other for other in others if room(other) > room(module)}
+    assert not upward, f"fused_attn.{module} imports upwards: {sorted(upward)}"
+    assert "seq2seq" not in internal(module, MODULES[module]), "the face is for users"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports for annotations alone count: they too say what a file knows of."""
+    edges = {module: internal(module, MODULES[module]) & set(TOOLKIT) for module in TOOLKIT}
+    while True:
+        leaves = {module for module, others in edges.items() if not others - {module}}
+        if not leaves:
+            break
+        edges = {m: others - leaves for m, others in edges.items() if m not in leaves}
+    assert not edges, f"circles among {sorted(edges)}"
+
+
+def _needs_no_torch(module: str) -> bool:
+    name = module.removeprefix("seq2seq.")
+    return any(name == known or name.startswith(f"{known}.") for known in WITHOUT_TORCH)
+
+
+@pytest.mark.parametrize("module", list(filter(_needs_no_torch, TOOLKIT)))
+def test_the_command_line_is_read_without_torch(module: str) -> None:
+    code = f"import sys, fused_attn.{module}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] not in NEEDS_EXTRAS])

@@ -14,31 +14,31 @@ import pytest
 import torch
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
-from fused_attn.seq2seq.tasks import cmudict as g2p
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.tasks import cmudict
 from fused_attn.seq2seq.training.trainer import Trainer
 
 TINY = ["--hidden", "16", "--embedding", "8", "--batch-size", "32", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def lexicon() -> g2p.Lexicon:
+def lexicon() -> cmudict.Lexicon:
     """A few words of the dictionary, so that a test takes no seconds."""
-    whole = g2p.load_dictionary()
-    return {word: whole[word] for word in ["hello", "world", *g2p.by_hash(whole)[:600]]}
+    whole = cmudict.load_dictionary()
+    return {word: whole[word] for word in ["hello", "world", *cmudict.by_hash(whole)[:600]]}
 
 
 @pytest.fixture(autouse=True)
-def _small_dictionary(monkeypatch: pytest.MonkeyPatch, lexicon: g2p.Lexicon) -> None:
-    monkeypatch.setattr(g2p, "load_dictionary", lambda: lexicon)
+def _small_dictionary(monkeypatch: pytest.MonkeyPatch, lexicon: cmudict.Lexicon) -> None:
+    monkeypatch.setattr(cmudict, "load_dictionary", lambda: lexicon)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, lexicon: g2p.Lexicon) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, lexicon: cmudict.Lexicon) -> Path:
     """A finished run. Do not change it."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(g2p, "load_dictionary", lambda: lexicon)
+        patch.setattr(cmudict, "load_dictionary", lambda: lexicon)
         assert main(["train", "g2p", "--output", str(directory), *TINY]) == 0
     return directory
 
@@ -93,10 +93,10 @@ def test_train_writes_log_and_checkpoints(run: Path) -> None:
 def test_train_keeps_the_best_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fused_attn.seq2seq.inference import evaluate as judging
+    from fused_attn.seq2seq.inference import evaluate
 
     wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
-    monkeypatch.setattr(judging, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
+    monkeypatch.setattr(evaluate, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
     options = [*TINY[:-1], "5", "--limit-words", "100"]
     assert main(["train", "g2p", "--output", str(tmp_path), *options]) == 0
     assert [name[-8:] for name in names(tmp_path)] == ["epoch-02", "epoch-04", "epoch-05"]
@@ -134,7 +134,7 @@ def test_resume_repeats_the_uninterrupted_run(
     assert main([*train, "--resume"]) == 0
     assert log_of(tmp_path) == log_of(run)
     assert names(tmp_path)[-1] == names(run)[-1]
-    for file in (checkpoint.MODEL, checkpoint.TRAINING, checkpoint.METADATA):
+    for file in (files.MODEL, files.TRAINING, files.METADATA):
         last = (directory / "checkpoints" / names(run)[-1] / file for directory in (tmp_path, run))
         assert next(last).read_bytes() == next(last).read_bytes()
 
@@ -352,14 +352,14 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     whole = run / "checkpoints" / names(run)[-1]
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    model = (whole / checkpoint.MODEL).read_bytes()
-    (copy / checkpoint.MODEL).write_bytes(model[:-100])
+    model = (whole / files.MODEL).read_bytes()
+    (copy / files.MODEL).write_bytes(model[:-100])
     fails(["predict", copy, "a"], f"the checkpoint {copy} is damaged")
-    (copy / checkpoint.MODEL).write_bytes(model)
-    meta = json.loads((whole / checkpoint.METADATA).read_text())
+    (copy / files.MODEL).write_bytes(model)
+    meta = json.loads((whole / files.METADATA).read_text())
 
     def with_meta(**values: object) -> None:
-        (copy / checkpoint.METADATA).write_text(json.dumps({**meta, **values}))
+        (copy / files.METADATA).write_text(json.dumps({**meta, **values}))
 
     with_meta(format_version=1)
     fails(["predict", copy, "a"], "format version 1", "reads 2")
@@ -367,14 +367,14 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     fails(["predict", copy, "a"], "is damaged", "size mismatch")
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
-    (copy / checkpoint.METADATA).write_text(json.dumps({"format_version": 2}))
+    (copy / files.METADATA).write_text(json.dumps({"format_version": 2}))
     fails(["predict", copy, "a"], "is damaged: it lacks 'model'")
-    (copy / checkpoint.METADATA).write_text("{")
+    (copy / files.METADATA).write_text("{")
     fails(["predict", copy, "a"], "is damaged")
 
 
-def test_evaluate(run: Path, lexicon: g2p.Lexicon, capfd: pytest.CaptureFixture[str]) -> None:
-    count = len(g2p.split_words(lexicon).test)
+def test_evaluate(run: Path, lexicon: cmudict.Lexicon, capfd: pytest.CaptureFixture[str]) -> None:
+    count = len(cmudict.split_words(lexicon).test)
     capfd.readouterr()
     assert main(["evaluate", str(run), "--json", "--samples", "3"]) == 0
     report = json.loads(capfd.readouterr().out)
@@ -398,10 +398,10 @@ def test_evaluate(run: Path, lexicon: g2p.Lexicon, capfd: pytest.CaptureFixture[
 
 
 def test_evaluate_on_given_words(
-    run: Path, lexicon: g2p.Lexicon, tmp_path: Path, fails: Fails,
+    run: Path, lexicon: cmudict.Lexicon, tmp_path: Path, fails: Fails,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    split = g2p.split_words(lexicon)
+    split = cmudict.split_words(lexicon)
     listed = [*split.train[:2], split.test[0], "nosuchword"]
     (tmp_path / "words").write_text("\n".join(listed))
     evaluate = ["evaluate", str(run), "--test", str(tmp_path / "words")]
@@ -417,9 +417,9 @@ def test_evaluate_on_given_words(
 
 
 def test_a_model_keeps_its_test_words(
-    tmp_path: Path, lexicon: g2p.Lexicon, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, lexicon: cmudict.Lexicon, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = g2p.by_hash(lexicon)[:40]
+    words = cmudict.by_hash(lexicon)[:40]
     (tmp_path / "words").write_text("\n".join(words))
     train = ["train", "g2p", "--output", str(tmp_path / "run"), *TINY, "--max-steps", "2"]
     assert main([*train, "--test", str(tmp_path / "words")]) == 0

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.inference.alignments import (
-    alignment_error_rate,
-    hard_links,
-    parse_pharaoh,
-    pharaoh,
-    replace_unknown,
-    soft_alignment,
-)
+from fused_attn.seq2seq.data.links import parse_pharaoh, pharaoh
+from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown, soft_alignment
+from fused_attn.seq2seq.metrics import alignment_error_rate
 
 WEIGHTS = torch.tensor([[0.1, 0.7, 0.2], [0.6, 0.3, 0.1], [0.0, 0.25, 0.75], [0.5, 0.4, 0.1]])
 
@@ -122,7 +117,7 @@ def test_an_exported_model_predicts_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In less space, without what training needs, and by name where the package has it."""
-    from fused_attn.seq2seq.training import run as runs
+    from fused_attn.seq2seq.training import run
 
     exported = tmp_path / "models" / "greeter"
     assert main(["export", str(greeter), "--output", str(exported), "--store", kind]) == 0
@@ -131,12 +126,12 @@ def test_an_exported_model_predicts_the_same(
         "checkpoint.json",
         "model.safetensors",
     ]
-    best = runs.find_checkpoint(greeter) / "model.safetensors"
+    best = run.find_checkpoint(greeter) / "model.safetensors"
     assert (exported / "model.safetensors").stat().st_size <= share * best.stat().st_size
     expected = ["tschüss clara"]
     assert main(["predict", str(exported), "bye clara"]) == 0
     assert capfd.readouterr().out.splitlines() == expected
-    monkeypatch.setattr(runs, "SHIPPED", tmp_path / "models")
+    monkeypatch.setattr(run, "SHIPPED", tmp_path / "models")
     assert main(["predict", "greeter", "bye clara"]) == 0
     assert capfd.readouterr().out.splitlines() == expected
     assert main(["export", str(greeter), "--output", str(exported)]) == 2

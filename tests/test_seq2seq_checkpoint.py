@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.errors import InputError
 
 MODEL = {"weight": torch.arange(6.0).view(2, 3)}
@@ -21,16 +21,16 @@ TRAINING = {"generator": torch.arange(9, dtype=torch.uint8)}
 
 
 def save(directory: Path, **meta: object) -> None:
-    checkpoint.save(directory, meta, MODEL, TRAINING)
+    files.save(directory, meta, MODEL, TRAINING)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path / "new" / "one", step=3, loss=0.1)
-    assert checkpoint.load_metadata(tmp_path / "new" / "one") == {
-        "format_version": checkpoint.FORMAT_VERSION, "step": 3, "loss": 0.1,
+    assert files.load_metadata(tmp_path / "new" / "one") == {
+        "format_version": files.FORMAT_VERSION, "step": 3, "loss": 0.1,
     }  # fmt: skip
-    for name, tensors in ((checkpoint.MODEL, MODEL), (checkpoint.TRAINING, TRAINING)):
-        loaded = checkpoint.load_tensors(tmp_path / "new" / "one", name)
+    for name, tensors in ((files.MODEL, MODEL), (files.TRAINING, TRAINING)):
+        loaded = files.load_tensors(tmp_path / "new" / "one", name)
         assert loaded.keys() == tensors.keys()
         assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
         assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
@@ -55,14 +55,14 @@ def test_a_full_disk_leaves_what_was_there(
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path / "two", step=2)
     assert os.listdir(tmp_path) == ["one"]
-    assert checkpoint.load_metadata(tmp_path / "one")["step"] == 1
-    assert torch.equal(checkpoint.load_tensors(tmp_path / "one", "model.safetensors")["weight"],
+    assert files.load_metadata(tmp_path / "one")["step"] == 1
+    assert torch.equal(files.load_tensors(tmp_path / "one", "model.safetensors")["weight"],
                        MODEL["weight"])  # fmt: skip
 
 
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, torch
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
 tensors, calls, sync = {"weight": torch.zeros(1000)}, 0, os.fsync
 def fsync(descriptor):
     global calls
@@ -72,7 +72,7 @@ def fsync(descriptor):
     sync(descriptor)
 os.fsync = fsync
 for name in ("one", "two"):
-    checkpoint.save(pathlib.Path(sys.argv[1]) / name, {}, tensors, tensors)
+    files.save(pathlib.Path(sys.argv[1]) / name, {}, tensors, tensors)
 """
 
 
@@ -81,17 +81,17 @@ def test_a_kill_leaves_what_was_there(tmp_path: Path, call: int) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), str(call)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.glob("[!.]*")} == {"one"}
-    assert checkpoint.load_metadata(tmp_path / "one")
+    assert files.load_metadata(tmp_path / "one")
     assert len(list(tmp_path.iterdir())) == 2
-    checkpoint.remove_unfinished(tmp_path)
+    files.remove_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["one"]
 
 
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     def fails(path: Path, message: str) -> None:
         with pytest.raises(InputError, match=message) as caught:
-            checkpoint.load_metadata(path)
-            checkpoint.load_tensors(path, checkpoint.MODEL)
+            files.load_metadata(path)
+            files.load_tensors(path, files.MODEL)
         assert "\n" not in str(caught.value)
 
     fails(tmp_path / "none", "no checkpoint at .*none: no such place")
@@ -101,32 +101,32 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
 
     one = tmp_path / "one"
     save(one)
-    whole = (one / checkpoint.MODEL).read_bytes()
+    whole = (one / files.MODEL).read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole + b"x", b"\xff" * 40):
-        (one / checkpoint.MODEL).write_bytes(damaged)
+        (one / files.MODEL).write_bytes(damaged)
         fails(one, "is damaged: ")
-    (one / checkpoint.MODEL).unlink()
+    (one / files.MODEL).unlink()
     fails(one, "model.safetensors is missing")
     for text in ("{", "[]", "{}", '"text"'):
-        (one / checkpoint.METADATA).write_text(text)
+        (one / files.METADATA).write_text(text)
         fails(one, "is damaged: ")
-    (one / checkpoint.METADATA).write_text(json.dumps({"format_version": 99}))
+    (one / files.METADATA).write_text(json.dumps({"format_version": 99}))
     fails(one, "has format version 99; this version of fused-attn reads 2")
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "log"
-    checkpoint.write_atomically(file, b"old")
+    files.write_atomically(file, b"old")
 
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(file, b"new")
+        files.write_atomically(file, b"new")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["log"] and file.read_bytes() == b"old"
-    checkpoint.write_atomically(file, b"new")
+    files.write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
 
 
@@ -136,12 +136,12 @@ def test_a_kill_during_a_removal_leaves_no_broken_checkpoint(
     save(tmp_path / "one")
 
     def killed(path: Path) -> None:
-        (path / checkpoint.METADATA).unlink()
+        (path / files.METADATA).unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
-        checkpoint.remove(tmp_path / "one")
+        patch.setattr(files.shutil, "rmtree", killed)
+        files.remove(tmp_path / "one")
     assert not (tmp_path / "one").exists()
-    checkpoint.remove_unfinished(tmp_path)
+    files.remove_unfinished(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -11,15 +11,15 @@ import torch
 from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.data.examples import Examples, epoch_batches, pad
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.tasks import cmudict as g2p
+from fused_attn.seq2seq.tasks import cmudict
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD, UnknownSymbolError, Vocabulary
 
 TEST_WORDS = Path(__file__).resolve().parents[2] / "shared/data/g2p/test_words.txt"
 
 
 @pytest.fixture(scope="module")
-def dictionary() -> g2p.Lexicon:
-    return g2p.load_dictionary()
+def dictionary() -> cmudict.Lexicon:
+    return cmudict.load_dictionary()
 
 
 def test_vocabulary_numbers_and_back() -> None:
@@ -97,7 +97,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_parsing() -> None:
-    lexicon = g2p.parse_dictionary(
+    lexicon = cmudict.parse_dictionary(
         [
             "read R EH1 D # past",
             "read(2) R IY1 D",
@@ -115,11 +115,11 @@ def test_parsing() -> None:
     }
 
 
-def test_the_dictionary(dictionary: g2p.Lexicon) -> None:
+def test_the_dictionary(dictionary: cmudict.Lexicon) -> None:
     assert len(dictionary) > 120_000
-    assert len(g2p.phones(dictionary)) == 39
+    assert len(cmudict.phones(dictionary)) == 39
     assert dictionary["hello"] == (("HH", "AH", "L", "OW"), ("HH", "EH", "L", "OW"))
-    assert set("".join(dictionary)) == set(g2p.LETTERS)
+    assert set("".join(dictionary)) == set(cmudict.LETTERS)
 
 
 def test_a_missing_dictionary_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +128,11 @@ def test_a_missing_dictionary_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(InputError, match=r"pip install 'fused-attn\[seq2seq\]'"):
-        g2p.load_dictionary()
+        cmudict.load_dictionary()
 
 
-def test_split_is_by_word_complete_and_stable(dictionary: g2p.Lexicon) -> None:
-    split = g2p.split_words(dictionary)
+def test_split_is_by_word_complete_and_stable(dictionary: cmudict.Lexicon) -> None:
+    split = cmudict.split_words(dictionary)
     parts = [set(part) for part in (split.train, split.dev, split.test)]
     assert set.union(*parts) == dictionary.keys()
     assert sum(map(len, parts)) == len(dictionary)
@@ -142,19 +142,19 @@ def test_split_is_by_word_complete_and_stable(dictionary: g2p.Lexicon) -> None:
     assert split.test[:4] == ("'round", "abandonments", "abbe", "abdallah")
     # A word keeps its place in a smaller dictionary, in whatever order it comes.
     fewer = dict(sorted(dictionary.items(), reverse=True)[::2])
-    assert set(g2p.split_words(fewer).test) == parts[2] & fewer.keys()
+    assert set(cmudict.split_words(fewer).test) == parts[2] & fewer.keys()
 
 
-def test_given_test_words_are_the_test(dictionary: g2p.Lexicon) -> None:
+def test_given_test_words_are_the_test(dictionary: cmudict.Lexicon) -> None:
     words = ["hello", "world", "nosuchword"]
-    split = g2p.split_words(dictionary, words)
+    split = cmudict.split_words(dictionary, words)
     assert split.test == ("hello", "world")
     assert len(split.train) + len(split.dev) + 2 == len(dictionary)
     assert not {"hello", "world"} & {*split.train, *split.dev}
 
 
-def test_limit_takes_fewer_words_and_keeps_the_test(dictionary: g2p.Lexicon) -> None:
-    whole, limited = g2p.split_words(dictionary), g2p.split_words(dictionary, limit=500)
+def test_limit_takes_fewer_words_and_keeps_the_test(dictionary: cmudict.Lexicon) -> None:
+    whole, limited = cmudict.split_words(dictionary), cmudict.split_words(dictionary, limit=500)
     assert len(limited.train) + len(limited.dev) == 500
     assert limited.test == whole.test
     assert set(limited.train) < set(whole.train) and set(limited.dev) < set(whole.dev)
@@ -163,13 +163,13 @@ def test_limit_takes_fewer_words_and_keeps_the_test(dictionary: g2p.Lexicon) -> 
 def test_splits_that_cannot_be() -> None:
     lexicon = {"a": (("AH",),)}
     with pytest.raises(InputError, match="none of the test words"):
-        g2p.split_words(lexicon, ["b"])
+        cmudict.split_words(lexicon, ["b"])
     with pytest.raises(InputError, match="too few"):
-        g2p.split_words(lexicon, ["a"])
+        cmudict.split_words(lexicon, ["a"])
 
 
-def test_the_published_test_words_are_all_known(dictionary: g2p.Lexicon) -> None:
+def test_the_published_test_words_are_all_known(dictionary: cmudict.Lexicon) -> None:
     if not TEST_WORDS.exists():
         pytest.skip("the published test words are not beside this checkout")
-    split = g2p.split_words(dictionary, g2p.read_words(TEST_WORDS))
+    split = cmudict.split_words(dictionary, cmudict.read_words(TEST_WORDS))
     assert len(split.test) == 11_994

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.data.pairs import Data, Pair
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.tasks import cmudict as g2p
-from fused_attn.seq2seq.tasks.base import Data, Pair
-from fused_attn.seq2seq.tasks.registry import G2P, G2PConfig
+from fused_attn.seq2seq.tasks import cmudict
+from fused_attn.seq2seq.tasks.g2p import G2P, G2PConfig
 
 TINY = ["--hidden", "8", "--embedding", "8", "--max-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def dictionary(monkeypatch: pytest.MonkeyPatch) -> g2p.Lexicon:
+def dictionary(monkeypatch: pytest.MonkeyPatch) -> cmudict.Lexicon:
     """A few words of it."""
-    whole = g2p.load_dictionary()
-    few = {word: whole[word] for word in g2p.by_hash(whole)[:600]}
-    monkeypatch.setattr(g2p, "load_dictionary", lambda: few)
+    whole = cmudict.load_dictionary()
+    few = {word: whole[word] for word in cmudict.by_hash(whole)[:600]}
+    monkeypatch.setattr(cmudict, "load_dictionary", lambda: few)
     return few
 
 
@@ -81,7 +81,7 @@ def test_what_is_judged_is_not_trained_on(tmp_path: Path) -> None:
     assert Pair(tuple("zorble"), cat) not in list(listed.train)
 
 
-def test_a_pair_of_the_dictionary_counts_once(tmp_path: Path, dictionary: g2p.Lexicon) -> None:
+def test_a_pair_of_the_dictionary_counts_once(tmp_path: Path, dictionary: cmudict.Lexicon) -> None:
     file = tmp_path / "all.dict"
     lines = [f"{w} {' '.join(v)}\n" for w, variants in dictionary.items() for v in variants]
     file.write_text("".join(lines))
@@ -132,7 +132,7 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert f"cannot read {file}: No such file" in capfd.readouterr().err
     exported = tmp_path / "model"
     assert main(["export", str(run), "--output", str(exported)]) == 0
-    meta = json.loads((exported / checkpoint.METADATA).read_text())
+    meta = json.loads((exported / files.METADATA).read_text())
     assert meta["task"]["lexicon"] is None
     assert str(tmp_path) not in json.dumps(meta)
     assert main(["evaluate", str(exported), "--limit", "5"]) == 0

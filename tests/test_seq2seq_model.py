@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import layer_options
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.config import (
     BRIDGES,
     CELLS,
@@ -262,12 +262,12 @@ def test_shared_and_tied_parameters_are_one(tmp_path: Path) -> None:
     assert model.encoder.stack is model.decoder.stack
     assert model.output.weight is model.target_embedding.weight is model.source_embedding.weight
     assert len(list(model.parameters())) < len(model.state_dict())
-    checkpoint.save(tmp_path / "one", {}, model.state_dict(), {})
+    files.save(tmp_path / "one", {}, model.state_dict(), {})
     other = make_model(CONFIGS["shared"])
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    other.load_state_dict(checkpoint.load_tensors(tmp_path / "one", checkpoint.MODEL))
+    other.load_state_dict(files.load_tensors(tmp_path / "one", files.MODEL))
     assert other.output.weight is other.target_embedding.weight
     torch.testing.assert_close(other.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="tie all needs one vocabulary"):

@@ -18,7 +18,7 @@ from fused_attn.seq2seq.config import CELLS, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.examples import Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.devices import choose_device, own_device
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model import recurrent as layers
+from fused_attn.seq2seq.model import recurrent
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.training.processes import launch
 from fused_attn.seq2seq.training.trainer import StepReport, Trainer
@@ -106,9 +106,9 @@ def test_a_processor_without_a_bfloat16_lstm(
     cell: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There torch raises; the recurrent layers stay in float32 and give its numbers."""
-    monkeypatch.setattr(layers, "_has_bfloat16_lstm", lambda: False)
+    monkeypatch.setattr(recurrent, "_has_bfloat16_lstm", lambda: False)
     torch.manual_seed(2)
-    stack = layers.Stack(ModelConfig(cell=cell, dropout=0.0), 7, 5, 2)
+    stack = recurrent.Stack(ModelConfig(cell=cell, dropout=0.0), 7, 5, 2)
     # Both states in bfloat16, as a linear layer before would leave them.
     state = tuple(torch.randn(2, 3, 5).bfloat16() for _ in range(2 if cell == "lstm" else 1))
     x: Any = torch.randn(3, 4, 7).bfloat16()

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from fused_attn.cli import main
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.examples import Batch, Examples
-from fused_attn.seq2seq.model.seq2seq import Seq2Seq, rdrop_loss
+from fused_attn.seq2seq.model.losses import rdrop_loss
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 

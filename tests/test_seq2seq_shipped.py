@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import SHIPPED, find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.inference import evaluate as judging
+from fused_attn.seq2seq.data.pairs import Item
+from fused_attn.seq2seq.inference import evaluate
 from fused_attn.seq2seq.inference.predictor import Predictor
-from fused_attn.seq2seq.tasks import cmudict as g2p
-from fused_attn.seq2seq.tasks.base import Item
-from fused_attn.seq2seq.training.run import SHIPPED, find_checkpoint
+from fused_attn.seq2seq.tasks import cmudict
 
 # With a word that no dictionary has.
 WORDS = {"world": "W ER L D", "attention": "AH T EH N SH AH N", "blicketing": "B L IH K AH T IH NG"}
@@ -30,18 +30,18 @@ def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
     place = find_checkpoint(Path("g2p"))
     assert place == SHIPPED / "g2p"
     assert sum(file.stat().st_size for file in place.iterdir()) < 9e6
-    assert not (place / checkpoint.TRAINING).exists()
+    assert not (place / files.TRAINING).exists()
 
 
 @pytest.mark.threads(1)
 def test_it_is_as_good_as_is_claimed() -> None:
     """On 600 of the words that it was not to see: within three deviations, 0.017 each."""
     place = find_checkpoint(Path("g2p"))
-    task = load_recipe(place, checkpoint.load_metadata(place)).task
-    lexicon = g2p.load_dictionary()
-    words = [word for word in g2p.by_hash(task.config.test_words) if word in lexicon][:600]
+    task = load_recipe(place, files.load_metadata(place)).task
+    lexicon = cmudict.load_dictionary()
+    words = [word for word in cmudict.by_hash(task.config.test_words) if word in lexicon][:600]
     items = [Item(tuple(word), lexicon[word]) for word in words]
-    found = judging.targets(Predictor.load(place), items, SearchConfig(beam=5))
-    errors = judging.judge(found, items)
+    found = evaluate.targets(Predictor.load(place), items, SearchConfig(beam=5))
+    errors = evaluate.judge(found, items)
     claimed = 0.2269  # README, beam 5, all 11,994 words
     assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.052)

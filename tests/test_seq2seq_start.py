@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
-from fused_attn.seq2seq.training.run import checkpoints, find_checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf"}
 OPTIONS = ["--batch-size", "16", "--threads", "1", "--dropout", "0"]
@@ -41,7 +41,7 @@ def train(output: Path, data: Path, *options: str) -> int:
 
 
 def parameters(place: Path) -> dict[str, Tensor]:
-    return checkpoint.load_tensors(find_checkpoint(place), checkpoint.MODEL)
+    return files.load_tensors(find_checkpoint(place), files.MODEL)
 
 
 def first_loss(run: Path) -> float:
@@ -78,10 +78,10 @@ def test_a_training_begins_with_the_model(
     options = ["--start-from", str(origin), "--dropout", "0.1", "--epochs", "1"]
     assert train(run, few, *options, "--batch-size", "200") == 0  # two checkpoints: all are kept
     start, before = checkpoints(run)[0], parameters(origin)
-    found = checkpoint.load_tensors(start, checkpoint.MODEL)
+    found = files.load_tensors(start, files.MODEL)
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
-    meta, known = (checkpoint.load_metadata(place) for place in (start, find_checkpoint(base)))
+    meta, known = (files.load_metadata(place) for place in (start, find_checkpoint(base)))
     assert (meta["source"], meta["target"]) == (known["source"], known["target"])
     assert set(WORDS) < set(meta["source"])
     assert meta["model"] == known["model"] | {"dropout": 0.1}
@@ -113,7 +113,7 @@ def test_it_can_be_resumed(
     assert "was not started with this --start-from; leave it out" in capfd.readouterr().err
     assert train(again, few, "--resume", "--start-from", str(base)) == 0
     expected, found = (
-        checkpoint.load_tensors(checkpoints(place)[-1], checkpoint.MODEL) for place in (run, again)
+        files.load_tensors(checkpoints(place)[-1], files.MODEL) for place in (run, again)
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -172,7 +172,7 @@ def test_the_mean_of_models(base: Path, few: Path, tmp_path: Path) -> None:
         expected = sum(model[name].double() for model in models) / 3
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
         assert tensor.dtype == torch.float32
-    assert "dev" not in checkpoint.load_metadata(mean)  # nothing of it has been measured
+    assert "dev" not in files.load_metadata(mean)  # nothing of it has been measured
     assert main(["predict", str(mean), "three two"]) == 0
 
 

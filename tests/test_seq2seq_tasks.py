@@ -12,9 +12,9 @@ from fused_attn.cli import main
 from fused_attn.seq2seq.data.pair_files import PairFile, Reader, frequent
 from fused_attn.seq2seq.data.tokenizers import make_tokenizer
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.tasks import registry as tasks
-from fused_attn.seq2seq.tasks import scan_grammar as scan
-from fused_attn.seq2seq.tasks.registry import Reverse, ReverseConfig, Scan, ScanConfig
+from fused_attn.seq2seq.tasks import registry, scan_grammar
+from fused_attn.seq2seq.tasks.reverse import Reverse, ReverseConfig
+from fused_attn.seq2seq.tasks.scan import Scan, ScanConfig
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
@@ -36,18 +36,21 @@ EXAMPLES = {
 
 
 def test_scan_means_what_the_paper_says() -> None:
-    meaning = dict(scan.commands())
+    meaning = dict(scan_grammar.commands())
     for command, actions in EXAMPLES.items():
         assert meaning[tuple(command.split())] == tuple(actions.split()), command
 
 
 def test_scan_has_the_published_sizes() -> None:
-    every = scan.commands()
+    every = scan_grammar.commands()
     assert len(every) == len({command for command, _ in every}) == 20_910
     assert len({word for command, _ in every for word in command}) == 13
     assert len({action for _, actions in every for action in actions}) == 6
     assert max(len(actions) for _, actions in every) == 48
-    sizes = {split: tuple(map(len, scan.split_commands(split))) for split in scan.SPLITS[1:]}
+    sizes = {
+        split: tuple(map(len, scan_grammar.split_commands(split)))
+        for split in scan_grammar.SPLITS[1:]
+    }
     assert sizes == {
         "length": (16_990, 3_920),
         "turn-left": (21_890, 1_208),
@@ -57,7 +60,7 @@ def test_scan_has_the_published_sizes() -> None:
 
 @pytest.mark.parametrize("split", ["turn-left", "jump"])
 def test_scan_trains_on_the_phrase_alone(split: str) -> None:
-    train, test = scan.split_commands(split)
+    train, test = scan_grammar.split_commands(split)
     phrase = " ".join(split.split("-"))
     with_it = Counter(command for command, _ in train if phrase in " ".join(command))
     assert list(with_it) == [tuple(phrase.split())]
@@ -66,7 +69,7 @@ def test_scan_trains_on_the_phrase_alone(split: str) -> None:
     assert {command for command, _ in train}.isdisjoint(command for command, _ in test)
 
 
-@pytest.mark.parametrize("split", scan.SPLITS)
+@pytest.mark.parametrize("split", scan_grammar.SPLITS)
 def test_scan_loads(split: str) -> None:
     data = Scan(ScanConfig(split=split)).load()
     train, dev, test = (
@@ -211,4 +214,4 @@ def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_every_task_is_documented_for_the_command_line() -> None:
     from fused_attn.seq2seq.commands.option_help import TASK_HELP, TASK_SUMMARIES
 
-    assert list(TASK_HELP) == list(TASK_SUMMARIES) == list(tasks.TASKS)
+    assert list(TASK_HELP) == list(TASK_SUMMARIES) == list(registry.TASKS)

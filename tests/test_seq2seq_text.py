@@ -18,9 +18,11 @@ from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.pair_files import PairFile, Reader
 from fused_attn.seq2seq.data.tokenizers import Subwords, learn_subwords
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.model.seq2seq import Seq2Seq, guided_alignment_loss
-from fused_attn.seq2seq.tasks import chat as dialogs
-from fused_attn.seq2seq.tasks.text import Chat, ChatConfig, Pairs, PairsConfig
+from fused_attn.seq2seq.model.losses import guided_alignment_loss
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.tasks import chat
+from fused_attn.seq2seq.tasks.chat import Chat, ChatConfig
+from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 
 # Words of one language and of another, in which a sentence's order is turned around.
 LEXICON = {
@@ -217,12 +219,12 @@ def test_pairs_on_the_disk_do_not_fill_the_memory(tmp_path: Path) -> None:
 
 def test_the_corpus_has_dialogs_in_english_and_korean() -> None:
     for language, word in (("english", "What is AI?"), ("korean", "무엇")):
-        found = dialogs.of_corpus(language)
+        found = chat.read_corpus(language)
         texts = [utterance for dialog in found for utterance in dialog]
         assert len(texts) > 600 and any(word in text for text in texts)
         assert all(text == " ".join(text.split()) for text in texts)
     with pytest.raises(InputError, match=r"--corpus must be one of .*english.* got 'elvish'"):
-        dialogs.of_corpus("elvish")
+        chat.read_corpus("elvish")
     data = Chat(ChatConfig(corpus="korean", vocabulary=1200)).load()
     pairs = list(data.train)
     assert len(pairs) > 500

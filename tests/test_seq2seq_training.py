@@ -15,8 +15,8 @@ from fused_attn.seq2seq.config import LR_SCHEDULES, SCHEDULES, ModelConfig, Trai
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
-from fused_attn.seq2seq.tasks.registry import G2P, G2PConfig
-from fused_attn.seq2seq.training import start as task_run
+from fused_attn.seq2seq.tasks.g2p import G2P, G2PConfig
+from fused_attn.seq2seq.training import start
 from fused_attn.seq2seq.training.processes import launch
 from fused_attn.seq2seq.training.progress import LineProgress
 from fused_attn.seq2seq.training.schedules import (
@@ -209,7 +209,7 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
     curves = []
     for backend in ("auto", "eager"):
         machine = Machine(launch("cpu"), backend)
-        run = task_run.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
+        run = start.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
         losses = [report.loss for report in train(run.trainer, stop_at=200)]
         curves.append(torch.tensor(losses))
     fused, eager = curves

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+Link = tuple[int, int]  # positions in source and target, from 0
+
 # Measures that grow with quality; all others fall.
 _HIGHER_IS_BETTER = ("BLEU", "chrF")
 PERPLEXITY = "perplexity"
@@ -72,3 +74,20 @@ def error_rates(
     if not symbols:
         raise ValueError("there is nothing to judge")
     return ErrorRates(edits, symbols, wrong, count)
+
+
+def alignment_error_rate(
+    found: Sequence[Iterable[Link]], gold: Sequence[tuple[set[Link], set[Link]]]
+) -> float:
+    """``1 - (|A & S| + |A & P|) / (|A| + |S|)`` over all sentences (Och & Ney 2003).
+
+    gold: sure and possible links of each sentence, as `parse_pharaoh` gives them. Raises ValueError
+    if there is no link at all.
+    """
+    matches = links = 0
+    for ours, (sure, possible) in zip(map(set, found), gold, strict=True):
+        matches += len(ours & sure) + len(ours & (possible | sure))
+        links += len(ours) + len(sure)
+    if not links:
+        raise ValueError("there is no link to judge")
+    return 1.0 - matches / links

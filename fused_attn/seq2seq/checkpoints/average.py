@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.load import load_vocabularies
 from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import load_vocabularies
 
 
 def averaged(places: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -28,7 +28,7 @@ def averaged(places: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]
     """
     shapes = []
     for place in places:
-        meta = checkpoint.load_metadata(place)
+        meta = files.load_metadata(place)
         model = load_recipe(place, meta).model
         symbols = [vocabulary.symbols for vocabulary in load_vocabularies(place, meta)]
         # What only a training does may differ.
@@ -39,12 +39,12 @@ def averaged(places: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]
             raise InputError(f"{place} has other vocabularies than {places[0]}")
     total: dict[str, Tensor] = {}
     for place in places:
-        parameters = checkpoint.load_tensors(place, checkpoint.MODEL)
+        parameters = files.load_tensors(place, files.MODEL)
         if total and parameters.keys() != total.keys():
-            raise checkpoint.damaged(place, ValueError("it has other parameters"))
+            raise files.damaged(place, ValueError("it has other parameters"))
         for name, tensor in parameters.items():
             # Summed in float64, a mean of one is that one to the bit.
             total[name] = total[name] + tensor if name in total else tensor.double()
-    return checkpoint.load_metadata(places[0]), {
+    return files.load_metadata(places[0]), {
         name: (tensor / len(places)).float() for name, tensor in total.items()
     }

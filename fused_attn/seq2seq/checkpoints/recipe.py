@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
@@ -43,4 +43,4 @@ def load_recipe(directory: Path, meta: dict[str, Any]) -> Recipe:
     try:
         return Recipe.from_json(meta)
     except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.damaged(directory, error) from None
+        raise files.damaged(directory, error) from None

@@ -16,7 +16,7 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.predictor import Prediction
 
 
-def explain(args: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Write the page for one source: what was read and written, alternatives, alignments."""
     set_threads(args.threads)
     path: Path = args.output

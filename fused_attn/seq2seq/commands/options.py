@@ -8,20 +8,20 @@ from dataclasses import fields
 
 import torch
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.devices import choose_device, own_device
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.tasks.base import Task
-from fused_attn.seq2seq.training.run import find_checkpoint
 
 
 def load_models(args: Namespace) -> tuple[Predictor, Task]:
     """Return the models of ``args.model`` and ``args.ensemble``, and the task of the first."""
     paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
-    recipe = load_recipe(paths[0], checkpoint.load_metadata(paths[0]))
+    recipe = load_recipe(paths[0], files.load_metadata(paths[0]))
     return Predictor.load(
         *paths, backend=args.backend, device=choose_device(own_device(args.device))
     ), recipe.task

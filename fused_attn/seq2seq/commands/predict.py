@@ -12,16 +12,13 @@ from pathlib import Path
 from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
 from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.data.links import pharaoh
+from fused_attn.seq2seq.data.pairs import Symbols
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.alignments import (
-    hard_links,
-    pharaoh,
-    replace_unknown,
-    soft_alignment,
-)
+from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown, soft_alignment
 from fused_attn.seq2seq.inference.files import Group, predict_file
 from fused_attn.seq2seq.inference.predictor import Prediction, Predictor
-from fused_attn.seq2seq.tasks.base import Symbols, Task
+from fused_attn.seq2seq.tasks.base import Task
 
 # Panels of a picture of alignments.
 MAX_PANELS = 12
@@ -41,7 +38,7 @@ class _Wanted:
     replace_unknown: bool
 
 
-def predict(args: Namespace) -> int:
+def run(args: Namespace) -> int:
     """A line out for each line in, as soon as it is there; to a file, all of them at the end."""
     set_threads(args.threads)
     group = Group.of_environment()

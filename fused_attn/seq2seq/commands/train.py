@@ -16,29 +16,24 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import TASKS
-from fused_attn.seq2seq.training import start as task_run
+from fused_attn.seq2seq.training import start
 from fused_attn.seq2seq.training.processes import gathered, launch, leave, total
 from fused_attn.seq2seq.training.progress import make_progress
-from fused_attn.seq2seq.training.run import (
-    START_FROM,
-    TEACHER,
-    Run,
-    find_checkpoint,
-    last_checkpoint,
-)
+from fused_attn.seq2seq.training.run import START_FROM, TEACHER, Run
 from fused_attn.seq2seq.training.start import Machine
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
 
-def train(args: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Return 0 at the end of the plan.
 
     Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
@@ -106,7 +101,7 @@ def _start(args: Namespace) -> Run:
     model, values = kind.model, {}
     if args.start_from is not None:
         origin = find_checkpoint(args.start_from)
-        before = load_recipe(origin, checkpoint.load_metadata(origin))
+        before = load_recipe(origin, files.load_metadata(origin))
         if before.task.name != args.task:
             raise InputError(f"--start-from: {origin} is of the task {before.task.name}")
         model, values = before.model, asdict(before.task.config)
@@ -114,14 +109,14 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    return task_run.start(
+    return start.start(
         directory, recipe, make_progress(), machine, tell, args.start_from, args.teacher
     )
 
 
 def _resume(args: Namespace) -> Run:
     last = last_checkpoint(args.output)
-    meta = checkpoint.load_metadata(last)
+    meta = files.load_metadata(last)
     recipe = load_recipe(last, meta)
     if recipe.task.name != args.task:
         raise InputError(f"the run in {args.output} is of the task {recipe.task.name}")
@@ -145,7 +140,7 @@ def _resume(args: Namespace) -> Run:
                     f"the run in {args.output} was not started with this "
                     f"--{name.replace('_', '-')}; leave it out to go on, or start another run"
                 )
-    return task_run.resume(args.output, make_progress(), _machine(args, recipe))
+    return start.resume(args.output, make_progress(), _machine(args, recipe))
 
 
 def _updated(config: Config, args: Namespace) -> Config:

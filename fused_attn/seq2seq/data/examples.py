@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.data.sequences import Sequences, SequenceWriter
+from fused_attn.seq2seq.data.soft_targets import SoftTargets, SoftTargetTable
 from fused_attn.seq2seq.devices import moved
-from fused_attn.seq2seq.training.distillation import Lesson, Teaching
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 
@@ -26,7 +26,7 @@ class Batch:
     target: Tensor  # int64 (B, T + 1), BOS ... EOS
     tokens: int  # target symbols to predict, EOS included
     alignment: Tensor | None = None  # float32 (B, T, S), rows of links that sum to 1, or of zeros
-    lesson: Lesson | None = None  # what teachers say of the target
+    soft_targets: SoftTargets | None = None  # the teachers'
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, but for the lengths of its sources: the host reads them."""
@@ -36,7 +36,7 @@ class Batch:
             moved(self.target, device),
             self.tokens,
             None if self.alignment is None else moved(self.alignment, device),
-            None if self.lesson is None else self.lesson.to(device),
+            None if self.soft_targets is None else self.soft_targets.to(device),
         )
 
 
@@ -48,14 +48,14 @@ Encoded = tuple[Sequence[int], Sequence[int], Sequence[int]]
 class Examples:
     """Encoded pairs, from which any can be drawn at once.
 
-    teaching: what teachers say of their targets; None without any.
+    soft_targets: the teachers', for training with distillation; None without.
     """
 
     def __init__(self, source: Sequences, target: Sequences, links: Sequences) -> None:
         self._source = source
         self._target = target
         self._links = links
-        self.teaching: Teaching | None = None
+        self.soft_targets: SoftTargetTable | None = None
 
     @classmethod
     def of(cls, sources: Iterable[Sequence[int]], targets: Iterable[Sequence[int]]) -> Self:
@@ -106,8 +106,8 @@ class Examples:
         alignment = None
         if int(counts.sum()):
             alignment = _alignment(links, counts, (len(rows), target.shape[1] - 1, source.shape[1]))
-        lesson = None if self.teaching is None else self.teaching.lesson(rows)
-        return Batch(source, lengths, target, tokens, alignment, lesson)
+        soft = None if self.soft_targets is None else self.soft_targets.rows(rows)
+        return Batch(source, lengths, target, tokens, alignment, soft)
 
 
 _COLUMNS = ("source", "target", "links")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from fused_attn.seq2seq.data.links import parse_pharaoh
+from fused_attn.seq2seq.data.pairs import Pair, Symbols
 from fused_attn.seq2seq.data.tokenizers import Tokenizer, Words
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.alignments import parse_pharaoh
-from fused_attn.seq2seq.tasks.base import Pair, Symbols
 from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from typing import Any
 
+from fused_attn.seq2seq.data.pairs import Symbols
 from fused_attn.seq2seq.errors import InputError
 
 # What a symbol is. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
 TOKENS = ("words", "chars", "subwords")
 # Stands for a space where symbols are not words.
 SPACE = "▁"
-
-Symbols = tuple[str, ...]
 
 
 class Tokenizer(ABC):

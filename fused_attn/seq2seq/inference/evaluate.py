@@ -9,9 +9,10 @@ import torch
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import Examples
+from fused_attn.seq2seq.data.pairs import Item, Symbols
 from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor
 from fused_attn.seq2seq.metrics import ErrorRates, error_rates
-from fused_attn.seq2seq.tasks.base import Item, Symbols, Task
+from fused_attn.seq2seq.tasks.base import Task
 
 
 @torch.inference_mode()

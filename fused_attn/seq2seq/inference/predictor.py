@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_attn import backends, problem
-from fused_attn.seq2seq.checkpoints import files as checkpoint
-from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.load import load_model
+from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
-from fused_attn.seq2seq.devices import choose_device, moved
+from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.constraints import LengthBound
@@ -34,57 +33,6 @@ class Prediction:
     weights: Tensor | None  # alignment (len(target), len(source)); None if not asked for
     log_prob: float = 0.0  # of the target, in nats
     score: float = 0.0  # with the penalties of the search
-
-
-def require_backend(backend: str, score: str, device: torch.device) -> None:
-    """Raise `InputError` unless the backend can run a model with this score on the device."""
-    try:
-        backends.check_request(backend)
-        if score in problem.SCORES:  # the others are composed, or need no backend at all
-            backends.select(device.type, torch.float32, score, backend)
-    except ValueError as error:
-        raise InputError(" ".join(str(error).split())) from None
-
-
-def load_vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
-    """Return source and target vocabulary of a checkpoint with this metadata.
-
-    Raises `InputError` if it is damaged.
-    """
-    try:
-        return Vocabulary(meta["source"]), Vocabulary(meta["target"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.damaged(directory, error) from None
-
-
-def load_model(
-    directory: Path,
-    meta: dict[str, Any],
-    *,
-    backend: str = "auto",
-    device: torch.device | str = "auto",
-) -> tuple[Seq2Seq, Vocabulary, Vocabulary]:
-    """Return the model of a checkpoint with this metadata, and source and target vocabulary.
-
-    The model is on the device, see `choose_device`.
-
-    Raises `InputError` if the checkpoint is damaged or the backend cannot run it, or if
-    the device is not there.
-    """
-    device = choose_device(device)
-    parameters = checkpoint.load_tensors(directory, checkpoint.MODEL)
-    source, target = load_vocabularies(directory, meta)
-    try:
-        config = ModelConfig(**meta["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.damaged(directory, error) from None
-    require_backend(backend, config.score, device)
-    model = Seq2Seq(config, len(source), len(target), backend=backend)
-    try:
-        model.load_state_dict(parameters)
-    except RuntimeError as error:  # names or shapes that do not fit
-        raise checkpoint.damaged(directory, error) from None
-    return model.to(device), source, target
 
 
 class Predictor:
@@ -122,13 +70,13 @@ class Predictor:
         same vocabularies, or if the device is not there.
         """
         loaded = []
-        metas = [checkpoint.load_metadata(directory) for directory in directories]
+        metas = [files.load_metadata(directory) for directory in directories]
         for directory, meta in zip(directories, metas, strict=True):
             loaded.append(load_model(directory, meta, backend=backend, device=device))
         try:
             bound = LengthBound(**metas[0].get("target_bound", {}))
         except TypeError as error:
-            raise checkpoint.damaged(directories[0], error) from None
+            raise files.damaged(directories[0], error) from None
         (_, source, target), *others = loaded
         for directory, (_, *vocabularies) in zip(directories[1:], others, strict=True):
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:

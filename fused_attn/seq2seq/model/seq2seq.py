@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
 
 from fused_attn.composed import coverage_loss
 from fused_attn.prepared import PreparedMemory
 from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.data.soft_targets import SoftTargets
 from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.model.decoder import Decoder, DecoderState
 from fused_attn.seq2seq.model.encoder import Bridge, Encoder
+from fused_attn.seq2seq.model.losses import (
+    entropy,
+    guided_alignment_loss,
+    rdrop_loss,
+    soft_target_loss,
+)
 from fused_attn.seq2seq.model.recurrent import Dropout, Stack
-from fused_attn.seq2seq.training.distillation import Lesson
 from fused_attn.seq2seq.vocabulary import PAD
 
 
@@ -171,7 +176,7 @@ class Seq2Seq(nn.Module):
         alignment: Tensor | None = None,
         guided_weight: float = 0.0,
         rdrop: float = 0.0,
-        lesson: Lesson | None = None,
+        soft_targets: SoftTargets | None = None,
         teacher_weight: float = 0.5,
         tokens: int | None = None,
     ) -> Tensor:
@@ -185,8 +190,9 @@ class Seq2Seq(nn.Module):
         rdrop: the alpha of R-Drop (Liang et al. 2021, eq. 4): every pair goes through the model
             twice, under different dropout, and the two predictions are drawn to each other. The
             loss is half of that equation's, so that alpha 0 is the loss without it.
-        lesson: what teachers say of the target. With it the cross-entropy is ``teacher_weight``
-            times that with the teachers and the rest that with the target (Kim & Rush 2016, 2.2).
+        soft_targets: the teachers' probabilities. With them the cross-entropy is ``teacher_weight``
+            times that with the soft targets plus the rest times that with the target (Kim & Rush
+            2016, section 2.2).
         tokens: what to divide by, if not by the number of those symbols: of a batch of which these
             pairs are a part.
         """
@@ -196,7 +202,7 @@ class Seq2Seq(nn.Module):
                 torch.cat([once, once]) for once in (source, source_lengths, target)
             )
             alignment = None if alignment is None else torch.cat([alignment, alignment])
-            lesson = None if lesson is None else lesson.twice()
+            soft_targets = None if soft_targets is None else soft_targets.twice()
         inputs, expected = target[:, :-1], target[:, 1:]
         covers, guided = coverage_weight > 0.0, guided_weight > 0.0 and alignment is not None
         logits, weights = self(
@@ -208,8 +214,9 @@ class Seq2Seq(nn.Module):
             return_weights=covers or guided,
         )
         loss = entropy(logits, expected, label_smoothing)
-        if lesson is not None:
-            loss = (1.0 - teacher_weight) * loss + teacher_weight * lesson.loss(logits)
+        if soft_targets is not None:
+            soft = soft_target_loss(logits, soft_targets)
+            loss = (1.0 - teacher_weight) * loss + teacher_weight * soft
         if covers:
             again = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
             loss = loss + coverage_weight * again
@@ -227,39 +234,3 @@ class Seq2Seq(nn.Module):
         """
         attention = self.decoder.attention
         return None if attention is None else attention.prepare_memory(memory, lengths)
-
-
-def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits (B, T, V) with symbols (B, T), summed, without padding."""
-    return cross_entropy(
-        logits.flatten(0, 1),
-        expected.flatten(),
-        ignore_index=PAD,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
-
-
-def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:
-    """Return the cross-entropy of alignment weights against known shares, summed.
-
-    Chen et al. 2016, "Guided Alignment Training for Topic-Aware Neural Machine Translation", eq. 4.
-    Both are (B, T, S).
-    """
-    # The addend bounds the gradient where a weight has vanished.
-    return -(alignment * torch.log(weights.float() + 1e-8)).sum()
-
-
-def rdrop_loss(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return the mean of both Kullback-Leibler divergences between two passes, summed over symbols.
-
-    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 2. The gradient goes
-    into both passes.
-
-    logits: (2 B, T, V), the second pass behind the first. expected: int64 (2 B, T); where it is
-        padding nothing counts.
-    """
-    first, second = log_softmax(logits.float(), dim=-1).chunk(2)
-    # KL(p|q) + KL(q|p) = sum (p - q) (log p - log q)
-    both = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1)
-    return 0.5 * both.masked_fill(expected[: len(both)] == PAD, 0.0).sum()

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fused_attn.seq2seq.data.pair_files import read_lines, read_text
+from fused_attn.seq2seq.data.pairs import DEV_SHARE, place
 from fused_attn.seq2seq.errors import InputError
 
 Pronunciation = tuple[str, ...]
@@ -21,9 +22,8 @@ Lexicon = Mapping[str, tuple[Pronunciation, ...]]
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 
-# Shares of the words, by hash.
+# Share of the words that is held out for the test where no list of test words is given.
 TEST_SHARE = 0.05
-DEV_SHARE = 0.02
 
 _PLAIN_WORD = re.compile(r"[a-z']+")
 _VARIANT = re.compile(r"\(\d+\)$")
@@ -135,7 +135,7 @@ def split_words(
     Raises `InputError` if no test word is in the lexicon, or too few words are left to train on.
     """
     if test_words is None:
-        test = {word for word in lexicon if _place(word) < TEST_SHARE}
+        test = {word for word in lexicon if place((word,)) < TEST_SHARE}
     else:
         test = lexicon.keys() & set(test_words)
         if not test:
@@ -144,8 +144,8 @@ def split_words(
     if limit is not None:
         others = sorted(by_hash(others)[:limit])
     dev_end = TEST_SHARE + DEV_SHARE
-    dev = tuple(word for word in others if TEST_SHARE <= _place(word) < dev_end)
-    train = tuple(word for word in others if not TEST_SHARE <= _place(word) < dev_end)
+    dev = tuple(word for word in others if TEST_SHARE <= place((word,)) < dev_end)
+    train = tuple(word for word in others if not TEST_SHARE <= place((word,)) < dev_end)
     if not dev or not train:
         raise InputError(f"{len(others)} words are too few for training and development")
     return Split(train, dev, tuple(sorted(test)))
@@ -154,11 +154,6 @@ def split_words(
 def by_hash(words: Iterable[str]) -> list[str]:
     """Return the words in an order that looks random and is always the same."""
     return sorted(words, key=lambda word: hashlib.sha256(b"order:" + word.encode()).digest())
-
-
-def _place(word: str) -> float:
-    """Return the word's place in 0..1."""
-    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") / 2**64
 
 
 def read_words(path: Path) -> list[str]:

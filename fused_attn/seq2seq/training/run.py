@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import CHECKPOINTS, best_checkpoint, checkpoints
 from fused_attn.seq2seq.metrics import cost
 from fused_attn.seq2seq.training.logs import RunLog
 from fused_attn.seq2seq.training.progress import Progress
@@ -24,7 +24,6 @@ from fused_attn.seq2seq.training.progress import Progress
 if TYPE_CHECKING:  # prediction needs nothing of training
     from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
-CHECKPOINTS = "checkpoints"
 PAIRS = "pairs"
 # In the metadata: the model that the run began with, and those that it learns from.
 START_FROM, TEACHER = "start_from", "teacher"
@@ -35,56 +34,6 @@ ShouldStop = Callable[[], bool]
 # Measures of the model on the development set by name; the first decides which checkpoint is the
 # best and the next break ties; None if it was stopped.
 Evaluate = Callable[[ShouldStop], dict[str, float] | None]
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints of a run, the latest last."""
-    # By step, and of one step the end of the epoch last: it follows a stop while being judged.
-    return sorted((directory / CHECKPOINTS).glob("step-*"))
-
-
-# Models that come with the package, each a checkpoint without the state of its training.
-SHIPPED = Path(__file__).resolve().parents[2] / "models"
-
-
-def find_checkpoint(model: Path) -> Path:
-    """Return the checkpoint that ``model`` names.
-
-    That is itself, or the best of a run, or its last, or a model of that name that comes with the
-    package. Raises `InputError` if there is none.
-    """
-    if (model / checkpoint.METADATA).exists():
-        return model
-    found = checkpoints(model)
-    shipped = SHIPPED / model
-    if not model.exists() and (shipped / checkpoint.METADATA).exists():
-        return shipped
-    if not found:
-        raise InputError(f"no checkpoint at {model}: {_what_is_there(model)}")
-    return _best(found) or found[-1]
-
-
-def last_checkpoint(directory: Path) -> Path:
-    """Return the checkpoint of a run to resume from; raises `InputError` if there is none."""
-    found = checkpoints(directory)
-    if not found:
-        raise InputError(f"nothing to resume in {directory}: {_what_is_there(directory)}")
-    return found[-1]
-
-
-def _what_is_there(path: Path) -> str:
-    if not path.exists():
-        return "there is no such directory"
-    return "it holds no checkpoint" if path.is_dir() else "it is not a directory"
-
-
-def _best(found: list[Path]) -> Path | None:
-    """Return the checkpoint with the best measures, the first before the others."""
-    costs: dict[Path, tuple[float, ...]] = {}
-    for path in found:
-        if dev := checkpoint.load_metadata(path).get("dev"):
-            costs[path] = tuple(cost(name, value) for name, value in dev.items())
-    return min(costs, key=lambda path: costs[path], default=None)
 
 
 class Run:
@@ -126,7 +75,7 @@ class Run:
         """
         trainer = self.trainer
         if self._first:
-            checkpoint.remove_unfinished(self.directory / CHECKPOINTS)
+            files.remove_unfinished(self.directory / CHECKPOINTS)
         with ExitStack() as stack:
             progress, log = stack.enter_context(self.progress), None
             if self._first:
@@ -176,12 +125,12 @@ class Run:
         ):  # stopped again before the first step: nothing has changed
             return
         meta = {**self.meta, "position": position, "dev": dev}
-        checkpoint.save(directory, meta, self.trainer.model.state_dict(), tensors)
+        files.save(directory, meta, self.trainer.model.state_dict(), tensors)
         self._prune()
 
     def _prune(self) -> None:
         found = checkpoints(self.directory)
-        best = _best(found)
+        best = best_checkpoint(found)
         for path in found[:-KEPT_CHECKPOINTS]:
             if path != best:
-                checkpoint.remove(path)
+                files.remove(path)

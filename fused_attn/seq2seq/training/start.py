@@ -12,34 +12,25 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.load import load_model, load_vocabularies, require_backend
 from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
 from fused_attn.seq2seq.data.examples import Examples
+from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference import evaluate as judging
-from fused_attn.seq2seq.inference.predictor import (
-    Predictor,
-    load_model,
-    load_vocabularies,
-    require_backend,
-)
+from fused_attn.seq2seq.inference.evaluate import judge, perplexity, rates, targets
+from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.model.widen import can_grow, grown
 from fused_attn.seq2seq.search.constraints import LengthBound
-from fused_attn.seq2seq.tasks.base import Data, Item, Symbols, Task
+from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
-from fused_attn.seq2seq.training.distillation import Teaching
+from fused_attn.seq2seq.training import distillation
 from fused_attn.seq2seq.training.processes import gathered
 from fused_attn.seq2seq.training.progress import NoProgress, Progress
-from fused_attn.seq2seq.training.run import (
-    PAIRS,
-    START_FROM,
-    TEACHER,
-    Run,
-    find_checkpoint,
-    last_checkpoint,
-)
+from fused_attn.seq2seq.training.run import PAIRS, START_FROM, TEACHER, Run
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
@@ -85,7 +76,7 @@ def start(
     def fit(data: Data) -> Data:
         if origin is None:
             return data
-        known = load_vocabularies(origin, checkpoint.load_metadata(origin))
+        known = load_vocabularies(origin, files.load_metadata(origin))
         return recipe.task.with_vocabularies(data, *known)
 
     recipe, data, examples = _load(directory, recipe, machine, fit)
@@ -120,14 +111,14 @@ def start(
 
 def _begin_with(model: Seq2Seq, origin: Path) -> None:
     """Give the model the parameters of a checkpoint, which may be narrower."""
-    parameters = checkpoint.load_tensors(origin, checkpoint.MODEL)
-    before = load_recipe(origin, checkpoint.load_metadata(origin)).model
+    parameters = files.load_tensors(origin, files.MODEL)
+    before = load_recipe(origin, files.load_metadata(origin)).model
     try:
         if can_grow(before, model.config):
             parameters = grown(before, parameters, model.config, model.state_dict())
         model.load_state_dict(parameters)
     except (KeyError, ValueError) as error:
-        raise checkpoint.damaged(origin, error) from None
+        raise files.damaged(origin, error) from None
     except RuntimeError as error:  # names or shapes that do not fit
         reason = " ".join(str(error).split())
         raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
@@ -154,11 +145,11 @@ def _ask(
                 raise InputError(f"--teacher: {places[0]} has another {name} vocabulary")
         models = "a teacher" if len(places) == 1 else f"{len(places)} teachers"
         note(f"{models} first read {len(examples):,} pairs")
-        said = Teaching.of(asked.models, examples)
+        table = distillation.soft_targets(asked.models, examples)
         directory.mkdir(parents=True, exist_ok=True)
-        said.save(directory)
+        distillation.save(table, directory)
     gathered(fabric, None)
-    examples.teaching = Teaching.open(directory, examples)
+    examples.soft_targets = distillation.load(directory, examples)
 
 
 def _load(
@@ -226,7 +217,7 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
     Raises `InputError` if there is no checkpoint, or it is damaged, or the data has changed.
     """
     last = last_checkpoint(directory)
-    meta = checkpoint.load_metadata(last)
+    meta = files.load_metadata(last)
     before = load_recipe(last, meta)
 
     def fit(data: Data) -> Data:
@@ -238,14 +229,14 @@ def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
 
     recipe, data, examples = _load(directory, before, machine, fit)
     if meta.get(TEACHER):
-        examples.teaching = Teaching.open(directory, examples)
+        examples.soft_targets = distillation.load(directory, examples)
     model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
-    tensors = checkpoint.load_tensors(last, checkpoint.TRAINING)
+    tensors = files.load_tensors(last, files.TRAINING)
     try:
         trainer.load_state(meta["position"], tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise checkpoint.damaged(last, error) from None
+        raise files.damaged(last, error) from None
     kept = ("model", "training", "task", "source", "target", "training_pairs")
     meta = {key: meta[key] for key in kept} | {
         "target_bound": asdict(_bound(examples)),
@@ -289,11 +280,9 @@ def _by_targets(
         if should_stop():
             return None
         lot = items[start : start + _ITEMS_AT_ONCE]
-        parts = gathered(
-            fabric, judging.targets(predictor, lot[fabric.global_rank :: fabric.world_size])
-        )
+        parts = gathered(fabric, targets(predictor, lot[fabric.global_rank :: fabric.world_size]))
         found += [parts[i % len(parts)][i // len(parts)] for i in range(len(lot))]
-    return {**task.quality(found, items), **judging.rates(task, judging.judge(found, items))}
+    return {**task.quality(found, items), **rates(task, judge(found, items))}
 
 
 def _by_perplexity(
@@ -303,4 +292,4 @@ def _by_perplexity(
     fabric: Fabric,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    return None if should_stop() else {PERPLEXITY: judging.perplexity(predictor, items)}
+    return None if should_stop() else {PERPLEXITY: perplexity(predictor, items)}

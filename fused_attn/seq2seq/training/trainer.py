@@ -164,7 +164,7 @@ class Trainer:
                         alignment=batch.alignment,
                         guided_weight=config.guided,
                         rdrop=config.rdrop,
-                        lesson=batch.lesson,
+                        soft_targets=batch.soft_targets,
                         teacher_weight=config.teacher_weight,
                         tokens=tokens,
                     )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.compress import narrowed, widened
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint
+from fused_attn.seq2seq.checkpoints.load import load_model
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import load_model
-from fused_attn.seq2seq.training.run import find_checkpoint
 
 
 def make_parameters() -> dict[str, torch.Tensor]:
@@ -52,13 +52,13 @@ def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
     change: str, problem: str, tmp_path: Path
 ) -> None:
     place = find_checkpoint(Path("g2p"))
-    meta = checkpoint.load_metadata(place)
-    tensors = load_file(place / checkpoint.MODEL)
+    meta = files.load_metadata(place)
+    tensors = load_file(place / files.MODEL)
     scale = next(name for name in tensors if name.endswith(".int8-scale"))
     whole = tensors.pop(scale)
     if change == "short":
         tensors[scale] = whole[1:]
     kept = {key: value for key, value in meta.items() if key != "format_version"}
-    checkpoint.save(tmp_path / "model", kept, tensors, None)
+    files.save(tmp_path / "model", kept, tensors, None)
     with pytest.raises(InputError, match="is damaged: " + problem.format(scale)):
         load_model(tmp_path / "model", meta)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import checkpoints
 from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.model.widen import can_grow, grown
-from fused_attn.seq2seq.training.run import checkpoints
 
 SHAPE = ModelConfig(hidden=6, embedding=5, layers=2, dropout=0.0)
 TWO_WAY = [
@@ -116,7 +116,7 @@ def test_a_training_begins_with_a_narrower_model(
     assert main([*common, "--output", str(first), *learn]) == 0
     on = ["--start-from", str(first), "--hidden", "24", "--max-steps", "1", "--lr", "1e-5"]
     assert main([*common, "--output", str(second), *on]) == 0
-    assert checkpoint.load_metadata(checkpoints(second)[0])["model"]["hidden"] == 24
+    assert files.load_metadata(checkpoints(second)[0])["model"]["hidden"] == 24
     capfd.readouterr()
     for run in (first, second):
         assert main(["predict", str(run), "c h", "e f"]) == 0
@@ -129,12 +129,12 @@ def test_a_damaged_narrower_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     run = tmp_path / "run"
     assert main([*common, "--output", str(run), "--hidden", "8"]) == 0
     place = checkpoints(run)[-1]
-    meta = checkpoint.load_metadata(place)
-    parameters = checkpoint.load_tensors(place, checkpoint.MODEL)
+    meta = files.load_metadata(place)
+    parameters = files.load_tensors(place, files.MODEL)
     odd = parameters | {"output.weight": parameters["output.weight"][:, :-1]}
     few = {name: tensor for name, tensor in parameters.items() if name != "output.weight"}
     for name, tensors in (("odd", odd), ("few", few)):
-        checkpoint.save(tmp_path / name, meta, tensors, None)
+        files.save(tmp_path / name, meta, tensors, None)
         output = tmp_path / f"from-{name}"
         on = ["--start-from", str(tmp_path / name), "--hidden", "12"]
         capfd.readouterr()

@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from fused_attn.cli import main
-from fused_attn.seq2seq.checkpoints import files as checkpoint
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import checkpoints
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.examples import Batch, Examples
+from fused_attn.seq2seq.data.soft_targets import SoftTargets
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
-from fused_attn.seq2seq.training.distillation import FILE, KEPT, Lesson, Teaching
-from fused_attn.seq2seq.training.run import checkpoints
+from fused_attn.seq2seq.training import distillation
+from fused_attn.seq2seq.training.distillation import FILE, KEPT, soft_targets
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import EOS, PAD
 
@@ -63,9 +65,9 @@ def said(models: list[Seq2Seq], source: Tensor, target: Tensor) -> Tensor:
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def dense(lesson: Lesson) -> Tensor:
-    shape = (*lesson.symbols.shape[:2], SYMBOLS)
-    return torch.zeros(shape).scatter_add(2, lesson.symbols, lesson.probabilities)
+def dense(soft: SoftTargets) -> Tensor:
+    shape = (*soft.symbols.shape[:2], SYMBOLS)
+    return torch.zeros(shape).scatter_add(2, soft.symbols, soft.probabilities)
 
 
 @pytest.mark.parametrize("teachers", [1, 3])
@@ -73,11 +75,11 @@ def test_what_the_teachers_say(teachers: int) -> None:
     """Of every pair, wherever it is asked for: their mean, by an oracle that asks pair by pair."""
     examples = pairs(700)  # several batches
     models = [small(seed).eval() for seed in range(teachers)]
-    teaching = Teaching.of(models, examples)
+    table = soft_targets(models, examples)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randperm(700, generator=generator)[:41]
-    lesson, batch = teaching.lesson(rows), examples.batch(rows)
-    found = dense(lesson)
+    soft, batch = table.rows(rows), examples.batch(rows)
+    found = dense(soft)
     assert found.shape == (41, batch.target.shape[1] - 1, SYMBOLS)
     for n in range(len(rows)):
         length = int((batch.target[n] == EOS).nonzero()[0])
@@ -92,31 +94,33 @@ def test_what_the_teachers_say(teachers: int) -> None:
 def test_of_a_small_vocabulary_all_is_kept() -> None:
     examples = Examples.of([[3, 4], [4]], [[4, 3], [3]])
     model = Seq2Seq(ModelConfig(hidden=8, embedding=8), 5, 5).eval()
-    lesson = Teaching.of([model], examples).lesson(torch.tensor([0, 1]))
-    assert lesson.symbols.shape == (2, 3, 5)
-    assert lesson.symbols[0].sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
+    soft = soft_targets([model], examples).rows(torch.tensor([0, 1]))
+    assert soft.symbols.shape == (2, 3, 5)
+    assert soft.symbols[0].sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
 def test_the_loss_is_a_mean_of_both_cross_entropies() -> None:
     examples = pairs(23)
-    examples.teaching = Teaching.of([small(7).eval()], examples)
+    examples.soft_targets = soft_targets([small(7).eval()], examples)
     batch, model = batch_of(examples), small()
-    assert batch.lesson is not None
+    assert batch.soft_targets is not None
     arguments = batch.source, batch.source_lengths, batch.target
-    found = model.loss(*arguments, lesson=batch.lesson, teacher_weight=0.3, label_smoothing=0.1)
+    found = model.loss(
+        *arguments, soft_targets=batch.soft_targets, teacher_weight=0.3, label_smoothing=0.1
+    )
     (gradient,) = torch.autograd.grad(found, model.output.weight)
     logits, _ = model(batch.source, batch.source_lengths, batch.target[:, :-1])
     expected = batch.target[:, 1:]
     log_probs, inside = logits.double().log_softmax(dim=-1), expected != PAD
     labels = cross_entropy(logits[inside].double(), expected[inside], label_smoothing=0.1)
-    taught = -(dense(batch.lesson).double() * log_probs).sum(dim=-1)[inside].mean()
+    taught = -(dense(batch.soft_targets).double() * log_probs).sum(dim=-1)[inside].mean()
     right = 0.7 * labels + 0.3 * taught
     torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=0.0)
     (right_gradient,) = torch.autograd.grad(right, model.output.weight)
     torch.testing.assert_close(gradient, right_gradient, rtol=1e-3, atol=1e-5)
     # Two passes of a pair have the same teachers.
-    twice = model.loss(*arguments, lesson=batch.lesson, teacher_weight=0.3, rdrop=2.0)
-    once = model.loss(*arguments, lesson=batch.lesson, teacher_weight=0.3)
+    twice = model.loss(*arguments, soft_targets=batch.soft_targets, teacher_weight=0.3, rdrop=2.0)
+    once = model.loss(*arguments, soft_targets=batch.soft_targets, teacher_weight=0.3)
     torch.testing.assert_close(twice, once)  # no dropout here
 
 
@@ -142,7 +146,7 @@ def test_a_student_comes_to_say_what_its_teacher_says() -> None:
     for weight in (0.0, 0.8):
         examples = pairs(700, seed=2, noise=0.3)
         if weight:
-            examples.teaching = Teaching.of([teacher], examples)
+            examples.soft_targets = soft_targets([teacher], examples)
         student, _ = train(examples, epochs=5, teacher_weight=weight or 0.5)
         with torch.no_grad():
             one, other = (m(*given)[0].log_softmax(dim=-1)[inside] for m in (student, teacher))
@@ -152,19 +156,19 @@ def test_a_student_comes_to_say_what_its_teacher_says() -> None:
 
 def test_a_batch_in_parts_has_the_loss_of_the_whole() -> None:
     examples = pairs(130)
-    examples.teaching = Teaching.of([small(5).eval()], examples)
+    examples.soft_targets = soft_targets([small(5).eval()], examples)
     _, whole = train(examples, epochs=1)
     _, parts = train(examples, epochs=1, accumulate=3)
     assert parts == pytest.approx(whole, abs=2e-4)
 
 
 def test_a_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
-    Teaching.of([small().eval()], pairs(30)).save(tmp_path)
-    with pytest.raises(InputError, match="damaged: the teachers were asked about other pairs"):
-        Teaching.open(tmp_path, pairs(31))
+    distillation.save(soft_targets([small().eval()], pairs(30)), tmp_path)
+    with pytest.raises(InputError, match="damaged: the soft targets belong to other pairs"):
+        distillation.load(tmp_path, pairs(31))
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(InputError, match="is damaged"):
-        Teaching.open(tmp_path, pairs(30))
+        distillation.load(tmp_path, pairs(30))
 
 
 SIZE = "--numbers 9 --pairs 300 --longest 5 --test-longest 6 --hidden 16 --embedding 8".split()
@@ -198,7 +202,7 @@ def test_a_run_with_teachers_can_be_resumed_without_them(
     assert "was not started with this --teacher; leave it out" in capfd.readouterr().err
     assert command(again, "--resume", *teachers) == 0
     expected, found, without = (
-        checkpoint.load_tensors(checkpoints(place)[-1], checkpoint.MODEL)
+        files.load_tensors(checkpoints(place)[-1], files.MODEL)
         for place in (run, again, _trained(tmp_path / "without", options))
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -209,7 +213,7 @@ def test_a_run_with_teachers_can_be_resumed_without_them(
     assert f"{FILE} is missing" in capfd.readouterr().err
     exported = tmp_path / "model"
     assert main(["export", str(run), "--output", str(exported)]) == 0
-    assert teachers[1] not in (exported / checkpoint.METADATA).read_text()
+    assert teachers[1] not in (exported / files.METADATA).read_text()
 
 
 def _trained(output: Path, options: list[str]) -> Path:

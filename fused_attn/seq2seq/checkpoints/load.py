@@ -1,0 +1,67 @@
+"""The model and the vocabularies of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_attn import backends, problem
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.devices import choose_device
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.vocabulary import Vocabulary
+
+
+def require_backend(backend: str, score: str, device: torch.device) -> None:
+    """Raise `InputError` unless the backend can run a model with this score on the device."""
+    try:
+        backends.check_request(backend)
+        if score in problem.SCORES:  # the others are composed, or need no backend at all
+            backends.select(device.type, torch.float32, score, backend)
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from None
+
+
+def load_vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
+    """Return source and target vocabulary of a checkpoint with this metadata.
+
+    Raises `InputError` if it is damaged.
+    """
+    try:
+        return Vocabulary(meta["source"]), Vocabulary(meta["target"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(directory, error) from None
+
+
+def load_model(
+    directory: Path,
+    meta: dict[str, Any],
+    *,
+    backend: str = "auto",
+    device: torch.device | str = "auto",
+) -> tuple[Seq2Seq, Vocabulary, Vocabulary]:
+    """Return the model of a checkpoint with this metadata, and source and target vocabulary.
+
+    The model is on the device, see `choose_device`.
+
+    Raises `InputError` if the checkpoint is damaged or the backend cannot run it, or if
+    the device is not there.
+    """
+    device = choose_device(device)
+    parameters = files.load_tensors(directory, files.MODEL)
+    source, target = load_vocabularies(directory, meta)
+    try:
+        config = ModelConfig(**meta["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(directory, error) from None
+    require_backend(backend, config.score, device)
+    model = Seq2Seq(config, len(source), len(target), backend=backend)
+    try:
+        model.load_state_dict(parameters)
+    except RuntimeError as error:  # names or shapes that do not fit
+        raise files.damaged(directory, error) from None
+    return model.to(device), source, target

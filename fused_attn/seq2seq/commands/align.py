@@ -1,0 +1,34 @@
+"""``fused-attn aer``: the alignment error rate of links."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from fused_attn.seq2seq.data.links import parse_pharaoh
+from fused_attn.seq2seq.data.pair_files import read_text
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.metrics import Link, alignment_error_rate
+
+
+def run(args: Namespace) -> int:
+    """``fused-attn aer``: print the alignment error rate of a file of links."""
+    found, gold = _read_links(args.found), _read_links(args.gold)
+    if len(found) != len(gold):
+        raise InputError(f"{args.found} has {len(found)} lines and {args.gold} {len(gold)}")
+    try:
+        rate = alignment_error_rate([sure for sure, _ in found], gold)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    print(f"AER  {100 * rate:.2f} %")
+    return 0
+
+
+def _read_links(path: Path) -> list[tuple[set[Link], set[Link]]]:
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            found.append(parse_pharaoh(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    return found

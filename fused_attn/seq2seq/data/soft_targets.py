@@ -1,0 +1,76 @@
+"""Soft targets: the probabilities that teacher models give to the likeliest symbols of a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fused_attn.seq2seq.devices import moved
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The teachers' probabilities for the targets of a batch.
+
+    symbols: int64 (B, T, K), the K likeliest. probabilities: float32 (B, T, K), which sum to 1 over
+    K; 0 where the target is padding.
+    """
+
+    symbols: Tensor
+    probabilities: Tensor
+
+    def to(self, device: torch.device) -> SoftTargets:
+        """Return them on a device."""
+        return SoftTargets(moved(self.symbols, device), moved(self.probabilities, device))
+
+    def twice(self) -> SoftTargets:
+        """Return them for the batch followed by the same batch again."""
+        symbols, probabilities = self.symbols, self.probabilities
+        return SoftTargets(torch.cat([symbols, symbols]), torch.cat([probabilities, probabilities]))
+
+
+class SoftTargetTable:
+    """The soft targets of all training pairs.
+
+    symbols: int32 (N, K), the likeliest first, of the N symbols of all targets one after another,
+        EOS included.
+    probabilities: float16 (N, K), the mean of the teachers', scaled so that the K sum to 1.
+    lengths: int64 (pairs,), of the targets, EOS included.
+
+    Raises ValueError if the sizes do not agree.
+    """
+
+    def __init__(self, symbols: Tensor, probabilities: Tensor, lengths: Tensor) -> None:
+        if not len(symbols) == len(probabilities) == int(lengths.sum()):
+            raise ValueError("the soft targets belong to other pairs")
+        self.symbols = symbols
+        self.probabilities = probabilities
+        self._lengths = lengths
+        self._starts = lengths.cumsum(0) - lengths
+
+    @classmethod
+    def empty(cls, lengths: Tensor, kept: int) -> Self:
+        """Return a table to be filled, for targets of these lengths and ``kept`` symbols each."""
+        symbols = torch.empty(int(lengths.sum()), kept, dtype=torch.int32)
+        return cls(symbols, symbols.to(torch.float16), lengths)
+
+    def fill(self, rows: Tensor, symbols: Tensor, probabilities: Tensor) -> None:
+        """Set the soft targets of the pairs ``rows``, int64 (B,); both are (B, longest, K)."""
+        inside, places = self._places(rows, symbols.shape[1])
+        self.symbols[places[inside]] = symbols.cpu()[inside].int()
+        self.probabilities[places[inside]] = probabilities.cpu()[inside].half()
+
+    def rows(self, rows: Tensor) -> SoftTargets:
+        """Return the soft targets of the pairs ``rows``, int64 (B,)."""
+        inside, places = self._places(rows, int(self._lengths[rows].max()))
+        probabilities = self.probabilities[places].float() * inside[..., None]
+        return SoftTargets(self.symbols[places].long(), probabilities)
+
+    def _places(self, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Which of (B, longest) positions are inside the targets, and where those are kept."""
+        positions = torch.arange(longest)
+        inside = positions < self._lengths[rows][:, None]
+        return inside, (self._starts[rows][:, None] + positions).where(inside, 0)

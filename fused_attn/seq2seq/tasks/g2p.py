@@ -1,0 +1,91 @@
+"""Letters to phones: the CMU pronouncing dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fused_attn.seq2seq.data.pairs import Data, Item, Pair, Symbols, fingerprint
+from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.tasks import cmudict
+from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class G2PConfig:
+    """test_words: words to keep for the test; None to choose them by hash.
+    limit_words: use only so many words for training and development; None for all.
+    lexicon: a file of more words to train on, see `cmudict.read_lexicon`; None for those alone.
+    """
+
+    test_words: Symbols | None = None
+    limit_words: int | None = None
+    lexicon: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit_words is not None and self.limit_words < 1:
+            raise ValueError(f"limit_words must be a positive number, got {self.limit_words}")
+
+
+class G2P(Task):
+    """Letters to phones: the CMU pronouncing dictionary."""
+
+    name, kind = "g2p", G2PConfig
+    units, rates = ("words", "phones"), ("WER", "PER")
+    only_trained_on = ("lexicon",)
+
+    def load(self) -> Data:
+        lexicon = cmudict.load_dictionary()
+        split = cmudict.split_words(lexicon, self.config.test_words, self.config.limit_words)
+        phones = cmudict.phones(lexicon)
+        pairs = [Pair(tuple(word), variant) for word in split.train for variant in lexicon[word]]
+        notes: list[str] = []
+        if self.config.lexicon is not None:
+            pairs += self._more(Path(self.config.lexicon), phones, split, set(pairs), notes)
+        dev, test = (
+            [Item(tuple(word), lexicon[word]) for word in words]
+            for words in (split.dev, split.test)
+        )
+        letters, targets = Vocabulary(cmudict.LETTERS), Vocabulary(phones)
+        return Data(letters, targets, pairs, dev, test, fingerprint(pairs), tuple(notes))
+
+    def _more(
+        self,
+        path: Path,
+        phones: Sequence[str],
+        split: cmudict.Split,
+        known: Collection[Pair],
+        notes: list[str],
+    ) -> list[Pair]:
+        """The pairs of a lexicon that are not known yet, without the words to judge on."""
+        more = cmudict.read_lexicon(path, phones)
+        judged = set(self.config.test_words or ()).union(split.dev, split.test)
+        if left_out := len(more.keys() & judged):
+            notes.append(f"{path}: {left_out} words are kept for development and test")
+        found = [
+            Pair(tuple(w), v) for w, variants in more.items() if w not in judged for v in variants
+        ]
+        return [pair for pair in found if pair not in known]
+
+    @classmethod
+    def test_option(cls, path: Path) -> dict[str, Any]:
+        return {"test_words": tuple(sorted(set(cmudict.read_words(path))))}
+
+    def read(self, text: str) -> Symbols:
+        return tuple(text.strip().lower())
+
+    def show(self, source: Iterable[str]) -> str:
+        return "".join(source)
+
+    def listed(self, path: Path) -> tuple[list[Item], list[str]]:
+        lexicon = cmudict.load_dictionary()
+        listed = sorted(set(cmudict.read_words(path)))
+        words = [word for word in listed if word in lexicon]
+        if not words:
+            raise InputError(f"none of the words in {path} is in the dictionary")
+        unknown = len(listed) - len(words)
+        notes = [f"{unknown} listed words are not in the dictionary"] if unknown else []
+        return [Item(tuple(word), lexicon[word]) for word in words], notes

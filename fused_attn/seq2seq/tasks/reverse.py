@@ -1,0 +1,56 @@
+"""Sequences of numbers to the same sequences reversed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.pairs import Data, Pair, fingerprint, grouped
+from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ReverseConfig:
+    """numbers: how many different ones; pairs: to train on, of at most ``longest`` numbers;
+    test_longest: length of the longest in the test.
+    """
+
+    numbers: int = 51
+    pairs: int = 50_000
+    longest: int = 25
+    test_longest: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("numbers", "pairs", "longest", "test_longest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Reverse(Task):
+    """Sequences of numbers, turned around: what one state cannot hold, attention looks up."""
+
+    name, kind = "reverse", ReverseConfig
+    units, rates = ("sequences", "numbers"), ("sequences wrong", "numbers wrong")
+    model = ModelConfig(hidden=128, embedding=64, score="concat", attn_dim=128, dropout=0.05)
+    training = TrainingConfig(epochs=4, batch_size=128, lr=4e-3)
+    judged: ClassVar[int] = 1_000  # sequences for development, and for the test
+
+    def load(self) -> Data:
+        config = self.config
+        generator = random.Random(0)
+        symbols = [str(number) for number in range(config.numbers)]
+
+        def draw(count: int, longest: int) -> list[Pair]:
+            found = []
+            for _ in range(count):
+                source = tuple(generator.choices(symbols, k=generator.randint(1, longest)))
+                found.append(Pair(source, source[::-1]))
+            return found
+
+        train = draw(config.pairs, config.longest)
+        dev, test = draw(self.judged, config.longest), draw(self.judged, config.test_longest)
+        vocabulary = Vocabulary(symbols)
+        return Data(vocabulary, vocabulary, train, grouped(dev), grouped(test), fingerprint(train))
