@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from fused_attn.seq2seq.search.ensemble import Ensemble
 from fused_attn.seq2seq.search.hypothesis import Hypothesis, coverage_penalty, length_penalty
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
-Fields = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -26,6 +27,7 @@ class _Pool:
     score: Tensor  # (B, K): alive ones by log-probability, ended ones with penalties
     log_prob: Tensor  # (B, K)
     tokens: Tensor  # int64 (B, K, t)
+    totals: Tensor  # (B, K, t), log-probability up to and including each token
     coverage: Tensor | None  # (B, K, S), sum of the weights
     weights: Tensor | None  # (B, K, t, S)
 
@@ -46,7 +48,7 @@ class _Pool:
     def alive(self, places: Tensor, log_prob: Tensor) -> _Pool:
         """Those at ``places`` int64 (B, M), alive with log-probabilities (B, M)."""
         batch = torch.arange(len(places), device=places.device)[:, None]
-        rest = (self.tokens, self.coverage, self.weights)
+        rest = (self.tokens, self.totals, self.coverage, self.weights)
         fields = [None if field is None else field[batch, places] for field in rest]
         return _Pool(*cast(Fields, [log_prob, log_prob, *fields]))
 
@@ -58,6 +60,7 @@ class _Pool:
         """With room for one more symbol."""
         pool = self._each(lambda tensor: tensor)
         pool.tokens = torch.nn.functional.pad(pool.tokens, (0, 1), value=PAD)
+        pool.totals = torch.nn.functional.pad(pool.totals, (0, 1))
         if pool.weights is not None:
             pool.weights = torch.nn.functional.pad(pool.weights, (0, 0, 0, 1))
         return pool
@@ -69,7 +72,7 @@ class _Pool:
         return _Pool(*cast(Fields, joined))
 
     def _fields(self) -> Fields:
-        return self.score, self.log_prob, self.tokens, self.coverage, self.weights
+        return self.score, self.log_prob, self.tokens, self.totals, self.coverage, self.weights
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> _Pool:
         changed = [None if field is None else change(field) for field in self._fields()]
@@ -150,6 +153,7 @@ def _begin(
     shape = (batch, config.beam)
     rest = (
         source.new_zeros(*shape, 0),
+        nothing.new_zeros(*shape, 0),
         nothing.new_zeros(*shape, length) if with_coverage else None,
         nothing.new_zeros(*shape, 0, length) if with_weights else None,
     )
@@ -171,6 +175,7 @@ def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_P
     parents, symbols = index // size, index % size
     extended = alive.alive(parents, best).padded()
     extended.tokens[:, :, -1] = symbols
+    extended.totals[:, :, -1] = best
     if weights is not None:
         places = torch.arange(batch, device=parents.device)[:, None]
         step = weights.view(batch, beam, -1)[places, parents]
@@ -227,5 +232,8 @@ def _hypotheses(
             weights = torch.zeros(0, length)
             if ended.weights is not None:
                 weights = ended.weights[row, place, : len(tokens), :length].float()
-        found.append(Hypothesis(tokens, float(ended.log_prob[row, place]), score, weights))
+        totals = [0.0, *ended.totals[row, place, : len(tokens)].tolist()]
+        of_tokens = [after - before for before, after in pairwise(totals)]
+        log_prob = float(ended.log_prob[row, place])
+        found.append(Hypothesis(tokens, log_prob, score, weights, of_tokens))
     return found

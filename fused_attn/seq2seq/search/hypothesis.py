@@ -18,6 +18,7 @@ class Hypothesis:
     log_prob: float  # of the whole target, EOS included, in nats
     score: float  # what hypotheses are compared by: with length and coverage penalty
     weights: Tensor | None  # alignment (T, S), a row for each token; None if not asked for
+    token_log_probs: list[float]  # of each token, in nats, without EOS
 
 
 def length_penalty(length: Tensor | float, config: SearchConfig) -> Tensor | float:

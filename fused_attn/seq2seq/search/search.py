@@ -80,6 +80,7 @@ def _walk(
     done = torch.zeros_like(symbols, dtype=torch.bool)
     tokens = source.new_zeros(len(source), 0)
     total = torch.zeros(len(source), device=source.device)
+    gains = total.new_zeros(len(source), 0)  # log-probability of each symbol
     steps: list[Tensor] = []
     found: dict[int, Hypothesis] = {}
     while len(rows):
@@ -92,6 +93,7 @@ def _walk(
         if look_every > 1:
             symbols, gained = symbols.masked_fill(done, PAD), gained.masked_fill(done, 0.0)
         total = total + gained
+        gains = torch.cat((gains, gained[:, None]), dim=1)
         tokens = torch.cat((tokens, symbols[:, None]), dim=1)
         if weights is not None:
             steps.append(weights)
@@ -102,12 +104,13 @@ def _walk(
         if not len(ended):
             continue
         aligned = torch.stack([step[ended] for step in steps], dim=1) if steps else None
-        chosen = (tokens[ended], total[ended], lengths[rows[ended]], aligned)
+        chosen = (tokens[ended], total[ended], gains[ended], lengths[rows[ended]], aligned)
         told = _hypotheses(*chosen, config, return_weights)
         found |= zip(rows[ended].tolist(), told, strict=True)
         remaining = (~done).nonzero()[:, 0]
         rows, symbols, done = rows[remaining], symbols[remaining], done[remaining]
         tokens, total, limits = tokens[remaining], total[remaining], limits[remaining]
+        gains = gains[remaining]
         prefix = None if prefix is None else prefix[remaining]
         steps = [step[remaining] for step in steps]
         if len(remaining):
@@ -118,17 +121,18 @@ def _walk(
 def _hypotheses(
     tokens: Tensor,
     total: Tensor,
+    gains: Tensor,
     lengths: Tensor,
     aligned: Tensor | None,
     config: SearchConfig,
     return_weights: bool,
 ) -> list[Hypothesis]:
-    """What is told of rows that have ended.
+    """The hypotheses of rows that have ended.
 
-    tokens: int64 (M, t), up to an EOS and some padding. total: (M,), log-probabilities. lengths:
-    int64 (M,), of the sources. aligned: (M, t, S) or None.
+    tokens: int64 (M, t), up to an EOS and some padding. total: (M,), log-probabilities, and gains:
+    (M, t), those of each symbol. lengths: int64 (M,), of the sources. aligned: (M, t, S) or None.
     """
-    total, lengths = total.cpu(), lengths.cpu()
+    total, gains, lengths = total.cpu(), gains.cpu(), lengths.cpu()
     aligned = None if aligned is None else aligned.cpu()
     found = []
     for i, symbols in enumerate(tokens.tolist()):
@@ -138,7 +142,10 @@ def _hypotheses(
         if return_weights:
             weights = torch.zeros(0, size) if rows is None else rows[:-1, :size].float()
         score = _score(total[i : i + 1], length, rows, lengths[i], config)
-        found.append(Hypothesis(symbols[: length - 1], float(total[i]), score, weights))
+        of_tokens = gains[i, : length - 1].tolist()
+        found.append(
+            Hypothesis(symbols[: length - 1], float(total[i]), score, weights, of_tokens)
+        )
     return found
 
 
