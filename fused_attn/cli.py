@@ -23,7 +23,7 @@ from fused_attn.seq2seq.commands.option_help import (
     TRAINING_HELP,
 )
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig, TrainingConfig
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.registry import TASKS
 
 USAGE_ERROR = 2
@@ -367,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except InputError as error:
-        print(f"fused-attn: error: {error}", file=sys.stderr)
+        text = error.on_the_command_line if isinstance(error, OptionError) else str(error)
+        print(f"fused-attn: error: {text}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "fused_attn").partition(".")[0]

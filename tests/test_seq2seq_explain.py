@@ -13,17 +13,24 @@ import pytest
 import torch
 
 from fused_attn.seq2seq.commands.explain import page
-from fused_attn.seq2seq.inference.predictor import Prediction
+from fused_attn.seq2seq.inference.prediction import Prediction
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 SOURCE = ("고양이", "</script><b>", "שלום", "&amp;")
 WEIGHTS = torch.tensor([[0.75, 0.25, 0.0, 0.0], [0.0, 0.125, 0.5, 0.375]])
-FOUND = [
-    Prediction(SOURCE, ("le", "<!-- chat"), WEIGHTS, -0.5, -0.25),
-    Prediction(SOURCE, ("un",), WEIGHTS[:1], -2.0, -1.0),
-    Prediction(SOURCE, (), None, -9.0, -9.0),
-]
+FOUND = Prediction(
+    SOURCE,
+    ("le", "<!-- chat"),
+    "le <!-- chat",
+    score=-0.5,
+    ranking_score=-0.25,
+    alignment=WEIGHTS,
+    others=(
+        Prediction(SOURCE, ("un",), "un", -2.0, ranking_score=-1.0, alignment=WEIGHTS[:1]),
+        Prediction(SOURCE, (), "", -9.0, ranking_score=-9.0),
+    ),
+)
 
 
 def data_of(text: str) -> dict[str, object]:
@@ -33,7 +40,7 @@ def data_of(text: str) -> dict[str, object]:
 
 
 def test_the_page_holds_what_was_found() -> None:
-    assert data_of(page(SOURCE, FOUND)) == {
+    assert data_of(page(FOUND)) == {
         "source": list(SOURCE),
         "hypotheses": [
             {"target": ["le", "<!-- chat"], "score": -0.25, "log_prob": -0.5,
@@ -53,7 +60,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
             tags.append(tag)
             assert not {"src", "href"} & {name for name, _ in attrs}
 
-    text = page(SOURCE, FOUND)
+    text = page(FOUND)
     Collector().feed(text)
     assert "b" not in tags and tags.count("script") == 2
     assert "@import" not in text and "http" not in text
@@ -81,7 +88,7 @@ ESCAPED = ["고양이", "&lt;/script&gt;&lt;b&gt;", "שלום", "&amp;amp;"]
 
 
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    dom = rendered(tmp_path, page(SOURCE, FOUND))
+    dom = rendered(tmp_path, page(FOUND))
     assert [text for text, _, _ in symbols(dom)] == [*ESCAPED, "le", "&lt;!-- chat", "un"]
     assert all(shade == "0" and number == "" for _, shade, number in symbols(dom))
     assert "(nothing)" in dom
@@ -92,7 +99,7 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_pointing_shades_what_was_read(tmp_path: Path) -> None:
     """By a link to a symbol, with the pointer over one that was written, and over one read."""
-    text = page(SOURCE, FOUND)
+    text = page(FOUND)
     by_link = symbols(rendered(tmp_path, text, "#0,1"))
     assert [number for _, _, number in by_link] == ["0.00", "0.13", "0.50", "0.38", "", "", ""]
     assert [float(shade) for _, shade, _ in by_link[:4]] == WEIGHTS[1].tolist()

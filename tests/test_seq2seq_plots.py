@@ -17,12 +17,12 @@ from fused_attn.seq2seq.commands.plots import (
     font_families,
     save_alignments,
 )
-from fused_attn.seq2seq.inference.predictor import Prediction
+from fused_attn.seq2seq.inference.prediction import Prediction
 
 
 def make_prediction(source: str, target: str) -> Prediction:
     weights = torch.rand(len(target.split()), len(source)).softmax(dim=-1)
-    return Prediction(tuple(source), tuple(target.split()), weights)
+    return Prediction(tuple(source), tuple(target.split()), target, 0.0, alignment=weights)
 
 
 HELLO = make_prediction("hello", "HH AH L OW")
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_picture_of_before(
 
 def test_a_prediction_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="no alignment weights"):
-        alignment_figure([Prediction(("a",), ("AH",), None)])
+        alignment_figure([Prediction(("a",), ("AH",), "AH", 0.0)])
 
 
 def test_characters_of_any_script_have_a_font(
@@ -80,24 +80,32 @@ def test_characters_of_any_script_have_a_font(
 ) -> None:
     """What matplotlib's font lacks is drawn from this machine's, or it is said that none has it."""
     weights = torch.rand(2, 3).softmax(dim=-1)
-    known = Prediction(("été", "שלום", "ελλ"), ("ж", "▁a"), weights)
+    known = Prediction(("été", "שלום", "ελλ"), ("ж", "▁a"), "", 0.0, alignment=weights)
     save_alignments([known], tmp_path / "a.png")
     assert capfd.readouterr().err == ""
     nowhere = "\U0010fffd"  # of a private area
-    save_alignments([Prediction(("a", nowhere, "b"), ("c", "d"), weights)], tmp_path / "b.png")
+    save_alignments(
+        [Prediction(("a", nowhere, "b"), ("c", "d"), "", 0.0, alignment=weights)],
+        tmp_path / "b.png",
+    )
     assert f"no font on this machine has {nowhere}" in capfd.readouterr().err
     assert list(recwarn) == []
     families, missing = font_families("고양이")
     if missing:
         pytest.skip("this machine has no Korean font")
     assert len(families) > 1
-    save_alignments([Prediction(("고양이", "가", "b"), ("c", "d"), weights)], tmp_path / "c.png")
+    save_alignments(
+        [Prediction(("고양이", "가", "b"), ("c", "d"), "", 0.0, alignment=weights)],
+        tmp_path / "c.png",
+    )
     assert capfd.readouterr().err == ""
 
 
 def test_long_symbols_stand_upright() -> None:
     weights = torch.rand(2, 3).softmax(dim=-1)
-    figure = alignment_figure([Prediction(("the", "international", "cat"), ("a", "b"), weights)])
+    figure = alignment_figure(
+        [Prediction(("the", "international", "cat"), ("a", "b"), "", 0.0, alignment=weights)]
+    )
     figure.canvas.draw()
     labels = figure.axes[0].get_xticklabels()
     boxes = [label.get_window_extent() for label in labels]

@@ -133,7 +133,7 @@ def test_training_with_it_brings_the_passes_together() -> None:
     ("options", "says"),
     [
         ("--rdrop -1", "rdrop must be at least 0, got -1.0"),
-        ("--rdrop 5 --dropout 0", "--rdrop needs --dropout above 0"),
+        ("--rdrop 5 --dropout 0", "--rdrop needs a dropout above 0"),
     ],
 )
 def test_what_cannot_work_is_refused(

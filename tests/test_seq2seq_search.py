@@ -372,18 +372,17 @@ def test_predictions_in_the_order_of_the_sources() -> None:
     """Of different lengths, with prefixes of their own, and scores that fall."""
     letters = Vocabulary("abc")
     predictor = Predictor([make()], letters, letters)
-    sources, prefixes = ["abcab", "c", "ba"], ["cb", "", "a"]
+    sources, prefixes = [tuple("abcab"), ("c",), ("b", "a")], ["cb", "", "a"]
     config = SearchConfig(beam=3, nbest=2)
-    found = predictor.predict(sources, config, prefixes=prefixes, return_weights=True)
-    for source, prefix, predictions in zip(sources, prefixes, found, strict=True):
-        assert len(predictions) == 2 and predictions[0].score >= predictions[1].score
-        for prediction in predictions:
-            assert "".join(prediction.source) == source
-            assert "".join(prediction.target).startswith(prefix)
-            assert prediction.weights is not None
-            assert prediction.weights.shape == (len(prediction.target), len(source))
-    plain = predictor.best(sources)
-    assert [p.target for p in plain] == [p[0].target for p in predictor.predict(sources)]
+    found = predictor.predict(sources, config, prefixes=prefixes, alignments=True)
+    for source, prefix, best in zip(sources, prefixes, found, strict=True):
+        first, second = best.alternatives
+        assert first is best and first.ranking_score >= second.ranking_score
+        for prediction in best.alternatives:
+            assert prediction.source == source
+            assert "".join(prediction.tokens).startswith(prefix)
+            assert prediction.alignment is not None
+            assert prediction.alignment.shape == (len(prediction.tokens), len(source))
     with pytest.raises(InputError, match="unknown symbol 'x'; known are a b c"):
-        predictor.predict(["axb"])
+        predictor.predict([("a", "x", "b")])
     assert predictor.predict([]) == []

@@ -96,7 +96,7 @@ def test_scan_takes_the_published_test(tmp_path: Path) -> None:
     assert len(data.test) == 4_182
     assert len(data.train) + len(data.dev) == 16_728
     (tmp_path / "bad").write_text("jump twice\njump sideways\n")
-    with pytest.raises(InputError, match="'jump sideways' is no command of SCAN"):
+    with pytest.raises(InputError, match="'jump sideways' is not a command of SCAN"):
         Scan(ScanConfig(**Scan.test_option(tmp_path / "bad"))).load()
 
 
@@ -128,7 +128,7 @@ def write(path: Path, lines: list[str] | bytes) -> Path:
 @pytest.mark.parametrize("tokens", ["words", "chars"])
 def test_lines_of_any_script_come_back(tmp_path: Path, tokens: str) -> None:
     tokenizer = make_tokenizer(tokens, None)
-    file = PairFile(str(write(tmp_path / "a.tsv", LINES)), Reader(tokenizer))
+    file = PairFile(str(write(tmp_path / "a.tsv", LINES)), Reader(tokenizer, tokenizer))
     for _ in range(2):  # it can be read again
         pairs = list(file)
         assert [f"{tokenizer.join(s)}\t{tokenizer.join(t)}" for s, t, _ in pairs] == LINES

@@ -209,7 +209,7 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
     curves = []
     for backend in ("auto", "eager"):
         machine = Machine(launch("cpu"), backend)
-        run = start.start(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
+        run = start.start_run(tmp_path / backend, recipe, LineProgress(io.StringIO()), machine)
         losses = [report.loss for report in train(run.trainer, stop_at=200)]
         curves.append(torch.tensor(losses))
     fused, eager = curves

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 
 # A search looks every so many steps which sentences are done. On a GPU the host waits for that.
 LOOK_EVERY = {"cpu": 1, "cuda": 4}
@@ -25,13 +25,13 @@ def choose_device(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {str(name)!r}")
+        raise OptionError("device", f"must be auto, cpu, cuda or cuda:N, got {str(name)!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         there = torch.cuda.device_count()
         why = f"torch finds {there} CUDA devices"
         if torch.version.cuda is None:
             why = "this torch is built without CUDA"
-        raise InputError(f"--device {name} is not there: {why}")
+        raise OptionError("device", f"{name} is not there: {why}")
     return device
 
 

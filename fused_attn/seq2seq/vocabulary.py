@@ -31,6 +31,10 @@ class Vocabulary:
         """Return how many numbers there are, the three special ones included."""
         return len(self.symbols) + _SPECIAL
 
+    def __repr__(self) -> str:
+        shown = " ".join(self.symbols[:8]) + (" ..." if len(self.symbols) > 8 else "")
+        return f"Vocabulary({len(self.symbols)} symbols: {shown})"
+
     def encode(self, symbols: Iterable[str]) -> list[int]:
         """Return the numbers of ``symbols``; raises `UnknownSymbolError`, unless it has one for
         those that are not known.

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+STORED_TYPES = ("float32", "float16", "int8")
+
 _SCALE = ".int8-scale"  # in no parameter's name
 
 

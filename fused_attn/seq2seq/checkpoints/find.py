@@ -17,16 +17,17 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted((directory / CHECKPOINTS).glob("step-*"))
 
 
-# Models that come with the package, each a checkpoint without the state of its training.
+# The bundled models, each a checkpoint without the state of its training.
 SHIPPED = Path(__file__).resolve().parents[2] / "models"
 
 
-def find_checkpoint(model: Path) -> Path:
+def find_checkpoint(model: str | Path) -> Path:
     """Return the checkpoint that ``model`` names.
 
-    That is itself, or the best of a run, or its last, or a model of that name that comes with the
-    package. Raises `InputError` if there is none.
+    That is the path itself, or the best checkpoint of a run, or its last one, or a bundled model.
+    Raises `InputError` if there is none.
     """
+    model = Path(model)
     if (model / files.METADATA).exists():
         return model
     found = checkpoints(model)

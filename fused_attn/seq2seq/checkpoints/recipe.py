@@ -11,6 +11,9 @@ from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
 
+# In the metadata of a run: the model that it began with, and the models that it learns from.
+START_FROM, TEACHER = "start_from", "teacher"
+
 
 @dataclass(frozen=True)
 class Recipe:

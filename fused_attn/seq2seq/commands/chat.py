@@ -13,7 +13,7 @@ def run(args: Namespace) -> int:
     """``fused-attn chat``: answer lines until there are no more."""
     set_threads(args.threads)
     search = search_config(args)
-    predictor, task = load_models(args)
+    predictor = load_models(args)
     asks = sys.stdin.isatty()
     if asks:
         import readline  # noqa: F401, input() has a history with it
@@ -27,12 +27,12 @@ def run(args: Namespace) -> int:
             return 0
         except UnicodeDecodeError:
             raise InputError("a line is not UTF-8 text") from None
-        source = task.read(text)
+        source = predictor.read(text)
         if not source:
             continue
         try:
-            (found,) = predictor.best([source], search)
+            (found,) = predictor.predict([source], search)
         except InputError as error:  # a symbol that the model does not know
             note(str(error))
             continue
-        print(task.write(found.target), flush=True)
+        print(found.text, flush=True)

@@ -11,7 +11,7 @@ from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.commands.options import load_models, note, search_config, set_threads
 from fused_attn.seq2seq.data.pairs import Item
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.evaluate import judge, perplexity, rates, targets
+from fused_attn.seq2seq.inference.evaluate import judge, measures, perplexity, targets
 from fused_attn.seq2seq.metrics import PERPLEXITY, shown
 from fused_attn.seq2seq.tasks.base import Task
 
@@ -24,13 +24,14 @@ def run(args: Namespace) -> int:
         if value is not None and value < (option == "limit"):
             raise InputError(f"--{option} must be positive, got {value}")
     search = search_config(args)
-    predictor, task = load_models(args)
+    predictor = load_models(args)
+    task = predictor.task
     items = _items(args, task)
     found = targets(predictor, items, search)
     errors = judge(found, items)
-    measures = {**task.quality(found, items), **rates(task, errors)}
+    measured = measures(task, found, items)
     if task.by_perplexity:
-        measures = {PERPLEXITY: perplexity(predictor, items), **measures}
+        measured = {PERPLEXITY: perplexity(predictor, items), **measured}
     samples = list(zip(items, found, strict=True))[: args.samples]
     if args.json:
         report = {
@@ -40,7 +41,7 @@ def run(args: Namespace) -> int:
             "wrong": errors.wrong,
             "symbols": errors.reference_symbols,
             "edits": errors.edits,
-            **measures,
+            **measured,
             "samples": [
                 {"source": i.source, "model": target, "references": i.references}
                 for i, target in samples
@@ -48,7 +49,7 @@ def run(args: Namespace) -> int:
         }
         print(json.dumps(report, ensure_ascii=False))
         return 0
-    rows = [[name, shown(name, value)] for name, value in measures.items()]
+    rows = [[name, shown(name, value)] for name, value in measured.items()]
     print(_table([[task.units[0], f"{errors.count:,}"], *rows]))
     if samples:
         rows = [["source", "model", "reference"]]

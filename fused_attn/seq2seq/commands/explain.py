@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import Prediction
+from fused_attn.seq2seq.inference.prediction import Prediction
 
 
 def run(args: Namespace) -> int:
@@ -25,23 +24,24 @@ def run(args: Namespace) -> int:
     search = search_config(args)
     if args.beam is None and not search.sample:
         search = replace(search, beam=5, nbest=5)
-    predictor, task = load_models(args)
+    predictor = load_models(args)
     try:
-        source = task.read(os.fsencode(args.text).decode())
+        source = predictor.read(os.fsencode(args.text).decode())
     except UnicodeDecodeError:
         raise InputError("TEXT is not UTF-8 text") from None
-    (found,) = predictor.predict([source], search, return_weights=True)
+    (found,) = predictor.predict([source], search, alignments=True)
     try:
-        write_atomically(path, page(source, found).encode())
+        write_atomically(path, page(found).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
-    print(f"{path}: {task.show(source)} -> {task.write(found[0].target)}")
+    print(f"{path}: {predictor.task.show(source)} -> {found.text}")
     return 0
 
 
-def page(source: Sequence[str], found: Sequence[Prediction]) -> str:
-    """Return the HTML text for predictions of a source, the best first."""
-    data = {"source": list(source), "hypotheses": [_values(prediction) for prediction in found]}
+def page(found: Prediction) -> str:
+    """Return the HTML text for a prediction and its alternatives."""
+    hypotheses = [_values(prediction) for prediction in found.alternatives]
+    data = {"source": list(found.source), "hypotheses": hypotheses}
     template = resources.files("fused_attn.seq2seq.commands").joinpath("explain.html")
     # In a script element "<" could end it, or begin a comment.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
@@ -49,11 +49,11 @@ def page(source: Sequence[str], found: Sequence[Prediction]) -> str:
 
 
 def _values(prediction: Prediction) -> dict[str, object]:
-    weights = prediction.weights
+    weights = prediction.alignment
     has_weights = weights is not None and weights.numel() > 0
     return {
-        "target": list(prediction.target),
-        "score": prediction.score,
-        "log_prob": prediction.log_prob,
+        "target": list(prediction.tokens),
+        "score": prediction.ranking_score,
+        "log_prob": prediction.score,
         "weights": weights.tolist() if weights is not None and has_weights else None,
     }

@@ -8,23 +8,16 @@ from dataclasses import fields
 
 import torch
 
-from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import find_checkpoint
-from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.devices import choose_device, own_device
-from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import Predictor
-from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.inference.predictor import Predictor, load
 
 
-def load_models(args: Namespace) -> tuple[Predictor, Task]:
-    """Return the models of ``args.model`` and ``args.ensemble``, and the task of the first."""
-    paths = [find_checkpoint(model) for model in (args.model, *args.ensemble)]
-    recipe = load_recipe(paths[0], files.load_metadata(paths[0]))
-    return Predictor.load(
-        *paths, backend=args.backend, device=choose_device(own_device(args.device))
-    ), recipe.task
+def load_models(args: Namespace) -> Predictor:
+    """Return the model of ``args.model``, or its ensemble with those of ``args.ensemble``."""
+    device = choose_device(own_device(args.device))
+    return load(args.model, *args.ensemble, backend=args.backend, device=device)
 
 
 def search_config(args: Namespace) -> SearchConfig:
@@ -39,7 +32,7 @@ def search_config(args: Namespace) -> SearchConfig:
 def as_option(error: ValueError) -> InputError:
     """The message of a configuration, which begins with the field's name, as one of an option."""
     name, _, rest = str(error).partition(" ")
-    return InputError(f"--{name.replace('_', '-')} {rest}")
+    return OptionError(name, rest)
 
 
 def set_threads(threads: int | None) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import Prediction
+from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_rows
 
@@ -60,23 +60,23 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
     upright = max(map(_letters, chain(*(p.source for p in predictions))), default=0) <= 2
     top = max((_letters(s) for p in predictions for s in p.source), default=0) * _LETTER + _EDGE
     top = _TOP if upright else max(_TOP, top)
-    left = max((_letters(s) for p in predictions for s in p.target), default=0) * _LETTER + _EDGE
+    left = max((_letters(s) for p in predictions for s in p.tokens), default=0) * _LETTER + _EDGE
     left = max(_LEFT, left)
     width = left + _CELL * max(len(p.source) for p in predictions) + _EDGE
-    height = sum(top + _CELL * len(p.target) for p in predictions) + _EDGE
+    height = sum(top + _CELL * len(p.tokens) for p in predictions) + _EDGE
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     bottom = height
     for prediction in predictions:
-        if prediction.weights is None:
+        if prediction.alignment is None:
             raise ValueError("a prediction has no alignment weights")
-        across, down = _CELL * len(prediction.source), _CELL * len(prediction.target)
+        across, down = _CELL * len(prediction.source), _CELL * len(prediction.tokens)
         bottom -= top + down
         axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
-        axes.imshow(prediction.weights.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.imshow(prediction.alignment.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
         turned = 0 if upright else 90
         axes.set_xticks(range(len(prediction.source)), prediction.source, rotation=turned)
-        axes.set_yticks(range(len(prediction.target)), prediction.target)
+        axes.set_yticks(range(len(prediction.tokens)), prediction.tokens)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
     return figure
@@ -141,7 +141,7 @@ def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
 
     A PNG, or an SVG for a path that ends so. Prints a note if no font here has a character.
     """
-    symbols = (symbol for p in predictions for symbol in (*p.source, *p.target))
+    symbols = (symbol for p in predictions for symbol in (*p.source, *p.tokens))
     families, missing = font_families("".join(symbols))
     if missing and path.suffix.lower() == ".png":  # who looks at an SVG may have a font for it
         shown = "".join(sorted(missing)[:10])

@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fused_attn.seq2seq.checkpoints.files import write_atomically
@@ -17,8 +17,8 @@ from fused_attn.seq2seq.data.pairs import Symbols
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown, soft_alignment
 from fused_attn.seq2seq.inference.files import Group, predict_file
-from fused_attn.seq2seq.inference.predictor import Prediction, Predictor
-from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.inference.prediction import Prediction
+from fused_attn.seq2seq.inference.predictor import Predictor
 
 # Panels of a picture of alignments.
 MAX_PANELS = 12
@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
     group = Group.of_environment()
     _check_files(args, group)
     search = search_config(args)
-    predictor, task = load_models(args)
+    predictor = load_models(args)
     has_attention = any(model.config.score != "none" for model in predictor.models)
     for option in ("alignments", "replace_unknown"):
         if getattr(args, option) and not has_attention:
@@ -55,14 +55,14 @@ def run(args: Namespace) -> int:
     if args.output is not None:
 
         def answer(lot: list[bytes], before: int) -> str:
-            lines, _, problem = _predict_lot(predictor, task, lot, "line", before, wanted)
+            lines, _, problem = _predict_lot(predictor, lot, "line", before, wanted)
             if problem is not None:
                 raise problem
             return lines
 
         predict_file(args.input, args.output, answer, group)
         return 0
-    return _predict_stream(args, predictor, task, wanted)
+    return _predict_stream(args, predictor, wanted)
 
 
 def _check_files(args: Namespace, group: Group) -> None:
@@ -83,20 +83,20 @@ def _check_files(args: Namespace, group: Group) -> None:
         raise InputError("several processes need --input and --output to share the work")
 
 
-def _predict_stream(args: Namespace, predictor: Predictor, task: Task, wanted: _Wanted) -> int:
+def _predict_stream(args: Namespace, predictor: Predictor, wanted: _Wanted) -> int:
     drawn: Path | None = args.alignments
     kind_of_file = "" if drawn is None else drawn.suffix.lower()
     found: list[Prediction] = []  # for the file: all for a text, the first for a picture
     count = 0
     for lot, kind in _lots(args):
-        lines, predictions, problem = _predict_lot(predictor, task, lot, kind, count, wanted)
+        lines, predictions, problem = _predict_lot(predictor, lot, kind, count, wanted)
         print(lines, end="", flush=True)
         if problem is not None:
             raise problem
         for prediction in predictions:
             if kind_of_file in TEXTS:
                 found.append(prediction)
-            elif drawn is not None and len(found) < MAX_PANELS and prediction.target:
+            elif drawn is not None and len(found) < MAX_PANELS and prediction.tokens:
                 found.append(prediction)
         count += len(lot)
     if drawn is not None:
@@ -111,7 +111,12 @@ def _lots(args: Namespace) -> Iterator[tuple[list[bytes], str]]:
     elif sys.stdin is None:
         raise InputError("there is neither a TEXT nor a standard input")
     else:
-        for lines in _available_lines(sys.stdin.fileno()):
+        try:
+            descriptor = sys.stdin.fileno()
+        except (OSError, ValueError):  # a stream of Python's, as in a test or a notebook
+            yield sys.stdin.read().encode().splitlines(), "line"
+            return
+        for lines in _available_lines(descriptor):
             yield lines, "line"
 
 
@@ -128,7 +133,6 @@ def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
 
 def _predict_lot(
     predictor: Predictor,
-    task: Task,
     lot: Sequence[bytes],
     kind: str,
     before: int,
@@ -143,7 +147,7 @@ def _predict_lot(
     problem: InputError | None = None
     for number, text in enumerate(lot, start=before + 1):
         try:
-            source = task.read(text.decode())
+            source = predictor.read(text.decode())
             predictor.encode(source)
         except UnicodeDecodeError:
             problem = InputError(f"{kind} {number} is not UTF-8 text")
@@ -152,22 +156,22 @@ def _predict_lot(
             problem = InputError(f"{kind} {number}: {error}")
             break
         sources.append(source)
-    predictions = predictor.predict(sources, wanted.search, return_weights=wanted.weights)
-    if wanted.replace_unknown:
-        predictions = [[_copied(p) for p in found] for found in predictions]
+    predictions = predictor.predict(sources, wanted.search, alignments=wanted.weights)
     lines = []
-    for found in predictions:
-        for prediction in found:
-            score = f"{prediction.score:.4f}\t" if wanted.scores else ""
-            lines.append(score + task.write(prediction.target))
-        lines += [""] * (wanted.search.nbest - len(found))
+    for best in predictions:
+        for prediction in best.alternatives:
+            score = f"{prediction.ranking_score:.4f}\t" if wanted.scores else ""
+            lines.append(score + _text(prediction, predictor, wanted))
+        lines += [""] * (wanted.search.nbest - len(best.alternatives))
     written = "".join(f"{line}\n" for line in lines)
-    return written, [found[0] for found in predictions], problem
+    return written, predictions, problem
 
 
-def _copied(prediction: Prediction) -> Prediction:
-    target = replace_unknown(prediction.target, prediction.source, prediction.weights)
-    return replace(prediction, target=target)
+def _text(prediction: Prediction, predictor: Predictor, wanted: _Wanted) -> str:
+    if not wanted.replace_unknown:
+        return prediction.text
+    copied = replace_unknown(prediction.tokens, prediction.source, prediction.alignment)
+    return predictor.task.write(copied)
 
 
 def _write_alignments(found: Sequence[Prediction], path: Path, count: int) -> None:
@@ -191,7 +195,7 @@ def _write_alignments(found: Sequence[Prediction], path: Path, count: int) -> No
 def _lines(found: Sequence[Prediction], kind: str) -> str:
     lines = []
     for prediction in found:
-        assert prediction.weights is not None
-        weights = prediction.weights
+        assert prediction.alignment is not None
+        weights = prediction.alignment
         lines.append(soft_alignment(weights) if kind == ".soft" else pharaoh(hard_links(weights)))
     return "".join(f"{line}\n" for line in lines)

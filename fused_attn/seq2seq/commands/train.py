@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
-
-import torch
-from lightning_fabric import Fabric
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
-from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import TASKS
-from fused_attn.seq2seq.training import start
-from fused_attn.seq2seq.training.processes import gathered, launch, leave, total
+from fused_attn.seq2seq.training.fit import carry_out, is_new
+from fused_attn.seq2seq.training.processes import gathered, launch, leave
 from fused_attn.seq2seq.training.progress import make_progress
-from fused_attn.seq2seq.training.run import START_FROM, TEACHER, Run
-from fused_attn.seq2seq.training.start import Machine
+from fused_attn.seq2seq.training.run import Run
+from fused_attn.seq2seq.training.start import Machine, resume_run, start_run
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
@@ -50,40 +43,20 @@ def _train(args: Namespace) -> bool:
     """Return whether a signal stopped it."""
     set_threads(args.threads)
     directory: Path = args.output
-    with _stop_signals() as received:
-        try:
-            run = _resume(args) if args.resume else _start(args)
-            fabric = run.trainer.fabric
-            if run.trainer.finished:
-                steps = run.trainer.position.step
-                fabric.print(f"{directory} is complete: all {steps} steps are done")
-                return False
-            stopped = not run.train(lambda: _any(fabric, received()))
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {error.filename or directory}: {error.strerror}; "
-                "the checkpoints of before are whole"
-            ) from None
-    if stopped:
-        trainer = run.trainer
-        fabric.print(
+    outcome = carry_out(directory, lambda: _resume(args) if args.resume else _start(args))
+    trainer = outcome.run.trainer
+    tell = trainer.fabric.print
+    if outcome.was_complete:
+        tell(f"{directory} is complete: all {trainer.position.step} steps are done")
+    elif outcome.stopped:
+        tell(
             f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
             f"fused-attn train {args.task} --output {shlex.quote(str(directory))} --resume",
             file=sys.stderr,
         )
-        return True
-    fabric.barrier()  # the first process has written by then
-    fabric.print(f"best checkpoint: {find_checkpoint(directory)}")
-    return False
-
-
-def _any(fabric: Fabric, value: bool) -> bool:
-    """Whether it is so in any process: all have to stop at the same step."""
-    if fabric.world_size == 1:
-        return value
-    return total(fabric, torch.tensor(float(value), device=fabric.device)).item() > 0
+    else:
+        tell(f"best checkpoint: {find_checkpoint(directory)}")
+    return outcome.stopped
 
 
 def _machine(args: Namespace, recipe: Recipe) -> Machine:
@@ -93,7 +66,7 @@ def _machine(args: Namespace, recipe: Recipe) -> Machine:
 
 def _start(args: Namespace) -> Run:
     directory: Path = args.output
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not is_new(directory):
         raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
     if args.teacher_weight is not None and not args.teacher:
         raise InputError("--teacher-weight needs a --teacher")
@@ -109,7 +82,7 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    return start.start(
+    return start_run(
         directory, recipe, make_progress(), machine, tell, args.start_from, args.teacher
     )
 
@@ -140,7 +113,7 @@ def _resume(args: Namespace) -> Run:
                     f"the run in {args.output} was not started with this "
                     f"--{name.replace('_', '-')}; leave it out to go on, or start another run"
                 )
-    return start.resume(args.output, make_progress(), _machine(args, recipe))
+    return resume_run(args.output, make_progress(), _machine(args, recipe))
 
 
 def _updated(config: Config, args: Namespace) -> Config:
@@ -169,22 +142,3 @@ def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
         return kind(kind.kind(**values | given))
     except ValueError as error:
         raise as_option(error) from None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGINT or SIGTERM has come; a second one interrupts."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, receive) for number in signals}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

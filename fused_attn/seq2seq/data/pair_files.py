@@ -1,17 +1,19 @@
-"""Pairs of lines from files, as people have them: checked line by line, in any script."""
+"""Pairs from files and from Python, in any script, checked one by one."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, ClassVar
 
 from fused_attn.seq2seq.data.links import parse_pharaoh
-from fused_attn.seq2seq.data.pairs import Pair, Symbols
+from fused_attn.seq2seq.data.pairs import Pair, Symbols, fingerprint
 from fused_attn.seq2seq.data.tokenizers import Tokenizer, Words
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.vocabulary import UNKNOWN
@@ -19,34 +21,44 @@ from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 @dataclass(frozen=True)
 class Reader:
-    """How lines become pairs.
+    """How texts become pairs.
 
-    tokenizer: what their symbols are.
-    max_length: longest sequence in symbols.
-    skip_bad: leave out lines that cannot be used, and count them, instead of stopping at the first.
+    source, target: the tokenizers.
+    max_length: the longest sequence in symbols.
+    skip_bad: leave out what cannot be used, and count it, instead of stopping at the first.
     """
 
-    tokenizer: Tokenizer = Words()  # noqa: RUF009, it has no state
+    source: Tokenizer = Words()  # noqa: RUF009, it has no state
+    target: Tokenizer = Words()  # noqa: RUF009
     max_length: int = 200
     skip_bad: bool = False
 
-    def pair(self, columns: Sequence[bytes]) -> Pair:
+    def line(self, columns: Sequence[bytes]) -> Pair:
         """The pair of a line's columns; raises ValueError that says what is wrong with it."""
         if len(columns) not in (2, 3):
             raise ValueError(f"expected source and target with a tab between, got {len(columns)}")
         try:
-            texts = [column.decode() for column in columns]
+            source, target, *links = (column.decode() for column in columns)
         except UnicodeDecodeError as error:
             raise ValueError(f"it is not UTF-8 text (byte {error.start + 1})") from None
-        source, target = (self.tokenizer.split(text) for text in texts[:2])
-        for name, symbols in (("source", source), ("target", target)):
+        pair = self.pair(source, target)
+        return pair._replace(links=_links(links[0], *pair[:2])) if links else pair
+
+    def pair(self, source: str | Sequence[str], target: str | Sequence[str]) -> Pair:
+        """The pair of two texts, or of sequences that are symbols already; raises ValueError."""
+        pair = Pair(_symbols(source, self.source), _symbols(target, self.target))
+        for name, symbols in (("source", pair.source), ("target", pair.target)):
             if not symbols:
                 raise ValueError(f"the {name} is empty")
             if len(symbols) > self.max_length:
                 raise ValueError(
                     f"the {name} has {len(symbols)} symbols, more than {self.max_length}"
                 )
-        return Pair(source, target, _links(texts[2], source, target) if len(texts) == 3 else ())
+        return pair
+
+
+def _symbols(text: str | Sequence[str], tokenizer: Tokenizer) -> Symbols:
+    return tokenizer.split(text) if isinstance(text, str) else tuple(text)
 
 
 def _links(text: str, source: Symbols, target: Symbols) -> tuple[int, ...]:
@@ -57,23 +69,77 @@ def _links(text: str, source: Symbols, target: Symbols) -> tuple[int, ...]:
     return tuple(number for link in sorted(links) for number in link)
 
 
-class PairFile:
-    """The pairs of a file, read anew each time they are gone through: it may be larger than memory.
+class PairSource(ABC, Iterable[Pair]):
+    """Pairs that can be iterated over any number of times.
 
-    name: of a file of lines source TAB target, with links in Pharaoh's format behind another tab if
-        they are known; or of two or three such files of one column each, with commas between.
+    name: what messages call it.
+    reader: makes pairs of the entries.
     without: sources that are left out.
+    known: symbols of targets, of which a target needs at least one; None for any.
 
-    Going through raises `InputError` with file and line for a pair that cannot be used, or if
-    there is none.
+    Iterating raises `InputError` with the name and the number of an entry that cannot be used, or
+    if there is none.
     """
+
+    unit: ClassVar[str]  # of the entries
 
     def __init__(self, name: str, reader: Reader, without: Collection[Symbols] = ()) -> None:
         self.name = name
         self.reader = reader
         self.without = without
-        self.known: Collection[str] | None = None  # symbols of targets; of one is needed at least
-        self.skipped = 0  # lines of the last pass
+        self.known: Collection[str] | None = None
+        self.skipped = 0  # entries of the last pass
+
+    @abstractmethod
+    def _entries(self) -> Iterator[Any]:
+        """What pairs are made of."""
+
+    @abstractmethod
+    def _pair(self, entry: Any) -> Pair:
+        """The pair of an entry; raises ValueError."""
+
+    @abstractmethod
+    def texts(self) -> Iterator[tuple[str, ...]]:
+        """Source and target of each entry as they are written; entries without are left out."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of the entries."""
+
+    def __iter__(self) -> Iterator[Pair]:
+        self.skipped = count = 0
+        for number, entry in enumerate(self._entries(), start=1):
+            try:
+                pair = self._pair(entry)
+                if self.known is not None and not any(t in self.known for t in pair.target):
+                    raise ValueError("the target has only unknown symbols")
+            except ValueError as error:
+                if not self.reader.skip_bad:
+                    raise InputError(f"{self.name}, {self.unit} {number}: {error}") from None
+                self.skipped += 1
+                continue
+            count += 1
+            if pair.source not in self.without:
+                yield pair
+        if not count:
+            what = f": all {self.skipped} {self.unit}s are bad" if self.skipped else " is empty"
+            raise InputError(f"{self.name}{what}")
+
+    def note(self) -> list[str]:
+        """What to tell people about the last pass."""
+        if not self.skipped:
+            return []
+        return [f"{self.name}: {self.skipped} bad {self.unit}s were left out"]
+
+
+class PairFile(PairSource):
+    """The pairs of a file, read again each time: it may be larger than memory.
+
+    name: of a file of lines source TAB target, with links in Pharaoh's format after another tab if
+        they are known; or of two or three such files of one column each, with commas between.
+    """
+
+    unit = "line"
 
     @property
     def paths(self) -> list[Path]:
@@ -81,26 +147,10 @@ class PairFile:
         whole = Path(self.name)
         return [whole] if whole.exists() else [Path(part) for part in self.name.split(",")]
 
-    def __iter__(self) -> Iterator[Pair]:
-        self.skipped = count = 0
-        for number, columns in enumerate(self._columns(), start=1):
-            try:
-                pair = self.reader.pair(columns)
-                if self.known is not None and not any(t in self.known for t in pair.target):
-                    raise ValueError("the target has only unknown symbols")
-            except ValueError as error:
-                if not self.reader.skip_bad:
-                    raise InputError(f"{self.name}, line {number}: {error}") from None
-                self.skipped += 1
-                continue
-            count += 1
-            if pair.source not in self.without:
-                yield pair
-        if not count:
-            what = f": all {self.skipped} lines are bad" if self.skipped else " is empty"
-            raise InputError(f"{self.name}{what}")
+    def _pair(self, entry: Sequence[bytes]) -> Pair:
+        return self.reader.line(entry)
 
-    def _columns(self) -> Iterator[Sequence[bytes]]:
+    def _entries(self) -> Iterator[Sequence[bytes]]:
         paths = self.paths
         if len(paths) == 1:
             for line in read_lines(paths[0]):
@@ -112,25 +162,61 @@ class PairFile:
                 raise InputError(f"{short} ends before line {number}, which the others have")
             yield columns
 
-    def texts(self) -> Iterator[str]:
-        """The sources and targets as they are written; lines that are no text are left out."""
-        for columns in self._columns():
-            for column in columns[:2]:
-                text = column.decode(errors="replace")
-                if "\ufffd" not in text and text.strip():
-                    yield text
+    def texts(self) -> Iterator[tuple[str, ...]]:
+        for columns in self._entries():
+            texts = [column.decode(errors="replace") for column in columns[:2]]
+            yield tuple("" if "\ufffd" in text else text for text in texts)
 
     def fingerprint(self) -> str:
-        """A digest of the files."""
         digest = hashlib.sha256()
         for path in self.paths:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def note(self) -> list[str]:
-        """What to tell people of the last pass."""
-        return [f"{self.name}: {self.skipped} bad lines were left out"] if self.skipped else []
+
+class PairList(PairSource):
+    """Pairs that are in memory: texts, or sequences of symbols.
+
+    pairs: of a source and a target each.
+    """
+
+    unit = "pair"
+
+    def __init__(self, name: str, pairs: Sequence[Any], reader: Reader) -> None:
+        super().__init__(name, reader)
+        self._pairs = pairs
+
+    def _entries(self) -> Iterator[Any]:
+        return iter(self._pairs)
+
+    def _pair(self, entry: Any) -> Pair:
+        if not (isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2):
+            raise ValueError(f"expected a source and a target, got {_short(entry)}")
+        for name, text in zip(("source", "target"), entry, strict=True):
+            if isinstance(text, str):
+                continue
+            if not isinstance(text, Sequence) or not all(isinstance(s, str) for s in text):
+                raise ValueError(
+                    f"the {name} must be a str or a sequence of str, got {_short(text)}"
+                )
+        try:
+            return self.reader.pair(*entry)
+        except ValueError as error:
+            raise ValueError(f"{error}, in {_short(entry)}") from None
+
+    def texts(self) -> Iterator[tuple[str, ...]]:
+        for entry in self._pairs:
+            if isinstance(entry, Sequence) and len(entry) == 2:
+                yield tuple(text if isinstance(text, str) else "" for text in entry)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._pair(entry) for entry in self._pairs)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from fused_attn.seq2seq.data.pairs import Symbols
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 
 # What a symbol is. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
 TOKENS = ("words", "chars", "subwords")
@@ -104,7 +104,7 @@ def learn_subwords(lines: Iterator[str], size: int) -> str:
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
-        raise InputError(f"--vocabulary {size}: no subwords can be learned: {reason}") from None
+        raise OptionError("vocabulary", f"{size}: no subwords can be learned: {reason}") from None
     return base64.b64encode(written.getvalue()).decode()
 
 

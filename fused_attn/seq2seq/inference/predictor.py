@@ -1,143 +1,325 @@
-"""A trained model at work: symbols in, symbols out."""
+"""A trained model at work: texts in, predictions out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.export import save_model
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.checkpoints.load import load_model
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.tasks.registry import make_task
+from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """A target that was found for a source."""
-
-    source: tuple[str, ...]
-    target: tuple[str, ...]
-    weights: Tensor | None  # alignment (len(target), len(source)); None if not asked for
-    log_prob: float = 0.0  # of the target, in nats
-    score: float = 0.0  # with the penalties of the search
+# A text, or tokens that are symbols of the vocabulary already.
+Source = str | Sequence[str]
 
 
 class Predictor:
-    """Models with their vocabularies: one, or several that decide together, on one device.
+    """A model with its vocabularies and its task: ``predictor("hello")``.
 
-    bound: of the lengths of targets.
+    Several models predict together, with the mean of their probabilities (an ensemble).
+
+    Args:
+        models: one, or several with the same vocabularies, on one device.
+        source, target: the vocabularies.
+        bound: of the lengths of targets.
+        task: how a text becomes source symbols, and target symbols a text; texts of words,
+            separated by white space, if None.
+        meta: what else a checkpoint of the model holds, as JSON values.
     """
 
     def __init__(
         self,
-        models: Sequence[Seq2Seq],
+        models: Seq2Seq | Sequence[Seq2Seq],
         source: Vocabulary,
         target: Vocabulary,
         bound: LengthBound = LengthBound(),  # noqa: B008, it is frozen
+        task: Task | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> None:
-        self.models = list(models)
+        self.models = [models] if isinstance(models, Seq2Seq) else list(models)
         self.source = source
         self.target = target
         self.bound = bound
+        self.task = Pairs(PairsConfig()) if task is None else task
+        self._meta = dict(meta or {})
 
     @property
     def device(self) -> torch.device:
         """Where the models are."""
         return next(self.models[0].parameters()).device
 
+    def __repr__(self) -> str:
+        config = self.models[0].config
+        ensemble = f"{len(self.models)} models, " if len(self.models) > 1 else ""
+        encoder = f"{'bi' if config.bidirectional else ''}{config.cell}"
+        return (
+            f"Predictor({self.task.name}: {ensemble}{encoder}, hidden {config.hidden}, "
+            f"attention {config.score}; {len(self.source.symbols)} source and "
+            f"{len(self.target.symbols)} target symbols; on {self.device})"
+        )
+
     @classmethod
     def load(
-        cls, *directories: Path, backend: str = "auto", device: torch.device | str = "auto"
+        cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
     ) -> Predictor:
-        """Read one checkpoint, or those of an ensemble, whose first has the bound.
-
-        device: where the models go, "cpu", "cuda", "cuda:1" ..., or "auto", a GPU if there is one.
-
-        Raises `InputError` if one is missing, damaged or of another format, if they have not the
-        same vocabularies, or if the device is not there.
-        """
-        loaded = []
-        metas = [files.load_metadata(directory) for directory in directories]
-        for directory, meta in zip(directories, metas, strict=True):
-            loaded.append(load_model(directory, meta, backend=backend, device=device))
+        """Read a model, or the models of an ensemble; see `load`."""
+        if not models:
+            raise TypeError("load needs the name or the path of a model")
+        places = [find_checkpoint(model) for model in models]
+        metas = [files.load_metadata(place) for place in places]
+        loaded = [
+            load_model(place, meta, backend=backend, device=device)
+            for place, meta in zip(places, metas, strict=True)
+        ]
         try:
             bound = LengthBound(**metas[0].get("target_bound", {}))
-        except TypeError as error:
-            raise files.damaged(directories[0], error) from None
+            task = make_task(metas[0]["task"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise files.damaged(places[0], error) from None
         (_, source, target), *others = loaded
-        for directory, (_, *vocabularies) in zip(directories[1:], others, strict=True):
+        for place, (_, *vocabularies) in zip(places[1:], others, strict=True):
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
-                raise InputError(f"{directory} has other vocabularies than {directories[0]}")
-        return cls([model.eval() for model, _, _ in loaded], source, target, bound)
+                raise InputError(f"{place} has other vocabularies than {places[0]}")
+        members = [model.eval() for model, _, _ in loaded]
+        return cls(members, source, target, bound, task, metas[0])
 
-    def encode(self, symbols: Sequence[str]) -> list[int]:
+    def save(self, directory: str | Path, *, store: str = "float32") -> None:
+        """Write the model as a checkpoint that `load` reads, without what training needs.
+
+        directory: a new one. store: type of the stored parameters, "float32", "float16" or "int8".
+
+        Raises `InputError` if the directory exists or this is an ensemble, OSError if it cannot be
+        written.
+        """
+        if len(self.models) > 1:
+            raise InputError(f"an ensemble of {len(self.models)} models has no one checkpoint")
+        (model,) = self.models
+        meta = {
+            **self._meta,
+            "model": asdict(model.config),
+            "task": self.task.to_json(),
+            "source": self.source.symbols,
+            "target": self.target.symbols,
+            "target_bound": asdict(self.bound),
+        }
+        save_model(Path(directory), meta, model.state_dict(), store)
+
+    @overload
+    def __call__(
+        self, texts: str, *, batch_size: int = ..., alignments: bool = ..., **search: Any
+    ) -> Prediction: ...
+
+    @overload
+    def __call__(
+        self,
+        texts: list[Any] | tuple[Any, ...],
+        *,
+        batch_size: int = ...,
+        alignments: bool = ...,
+        **search: Any,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def __call__(
+        self,
+        texts: Iterable[Source],
+        *,
+        batch_size: int = ...,
+        alignments: bool = ...,
+        **search: Any,
+    ) -> list[Prediction] | Iterator[Prediction]: ...
+
+    def __call__(
+        self,
+        texts: str | Iterable[Source],
+        *,
+        batch_size: int = BATCH_SIZE,
+        alignments: bool = True,
+        **search: Any,
+    ) -> Prediction | list[Prediction] | Iterator[Prediction]:
+        """Predict the target of a text, or of each of several.
+
+        Args:
+            texts: one text, for one `Prediction`; a list of texts, for a list in its order; or any
+                other iterable, for an iterator that reads ``batch_size`` texts at a time. In place
+                of a text inside a list stands a sequence of tokens, if they are known.
+            batch_size: texts that are decoded together. The results do not depend on it.
+            alignments: keep the attention weights of each prediction.
+            search: fields of `SearchConfig`, such as ``beam=5, nbest=3``.
+
+        Raises `InputError` that names the text if it is empty or has an unknown symbol, ValueError
+        for a search that contradicts itself, TypeError for an unknown option.
+        """
+        config = SearchConfig(**search)
+        _check_batch_size(batch_size)
+        if isinstance(texts, Iterable) and not isinstance(texts, Sequence):
+            return self._stream(iter(texts), config, batch_size, alignments)
+        found = self.predict(texts, config, batch_size=batch_size, alignments=alignments)
+        return found[0] if isinstance(texts, str) else found
+
+    def _stream(
+        self, texts: Iterator[Source], config: SearchConfig, batch_size: int, alignments: bool
+    ) -> Iterator[Prediction]:
+        before = 0
+        while batch := list(islice(texts, batch_size)):
+            yield from self.predict(batch, config, alignments=alignments, before=before)
+            before += len(batch)
+
+    def predict(
+        self,
+        sources: Sequence[Source],
+        config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+        *,
+        prefixes: Sequence[Sequence[str]] | None = None,
+        alignments: bool = False,
+        batch_size: int = BATCH_SIZE,
+        before: int = 0,
+    ) -> list[Prediction]:
+        """Return the best prediction for each source, in the same order.
+
+        sources: texts, or sequences of tokens; a str is one text. prefixes: tokens that each target
+        begins with. before: sources that came before these, for the numbers in messages.
+
+        Raises `InputError` that names the source if it is empty or has an unknown symbol.
+        """
+        if isinstance(sources, str):
+            sources = [sources]
+        if not isinstance(sources, Sequence):
+            raise InputError(f"expected a text or a list of texts, got {type(sources).__name__}")
+        _check_batch_size(batch_size)
+        alone = len(sources) == 1 and not before
+        tokens: list[tuple[str, ...]] = []
+        encoded: list[list[int]] = []
+        for number, source in enumerate(sources, start=before + 1):
+            try:
+                tokens.append(self.read(source))
+                encoded.append(self.encode(tokens[-1]))
+            except InputError as error:
+                name = f"{source!r}" if alone else f"source {number}, {source!r}"
+                raise InputError(f"{name}: {error}") from None
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        found: dict[int, Prediction] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]  # of similar lengths
+            prefix = None
+            if prefixes is not None:
+                prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
+            results = self._search([encoded[i] for i in chosen], config, prefix, alignments)
+            for i, hypotheses in zip(chosen, results, strict=True):
+                found[i] = self._prediction(tokens[i], hypotheses)
+        return [found[i] for i in range(len(encoded))]
+
+    def read(self, source: Source) -> tuple[str, ...]:
+        """Return the tokens of a text; tokens stay as they are. Raises `InputError`."""
+        if isinstance(source, str):
+            return self.task.read(source)
+        if not isinstance(source, Sequence) or not all(isinstance(token, str) for token in source):
+            raise InputError(
+                f"expected a text or a sequence of tokens, got {type(source).__name__}"
+            )
+        return tuple(source)
+
+    def encode(self, tokens: Sequence[str]) -> list[int]:
         """Return the numbers of a source; raises `InputError` if it is empty or not known."""
-        if not symbols:
+        if not tokens:
             raise InputError("the source is empty")
         try:
-            return self.source.encode(symbols)
+            return self.source.encode(tokens)
         except UnknownSymbolError as error:
             known = " ".join(self.source.symbols)
             raise InputError(f"unknown symbol {error.symbol!r}; known are {known}") from None
 
-    def predict(
+    def _search(
         self,
-        sources: Sequence[Sequence[str]],
-        config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
-        *,
-        prefixes: Sequence[Sequence[str]] | None = None,
-        return_weights: bool = False,
-    ) -> list[list[Prediction]]:
-        """Return the predictions for each source, in the same order, of each the best first.
-
-        prefixes: what each target begins with. Raises as `encode`.
-        """
-        encoded = [self.encode(source) for source in sources]
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        found: dict[int, list[Prediction]] = {}
-        for start in range(0, len(order), BATCH_SIZE):
-            chosen = order[start : start + BATCH_SIZE]  # about equally long
-            tokens, lengths = pad([encoded[i] for i in chosen])
-            prefix = None
-            if prefixes is not None:
-                prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
-            results = search(
+        encoded: Sequence[Sequence[int]],
+        config: SearchConfig,
+        prefix: torch.Tensor | None,
+        alignments: bool,
+    ) -> list[list[Hypothesis]]:
+        symbols, lengths = pad(encoded)
+        attends = any(model.config.score != "none" for model in self.models)
+        with _evaluating(self.models):
+            return search(
                 self.models,
-                moved(tokens, self.device),
+                moved(symbols, self.device),
                 lengths,
                 config,
                 prefix=None if prefix is None else moved(prefix, self.device),
                 bound=self.bound,
-                return_weights=return_weights,
+                return_weights=alignments and attends,
             )
-            for i, hypotheses in zip(chosen, results, strict=True):
-                found[i] = [self._prediction(sources[i], h) for h in hypotheses]
-        return [found[i] for i in range(len(encoded))]
 
-    def best(
-        self,
-        sources: Sequence[Sequence[str]],
-        config: SearchConfig = SearchConfig(),  # noqa: B008
-        *,
-        return_weights: bool = False,
-    ) -> list[Prediction]:
-        """Return the best prediction for each source; see `predict`."""
-        return [found[0] for found in self.predict(sources, config, return_weights=return_weights)]
+    def _prediction(self, source: tuple[str, ...], hypotheses: Sequence[Hypothesis]) -> Prediction:
+        others: tuple[Prediction, ...] = ()
+        for hypothesis in reversed(hypotheses):
+            tokens = self.target.decode(hypothesis.tokens)
+            found = Prediction(
+                source,
+                tokens,
+                self.task.write(tokens),
+                hypothesis.log_prob,
+                tuple(hypothesis.token_log_probs),
+                hypothesis.score,
+                hypothesis.weights,
+            )
+            others = (found, *others)
+        first, *rest = others
+        object.__setattr__(first, "others", tuple(rest))
+        return first
 
-    def _prediction(self, source: Sequence[str], hypothesis: Hypothesis) -> Prediction:
-        target = self.target.decode(hypothesis.tokens)
-        scores = (hypothesis.log_prob, hypothesis.score)
-        return Prediction(tuple(source), target, hypothesis.weights, *scores)
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+
+
+@contextmanager
+def _evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
+    """Without dropout, also in the middle of somebody's training loop."""
+    training = [model for model in models if model.training]
+    for model in training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in training:
+            model.train()
+
+
+def load(
+    *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
+) -> Predictor:
+    """Read a model; with several names, an ensemble that averages their probabilities.
+
+    Args:
+        models: a bundled model ("g2p"), the directory of a run (its best checkpoint is taken), a
+            checkpoint, or an exported model.
+        backend: of the attention, "auto" or a name; see ``fused-attn info``.
+        device: "cpu", "cuda", "cuda:1" ..., or "auto", a GPU if there is one.
+
+    Raises `InputError` if one is missing, damaged or of another format, if the vocabularies of an
+    ensemble differ, or if the device or the backend is not available.
+    """
+    return Predictor.load(*models, backend=backend, device=device)

@@ -143,9 +143,7 @@ def _hypotheses(
             weights = torch.zeros(0, size) if rows is None else rows[:-1, :size].float()
         score = _score(total[i : i + 1], length, rows, lengths[i], config)
         of_tokens = gains[i, : length - 1].tolist()
-        found.append(
-            Hypothesis(symbols[: length - 1], float(total[i]), score, weights, of_tokens)
-        )
+        found.append(Hypothesis(symbols[: length - 1], float(total[i]), score, weights, of_tokens))
     return found
 
 

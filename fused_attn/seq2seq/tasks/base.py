@@ -5,15 +5,16 @@ No torch here: the command line reads the options from the configurations.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
 
@@ -48,10 +49,14 @@ class Task(ABC):
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:
         """What --test makes of the configuration; raises `InputError`."""
-        raise InputError(f"--test is no option of the task {cls.name}")
+        raise OptionError("test", f"is not an option of the task {cls.name}")
 
     def read(self, text: str) -> Symbols:
         """The symbols of a line of text."""
+        return tuple(text.split())
+
+    def read_target(self, text: str) -> Symbols:
+        """The symbols of a target's text."""
         return tuple(text.split())
 
     def write(self, target: Iterable[str]) -> str:
@@ -64,11 +69,23 @@ class Task(ABC):
 
     def listed(self, path: Path) -> tuple[list[Item], list[str]]:
         """The items of a file that `evaluate` was given, and notes; raises `InputError`."""
-        raise InputError(f"--test: the task {self.name} has its own test")
+        raise OptionError("test", f": the task {self.name} has its own test")
 
     def quality(self, found: Sequence[Symbols], items: Sequence[Item]) -> dict[str, float]:
         """Measures of targets that come before the error rates, by name; 0..1."""
         return {}
+
+    def updated(self, values: dict[str, Any]) -> Self:
+        """The task with the configuration that `to_json` of one like it returned."""
+        task = copy.copy(self)
+        task.config = self.config_of(values)
+        return task
+
+    @classmethod
+    def config_of(cls, values: dict[str, Any]) -> Any:
+        """The configuration that `to_json` returned; raises TypeError or ValueError."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls.kind(**{key: v for key, v in (values | lists).items() if key != "name"})
 
     def to_json(self) -> dict[str, Any]:
         """Name and configuration as JSON values."""

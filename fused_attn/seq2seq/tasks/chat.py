@@ -11,7 +11,7 @@ from pathlib import Path
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
 from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, place
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.text import TextConfig, TextTask
 
 Dialogs = list[list[str]]
@@ -24,7 +24,7 @@ def read_corpus(language: str) -> Dialogs:
     data = resources.files("chatterbot_corpus") / "data"
     languages = sorted(place.name for place in data.iterdir() if place.is_dir())
     if language not in languages:
-        raise InputError(f"--corpus must be one of {', '.join(languages)}, got {language!r}")
+        raise OptionError("corpus", f"must be one of {', '.join(languages)}, got {language!r}")
     found: Dialogs = []
     for file in sorted((data / language).iterdir(), key=lambda file: file.name):
         if file.name.endswith((".yml", ".yaml")):
@@ -85,7 +85,7 @@ class Chat(TextTask):
             found, where = read_corpus(config.corpus), f"--corpus {config.corpus}"
         else:
             found, where = read_dialogs(Path(config.dialogs)), config.dialogs
-        self.learn(utterance for dialog in found for utterance in dialog)
+        self.learn((utterance, "") for dialog in found for utterance in dialog)
         pairs, skipped = self._pairs(found, where)
         held = {pair.source for pair in pairs if place(pair.source) < DEV_SHARE}
         train = [pair for pair in pairs if pair.source not in held]
@@ -101,7 +101,7 @@ class Chat(TextTask):
         for dialog in found:
             for source, target in pairwise(dialog):
                 try:
-                    pairs.append(reader.pair([source.encode(), target.encode()]))
+                    pairs.append(reader.pair(source, target))
                 except ValueError as error:
                     if not reader.skip_bad:
                         raise InputError(f"{where}: {source[:40]!r}: {error}") from None

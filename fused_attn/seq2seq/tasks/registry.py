@@ -26,10 +26,8 @@ TASKS: dict[str, type[Task]] = {
 
 def make_task(values: dict[str, Any]) -> Task:
     """The task of `Task.to_json`; raises KeyError, TypeError or ValueError if it is none."""
-    options = dict(values)
-    name = options.pop("name")
+    name = values["name"]
     if name not in TASKS:
         raise ValueError(f"its task is {name!r}, known are {', '.join(TASKS)}")
     kind = TASKS[name]
-    lists = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
-    return kind(kind.kind(**options | lists))
+    return kind(kind.config_of(values))

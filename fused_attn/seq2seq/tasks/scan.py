@@ -11,7 +11,7 @@ from typing import Any
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
 from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Item, Pair, Symbols, fingerprint, place
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.tasks import scan_grammar
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import Vocabulary
@@ -77,7 +77,7 @@ class Scan(Task):
         meaning = dict(scan_grammar.commands())
         lines = [tuple(line.split()) for line in self.test_option(path)["test_commands"]]
         if unknown := [line for line in lines if line not in meaning]:
-            raise InputError(f"--test: {' '.join(unknown[0])!r} is no command of SCAN")
+            raise OptionError("test", f": {' '.join(unknown[0])!r} is not a command of SCAN")
         return [Item(line, (meaning[line],)) for line in lines], []
 
     def _simple(
@@ -88,6 +88,6 @@ class Scan(Task):
         else:
             kept = {tuple(line.split()) for line in self.config.test_commands}
             if unknown := kept - {source for source, _ in every}:
-                raise InputError(f"--test: {' '.join(min(unknown))!r} is no command of SCAN")
+                raise OptionError("test", f": {' '.join(min(unknown))!r} is not a command of SCAN")
         train = [pair for pair in every if pair[0] not in kept]
         return train, [pair for pair in every if pair[0] in kept]

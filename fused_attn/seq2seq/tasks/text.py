@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.data.pair_files import PairFile, Reader, frequent
+from fused_attn.seq2seq.data.pair_files import PairFile, PairList, PairSource, Reader, frequent
 from fused_attn.seq2seq.data.pairs import (
     DEV_SHARE,
     Data,
@@ -22,7 +22,7 @@ from fused_attn.seq2seq.data.pairs import (
     place,
 )
 from fused_attn.seq2seq.data.tokenizers import TOKENS, Subwords, learn_subwords, make_tokenizer
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import UNKNOWN, Vocabulary
 
@@ -48,52 +48,76 @@ class TextConfig:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise ValueError(f"tokens must be one of {', '.join(TOKENS)}, got {self.tokens!r}")
+        _check_tokens("tokens", self.tokens)
         for name in ("vocabulary", "min_count", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
+def _check_tokens(name: str, tokens: str) -> None:
+    if tokens not in TOKENS:
+        raise ValueError(f"{name} must be one of {', '.join(TOKENS)}, got {tokens!r}")
+
+
 class TextTask(Task):
-    """A task whose lines a `Tokenizer` splits."""
+    """A task whose lines tokenizers split, one for sources and one for targets."""
 
     config: TextConfig
+
+    @property
+    def tokens(self) -> tuple[str, str]:
+        """What the symbols of sources and of targets are."""
+        return self.config.tokens, self.config.tokens
 
     @property
     def reader(self) -> Reader:
         """How its lines become pairs."""
         config = self.config
-        tokenizer = make_tokenizer(config.tokens, config.subwords)
-        return Reader(tokenizer, config.max_length, config.skip_bad)
+        source, target = (make_tokenizer(tokens, config.subwords) for tokens in self.tokens)
+        return Reader(source, target, config.max_length, config.skip_bad)
 
-    def learn(self, lines: Iterator[str]) -> None:
-        """Learn the subwords, if they are wanted and not known yet."""
-        if self.config.tokens == "subwords" and self.config.subwords is None:
+    def learn(self, texts: Iterable[tuple[str, ...]]) -> None:
+        """Learn the subwords, if they are needed and not known yet.
+
+        texts: source and target of each pair.
+        """
+        if "subwords" in self.tokens and self.config.subwords is None:
+            lines = (
+                text
+                for pair in texts
+                for text, tokens in zip(pair, self.tokens, strict=True)
+                if tokens == "subwords" and text.strip()
+            )
             model = learn_subwords(lines, self.config.vocabulary)
             self.config = replace(self.config, subwords=model)
 
     def vocabularies(self, pairs: Iterable[Pair]) -> tuple[Vocabulary, Vocabulary]:
-        """Source and target vocabulary: of subwords one for both, or what the pairs have."""
-        tokenizer = self.reader.tokenizer
-        if isinstance(tokenizer, Subwords):
-            both = Vocabulary([UNKNOWN, *tokenizer.pieces])
-            return both, both
+        """Source and target vocabulary: the pieces of subwords, or the symbols of the pairs."""
+        tokenizers = self.reader.source, self.reader.target
         counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
-        for pair in pairs:
-            for count, symbols in zip(counts, pair[:2], strict=True):
-                count.update(symbols)
-        source, target = (Vocabulary(frequent(c, self.config.min_count)) for c in counts)
+        if not all(isinstance(tokenizer, Subwords) for tokenizer in tokenizers):
+            for pair in pairs:
+                for count, symbols in zip(counts, pair[:2], strict=True):
+                    count.update(symbols)
+        source, target = (
+            Vocabulary([UNKNOWN, *tokenizer.pieces])
+            if isinstance(tokenizer, Subwords)
+            else Vocabulary(frequent(count, self.config.min_count))
+            for tokenizer, count in zip(tokenizers, counts, strict=True)
+        )
         return source, target
 
     def read(self, text: str) -> Symbols:
-        return self.reader.tokenizer.split(text)
+        return self.reader.source.split(text)
+
+    def read_target(self, text: str) -> Symbols:
+        return self.reader.target.split(text)
 
     def write(self, target: Iterable[str]) -> str:
-        return self.reader.tokenizer.join(target)
+        return self.reader.target.join(target)
 
     def show(self, source: Iterable[str]) -> str:
-        return self.reader.tokenizer.join(source)
+        return self.reader.source.join(source)
 
     def listed(self, path: Path) -> tuple[list[Item], list[str]]:
         pairs = PairFile(str(path), self.reader)
@@ -106,70 +130,98 @@ def _known(vocabulary: Vocabulary) -> set[str]:
 
 @dataclass(frozen=True)
 class PairsConfig(TextConfig):
-    """train, dev, test: see `PairFile`; without a dev file 2 % of train, at most 2,000 pairs."""
+    """train, dev, test: files, see `PairFile`; without a dev file 2 % of train, at most 2,000
+        pairs. None for all three if the pairs are given in Python.
+    source_tokens, target_tokens: what a symbol of sources and of targets is, if that differs;
+        ``tokens`` if None.
+    """
 
     train: str | None = None
     dev: str | None = None
     test: str | None = None
+    source_tokens: str | None = None
+    target_tokens: str | None = None
 
     def __post_init__(self) -> None:
-        if self.train is None:
-            raise ValueError("train must name a file of pairs")
         super().__post_init__()
+        for name in ("source_tokens", "target_tokens"):
+            if getattr(self, name) is not None:
+                _check_tokens(name, getattr(self, name))
 
 
 class Pairs(TextTask):
-    """Your own lines: source, a tab, target."""
+    """Your own pairs: lines of source, a tab, target; or pairs given in Python.
+
+    given: pairs by "train", "dev" and "test", in place of the files of the configuration.
+    """
 
     name, kind = "pairs", PairsConfig
     units, rates = ("lines", "symbols"), ("lines wrong", "symbols wrong")
     config: PairsConfig
 
-    def load(self) -> Data:
+    def __init__(self, config: Any, given: Mapping[str, Sequence[Any]] | None = None) -> None:
+        super().__init__(config)
+        self.given = dict(given or {})
+
+    @property
+    def tokens(self) -> tuple[str, str]:
         config = self.config
-        assert config.train is not None
-        self.learn(PairFile(config.train, self.reader_of_text()).texts())
-        train = PairFile(config.train, self.reader)
+        return config.source_tokens or config.tokens, config.target_tokens or config.tokens
+
+    def load(self) -> Data:
+        texts = self._pairs("train", Reader(skip_bad=True))
+        if texts is None:
+            raise OptionError(
+                "train",
+                "must name a file of pairs (a run that seq2seq.fit started goes on with "
+                "seq2seq.fit(..., resume=True))",
+            )
+        self.learn(texts.texts())
+        train = self._pairs("train", self.reader)
+        assert train is not None
         notes: list[str] = []
-        if config.dev is None:
+        dev = self._items("dev", notes)
+        if dev is None:
             chosen = (pair for pair in train if place(pair.source) < DEV_SHARE)
             dev = grouped(list(islice(chosen, _DEV_PAIRS)) or islice(train, 1))
-        else:
-            dev = self._items(config.dev, notes)
-        test = self._items(config.test, notes)
-        if config.dev is None:
+            test = self._items("test", notes)
             train.without = {item.source for item in dev}
+        else:
+            test = self._items("test", notes)
         source, target = self.vocabularies(train)
         train.known = _known(target)
         if next(iter(train), None) is None:
-            raise InputError(f"{config.train}: too few lines for training and development")
-        for _ in train:  # what cannot be used is said before the training begins
+            raise InputError(f"{train.name}: too few {train.unit}s for training and development")
+        for _ in train:  # what cannot be used is reported before the training begins
             pass
         notes = [*train.note(), *notes]
-        return Data(source, target, train, dev, test, self._fingerprint(train), tuple(notes))
+        digest = self._fingerprint(train)
+        return Data(source, target, train, dev, test or [], digest, tuple(notes))
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
-        assert isinstance(data.train, PairFile)
+        assert isinstance(data.train, PairSource)
         data.train.known = _known(target)
         return super().with_vocabularies(data, source, target)
 
-    def reader_of_text(self) -> Reader:
-        """A reader for a file of which only the texts are wanted."""
-        return Reader(skip_bad=True)
+    def _pairs(self, split: str, reader: Reader) -> PairSource | None:
+        """The pairs of a split, from Python or from a file; None if there are none."""
+        if split in self.given:
+            return PairList({"train": "pairs"}.get(split, split), self.given[split], reader)
+        name = getattr(self.config, split)
+        return None if name is None else PairFile(name, reader)
 
-    def _items(self, name: str | None, notes: list[str]) -> list[Item]:
-        if name is None:
-            return []
-        pairs = PairFile(name, self.reader)
+    def _items(self, split: str, notes: list[str]) -> list[Item] | None:
+        pairs = self._pairs(split, self.reader)
+        if pairs is None:
+            return None
         items = grouped(pairs)
         notes += pairs.note()
         return items
 
-    def _fingerprint(self, train: PairFile) -> str:
-        """Of the files, and of what of them is trained on."""
+    def _fingerprint(self, train: PairSource) -> str:
+        """Of all pairs, and of those that are held out."""
         held = "\n".join(sorted(" ".join(source) for source in train.without))
-        digest = fingerprint([Pair((train.fingerprint(), held), ())])
-        return digest
+        return fingerprint([Pair((train.fingerprint(), held), ())])
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:

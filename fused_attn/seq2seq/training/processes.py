@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from fused_attn.seq2seq.devices import choose_device
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 
 # It tells of every process that it starts.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -33,7 +33,7 @@ def launch(device: str = "auto", precision: str = "32") -> Fabric:
     """
     chosen = choose_device(device)
     if precision == "16" and chosen.type == "cpu":
-        raise InputError("--precision 16 needs a GPU; on a CPU there is bf16")
+        raise OptionError("precision", "16 needs a GPU; on a CPU there is bf16")
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     several = world > 1
     devices: Any = local if several or chosen.index is None else [chosen.index]

@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # prediction needs nothing of training
     from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
 PAIRS = "pairs"
-# In the metadata: the model that the run began with, and those that it learns from.
-START_FROM, TEACHER = "start_from", "teacher"
 # Besides the best.
 KEPT_CHECKPOINTS = 2
 

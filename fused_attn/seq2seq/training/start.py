@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,22 @@ from lightning_fabric import Fabric
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.load import load_model, load_vocabularies, require_backend
-from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
-from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.evaluate import judge, perplexity, rates, targets
+from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.inference.evaluate import measures, perplexity, targets
 from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.model.widen import can_grow, grown
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.tasks.base import Task
-from fused_attn.seq2seq.tasks.registry import make_task
+from fused_attn.seq2seq.tasks.text import Pairs
 from fused_attn.seq2seq.training import distillation
 from fused_attn.seq2seq.training.processes import gathered
 from fused_attn.seq2seq.training.progress import NoProgress, Progress
-from fused_attn.seq2seq.training.run import PAIRS, START_FROM, TEACHER, Run
+from fused_attn.seq2seq.training.run import PAIRS, Run
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
@@ -51,14 +51,14 @@ class Machine:
     tensorboard: bool = False
 
 
-def start(
+def start_run(
     directory: Path,
     recipe: Recipe,
     progress: Progress,
     machine: Machine,
     note: Callable[[str], None] = lambda text: None,
-    start_from: Path | None = None,
-    teachers: Sequence[Path] = (),
+    start_from: str | Path | None = None,
+    teachers: Sequence[str | Path] = (),
 ) -> Run:
     """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
 
@@ -70,7 +70,7 @@ def start(
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     if recipe.training.rdrop and not recipe.model.dropout:
-        raise InputError("--rdrop needs --dropout above 0: without it both passes are the same")
+        raise OptionError("rdrop", "needs a dropout above 0: without it both passes are the same")
     origin = None if start_from is None else find_checkpoint(start_from)
 
     def fit(data: Data) -> Data:
@@ -87,7 +87,8 @@ def start(
     try:
         model = Seq2Seq(recipe.model, *sizes, backend=machine.backend)
     except ValueError as error:
-        raise InputError(f"--{error}") from None
+        name, _, reason = str(error).partition(" ")
+        raise OptionError(name, reason) from None
     if origin is not None:
         _begin_with(model, origin)
     if teachers:
@@ -121,11 +122,11 @@ def _begin_with(model: Seq2Seq, origin: Path) -> None:
         raise files.damaged(origin, error) from None
     except RuntimeError as error:  # names or shapes that do not fit
         reason = " ".join(str(error).split())
-        raise InputError(f"--start-from: {origin} is not of this shape: {reason}") from None
+        raise OptionError("start_from", f": {origin} is not of this shape: {reason}") from None
 
 
 def _ask(
-    teachers: Sequence[Path],
+    teachers: Sequence[str | Path],
     data: Data,
     examples: Examples,
     directory: Path,
@@ -142,7 +143,7 @@ def _ask(
             ("target", asked.target, data.target),
         ):
             if theirs.symbols != ours.symbols:
-                raise InputError(f"--teacher: {places[0]} has another {name} vocabulary")
+                raise OptionError("teacher", f": {places[0]} has another {name} vocabulary")
         models = "a teacher" if len(places) == 1 else f"{len(places)} teachers"
         note(f"{models} first read {len(examples):,} pairs")
         table = distillation.soft_targets(asked.models, examples)
@@ -166,14 +167,14 @@ def _load(
         data = fit(task.load())
         if place is not None:
             _write(data, place)
-    learned = make_task(gathered(fabric, task.to_json())[0])
+    learned = task.updated(gathered(fabric, task.to_json())[0])
     if data is None:
         data = fit(learned.load())
     examples = _encode(data, None) if place is None else Examples.open(place)
     if not len(examples):
         raise InputError("there are no pairs to train on")
     if recipe.training.guided and not examples.has_links:
-        raise InputError("--guided needs links, and no pair has any")
+        raise OptionError("guided", "needs links, and no pair has any")
     return replace(recipe, task=learned), data, examples
 
 
@@ -211,14 +212,23 @@ def _bound(examples: Examples) -> LengthBound:
     return LengthBound(ratios.kthvalue(place).values.item(), int(targets.max()))
 
 
-def resume(directory: Path, progress: Progress, machine: Machine) -> Run:
+def resume_run(
+    directory: Path,
+    progress: Progress,
+    machine: Machine,
+    given: Mapping[str, Sequence[Any]] | None = None,
+) -> Run:
     """Return the run in ``directory`` as its last checkpoint left it.
+
+    given: the pairs of a run whose pairs were given in Python, as of `Pairs`.
 
     Raises `InputError` if there is no checkpoint, or it is damaged, or the data has changed.
     """
     last = last_checkpoint(directory)
     meta = files.load_metadata(last)
     before = load_recipe(last, meta)
+    if isinstance(before.task, Pairs):
+        before.task.given = dict(given or {})
 
     def fit(data: Data) -> Data:
         if data.fingerprint != meta.get("training_pairs"):
@@ -256,7 +266,7 @@ def _make_run(
     machine: Machine,
 ) -> Run:
     bound = LengthBound(**meta["target_bound"])
-    predictor = Predictor([trainer.model], data.source, data.target, bound)
+    predictor = Predictor(trainer.model, data.source, data.target, bound, task)
     judge_dev = _by_perplexity if task.by_perplexity else _by_targets
 
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -282,7 +292,7 @@ def _by_targets(
         lot = items[start : start + _ITEMS_AT_ONCE]
         parts = gathered(fabric, targets(predictor, lot[fabric.global_rank :: fabric.world_size]))
         found += [parts[i % len(parts)][i // len(parts)] for i in range(len(lot))]
-    return {**task.quality(found, items), **rates(task, judge(found, items))}
+    return measures(task, found, items)
 
 
 def _by_perplexity(

@@ -90,6 +90,13 @@ class Trainer:
         self.batches_per_epoch = len(self._batches)
         self.total_steps = planned_steps(self.batches_per_epoch, config)
 
+    def __repr__(self) -> str:
+        position = self.position
+        return (
+            f"Trainer(step {position.step} of {self.total_steps}, epoch {position.epoch} of "
+            f"{self.config.epochs}, {len(self.examples):,} pairs, on {self.fabric.device})"
+        )
+
     @property
     def finished(self) -> bool:
         """Whether all planned steps are done, or the patience is at its end."""

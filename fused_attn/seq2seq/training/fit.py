@@ -1,0 +1,229 @@
+"""Training from Python, from pairs to a model in one call; and what the command shares with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.inference.predictor import Predictor, load
+from fused_attn.seq2seq.tasks.registry import TASKS
+from fused_attn.seq2seq.tasks.text import Pairs
+from fused_attn.seq2seq.training.processes import gathered, launch, leave, total
+from fused_attn.seq2seq.training.progress import NoProgress, Progress, make_progress
+from fused_attn.seq2seq.training.run import Run
+from fused_attn.seq2seq.training.signals import stop_signals
+from fused_attn.seq2seq.training.start import Machine, resume_run, start_run
+
+# Pairs in memory, or a file of them.
+Source = str | Path | Iterable[tuple[str | Sequence[str], str | Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went: whether a signal stopped it, or nothing was left to do."""
+
+    run: Run
+    stopped: bool = False
+    was_complete: bool = False
+
+
+def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
+    """Train a run to the end of its plan, or until SIGINT or SIGTERM; then a checkpoint is written.
+
+    make_run: starts or resumes it. Raises `InputError` if it cannot be started or written.
+    """
+    with stop_signals() as received:
+        try:
+            run = make_run()
+            if run.trainer.finished:
+                return Outcome(run, was_complete=True)
+            fabric = run.trainer.fabric
+            stopped = not run.train(lambda: _any(fabric, received()))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {error.filename or directory}: {error.strerror}; "
+                "earlier checkpoints are intact"
+            ) from None
+    if not stopped:
+        fabric.barrier()  # the first process has written by then
+    return Outcome(run, stopped)
+
+
+def _any(fabric: Fabric, value: bool) -> bool:
+    """Whether it is so in any process: all have to stop at the same step."""
+    if fabric.world_size == 1:
+        return value
+    return total(fabric, torch.tensor(float(value), device=fabric.device)).item() > 0
+
+
+def is_new(directory: Path) -> bool:
+    """Whether a run may be started in a directory."""
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def fit(
+    pairs: Source,
+    *,
+    output: str | Path,
+    dev: Source | None = None,
+    tokens: str | tuple[str, str] | None = None,
+    task: str = "pairs",
+    model: ModelConfig | None = None,
+    training: TrainingConfig | None = None,
+    start_from: str | Path | None = None,
+    teachers: Sequence[str | Path] = (),
+    resume: bool = False,
+    backend: str = "auto",
+    device: torch.device | str = "auto",
+    progress: bool = True,
+    tensorboard: bool = False,
+    on_disk: bool = False,
+    **data: Any,
+) -> Predictor:
+    """Train a model on pairs and return it, as its best checkpoint predicts.
+
+    Args:
+        pairs: sources and targets, each a text or a sequence of tokens; or a file of lines SOURCE
+            TAB TARGET.
+        output: a new directory for checkpoints and logs; `load` and ``fused-attn`` read it.
+        dev: pairs that choose the best checkpoint; 2 % of ``pairs``, held out, if None.
+        tokens: what a text is split into: "words", "chars" or "subwords"; or a pair of these, for
+            sources and targets. That of the task if None: words for pairs.
+        task: "pairs", or "translate" for sentences: subwords, a recipe for them, BLEU.
+        model, training: shape and recipe; those of the task, or of ``start_from``, if None.
+        start_from: a model whose parameters and vocabularies the training starts with.
+        teachers: models whose probabilities are learned besides the targets (distillation).
+        resume: go on with the run in ``output``, with the same pairs; model, training, tokens and
+            data are those of the run.
+        backend: of the attention, "auto" or a name. device: "auto", "cpu", "cuda", "cuda:1" ...
+        progress: show a bar on a terminal, lines elsewhere, and notes about the data.
+        tensorboard: write events too. on_disk: keep the encoded pairs in ``output``, for data
+            larger than memory.
+        data: other options of the data: ``min_count``, ``max_length``, ``skip_bad`` and, for
+            subwords, ``vocabulary``; see `fused_attn.seq2seq.tasks.text.TextConfig`.
+
+    SIGINT, as of Ctrl-C or the stop button of a notebook, writes a checkpoint and raises
+    KeyboardInterrupt. Torch's random state is left as it was.
+
+    Raises `InputError` if a pair, an option or the directory cannot be used, or if the training
+    fails; earlier checkpoints are intact then.
+    """
+    directory = Path(output)
+    if not isinstance(task, str) or not issubclass(TASKS.get(task, object), Pairs):
+        names = " or ".join(name for name, kind in TASKS.items() if issubclass(kind, Pairs))
+        raise OptionError("task", f"must be {names}, got {task!r}")
+    given = {"train": pairs} if dev is None else {"train": pairs, "dev": dev}
+    in_python = {name: _listed(name, each) for name, each in given.items() if _is_given(each)}
+    shown = make_progress() if progress else NoProgress()
+    initialized = dist.is_initialized()
+
+    def make_run() -> Run:
+        if resume:
+            return _resumed(directory, in_python, shown, _machine)
+        if not is_new(directory):
+            raise InputError(f"{directory} is not an empty directory; resume=True goes on with it")
+        chosen = data | _tokens(tokens)
+        chosen |= {name: str(each) for name, each in given.items() if name not in in_python}
+        recipe = _recipe(task, model, training, start_from, chosen, in_python)
+        machine = _machine(recipe)
+        gathered(machine.fabric, None)  # all have looked into the directory before one writes there
+        note = _note if progress and machine.fabric.is_global_zero else _ignore
+        return start_run(directory, recipe, shown, machine, note, start_from, teachers)
+
+    def _machine(recipe: Recipe) -> Machine:
+        return Machine(
+            launch(str(device), recipe.training.precision), backend, on_disk, tensorboard
+        )
+
+    with torch.random.fork_rng():
+        outcome = carry_out(directory, make_run)
+        found = outcome.run.trainer.fabric.device
+    if not initialized:
+        leave()
+    if outcome.stopped:
+        raise KeyboardInterrupt(
+            f"stopped; fit(..., output={str(directory)!r}, resume=True) goes on"
+        )
+    return load(directory, backend=backend, device=found)
+
+
+def _resumed(
+    directory: Path,
+    in_python: dict[str, list[Any]],
+    progress: Progress,
+    machine: Callable[[Recipe], Machine],
+) -> Run:
+    last = last_checkpoint(directory)
+    recipe = load_recipe(last, files.load_metadata(last))
+    if not isinstance(recipe.task, Pairs):
+        raise InputError(f"the run in {directory} is of the task {recipe.task.name}")
+    return resume_run(directory, progress, machine(recipe), in_python)
+
+
+def _recipe(
+    task: str,
+    model: ModelConfig | None,
+    training: TrainingConfig | None,
+    start_from: str | Path | None,
+    chosen: dict[str, Any],
+    in_python: dict[str, list[Any]],
+) -> Recipe:
+    kind = TASKS[task]
+    shape, values = kind.model, {}
+    if start_from is not None:
+        origin = find_checkpoint(start_from)
+        before = load_recipe(origin, files.load_metadata(origin))
+        if before.task.name != task:
+            raise OptionError("start_from", f": {origin} is of the task {before.task.name}")
+        shape = before.model
+        values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
+    try:
+        config = kind.kind(**values | chosen)
+    except ValueError as error:
+        name, _, reason = str(error).partition(" ")
+        raise OptionError(name, reason) from None
+    assert issubclass(kind, Pairs)
+    return Recipe(model or shape, training or kind.training, kind(config, in_python))
+
+
+def _is_given(pairs: Any) -> bool:
+    return not isinstance(pairs, (str, Path))
+
+
+def _listed(name: str, pairs: Any) -> list[Any]:
+    try:
+        return list(pairs)
+    except TypeError:
+        what = f"must be pairs or the path of a file, got {type(pairs).__name__}"
+        raise OptionError("pairs" if name == "train" else name, what) from None
+
+
+def _tokens(tokens: str | tuple[str, str] | None) -> dict[str, str]:
+    if tokens is None:
+        return {}
+    if isinstance(tokens, str):
+        return {"tokens": tokens}
+    source, target = tokens
+    return {"tokens": source, "source_tokens": source, "target_tokens": target}
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _ignore(_: str) -> None:
+    return None
