@@ -1,4 +1,4 @@
-"""The one-way flow of the package, read from its imports: nothing points back up.
+"""The layers of the package, checked by its imports: no module imports from a higher layer.
 
 seq2seq -> attention -> functional -> {checks, autograd -> ops} -> backends -> each backend
 -> {reference, _C, kernels}
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_attn"
 KERNELS = ROOT / "kernels"
 
-# Lowest first; a module imports from lower layers only, or from its own package.
+# Lowest first. A module may import only from lower layers or from its own package.
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference", "modules"),
@@ -39,7 +39,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-# May use what the extras install; everything else runs with torch alone.
+# These may use the packages of the extras; everything else needs only torch.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")
 IMPORTS_NATIVE = {"backends.cpu", "backends.cuda", "info"}
 

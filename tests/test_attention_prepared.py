@@ -194,7 +194,7 @@ def test_prepared_under_autocast(score: str, dtype: torch.dtype) -> None:
 def test_masking_belongs_to_the_preparation(masking: dict[str, Tensor]) -> None:
     module = make("general")
     query, memory, _ = draw("general")
-    with pytest.raises(ValueError, match="memory_lengths and memory_mask belong to prepare_memory"):
+    with pytest.raises(ValueError, match="memory_lengths and memory_mask must be None if memory"):
         module(query, module.prepare_memory(memory), **masking)
 
 

@@ -146,18 +146,18 @@ def test_coverage_loss_by_hand() -> None:
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({}, {"coverage": torch.zeros(B, T, S)}, ValueError, "belong to a layer made with coverage"),
+    ({}, {"coverage": torch.zeros(B, T, S)}, ValueError, "unless the layer was created with"),
     (
         {"conv_channels": 2},
         {"coverage": torch.zeros(B, T, S)},
         ValueError,
-        "coverage belongs to a layer made with coverage=True",
+        "coverage must be None unless the layer was created with coverage=True",
     ),
     (
         {"coverage": True},
         {"previous_weights": torch.zeros(B, T, S)},
         ValueError,
-        "previous_weights belongs to a layer made with conv_channels",
+        "previous_weights must be None unless the layer was created with conv_channels",
     ),
     (
         {"coverage": True},

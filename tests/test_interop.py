@@ -92,7 +92,9 @@ def test_opennmt_leaves_the_callers_memory_alone() -> None:
     before = memory.clone()
     layer(draw(B, 6), memory, LENGTHS, draw(B, S).abs())
     assert torch.equal(memory, before)
-    with pytest.raises(ValueError, match="coverage belongs to a layer made with coverage=True"):
+    with pytest.raises(
+        ValueError, match="coverage must be None unless the layer has coverage=True"
+    ):
         interop.OpenNMTGlobalAttention(6)(torch.ones(B, 6), torch.ones(B, S, 6), None, memory)
 
 
@@ -119,7 +121,7 @@ def test_joeynmt(kind: str) -> None:
     assert not context.any() and not weights.any()
     with pytest.raises(ValueError, match=r"query must have shape \(3, 1, 6\), got \(3, 2, 6\)"):
         adapter(draw(B, 2, 6), keep, draw(B, S, 8))
-    with pytest.raises(ValueError, match="proj_keys must be made by compute_proj_keys"):
+    with pytest.raises(ValueError, match="compute_proj_keys must be called before forward"):
         type(adapter)(6, 8, *(() if kind == "luong" else (6,))).double()(
             draw(B, 1, 6), keep, draw(B, S, 8)
         )
@@ -265,13 +267,13 @@ def test_tfa_widths_come_with_the_tensors() -> None:
         layer = kind(6, memory, LENGTHS)
         alignments, _ = layer([torch.randn(B, 6), None])
         assert layer.memory_layer.weight.shape == (6, 8) and alignments.shape == (B, S)
-    with pytest.raises(ValueError, match="must be set by setup_memory"):
+    with pytest.raises(ValueError, match="setup_memory must be called before"):
         interop.TFALuongAttention(6)([torch.randn(B, 6), None])
-    with pytest.raises(ValueError, match="must not be given together"):
+    with pytest.raises(ValueError, match="must be None if memory_mask is given, got both"):
         layer.setup_memory(memory, LENGTHS, torch.ones(B, S) > 0)
     with pytest.raises(ValueError, match="got 2 arrays"):
         interop.TFALuongAttention(6).load_kernels([torch.ones(8, 6), torch.ones(())])
-    with pytest.raises(ValueError, match=r"must come as \(in, 6\), got \(8, 5\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(input width, 6\), got \(8, 5\)"):
         interop.TFALuongAttention(6).load_kernels([torch.ones(8, 5)])
 
 

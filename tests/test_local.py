@@ -140,9 +140,9 @@ def test_positions_stay_whole_under_autocast() -> None:
 
 
 BAD_CALLS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({"local": "monotonic"}, {"two": True}, ValueError, "positions must say which step"),
-    ({}, {"positions": 1}, ValueError, "positions belong to local='monotonic'"),
-    ({"local": "predictive"}, {"positions": 1}, ValueError, "positions belong to local='monot"),
+    ({"local": "monotonic"}, {"two": True}, ValueError, "positions must be the decoder step"),
+    ({}, {"positions": 1}, ValueError, "unless local='monotonic', got them with local=None"),
+    ({"local": "predictive"}, {"positions": 1}, ValueError, "got them with local='predictive'"),
     ({"local": "monotonic"}, {"positions": 1.5}, TypeError, "positions must be an int or a Tensor"),
     (
         {"local": "monotonic"},

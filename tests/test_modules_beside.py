@@ -127,7 +127,7 @@ def test_fully_shard_beside_forward(name: str, mesh: DeviceMesh) -> None:
     with pytest.raises(RuntimeError, match=r"register_fsdp_forward_method\(layer, 'scores'\)"):
         ours.scores(query, memory)
     if name == "concat":
-        with pytest.raises(RuntimeError, match="prepare_memory found the parameters sharded"):
+        with pytest.raises(RuntimeError, match="prepare_memory found sharded parameters"):
             ours.prepare_memory(memory)
     for method in ("prepare_memory", "scores"):
         register_fsdp_forward_method(ours, method)
@@ -166,12 +166,14 @@ def test_conversions_refuse_weights_that_are_computed(kind: str) -> None:
     layer = interop.GNMTBahdanauAttention(D, E, 5)
     luong = interop.to_luong(layer)
     wrap(layer)
-    with pytest.raises(ValueError, match=f"layer must have weights of its own: {reason}"):
+    with pytest.raises(ValueError, match=f"layer must have plain parameters, but {reason}"):
         interop.to_luong(layer)
-    with pytest.raises(ValueError, match=f"layer must have weights of its own: {reason}"):
+    with pytest.raises(ValueError, match=f"layer must have plain parameters, but {reason}"):
         interop.load_luong(layer, luong)
     wrapped.pruned(luong, "v")
-    with pytest.raises(ValueError, match="luong must have weights of its own: the layer has hooks"):
+    with pytest.raises(
+        ValueError, match="luong must have plain parameters, but the layer has hooks"
+    ):
         interop.load_luong(interop.GNMTBahdanauAttention(D, E, 5), luong)
 
 

@@ -63,7 +63,7 @@ def test_a_slice_is_a_view() -> None:
 @pytest.mark.parametrize("rows", [1, "a", torch.ones(2), torch.ones(3) > 0, torch.ones(1, 1).int()])
 def test_what_is_no_row(rows: Any) -> None:
     prepared = make("dot").prepare_memory(torch.randn(B, S, E))
-    message = "a PreparedMemory of 4 rows takes a slice, an integer Tensor (N,) or a bool Tensor"
+    message = "PreparedMemory of 4 rows must be a slice, an integer Tensor (N,) or a bool Tensor"
     with pytest.raises(TypeError, match=re.escape(message)):
         prepared[rows]
 

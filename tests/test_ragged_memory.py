@@ -104,7 +104,7 @@ def test_what_a_recurrent_encoder_returns() -> None:
 @every_form
 def test_lengths_of_its_own(form: str) -> None:
     memory = FORMS[form](rows())
-    with pytest.raises(ValueError, match="memory_lengths must be None with a"):
+    with pytest.raises(ValueError, match="memory_lengths must be None if memory is a"):
         dot_attention(torch.ones(B, E).double(), memory, memory_lengths=torch.tensor(LENGTHS))
 
 

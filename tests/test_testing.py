@@ -41,12 +41,14 @@ def test_a_wrong_value_fails_and_says_where(value: float) -> None:
     got = torch.ones(2, 3)
     got[1, 2] = value
     testing.check_within_budget("context", torch.ones(2, 3), oracle, torch.ones(2, 3))
-    with pytest.raises(AssertionError, match=r"^context: error .* worst at \(1, 2\): got "):
+    with pytest.raises(
+        AssertionError, match=r"^context: error .* worst at \(1, 2\): expected 1, got "
+    ):
         testing.check_within_budget("context", got, oracle, torch.ones(2, 3))
 
 
 def test_a_useless_yardstick_fails_too() -> None:
-    """A NaN in the plain chain would otherwise allow everything."""
+    """A NaN in plain attention would otherwise allow everything."""
     right = torch.ones(3)
     with pytest.raises(AssertionError, match="exceeds the budget nan"):
         testing.check_within_budget("context", right, right.double(), right * torch.nan)
