@@ -46,7 +46,7 @@ IMPORTS_NATIVE = {"backends.cpu", "backends.cuda", "info"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py"  # only names its children; its cost is tested below
+    if path != PACKAGE / "__init__.py"  # it imports lazily; its cost is tested below
 }
 
 
@@ -57,7 +57,7 @@ def layer(module: str) -> int:
     for height, names in enumerate(LAYERS):
         if place in names:
             return height
-    raise AssertionError(f"fused_attn/{module} has no place in the flow: add it to LAYERS")
+    raise AssertionError(f"fused_attn/{module} belongs to no layer: add it to LAYERS")
 
 
 def package(module: str) -> str:
@@ -66,7 +66,7 @@ def package(module: str) -> str:
 
 
 def absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
-    """The module that a from-import names, its leading dots resolved."""
+    """The absolute name of the module that a from-import names."""
     if not node.level:
         return node.module or ""
     parts = ["fused_attn", *module.split(".")]
@@ -75,7 +75,7 @@ def absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
 
 
 def imports(module: str, path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, wherever in the file, public names too."""
+    """Full names of all modules that a file imports anywhere, including by public names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -85,7 +85,7 @@ def imports(module: str, path: Path) -> Iterator[str]:
                 if source == "fused_attn" and alias.name in fused_attn._HOME:
                     yield fused_attn._HOME[alias.name]
                 elif source == "fused_attn" and alias.name.startswith("__"):
-                    continue  # __version__ costs nothing and comes from no layer
+                    continue  # __version__ belongs to no layer
                 else:
                     child = f"{source}.{alias.name}".removeprefix("fused_attn.")
                     is_module = child in MODULES or child in ("_C", "kernels")
@@ -109,7 +109,7 @@ def test_imports_point_down(module: str) -> None:
         other
         for other in internal(module, MODULES[module])
         if layer(other) >= layer(module)
-        # Inside one package a flow of its own is allowed; backends are not one, each is its own.
+        # Imports within one package are not checked here. Each backend is a package of its own.
         and package(other) != package(module)
     }
     assert not upward, f"fused_attn.{module} imports upwards or sideways: {sorted(upward)}"

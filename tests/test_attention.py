@@ -1,6 +1,6 @@
-"""The module: its parameters, its forward against the functions, and everything torch does to one.
+"""`LuongAttention`: parameters, forward against the functions, copies, dropout, autocast, errors.
 
-What prepared memories and beams add is in test_attention_prepared.py.
+Prepared memories and beams are tested in test_attention_prepared.py.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def test_autocast(score: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_second_derivatives(score: str) -> None:
-    """Of all parameters and both inputs, as a gradient penalty takes them."""
+    """With respect to all parameters and both inputs, as for a gradient penalty."""
     module = make(score, output_dim=2, dtype=torch.float64)
     query, memory = (t[:, :2, :].requires_grad_() for t in draw(score, torch.float64))
     names = [name for name, _ in module.named_parameters()]

@@ -1,4 +1,4 @@
-"""Models that exist: their attention replaced in place; weights to `LuongAttention` and back."""
+"""`swap` on existing models; conversion of weights to `LuongAttention` and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 KEEP = (torch.arange(S) < LENGTHS[:, None])[:, None]
 
-# By name: the layer as a user's model would hold it, a call of it, and the adapter it becomes.
+# By name: the layer as in a user's model, a call of it, and the adapter that replaces it.
 LAYERS: dict[str, tuple[Any, Any, str]] = {
     **{
         f"onmt_{kind}": (
@@ -111,7 +111,7 @@ def model(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_swapped_in_place(name: str) -> None:
-    """Same output, the very same parameters, the mode kept, and a report that says so."""
+    """Output, parameter objects and training mode do not change, and the report is right."""
     make, call, adapter = LAYERS[name]
     held = model(make().eval())
     before, parameters = call(held.decoder.attn), list(held.parameters())
@@ -125,7 +125,7 @@ def test_swapped_in_place(name: str) -> None:
     assert {id(p) for p in held.parameters()} == {id(p) for p in parameters}
     assert held.state_dict().keys() == state.keys()
     torch.testing.assert_close(call(held.decoder.attn), before)
-    assert not interop.swap(held).swapped  # there is nothing left to do
+    assert not interop.swap(held).swapped  # a second swap finds nothing to replace
 
 
 def test_an_optimizer_goes_on() -> None:
@@ -148,7 +148,7 @@ def test_a_shared_layer_stays_shared() -> None:
 
 
 class GlobalAttention(nn.Module):
-    """A peer's name, and nothing else of it."""
+    """A class with a known name but without the original's interface."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_nothing_to_swap() -> None:
 
 
 def attended(luong: LuongAttention, name: str) -> tuple[Tensor, Tensor]:
-    """Weights, and what else is comparable, of the call that LAYERS makes of a layer."""
+    """The comparable results (such as weights) of the call in LAYERS."""
     if name.startswith("onmt"):
         return luong(draw(B, T, 6), draw(B, S, 6, seed=1), LENGTHS)
     if name.startswith("joey"):
@@ -220,7 +220,7 @@ def test_weights_to_luong_and_back(name: str) -> None:
     torch.testing.assert_close(weights, expected.T if name == "fairseq" else expected)
     if luong.output_dim is not None or name in ("gnmt", "joey_bahdanau", "joey_luong"):
         torch.testing.assert_close(output, before[0])
-    # Back, into a layer with other weights: the same function again.
+    # Loading back into a layer with other weights gives the same function again.
     with torch.no_grad():
         for parameter in luong.parameters():
             parameter.mul_(1.1)
