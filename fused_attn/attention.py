@@ -33,6 +33,8 @@ from fused_attn.reference import (
 class LuongAttention(nn.Module):
     """Attention of decoder states over encoder states (Luong et al. 2015).
 
+    Shapes: B batch, T queries (decoder steps), S source positions.
+
     Args:
         query_dim: width D of the query, the decoder state h_t.
         memory_dim: width E of the memory, the encoder states h_s. Defaults to query_dim.
@@ -60,7 +62,7 @@ class LuongAttention(nn.Module):
             step's weights (location-aware attention, Chorowski et al. 2015, eq. 8 and 9). With 0
             channels there is no such term.
         max_source: the maximum source length S, required by score "location".
-        backend: "auto", or the name of a backend.
+        backend: "auto", "cpu", "cuda", "triton" or "eager".
         device, dtype: device and dtype of the parameters.
 
     Parameters, by option: ``query_proj.weight`` (general: (E, D), the transpose of W_a; concat:
@@ -69,7 +71,7 @@ class LuongAttention(nn.Module):
     ``query_proj.norm.weight``, ``memory_proj.norm.weight`` and ``memory_proj.norm.bias`` (A,),
     ``position.*`` (see `PredictedPosition`) and ``history.*`` (see `AlignmentHistory`).
 
-    Raises TypeError or ValueError if an option is invalid, or if two options do not go together.
+    Raises TypeError or ValueError if an option is invalid or does not fit the others.
     """
 
     def __init__(
@@ -211,7 +213,7 @@ class LuongAttention(nn.Module):
         memory_lengths: integers (B,) in 0..S. memory_mask: bool (B, S), (B, 1, S) or (B, T, S),
             **True = attend**. Both must be None with a `PreparedMemory`, which has its own.
         positions: for local="monotonic", the decoder step t of each query, counted from 0: one int,
-            or a tensor that broadcasts to (B, T). None means 0..T-1 for a query (B, T, D).
+            or a tensor that broadcasts to (B, T). None means 0..T-1; a 2-D query needs a value.
         coverage, previous_weights: (B, S) for one step, or (B, T, S) with one history per query.
             coverage (option coverage) is the sum of the weights of all previous steps;
             previous_weights (option conv_channels) are the weights of the previous step. None at
@@ -219,8 +221,8 @@ class LuongAttention(nn.Module):
         return_weights: whether to return the alignment weights.
 
         Returns the context (B, T, E), or the attentional state (B, T, output_dim), and the weights
-        (B, T, S) or None. For a 2-D query the results have no T dimension. Raises TypeError or
-        ValueError with the name of the argument, what was expected and what was given.
+        (B, T, S) or None. For a 2-D query the results have no T dimension. Raises TypeError for a
+        wrong type or dtype, and ValueError for a wrong shape, device or value.
         """
         memory_exp: Tensor | None
         memory_proj: Tensor | None
@@ -246,7 +248,7 @@ class LuongAttention(nn.Module):
                 states, memory_lengths = checks.padded(memory, memory_lengths)
         if positions is not None and self.local != "monotonic":
             raise ValueError(
-                f"positions must be None unless local='monotonic', got them with "
+                "positions must be None unless local='monotonic', got them with "
                 f"local={self.local!r}"
             )
         dropout_p = self.dropout if self.training else 0.0
@@ -318,7 +320,7 @@ class LuongAttention(nn.Module):
         Takes query, memory, lengths, mask and positions as `forward` does. There is no coverage or
         location term. Returns the scores (B, T, S), -inf at masked positions, and the log-sum-exp
         (B, T), both in float32 (float64 for float64). For a 2-D query the results have no T
-        dimension.
+        dimension. Raises the same errors as `forward`.
         """
         states: Any
         prepared = memory if isinstance(memory, PreparedMemory) else None

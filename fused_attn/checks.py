@@ -109,13 +109,13 @@ def autocast(*tensors: Any) -> Any:
 
 
 def check_backend(backend: object) -> None:
-    """Refuse an unknown backend name."""
+    """Raise ValueError for an unknown backend name."""
     if backend not in _KNOWN_BACKENDS:
         backends.check_request(backend)
 
 
 def check_scale(scale: object) -> None:
-    """Refuse a scale that is neither a number nor a tensor of one element."""
+    """Raise unless scale is a number or a Tensor of one element."""
     if type(scale) is float:
         return
     if isinstance(scale, Tensor):
@@ -141,7 +141,7 @@ def integer(value: Any) -> int | None:
 
 
 def probability(name: str, value: Any) -> float:
-    """Return a number in 0..1 as a float."""
+    """Return a number in 0..1 as a float; TypeError or ValueError for anything else."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a probability in 0..1, got {value!r}")
     chance = float(value)

@@ -18,7 +18,8 @@ Arguments of all functions
         are masked and are not read: the cost depends on the window, not on S.
     dropout_p: probability in 0..1 of dropping a weight from the weighted sum.
     return_weights: also return the alignment weights, as they are before dropout.
-    backend: "auto", or the name of a backend, which must then support the call.
+    backend: "auto" chooses one that supports the call. "cpu", "cuda", "triton" or "eager" demands
+        that backend, which must then support the call.
 
 Rules for all backends
     Masked positions have no effect on any result or gradient, whatever they hold, and the gradient
@@ -27,9 +28,9 @@ Rules for all backends
     and in float64 for float64. The same input gives bitwise the same result, forward and backward.
 
 Raises
-    TypeError: an argument has the wrong type or dtype. ValueError: an argument has the wrong rank,
-    shape, device or value. The message has the name of the argument, what was expected and what was
-    given.
+    TypeError: an argument has the wrong type or dtype.
+    ValueError: an argument has the wrong rank, shape, device or value, or no backend supports the
+        call. The message names the argument, what was expected and what was given.
 """
 
 from __future__ import annotations

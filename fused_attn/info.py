@@ -88,7 +88,7 @@ def _unavailable_reasons(name: str) -> list[str]:
 
 
 def _table(rows: dict[str, str], indent: str = "") -> list[str]:
-    """Aligned lines of name and value; more lines of a value are indented to its first line."""
+    """Lines of name and value, aligned; further lines of a value are indented to match."""
     width = max(map(len, rows)) + 2
     lines = []
     for name, value in rows.items():
@@ -133,8 +133,8 @@ def report() -> str:
 def support_table() -> str:
     """Return what each backend supports as a Markdown table.
 
-    The entries come from the backends' `not_supported_reasons`, which also decide about calls. That
-    a backend is unavailable on this machine is disregarded.
+    The entries come from the backends' `not_supported_reasons`, which also decide about calls. They
+    do not depend on whether a backend is available on this machine.
     """
     lines = [
         "| backend | device | dtypes | dot, general | concat | local | gradients | queries T "

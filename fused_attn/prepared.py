@@ -59,14 +59,18 @@ class PreparedMemory:
     def index_select(self, rows: Tensor) -> PreparedMemory:
         """Select batch rows by index: ``rows`` int (N,), for example to reorder a batch.
 
-        Beam search needs no copies of a memory: pass K beams as a query (B, K, D).
+        Raises TypeError for other indices. Beam search needs no copies of a memory: pass K beams as
+        a query (B, K, D).
         """
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in _INDICES:
             raise TypeError(f"rows must be an integer Tensor of shape (N,), got {_told(rows)}")
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def __getitem__(self, rows: slice | Tensor) -> PreparedMemory:
-        """Select batch rows by slice (returns views), integer Tensor (N,) or bool Tensor (B,)."""
+        """Select batch rows by slice (returns views), integer Tensor (N,) or bool Tensor (B,).
+
+        Raises TypeError for any other index.
+        """
         if isinstance(rows, slice):
             return self._map(lambda tensor: tensor[rows])
         if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == (len(self),):

@@ -49,7 +49,7 @@ def test_a_feature_has_a_test_or_a_reason(row: list[str]) -> None:
 
 def test_every_row_of_the_survey_is_there() -> None:
     if not SURVEY.exists():
-        pytest.skip("the survey of peers is not beside this checkout")
+        pytest.skip("the survey of other toolkits is not next to this checkout")
     text = SURVEY.read_text(encoding="utf-8")
     tables = text[text.index("### 1a.") : text.index("### 1d.")]
     # One name contains |v|, whose bars do not separate cells.

@@ -165,10 +165,10 @@ def test_an_error_of_a_part_is_left_as_it_is() -> None:
     layer = LuongAttention(E)
 
     def broken(*_: object) -> None:
-        raise RuntimeError("of its own")
+        raise RuntimeError("hook failed")
 
     layer.query_proj.register_forward_pre_hook(broken)
-    with pytest.raises(RuntimeError, match="of its own"):
+    with pytest.raises(RuntimeError, match="hook failed"):
         layer(QUERY, MEMORY)
 
 

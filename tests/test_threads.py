@@ -208,7 +208,7 @@ def test_a_worker_of_a_data_loader_is_right() -> None:
             Judged(), batch_size=None, num_workers=1, timeout=60, multiprocessing_context="fork"
         )
         threads = list(loader)
-        judge(attend())  # and the parent goes on
+        judge(attend())  # and the parent still works
         print(max(threads), len(threads))
         """)
     )

@@ -39,7 +39,7 @@ def swap_output_order(weight: Tensor, first: int) -> Tensor:
     """
     if weight.dim() != 2 or not 0 < first < weight.shape[1]:
         raise ValueError(
-            f"first must be between 0 and the number of columns of weight, which has shape "
+            "first must be between 0 and the number of columns of weight, which has shape "
             f"{tuple(weight.shape)}, got {first}"
         )
     return torch.cat((weight[:, first:], weight[:, :first]), dim=1)
@@ -236,8 +236,8 @@ def to_luong(layer: nn.Module) -> LuongAttention:
 
     Its results equal those of the adapter's attention, up to the layout and order of the results.
     The output layer is included if it is ``tanh(W [context; query])``. ``layer`` must be an
-    adapter; `swap` makes one from a peer's layer. Raises TypeError for another layer, and
-    ValueError if its weights cannot be converted.
+    adapter; `swap` makes one from another toolkit's layer. Raises TypeError for any other layer,
+    and ValueError if its weights cannot be converted.
     """
     options, pairs = _read(layer)
     sample = next(layer.parameters(), torch.empty(0))

@@ -35,7 +35,7 @@ class JoeyBahdanauAttention(_JoeyAttention):
 
     Call `compute_proj_keys(keys)` once for a batch, then forward(query (B, 1, D), mask (B, 1, S)
     with True = attend, values (B, S, E)) at every step, which returns the context (B, 1, E) and the
-    weights (B, 1, S). The projected keys are stored on the module, as in the peer.
+    weights (B, 1, S). As in JoeyNMT, the projected keys are stored on the module.
     """
 
     peer = "JoeyNMT BahdanauAttention"
@@ -59,12 +59,16 @@ class JoeyBahdanauAttention(_JoeyAttention):
 
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
-        """Project the keys. Unlike in the peer they are also returned, for fully_shard's hooks."""
+        """Project the keys (B, S, E) to (B, S, hidden_size), and store them for `forward`.
+
+        Unlike in JoeyNMT they are also returned, for the hooks of fully_shard.
+        """
         self.proj_keys = proj_keys = projected(self.key_layer, keys)
         self._exponentials = exponentials(proj_keys)
         return proj_keys
 
     def compute_proj_query(self, query: Tensor) -> None:
+        """Project the query (B, 1, D), and store it as ``proj_query``."""
         self.proj_query = self.query_layer(query)
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ class JoeyLuongAttention(_JoeyAttention):
 
     Used like `JoeyBahdanauAttention`. `compute_proj_keys` stores the keys, not their projection:
     because of ``q . (W m) = (W^T q) . m`` the query is projected instead of the memory. If the key
-    layer is wrapped, it projects the keys as in the peer.
+    layer is wrapped (by hooks, LoRA, sharding), it projects the keys as in JoeyNMT.
     """
 
     peer = "JoeyNMT LuongAttention"
@@ -102,6 +106,7 @@ class JoeyLuongAttention(_JoeyAttention):
 
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
+        """Store the keys (B, S, E) for `forward`, and return them, for the hooks of fully_shard."""
         self.proj_keys = keys
         is_read = readable_weight(self.key_layer, at_call=False) is not None
         self._projection = None if is_read else projected(self.key_layer, keys)

@@ -19,7 +19,7 @@ class OpenNMTGlobalAttention(Adapter):
     forward(src (B, T, dim) or (B, dim), enc_out (B, S, dim), src_len (B,), coverage (B, S))
     returns the attentional state (B, T, dim) and the weights (B, T, S), batch first. The output
     layer takes [context; query]; with "mlp" it has a bias and no tanh. Coverage replaces the memory
-    by ``tanh(memory + w c)``, here in a copy, while the peer writes to the caller's tensor.
+    by ``tanh(memory + w c)``, here in a copy, while OpenNMT-py writes to the caller's tensor.
     """
 
     peer = "OpenNMT-py GlobalAttention"

@@ -18,8 +18,8 @@ class ContentBasedAttention(Adapter):
 
     Call reset() before a batch, then forward(enc_states (B, S, E), enc_len (B,) in frames,
     dec_states (B, D)) at every step, which returns the output (B, output_dim) and the weights
-    (B, S). As in the peer, the first step after reset() projects the memory, and later steps reuse
-    the projection.
+    (B, S). As in SpeechBrain, the first step after reset() projects the memory, and later steps
+    reuse the projection.
     """
 
     peer = "SpeechBrain ContentBasedAttention"
@@ -81,7 +81,7 @@ class LocationAwareAttention(ContentBasedAttention):
 
     Used like `ContentBasedAttention`. The first step after reset() convolves uniform weights. The
     location term is added to the projection of the memory, so no tensor is larger than that. The
-    weights that a step passes to the next carry no gradient, as in the peer.
+    weights that a step passes to the next carry no gradient, as in SpeechBrain.
     """
 
     peer = "SpeechBrain LocationAwareAttention"

@@ -80,7 +80,10 @@ class _Mechanism(nn.Module):
 
     @beside_forward
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return context (B, E) and alignments (B, S). In TensorFlow: AttentionWrapper's task."""
+        """Return the context (B, E) and the alignments (B, S) of a query (B, D).
+
+        In TensorFlow the context is computed by AttentionWrapper.
+        """
         return self._attend(query)
 
     def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +100,8 @@ class TFALuongAttention(_Mechanism):
     """tfa.seq2seq.LuongAttention: the general score, with its matrix applied to the memory.
 
     Because of ``g (q . W m) = g (W^T q) . m`` the query is projected here. If ``memory_layer`` is
-    wrapped, it projects the memory as in the original. ``units`` must be the width of the query.
-    The parameter ``attention_g`` () exists with ``scale``.
+    wrapped (by hooks, LoRA, sharding), it projects the memory as in the original. ``units`` must be
+    the width of the query. The parameter ``attention_g`` () exists with ``scale``.
     """
 
     peer = "TensorFlow Addons LuongAttention"
