@@ -1,6 +1,6 @@
 # Tools run from .venv, which `make setup` creates with the interpreter PYTHON.
 PYTHON ?= python3
-# The version that the figures in DESIGN.md were measured with; pyproject.toml has the supported range.
+# The figures in DESIGN.md were measured with this version; pyproject.toml has the supported range.
 TORCH = torch==2.13.0
 
 BIN = .venv/bin

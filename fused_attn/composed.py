@@ -21,8 +21,8 @@ def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
 
     Each row sums to 1 and can contain exact zeros (Martins & Astudillo 2016, "From Softmax to
     Sparsemax", eq. 2). ``counts`` is a bool tensor that broadcasts to scores, True where a position
-    takes part; a row without such positions is 0. Returns the shape and dtype of scores. Can be
-    differentiated twice: within a support the result is linear in the scores,
+    takes part; a row without such positions is 0. The result has the shape and dtype of scores. It
+    can be differentiated twice: within a support it is linear in the scores,
     ``z - (sum z - 1) / size``.
     """
     if scores.shape[-1] == 0:
@@ -68,7 +68,7 @@ def attend_scores(
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:
-    """Log-sum-exp of scores over the last dimension; -inf for a row that is masked or empty."""
+    """Log-sum-exp of scores over the last dimension; -inf for rows that are empty or all -inf."""
     return reference.masked_softmax(scores, ~scores.isneginf())[1]
 
 

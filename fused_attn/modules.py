@@ -70,7 +70,7 @@ def _has_global_hooks() -> bool:
 
 
 def read_only(layer: nn.Module) -> str | None:
-    """Why the weights of ``layer`` are not plain parameters; None if they are.
+    """Why the weights of ``layer`` cannot be read and written as plain parameters, or None.
 
     Computed weights cannot be written, and may be those of the previous step when they are read.
     """

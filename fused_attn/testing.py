@@ -144,7 +144,7 @@ def _window(case: Case, draw: Callable[..., Tensor]) -> LocalWindow | None:
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
-    """Draw the inputs of ``case``. Scores have a standard deviation of about 2 for any widths."""
+    """Draw the inputs of ``case``. Scores have a spread of about 2, whatever the widths are."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:

@@ -14,10 +14,11 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class Adapter(nn.Module):
-    """A layer with a peer's constructor, parameters and forward, on our operators.
+    """A layer with the interface of another toolkit's layer, the peer, on our operators.
 
-    Parameters have the peer's names and shapes, so that its state_dict loads unchanged. Whatever
-    the peer does, rows whose positions are all masked give 0, and padding is never read.
+    It has the peer's constructor and forward. Its parameters have the peer's names and shapes, so
+    that the peer's state_dict loads unchanged. Other than in some peers, rows whose positions are
+    all masked give 0, and padding is never read.
     """
 
     peer: ClassVar[str]  # project and class, for messages
