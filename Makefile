@@ -1,6 +1,6 @@
-# Runs the tools of .venv, which `make setup` creates; PYTHON is the interpreter it is made from.
+# Tools run from .venv, which `make setup` creates with the interpreter PYTHON.
 PYTHON ?= python3
-# The version that the figures in DESIGN.md were measured with; pyproject.toml has the range.
+# The figures in DESIGN.md were measured with this version; pyproject.toml has the supported range.
 TORCH = torch==2.13.0
 
 BIN = .venv/bin
@@ -10,9 +10,9 @@ SETUP_STAMP = .venv/.setup-stamp
 BUILD_STAMP = build/.native-stamp
 NATIVE_SOURCES = CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# A compiler that is there must succeed; where there is none, the eager backend does the work.
+# If there is a C++ compiler, the native build must succeed. Without one, the eager backend is used.
 NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
-# Without the root of the checkout on sys.path, `import kernels` is not ours, as in an install.
+# Keep the root of the checkout off sys.path: as in an install, `import kernels` must not find ours.
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
@@ -20,17 +20,17 @@ TEST_ENV = PYTHONSAFEPATH=1
         lint-bans format wheel bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: $(SETUP_STAMP) ## make .venv and install the package into it, editable, with all extras
+setup: $(SETUP_STAMP) ## create .venv and install the package into it, editable, with all extras
 
 $(SETUP_STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo 'make setup: needs Python 3.11 or later with venv and pip (python3-venv)'; exit 1; }
+	  || { echo 'make setup needs Python 3.11 or later with venv and pip (python3-venv)'; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing $(TORCH) into .venv'
 	@$(PIP) install '$(TORCH)'
-	@echo 'building fused_attn and installing it into .venv, editable, with its extras'
+	@echo 'building fused_attn and installing it into .venv, editable, with all extras'
 	@$(NATIVE_ENV) $(PIP) install --editable '.[seq2seq,bench,test,dev]'
 	@mkdir -p build && touch $(BUILD_STAMP) $@
 
@@ -41,34 +41,34 @@ $(BUILD_STAMP): $(NATIVE_SOURCES) | $(SETUP_STAMP)
 	@$(NATIVE_ENV) $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# About two minutes of training on two cores; the whole recipe is `fused-attn train g2p`.
+# Trains for about two minutes on two cores; the full recipe is `fused-attn train g2p`.
 DEMO = runs/demo
 
-demo: setup build ## train the pronunciation model, show what it learned, compare with eager
+demo: setup build ## train the pronunciation model, show what it learned, compare with eager attention
 	@rm -rf $(DEMO)
 	$(BIN)/fused-attn train g2p --output $(DEMO) --hidden 128 --epochs 4 --lr 3e-3
 	$(BIN)/fused-attn evaluate $(DEMO) --limit 2000 --samples 10
 	$(BIN)/fused-attn predict $(DEMO) attention pronunciation --alignments $(DEMO)/alignment.png
-	@echo 'the alignments are drawn in $(DEMO)/alignment.png'
+	@echo 'alignments written to $(DEMO)/alignment.png'
 	$(BIN)/python -m benchmarks quick
 
 test: setup build ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
 
-# Makes its own environments; MATRIX has combinations and options, as in MATRIX='3.12/2.14.1 --strict'.
+# Creates its own environments. MATRIX takes combinations and options: MATRIX='3.12/2.14.1 --strict'.
 test-matrix: ## run the tests on other versions of torch and Python
 	@$(PYTHON) tests/matrix.py $(MATRIX)
 
-# Where there is no GPU they are interpreted, which takes long; `make test` runs a part of them.
+# Without a GPU the kernels run in Triton's interpreter, which is slow; `make test` runs only some.
 test-tiles: setup build ## run every tile variant of the Triton kernels
 	TILES=all $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_backends_tiles.py
 
-test-fuzz: setup build ## run the fuzz tests on many more calls, drawn anew
+test-fuzz: setup build ## run the fuzz tests on many more calls, with new random draws
 	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py
 
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
-# What enters the native module, but for peaks of memory: the sanitizer holds on to what is freed.
+# Tests that call the native module, except those of peak memory: the sanitizer delays frees.
 ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py \
              tests/test_native_tensors.py tests/test_ragged_memory.py tests/test_scores.py \
              tests/test_shapes_of_nothing.py
@@ -79,11 +79,8 @@ configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
   -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
   -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) >$(1).log || { cat $(1).log; exit 1; }
 
-# The package is copied beside the instrumented module, so that the normal build stays in place.
-# libstdc++ is preloaded too, or AddressSanitizer cannot intercept the exceptions of a module that
-# is loaded late. Python leaks on purpose at exit. --capture=sys lets a report through to the
-# terminal.
-# A directory of its own before .venv on the path. Its interpreter cannot count loops with NumPy 2.4.
+# Installed into its own directory, which goes ahead of .venv on the path. The interpreter of Triton
+# 3.6 cannot run loops with NumPy 2.4.
 OLDEST = triton==3.6.0
 OLDEST_SITE = build/$(subst ==,-,$(OLDEST))
 
@@ -96,10 +93,14 @@ test-triton-oldest: setup build $(OLDEST_SITE) ## run the Triton tests with the 
 
 AOT = benchmarks/results/aot
 
-aot: setup build ## compile every GPU kernel ahead of time and check what became of it
+aot: setup build ## compile every GPU kernel ahead of time and check the compiled code
 	$(BIN)/python -m benchmarks aot --output $(AOT)
 	$(TEST_ENV) $(BIN)/pytest tests/test_cuda_build.py
 
+# The package is copied next to the instrumented module, so that the normal build stays in place.
+# libstdc++ is preloaded too: otherwise AddressSanitizer cannot intercept the exceptions of a module
+# that is loaded late. Leak detection is off because Python leaks on purpose at exit. --capture=sys
+# lets sanitizer reports through to the terminal.
 test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(call configure,build/asan,address$(comma)undefined,-O1)
 	@$(BIN)/cmake --build build/asan
@@ -112,14 +113,13 @@ test-asan: setup ## run the native tests under AddressSanitizer and UndefinedBeh
 	  $(BIN)/pytest --capture=sys -k 'not never_holds and not leave_nothing_behind and not triton' \
 	    $(ASAN_TESTS)
 
-# The sanitizer needs its addresses where a system that spreads them widely does not leave them;
-# setarch turns that off, where it may.
+# ThreadSanitizer fails under strong address-space randomisation; setarch -R turns it off if allowed.
 test-tsan: setup ## run the threaded part of the native module under ThreadSanitizer
 	@$(call configure,build/tsan,thread,-O1)
 	@$(BIN)/cmake --build build/tsan --target threads_test
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/tsan/threads_test
 
-lint: lint-python lint-native lint-bans ## check style, types, C++ layout and the banned words
+lint: lint-python lint-native lint-bans ## check style, types, C++ formatting and banned constructs
 
 lint-python: setup
 	$(BIN)/ruff check .
@@ -138,20 +138,20 @@ lint-bans:
 	$(call ban,# *include *[<"](torch|ATen|c10)/,csrc,csrc/ knows no framework)
 	$(call ban,-march=native,CMakeLists.txt setup.py csrc,wheels run on other machines)
 
-format: setup ## lay out the sources as `make lint` wants them
+format: setup ## format the sources as `make lint` expects
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: setup ## build the sdist, and from it the wheel, into dist/
+wheel: setup ## build the sdist, and the wheel from it, into dist/
 	FUSED_ATTN_REQUIRE_NATIVE=1 $(BIN)/python -m build --outdir dist
 
-# With that interpreter as it is: no virtual environment, and nothing is downloaded.
-gpu-check: ## on a machine with a GPU: build, test and measure there, in 8 minutes
+# Uses PYTHON as it is: no virtual environment, no downloads.
+gpu-check: ## on a machine with a GPU: build, test and measure in 8 minutes
 	@$(PYTHON) benchmarks/gpu_check.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--output $(OUT))
 
-bench: setup build ## measure the short suite, and say what got worse than this machine's baseline
+bench: setup build ## run the short benchmark suite and report regressions from this machine's baseline
 	$(BIN)/python -m benchmarks quick --check
 
-clean: ## remove what was built, but not .venv
+clean: ## remove build outputs, but not .venv
 	rm -rf build dist fused_attn.egg-info fused_attn/_C.*.so fused_attn/_native_build_error.txt

@@ -1,9 +1,9 @@
 """Build fused_attn: CMake compiles the native module, setuptools packages it.
 
-Metadata is in pyproject.toml. Nothing here imports torch or triton, so that an isolated build
-needs neither. Without a working C++ toolchain the package still installs, on its eager backend,
-and the reason is left inside the package for ``fused-attn info``; set FUSED_ATTN_REQUIRE_NATIVE=1
-at build time to make that an error instead.
+Metadata is in pyproject.toml. Nothing here imports torch or triton, so an isolated build needs
+neither. If the native module cannot be compiled, the package still installs and falls back to its
+eager backend; ``fused-attn info`` then reports the reason, which is stored inside the package. Set
+FUSED_ATTN_REQUIRE_NATIVE=1 at build time to make a failed compilation an error.
 """
 
 import os
@@ -23,7 +23,7 @@ REASON_FILE = "_native_build_error.txt"  # fused_attn/backends/cpu.py reads it
 
 
 class CMakeExtension(Extension):
-    """A module that CMakeLists.txt knows how to build and install."""
+    """An extension module that CMakeLists.txt builds and installs."""
 
     def __init__(self, name: str) -> None:
         optional = os.environ.get("FUSED_ATTN_REQUIRE_NATIVE", "0") in ("", "0")
@@ -42,11 +42,11 @@ class CMakeBuild(build_ext):
         except CompileError as error:
             reason_file.write_text(f"{error}\n", encoding="utf-8")
             if ext.optional:
-                self.warn("fused_attn is built without its native module, for its eager backend")
+                self.warn("fused_attn is built without its native module and uses eager attention")
             raise
 
     def copy_extensions_to_source(self) -> None:
-        """Bring the outcome of an in-place build, module or reason, into the source tree."""
+        """Copy the result of an in-place build, the module or the reason, to the source tree."""
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
@@ -64,15 +64,15 @@ def run_cmake(install_prefix: Path) -> None:
     import pybind11
 
     program = Path(cmake.CMAKE_BIN_DIR, "cmake")
-    # One directory per interpreter, kept between builds: an isolated build has new paths to its
-    # tools each time, but no kernel sees them, so those are not compiled again.
+    # One directory per interpreter, kept between builds. The paths of the tools change with each
+    # isolated build, but the kernels do not depend on them and are not compiled again.
     build_dir = ROOT / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     configure = [
         *(program, "-S", ROOT, "-B", build_dir, "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        "-DFUSED_ATTN_CUDA=AUTO",  # or a build that failed with CUDA would leave it off for ever
+        "-DFUSED_ATTN_CUDA=AUTO",  # otherwise OFF stays in the cache after a failed CUDA build
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     try:
@@ -80,7 +80,7 @@ def run_cmake(install_prefix: Path) -> None:
     except CompileError:
         if not build_dir.exists():
             raise
-        shutil.rmtree(build_dir)  # its cache may name a compiler or a checkout that has moved
+        shutil.rmtree(build_dir)  # its cache may hold the path of a moved compiler or checkout
         run_step("configuring", configure)
     compile_step = [program, "--build", build_dir]
     try:
@@ -88,8 +88,8 @@ def run_cmake(install_prefix: Path) -> None:
     except CompileError:
         if not compiles_cuda_by_chance(build_dir):
             raise
-        # nvcc passed CMake's test and failed on the sources. The CPU must not suffer from it.
-        why = "compiling with it failed; the output of the build says how"
+        # nvcc passed CMake's check but failed on our sources: build the CPU code without it.
+        why = "compiling the CUDA sources failed, see the output of the build"
         run_step(
             "configuring", [*configure, "-DFUSED_ATTN_CUDA=OFF", f"-DFUSED_ATTN_CUDA_WHY={why}"]
         )
@@ -98,7 +98,7 @@ def run_cmake(install_prefix: Path) -> None:
 
 
 def compiles_cuda_by_chance(build_dir: Path) -> bool:
-    """Whether the build uses nvcc because it is there, and not because someone asked for it."""
+    """Whether the build uses nvcc because it was found, and not because the user asked for it."""
     cache = (build_dir / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
     return {"FUSED_ATTN_CUDA:STRING=AUTO", "FUSED_ATTN_CUDA_MISSING:INTERNAL="} <= set(cache)
 

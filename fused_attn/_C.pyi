@@ -1,4 +1,4 @@
-"""The native module: csrc/module.cpp."""
+"""The native module, defined in csrc/module.cpp."""
 
 from types import ModuleType
 from typing import TypedDict
@@ -8,9 +8,9 @@ from torch import Tensor
 from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 class CudaBuild(TypedDict):
-    missing: str | None  # why there is no CUDA in it
+    missing: str | None  # why it has no CUDA code
     toolkit: str | None
-    architectures: list[str]  # as CMake names them
+    architectures: list[str]  # in CMake's notation
 
 def bind_torch(torch: ModuleType) -> None: ...
 def cpu_isa() -> str: ...
@@ -85,7 +85,7 @@ def concat_scores_backward(
     /,
 ) -> Gradients: ...
 
-# Only where cuda_build()["missing"] is None.
+# These exist only if cuda_build()["missing"] is None.
 def cuda_dot_forward(
     query: Tensor,
     memory: Tensor,

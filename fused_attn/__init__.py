@@ -1,7 +1,7 @@
-"""Fused Luong attention for PyTorch, and the RNN sequence-to-sequence toolkit built on it.
+"""Fused Luong attention for PyTorch, and an RNN sequence-to-sequence toolkit built on it.
 
-The public names are loaded on first use, so that ``import fused_attn`` costs nothing and the
-command line can answer ``--help`` without importing torch.
+Public names are imported on first use: ``import fused_attn`` is cheap, and the command line answers
+``--help`` without importing torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fused_attn' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value  # the next access no longer comes here
+    globals()[name] = value  # later accesses find it there
     return value
 
 

@@ -1,4 +1,4 @@
-"""The module: parameters, and one call of the operator.
+"""`LuongAttention`: the layer with its parameters, around one call of an attention operator.
 
 Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation".
 """
@@ -31,41 +31,47 @@ from fused_attn.reference import (
 
 
 class LuongAttention(nn.Module):
-    """Attention of decoder states over encoder states, with the score of your choice.
+    """Attention of decoder states over encoder states (Luong et al. 2015).
+
+    Shapes: B batch, T queries (decoder steps), S source positions.
 
     Args:
         query_dim: width D of the query, the decoder state h_t.
-        memory_dim: width E of the memory, the encoder states h_s; query_dim if None.
-        score: "dot" (needs D = E), "general", "concat", or "location", softmax(W_a h_t), which does
-            not look at the memory (eq. 8 and the text below it).
-        attn_dim: width A of the concat score; memory_dim if None.
-        output_dim: None returns the context c_t. A width returns the attentional state
-            h~_t = tanh(W_c [c_t; h_t]) of that width (eq. 5 of the paper).
-        bias: give the query projection of "general", "concat" or "location" a bias.
-        scale: number the scores are multiplied with, 1 over a temperature; "learned" makes it a
-            parameter that starts at 1.
-        local: None looks at all positions; "monotonic" at a window around p_t = t (local-m);
-            "predictive" around p_t = S sigmoid(v_p^T tanh(W_p h_t)), with the weights times a
-            Gaussian of sigma = window / 2 (local-p, eq. 9 and 10).
-        window: half-width D of local attention, in positions.
-        dropout: probability of dropping an alignment weight while training.
-        normalizer: "softmax", or "sparsemax" for weights that are exactly 0 where little counts.
-        weight_norm: concat with ``g v / |v|`` for v (Salimans & Kingma 2016), as the normalised
-            Bahdanau attention of TensorFlow and GNMT has it, there with bias=True.
-        layer_norm: concat with both projections layer-normalised (Ba et al. 2016) before they are
-            added, as Marian has it.
-        coverage: concat with a term of the sum of the weights so far (See et al. 2017, eq. 11).
-        conv_channels, conv_width: concat with a term of a convolution of the previous weights
-            (location-aware, Chorowski et al. 2015, eq. 8 and 9); 0 channels for none.
-        max_source: the longest source that score "location" may meet.
-        backend: "auto", or the name of a backend.
-        device, dtype: of the parameters.
+        memory_dim: width E of the memory, the encoder states h_s. Defaults to query_dim.
+        score: "dot" (requires D = E), "general", "concat" or "location" (eq. 8 and the text below
+            it). "location" is softmax(W_a h_t): its scores do not depend on the memory.
+        attn_dim: width A of the concat score. Defaults to memory_dim.
+        output_dim: if None, the layer returns the context c_t. If an int, it returns the
+            attentional state h~_t = tanh(W_c [c_t; h_t]) of that width (eq. 5).
+        bias: adds a bias to the query projection of "general", "concat" or "location".
+        scale: factor of the scores (the inverse of a temperature). "learned" makes it a parameter,
+            initialised to 1.
+        local: None attends to all positions. "monotonic" attends to a window around p_t = t
+            (local-m). "predictive" attends to a window around p_t = S sigmoid(v_p^T tanh(W_p h_t))
+            and multiplies the weights by a Gaussian with sigma = window / 2 (local-p, eq. 9, 10).
+        window: half-width D of the window of local attention, in positions.
+        dropout: probability of dropping an alignment weight in training mode.
+        normalizer: "softmax", or "sparsemax", which sets small weights to exactly 0.
+        weight_norm: concat only: replaces v by ``g v / |v|`` (Salimans & Kingma 2016). The
+            normalised Bahdanau attention of TensorFlow and GNMT is this with bias=True.
+        layer_norm: concat only: applies layer normalisation (Ba et al. 2016) to both projections
+            before they are added, as Marian does.
+        coverage: concat only: adds a term for the sum of the weights of all previous steps
+            (See et al. 2017, eq. 11).
+        conv_channels, conv_width: concat only: adds a term for a convolution of the previous
+            step's weights (location-aware attention, Chorowski et al. 2015, eq. 8 and 9). With 0
+            channels there is no such term.
+        max_source: the maximum source length S, required by score "location".
+        backend: "auto", "cpu", "cuda", "triton" or "eager".
+        device, dtype: device and dtype of the parameters.
 
-    Parameters: ``query_proj.weight`` (general: (E, D), so that W_a is its transpose; concat:
+    Parameters, by option: ``query_proj.weight`` (general: (E, D), the transpose of W_a; concat:
     (A, D); location: (max_source, D)), ``memory_proj.weight`` (concat: (A, E)), ``v`` (concat:
-    (A,)) and ``output_proj.weight`` (output_dim, E + D); with the options ``scale`` (), ``g`` (),
+    (A,)), ``output_proj.weight`` (output_dim, E + D), ``scale`` (), ``g`` (),
     ``query_proj.norm.weight``, ``memory_proj.norm.weight`` and ``memory_proj.norm.bias`` (A,),
-    ``position.*`` (`PredictedPosition`) and ``history.*`` (`AlignmentHistory`).
+    ``position.*`` (see `PredictedPosition`) and ``history.*`` (see `AlignmentHistory`).
+
+    Raises TypeError or ValueError if an option is invalid or does not fit the others.
     """
 
     def __init__(
@@ -143,9 +149,9 @@ class LuongAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters again: the projections as `nn.Linear` does, v as one row of it.
+        """Reinitialise the parameters: projections like `nn.Linear`, v like a row of its weight.
 
-        A learned scale starts at 1, the gain of a normalised v at 1 / sqrt(A).
+        A learned scale is set to 1, and the gain g of a normalised v to 1 / sqrt(A).
         """
         for name in ("query_proj", "memory_proj", "output_proj", "position", "history"):
             part = getattr(self, name, None)
@@ -166,9 +172,10 @@ class LuongAttention(nn.Module):
         memory_lengths: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> PreparedMemory:
-        """Do once what every step of a decoder would do again: checks, projection, exponentials.
+        """Do the work that is the same in every decoder step: checks, projection, exponentials.
 
-        Arguments as in `forward`. Returns a `PreparedMemory` to pass in place of the memory.
+        Takes the arguments of `forward`. Returns a `PreparedMemory` to pass as ``memory`` to
+        `forward`, without lengths and mask.
         """
         states, memory_lengths = checks.padded(memory, memory_lengths)
         (states,) = checks.autocast(states)
@@ -198,23 +205,24 @@ class LuongAttention(nn.Module):
         previous_weights: Tensor | None = None,
         return_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Attend from ``query`` to ``memory``.
 
-        query: (B, T, D) decoder states, or (B, D) for one step, or (B, K, D) for K beams.
-        memory: (B, S, E) encoder states, or what `prepare_memory` made of them; or a
-            `PackedSequence` or jagged nested tensor, which bring their lengths.
-        memory_lengths: int (B,), 0..S; memory_mask: bool (B, S), (B, 1, S) or (B, T, S),
-            **True = attend**. Neither goes with a prepared memory, which holds its own.
-        positions: for local="monotonic", the step t of each query, from 0: an int for all, or a
-            tensor that broadcasts to (B, T). None counts the queries of a (B, T, D).
-        coverage, previous_weights: for the options of that name, (B, S) of a step or (B, T, S) of a
-            history for each query: the sum of the weights of all steps before, and those of the
-            step before. None before the first step.
+        query: decoder states (B, T, D), (B, D) for one step, or (B, K, D) for K beams.
+        memory: encoder states (B, S, E), or a `PackedSequence` or jagged nested tensor, which carry
+            their own lengths, or the `PreparedMemory` that `prepare_memory` returned.
+        memory_lengths: integers (B,) in 0..S. memory_mask: bool (B, S), (B, 1, S) or (B, T, S),
+            **True = attend**. Both must be None with a `PreparedMemory`, which has its own.
+        positions: for local="monotonic", the decoder step t of each query, counted from 0: one int,
+            or a tensor that broadcasts to (B, T). None means 0..T-1; a 2-D query needs a value.
+        coverage, previous_weights: (B, S) for one step, or (B, T, S) with one history per query.
+            coverage (option coverage) is the sum of the weights of all previous steps;
+            previous_weights (option conv_channels) are the weights of the previous step. None at
+            the first step.
         return_weights: whether to return the alignment weights.
 
         Returns the context (B, T, E), or the attentional state (B, T, output_dim), and the weights
-        (B, T, S) or None; without the T for a 2-D query. Raises TypeError or ValueError that names
-        the argument, what was expected and what came.
+        (B, T, S) or None. For a 2-D query the results have no T dimension. Raises TypeError for a
+        wrong type or dtype, and ValueError for a wrong shape, device or value.
         """
         memory_exp: Tensor | None
         memory_proj: Tensor | None
@@ -239,7 +247,10 @@ class LuongAttention(nn.Module):
                     return self._attend_rows(query, rows, return_weights)
                 states, memory_lengths = checks.padded(memory, memory_lengths)
         if positions is not None and self.local != "monotonic":
-            raise ValueError("positions belong to local='monotonic', got them without it")
+            raise ValueError(
+                "positions must be None unless local='monotonic', got them with "
+                f"local={self.local!r}"
+            )
         dropout_p = self.dropout if self.training else 0.0
         v = self._vector() if self.score == "concat" else None
         masking: MaskingFields
@@ -273,7 +284,7 @@ class LuongAttention(nn.Module):
     def _attend_rows(
         self, query: Tensor, rows: ragged.Rows, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` of a jagged memory that need not be padded."""
+        """`forward` for a jagged memory that does not have to be padded."""
         v = self._vector() if self.score == "concat" else None
         query, values, v = checks.autocast(query, rows.values, v)
         rows = rows._replace(values=values)
@@ -304,11 +315,12 @@ class LuongAttention(nn.Module):
         *,
         positions: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores before the normaliser, and their log-sum-exp.
+        """The scaled scores before the normalizer, and their log-sum-exp.
 
-        Arguments as in `forward`. Returns scores (B, T, S), scaled, -inf where a position does not
-        count, and log-sum-exp (B, T), in the dtype of the arithmetic; without the T for a 2-D
-        query. No history: see `forward` for a layer that has one.
+        Takes query, memory, lengths, mask and positions as `forward` does. There is no coverage or
+        location term. Returns the scores (B, T, S), -inf at masked positions, and the log-sum-exp
+        (B, T), both in float32 (float64 for float64). For a 2-D query the results have no T
+        dimension. Raises the same errors as `forward`.
         """
         states: Any
         prepared = memory if isinstance(memory, PreparedMemory) else None
@@ -347,8 +359,8 @@ class LuongAttention(nn.Module):
         if coverage is not None or previous_weights is not None:
             if self.history is None:
                 raise ValueError(
-                    "coverage and previous_weights belong to a layer made with coverage=True or "
-                    "conv_channels, got them without it"
+                    "coverage and previous_weights must be None unless the layer was created with "
+                    "coverage=True or conv_channels"
                 )
             operands, queries = fold_history(self.history, operands, coverage, previous_weights)
             scored, _, _, v, states, masking = operands
@@ -366,14 +378,14 @@ class LuongAttention(nn.Module):
             context, weights = functional.attend_concat(*arguments)
         if queries is None:
             return context, weights
-        # Sizes in full: of no elements torch cannot tell what a -1 is.
+        # All sizes are given: torch cannot infer a -1 for a tensor without elements.
         unfolded = None if weights is None else weights.reshape(batch, queries, weights.shape[-1])
         return context.reshape(batch, queries, context.shape[-1]), unfolded
 
     def _scored(self, query: Tensor, states: Tensor) -> Tensor:
-        """What is scored in place of the query: its projection, where the score has one.
+        """The query as the score uses it: projected, unless the score is "dot".
 
-        Of the location score these are the scores, of which the first S count.
+        For "location" these are already the scores, cut to the first S.
         """
         if self.score == "dot":
             return query
@@ -385,7 +397,7 @@ class LuongAttention(nn.Module):
                 f"memory must have S <= max_source = {self.max_source}, got S={source}"
             )
         weight = modules.readable_weight(self.query_proj)
-        if weight is None:  # called as a whole: what wraps it may need that
+        if weight is None:  # a wrapped module must be called, with all of its outputs
             return modules.project(self.query_proj, query, "query")[..., :source]
         bias = self.query_proj.bias
         rows = (weight[:source], None if bias is None else bias[:source])
@@ -400,7 +412,7 @@ class LuongAttention(nn.Module):
         states: Tensor,
         masking: MaskingFields,
     ) -> Tensor:
-        """Scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+        """Scores (B, T, S) in the dtype of the arithmetic, -inf at masked positions."""
         if scored.dim() == 2:
             scored = scored.unsqueeze(1)
         if v is not None:
@@ -417,7 +429,7 @@ class LuongAttention(nn.Module):
         return tensor if scale == 1.0 else tensor * scale
 
     def _vector(self) -> Tensor:
-        """v of the concat score, with its gain and scale: ``scale g v / |v|``."""
+        """v of the concat score with gain and scale: ``scale g v / |v|``."""
         v = self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
         return self._scaled(v)
 
@@ -445,11 +457,12 @@ class LuongAttention(nn.Module):
         positions: int | Tensor | None = None,
         return_weights: bool = True,
     ) -> None:
-        """Run once what calls of these shapes run, so that a CUDA graph can capture the next one.
+        """Run one call of these shapes, so that a CUDA graph can capture later ones.
 
-        Arguments as in `forward`, on the device where it will run. Compiles and loads kernels for
-        the forward and, where gradients would flow, for the backward. The results are dropped:
-        no gradient is accumulated and no random state moves.
+        Takes the arguments of `forward`, on the device where it will run. Compiles and loads the
+        kernels of the forward pass and, if an input or parameter requires a gradient, of the
+        backward pass. The results are discarded: no gradient is accumulated, and the state of the
+        random number generators does not change.
         """
         wanted = {"positions": positions, "return_weights": return_weights}
         warm_up.run(self, query, memory, (memory_lengths, memory_mask), wanted)

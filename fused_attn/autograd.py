@@ -1,15 +1,15 @@
-"""The derivatives of the operators: what is saved, which gradients come back, and when a call is
-composed instead.
+"""The derivatives of the operators: what is saved, which gradients are computed, and when a call is
+composed of ATen operators instead.
 
-The dispatcher finds the derivative under the operator's name: a graph that holds the operator
-trains, whoever made it. Saved for backward are the inputs, the context, the log-sum-exp, and the
-weights if they were returned; without those the scores are computed again. Only those gradients are
-computed that somebody needs. The backward operators have derivatives too: they are composed of ATen
-operators then, as everything is under a transform of torch.func, in forward mode, and in a trace
-for ONNX or TorchScript.
+Derivatives are registered with the dispatcher under the operator's name, so that any graph which
+holds the operator can be trained. The inputs, the context and the log-sum-exp are saved for
+backward, and the weights if they were returned; otherwise backward recomputes the scores. Only the
+gradients that are needed are computed. The backward operators have derivatives too, by composition
+of ATen operators. Calls are composed in the same way under torch.func transforms, in forward-mode
+AD, and in traces for ONNX or TorchScript.
 
-A call on ordinary tensors that nobody watches does not pass the dispatcher, which would take longer
-than a small problem does.
+A call on ordinary tensors, with no mode or compiler active, bypasses the dispatcher, which would
+take longer than a small problem.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from fused_attn.reference import MaskingFields
 DIRECT, OPERATOR, COMPOSED = range(3)
 
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
-# Whether a transform of torch.func (vmap, grad, jvp) is under way. A compiler knows it too.
+# Whether a torch.func transform (vmap, grad, jvp) is active. torch.compile can trace this call.
 _transformed: Any = torch._C._are_functorch_transforms_active
 _modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
 _function_modes: Any = torch._C._len_torch_function_stack
 _trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
 _profiled: Any = torch._C._autograd._profiler_enabled
-# Whether all are ordinary tensors that a backend can read by their pointers, or None. Without the
-# native module nothing is in a hurry.
+# Whether every argument is None or an ordinary tensor, whose pointer a backend can read. Without
+# the native module there is no fast path, and the answer is always no.
 _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
 
 
 def route() -> int:
     """How a call has to be made. Takes 0.4 us.
 
-    ``COMPOSED`` of ATen operators, under a transform, in forward mode, and in a trace for ONNX or
-    TorchScript; as an ``OPERATOR`` where a compiler, a mode or a profiler looks; else ``DIRECT``.
+    ``COMPOSED`` (of ATen operators) under a torch.func transform, in forward-mode AD and in a trace
+    for ONNX or TorchScript. ``OPERATOR`` (through the dispatcher) under a compiler, a dispatch or
+    function mode, or a profiler. Otherwise ``DIRECT``.
     """
     if torch.compiler.is_compiling():
         is_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
@@ -56,7 +57,7 @@ def route() -> int:
 
 
 def _is_batched(grad: Tensor | None) -> bool:
-    """Of ``is_grads_batched=True``, which is no transform of torch.func."""
+    """Whether grad comes from ``is_grads_batched=True``, which is not a torch.func transform."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -65,22 +66,22 @@ def _is_transformed() -> bool:
 
 
 class Operator(NamedTuple):
-    """A forward operator and its backward, with the functions behind them."""
+    """A forward operator and its backward operator, with the functions that implement them."""
 
     forward: Any
     run: Callable[..., Any]
     compose: Callable[..., Any]
     backward: Any
     run_backward: Callable[..., Any]
-    inputs: int  # arguments in front of memory_lengths and memory_mask
-    differentiable: tuple[int, ...]  # arguments that may have a gradient; the last are the centers
-    gradients: tuple[int, ...]  # where those lie in what `_Differentiated.backward` returns
-    tensors: tuple[int, ...]  # arguments that may be tensors
-    options: tuple[int, int]  # keep_mask and centers, or beyond all arguments
-    defaults: tuple[Any, ...]  # of all arguments
+    inputs: int  # the number of arguments before memory_lengths and memory_mask
+    differentiable: tuple[int, ...]  # indices of the arguments that may have a gradient
+    gradients: tuple[int, ...]  # their indices in the result of `_Differentiated.backward`
+    tensors: tuple[int, ...]  # indices of the arguments that may be tensors
+    options: tuple[int, int]  # indices of keep_mask and centers; past the end if there are none
+    defaults: tuple[Any, ...]  # the default value of every argument
 
     def backward_composed(self, arguments: tuple[Any, ...], **named: Any) -> Any:
-        """The backward of ATen's operators, which have derivatives and transforms."""
+        """The backward pass composed of ATen operators: supports derivatives and transforms."""
         names = (argument.name for argument in self.backward._schema.arguments)
         given = dict(zip(names, arguments, strict=False)) | named
         return self.run_backward(**given | {"backend": "eager"})
@@ -124,16 +125,16 @@ SCORES = _operator(
 
 
 class _Differentiated(torch.autograd.Function):
-    """An operator whose inputs want a gradient.
+    """A call of an operator with inputs that require a gradient.
 
-    ``direct`` says that its function may be called on these arguments, without the dispatcher.
+    ``direct`` allows calling the implementation itself, without the dispatcher.
     """
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, direct: bool, *arguments: Any) -> Any:
         masks = operator.inputs
         lengths, mask = arguments[masks : masks + 2]
-        # Copies, so that a mask may be changed for the next call before this one's backward.
+        # Clones, so that the caller may change lengths and mask before backward runs.
         lengths = lengths if lengths is None else lengths.clone()
         mask = mask if mask is None else mask.clone()
         rest = arguments[masks + 2 :]
@@ -149,7 +150,7 @@ class _Differentiated(torch.autograd.Function):
         keep, centers = operator.options
         if len(arguments) > keep:
             outputs = (*outputs, arguments[keep], arguments[centers])
-            # They are saved as tensors; the rest begins behind the two results asked for.
+            # These two are saved as tensors. ``rest`` starts after the two return flags.
             kept = [*rest]
             kept[keep - masks - 4] = kept[centers - masks - 4] = None
             rest = tuple(kept)
@@ -179,11 +180,11 @@ class _Differentiated(torch.autograd.Function):
             *(*grads, *saved[:masks], *saved[masks + 2 : after], wanted),
             *(*saved[masks : masks + 2], *rest),
         )
-        # With create_graph=True these gradients have derivatives, which the operator knows.
+        # With create_graph=True the gradients need derivatives, which only the operator has.
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
-        direct = direct and _are_plain(*grads, *saved)  # a hook may have unpacked them
+        direct = direct and _are_plain(*grads, *saved)  # a saved-tensor hook may return any tensor
         if not direct and (_is_transformed() or any(map(_is_batched, grads))):
-            found = operator.backward_composed(called)  # of a graph from before the transform
+            found = operator.backward_composed(called)  # the graph is older than the transform
         else:
             found = _run(operator.backward, operator.run_backward, direct, called)
         for i, grad in zip(operator.gradients, found, strict=True):
@@ -193,12 +194,12 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _returned(ctx: Any, outputs: tuple[Any, ...]) -> Any:
-    """Of context, weights and log-sum-exp those that were asked for."""
+    """Those of context, weights and log-sum-exp that were requested."""
     context, weights, logsumexp = outputs
     returns_weights, returns_logsumexp = ctx.returns
     if not returns_weights and not returns_logsumexp:
         return context
-    ctx.set_materialize_grads(False)  # some of them may get no gradient
+    ctx.set_materialize_grads(False)  # some results may get no gradient
     if not returns_logsumexp:
         return context, weights
     return (context, weights, logsumexp) if returns_weights else (context, logsumexp)
@@ -214,7 +215,7 @@ def _seeds(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
 def _run(operator: Any, run: Callable[..., Any], direct: bool, arguments: Any) -> Any:
     if direct:
         return run(*arguments)
-    if torch.is_grad_enabled():  # the backward, differentiated
+    if torch.is_grad_enabled():  # a backward pass that is differentiated itself
         return operator(*arguments)
     with _below_autograd():
         return operator(*arguments)
@@ -231,7 +232,7 @@ def _needs_grad(operator: Operator, arguments: tuple[Any, ...]) -> bool:
 
 
 def _differentiated(operator: Operator, direct: bool, arguments: tuple[Any, ...]) -> Any:
-    """Results as the operator returns them."""
+    """Run `_Differentiated` and return its results in the form of the operator's."""
     found = _Differentiated.apply(operator, direct, *arguments)
     if operator is SCORES:
         return found
@@ -246,10 +247,10 @@ def _differentiated(operator: Operator, direct: bool, arguments: tuple[Any, ...]
 
 
 def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-    """Call an operator on checked arguments, in the cheapest way that is right here.
+    """Call an operator on checked arguments, in the cheapest way that `route` allows.
 
-    The arguments are those of its schema, of which the last may be left out, and ``tensors`` are
-    all tensors among them.
+    ``arguments`` follow the operator's schema; trailing ones may be left out. ``tensors`` are all
+    tensors among them.
     """
     how = route()
     if how == DIRECT and not _are_plain(*tensors):
@@ -264,12 +265,12 @@ def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
         return operator.run(*arguments)
     if how == OPERATOR:
         return operator.forward(*arguments)
-    check_bounds(arguments[operator.inputs], arguments[1])  # which a backend would have checked
+    check_bounds(arguments[operator.inputs], arguments[1])  # otherwise done by the backend
     return operator.compose(*arguments)
 
 
 def _options(masking: MaskingFields, backend: str) -> tuple[Any, ...]:
-    """The last arguments of an operator, none of them where all are the schema's defaults."""
+    """The last arguments of an operator; empty if all of them have the schema's defaults."""
     _, _, keep, keep_scale, window = masking
     if window is None and keep is None and backend == "auto":
         return ()
@@ -284,7 +285,7 @@ def dot_attention(
     return_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Dot attention on checked arguments: (context, weights or None)."""
+    """Dot attention on checked arguments. Returns (context, weights or None)."""
     lengths, mask, keep, _, window = masking
     centers = None if window is None else window[0]
     how = route()
@@ -293,7 +294,7 @@ def dot_attention(
             query.requires_grad
             or memory.requires_grad
             or (centers is not None and centers.requires_grad)
-        ):  # the way of a decoder, whose steps are short: nothing between here and the backend
+        ):  # decoding steps are short: nothing else runs between here and the backend
             chosen = ops.select(query, memory, "dot", backend, windowed=window is not None)
             outputs = chosen.dot_forward(query, memory, scale, masking, return_weights, False)
             return outputs[0], outputs[1]
@@ -314,9 +315,9 @@ def concat_attention(
     return_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Concat attention on checked projections: (context, weights or None).
+    """Concat attention on checked projections. Returns (context, weights or None).
 
-    ``memory_exp`` (B, S, A) may hold `exponentials` of ``memory_proj``; it carries no gradient.
+    ``memory_exp`` (B, S, A) may hold the `exponentials` of ``memory_proj``; it gets no gradient.
     """
     lengths, mask, keep, _, window = masking
     inputs = (query_proj, memory_proj, memory_exp, v, memory)
@@ -340,7 +341,7 @@ def concat_scores(
 ) -> Tensor:
     """Concat scores of checked projections: (B, T, S) in the dtype of the arithmetic.
 
-    -inf where a position does not count.
+    Masked positions are -inf.
     """
     inputs = (query_proj, memory_proj, memory_exp, v, memory_lengths, memory_mask)
     result: Tensor = call(SCORES, inputs, *inputs, backend)
@@ -348,7 +349,7 @@ def concat_scores(
 
 
 def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
-    """What `torch.func.vmap` makes of an operator that it meets by name: a call an example."""
+    """The vmap rule of an operator that is called by name: one call per example."""
     found = []
     for index in range(info.batch_size):
         given = (
@@ -365,7 +366,7 @@ def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 
 def _register(operator: Operator) -> None:
-    """Give the operator and its backward their derivatives, for everybody who calls them."""
+    """Register the derivatives of the operator and of its backward with the dispatcher."""
     names = [argument.name for argument in operator.forward._schema.arguments]
 
     def forward(*given: Any, **named: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Every check of an argument: what it may be, and the sentence that says what it was instead.
+"""The checks of arguments and their error messages.
 
-A call that is as it mostly is passes `is_usual` at once; any other goes through the checks, which
-raise TypeError or ValueError and name the argument, what was expected and what came.
+A common call is accepted by the fast check `is_usual`. Any other call goes through the checks
+below, which raise TypeError or ValueError with the name of the argument, what was expected and what
+was given.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fused_attn.reference import LocalWindow, Masking, arithmetic_dtype, pad_row
 
 _KNOWN_BACKENDS = frozenset(backends.REQUESTS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Without the native module nothing is in a hurry: all calls go through the checks.
+# Without the native module there is no fast path: all calls go through the checks.
 _is_usual: Any = cpu.native.is_usual if cpu.native is not None else lambda *call: False
 _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -33,10 +34,11 @@ def is_usual(
     window: LocalWindow | None,
     dropout_p: float,
 ) -> bool:
-    """Whether the checks below would accept these, widths aside, and change nothing.
+    """Whether the checks below would accept these arguments unchanged, apart from their widths.
 
-    They say what is wrong, and together take as long as a decoding step of eager attention; this
-    takes a tenth of that. False decides nothing: the checks must follow. Only for the CPU.
+    The checks together take as long as a decoding step of eager attention; this takes a tenth of
+    that. False does not mean that an argument is wrong: the checks must follow, and say what is.
+    Always False for tensors that are not on the CPU.
     """
     if window is not None or dropout_p != 0.0 or torch.is_autocast_enabled("cpu"):
         return False
@@ -46,7 +48,7 @@ def is_usual(
 
 
 def is_plain(tensor: Tensor, dtype: torch.dtype, dims: int) -> bool:
-    """Whether this is an ordinary tensor on the CPU, of that dtype and number of dimensions."""
+    """Whether this is an ordinary CPU tensor with that dtype and number of dimensions."""
     return (
         tensor is not None
         and not torch.compiler.is_compiling()
@@ -58,23 +60,23 @@ def is_plain(tensor: Tensor, dtype: torch.dtype, dims: int) -> bool:
 
 
 def padded(memory: Any, memory_lengths: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Return a memory of rows of different lengths as (B, S, E) and lengths; any other as it is.
+    """Return a ragged memory as a padded (B, S, E) with lengths, and any other unchanged.
 
-    Such is a `PackedSequence`, as torch.nn's recurrent layers return it (its order undone), and a
-    nested tensor of jagged layout (B, j, E).
+    A ragged memory is a `PackedSequence`, as torch.nn's recurrent layers return it (the rows come
+    back in the original order), or a nested tensor (B, j, E) with jagged layout.
     """
     is_packed = isinstance(memory, PackedSequence)
     if not is_packed and not (isinstance(memory, Tensor) and memory.is_nested):
         return memory, memory_lengths
     kind = "a PackedSequence" if is_packed else "a nested Tensor"
     if memory_lengths is not None:
-        raise ValueError(f"memory_lengths must be None with {kind} as memory, which has its own")
+        raise ValueError(f"memory_lengths must be None if memory is {kind}, which has its own")
     if is_packed:
         rows, lengths = pad_packed_sequence(memory, batch_first=True)
         return rows, lengths.to(rows.device)
     if memory.layout is not torch.jagged or memory.dim() != 3:
         raise TypeError(
-            "memory must have the jagged layout and shape (B, j, E) if it is nested, got "
+            "a nested memory must have the jagged layout and shape (B, j, E), got "
             f"{memory.layout} and {memory.dim()} dimensions"
         )
     with_holes = memory.lengths()
@@ -88,14 +90,14 @@ def padded(memory: Any, memory_lengths: Tensor | None) -> tuple[Any, Tensor | No
 
 
 def _knows_longest(memory: Any) -> bool:
-    """Whether a jagged tensor knows its longest sequence; torch pads others to the rows of all."""
+    """Whether a jagged tensor stores its maximum length; torch pads others to the total length."""
     return getattr(memory, "_max_seqlen_tensor", None) is not None
 
 
 def autocast(*tensors: Any) -> Any:
-    """Cast floating tensors to the autocast dtype, if autocast is on; float64 stays as it is."""
+    """Cast floating-point tensors to the autocast dtype if autocast is on; float64 is not cast."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta does not support autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -107,37 +109,39 @@ def autocast(*tensors: Any) -> Any:
 
 
 def check_backend(backend: object) -> None:
-    """Refuse an unknown backend name."""
+    """Raise ValueError for an unknown backend name."""
     if backend not in _KNOWN_BACKENDS:
         backends.check_request(backend)
 
 
 def check_scale(scale: object) -> None:
-    """Refuse a scale that is neither a number nor a tensor of one element."""
+    """Raise unless scale is a number or a Tensor of one element."""
     if type(scale) is float:
         return
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
-            raise ValueError(f"scale must be a number or one element, got shape {_shape(scale)}")
+            raise ValueError(
+                f"scale must be a number or a Tensor of one element, got shape {_shape(scale)}"
+            )
     elif not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or a Tensor of one element, got {scale!r}")
 
 
 def number(name: str, value: Any, expected: str = "a number") -> float:
-    """Return a real number as float: Python's or NumPy's, and not a bool."""
+    """Return a real number (Python's or NumPy's, not a bool) as a float; TypeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
 
 def integer(value: Any) -> int | None:
-    """Return an integer as int: Python's or NumPy's, and not a bool; None for anything else."""
+    """Return an integer (Python's or NumPy's, not a bool) as an int; None for anything else."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     return int(value) if is_integer else None
 
 
 def probability(name: str, value: Any) -> float:
-    """Return a number in 0..1 as float."""
+    """Return a number in 0..1 as a float; TypeError or ValueError for anything else."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a probability in 0..1, got {value!r}")
     chance = float(value)
@@ -150,7 +154,7 @@ def _check_float(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         hint = ""
         if isinstance(tensor, torch.fx.Proxy):
-            hint = ": torch.fx.symbolic_trace does not see through the operators, torch.export does"
+            hint = ": use torch.export, torch.fx.symbolic_trace cannot trace the operators"
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}{hint}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) Tensor, got layout {tensor.layout}")
@@ -190,7 +194,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def check_memory(memory: Tensor) -> None:
-    """Refuse a memory that is not a floating (B, S, E) with E of at least 1."""
+    """Raise unless memory is a floating-point Tensor (B, S, E) with E >= 1."""
     _check_float("memory", memory)
     if memory.dim() != 3 or memory.shape[2] == 0:
         raise ValueError(f"memory must have shape (B, S, E) with E >= 1, got {_shape(memory)}")
@@ -199,7 +203,10 @@ def check_memory(memory: Tensor) -> None:
 def check_parameter(
     name: str, tensor: Tensor, memory: Tensor, shape: tuple[int | None, ...], letters: str
 ) -> None:
-    """Refuse a weight whose shape differs from ``shape``, in which None stands for any size."""
+    """Raise unless a weight has ``shape`` (None means any size) and memory's dtype and device.
+
+    ``letters`` is the symbolic shape for the message, such as "(A, D)".
+    """
     _check_float(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         size >= 1 and wanted in (None, size)
@@ -213,7 +220,10 @@ def check_parameter(
 
 
 def check_query(query: Tensor, memory: Tensor, partner: str, width: int) -> None:
-    """Refuse a query that is not (B, T, width) or (B, width), with memory's B, dtype and device."""
+    """Raise unless query is (B, T, width) or (B, width), with memory's B, dtype and device.
+
+    ``partner`` is the argument that sets the width, for the message.
+    """
     _check_float("query", query)
     if query.dim() not in (2, 3) or query.shape[-1] != width or query.shape[0] != memory.shape[0]:
         batch = memory.shape[0]
@@ -232,7 +242,7 @@ def check_concat(
     v: Tensor,
     bias: Tensor | None,
 ) -> None:
-    """Refuse operands of the concat score that do not go together."""
+    """Raise unless the operands of the concat score fit together."""
     check_memory(memory)
     check_parameter("v", v, memory, (None,), "(A,)")
     width = v.shape[0]
@@ -251,7 +261,7 @@ def check_masking(
     window: LocalWindow | None,
     dropout_p: float,
 ) -> Masking:
-    """Check what decides which positions count, and draw the dropout of the weights."""
+    """Check lengths, mask and window, and draw the dropout mask of the weights."""
     lengths = check_lengths(memory_lengths, memory)
     queries = query.shape[1] if query.dim() == 3 else 1
     mask = check_mask(memory_mask, memory, queries)
@@ -267,7 +277,7 @@ def check_masking(
 
 
 def check_window(window: object, query: Tensor, memory: Tensor) -> LocalWindow:
-    """Return the window with centers (B, T) in the dtype of the arithmetic."""
+    """Return the checked window, with centers (B, T) in the dtype of the arithmetic."""
     if not isinstance(window, LocalWindow):
         raise TypeError(f"window must be a LocalWindow or None, got {type(window).__name__}")
     centers, half_width, gaussian = window
@@ -290,9 +300,10 @@ def check_window(window: object, query: Tensor, memory: Tensor) -> LocalWindow:
 
 
 def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | None:
-    """Return the lengths, int (B,). Values outside 0..S are refused when the call runs.
+    """Return the checked lengths, int (B,), or None.
 
-    The operators do that, and `check_bounds` where there is none.
+    The values are not read here: the operators raise for lengths outside 0..S, and so does
+    `check_bounds` where no operator runs.
     """
     if memory_lengths is None:
         return None
@@ -308,9 +319,9 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> Tensor | Non
 
 
 def check_bounds(lengths: Tensor | None, memory: Tensor) -> None:
-    """Refuse checked lengths outside 0..S, for what no operator follows that would.
+    """Raise if lengths are outside 0..S, for code paths where no operator checks this.
 
-    Where a compiler or a transform looks on, and on GPUs, they are not read.
+    Values are not read on a GPU, under a compiler or mode, or in a transform.
     """
     if (
         lengths is None
@@ -325,7 +336,7 @@ def check_bounds(lengths: Tensor | None, memory: Tensor) -> None:
 
 
 def check_mask(memory_mask: Tensor | None, memory: Tensor, queries: int) -> Tensor | None:
-    """Return the mask, bool (B, S) or (B, 1 or T, S)."""
+    """Return the checked mask, bool (B, S), (B, 1, S) or (B, T, S), or None."""
     if memory_mask is None:
         return None
     if not isinstance(memory_mask, Tensor) or memory_mask.dtype != torch.bool:

@@ -1,8 +1,8 @@
-"""What is composed of tensor operations, because nothing in it is worth a kernel.
+"""Attention composed of PyTorch operations, for features that are not worth a kernel.
 
-Another normaliser than softmax, a score that does not look at the memory, and scores for people to
-look at work on (B, T, S), which is small beside the memory. The scores of concat come from their
-own operator even here: eagerly they would take (B, T, S, A).
+Sparsemax, the location score, coverage and scores for inspection work on (B, T, S), which is small
+compared to the memory. Concat scores come from their own operator even here, because eager code
+would need (B, T, S, A).
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ NORMALIZERS = ("softmax", "sparsemax")
 
 
 def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Project ``scores`` (..., S) onto the simplex: sums to 1, with exact zeros.
+    """Sparsemax: the Euclidean projection of ``scores`` (..., S) onto the probability simplex.
 
-    Martins & Astudillo 2016, "From Softmax to Sparsemax", eq. 2. ``counts``, bool that broadcasts
-    to scores, says which positions take part; a row without any is 0. Differentiable twice: within
-    a support the result is linear in the scores, ``z - (sum z - 1) / size``.
+    Each row sums to 1 and can contain exact zeros (Martins & Astudillo 2016, "From Softmax to
+    Sparsemax", eq. 2). ``counts`` is a bool tensor that broadcasts to scores, True where a position
+    takes part; a row without such positions is 0. The result has the shape and dtype of scores. It
+    can be differentiated twice: within a support it is linear in the scores,
+    ``z - (sum z - 1) / size``.
     """
     if scores.shape[-1] == 0:
-        return scores.clone()  # nothing to rank, and no last one of it
+        return scores.clone()  # nothing to sort
     with torch.no_grad():
         visible = scores if counts is None else scores.masked_fill(~counts, -torch.inf)
         order = visible.sort(dim=-1, descending=True).values
         ranked = order - order[..., :1].clamp(min=torch.finfo(scores.dtype).min)
         sizes = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
         size = (1 + sizes * ranked > ranked.cumsum(dim=-1)).sum(dim=-1, keepdim=True)
-        # The support is the first ``size`` of the ranking: all that is not below its last one.
+        # The support is the ``size`` largest scores: all that are not below the smallest of them.
         last = order.gather(-1, (size - 1).clamp(min=0))
         support = (visible >= last) & (size > 0)
         size = support.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -45,9 +47,9 @@ def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
 def attend_scores(
     scores: Tensor, memory: Tensor, masking: MaskingFields, normalizer: str, return_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalise ``scores`` (B, T, S) over the positions that count, and sum memory (B, S, E).
+    """Normalise ``scores`` (B, T, S) over the unmasked positions and sum memory (B, S, E).
 
-    Returns the context and the weights in the dtype of memory, as the operators do.
+    Returns the context (B, T, E) and the weights (B, T, S) or None, in the dtype of memory.
     """
     masks = reference.as_masking(masking)
     counts = reference.counted_positions(memory, masks).expand_as(scores)
@@ -66,18 +68,19 @@ def attend_scores(
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:
-    """Logarithm of the sum of exp(scores) over the last dimension; -inf for a row of nothing."""
+    """Log-sum-exp of scores over the last dimension; -inf for rows that are empty or all -inf."""
     return reference.masked_softmax(scores, ~scores.isneginf())[1]
 
 
 def coverage_loss(weights: Tensor, coverage: Tensor | None = None) -> Tensor:
-    """How much a decoder looks again at what it has seen: ``sum_s min(a_ts, c_ts)``.
+    """Coverage loss ``sum_s min(a_ts, c_ts)``: penalises attending repeatedly to one position.
 
-    See, Liu & Manning 2017, "Get To The Point", eq. 12; the coverage c_t is the sum of the weights
+    See, Liu & Manning 2017, "Get To The Point", eq. 12. The coverage c_t is the sum of the weights
     of all steps before t (eq. 10).
 
-    weights: (B, T, S) of T steps. coverage: (B, S) of what came before them; 0 if None.
-    Returns (B, T), one loss for each step; rows of padding are 0.
+    weights: (B, T, S), the weights of T steps. coverage: (B, S), the coverage before the first of
+    these steps; None means 0. Returns (B, T), one loss per step, 0 where all weights are 0. Raises
+    ValueError for a wrong shape.
     """
     if weights.dim() != 3:
         raise ValueError(f"weights must have shape (B, T, S), got {tuple(weights.shape)}")

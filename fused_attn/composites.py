@@ -1,6 +1,6 @@
-"""The forward operators composed of ATen's, with their arguments and results.
+"""The forward operators composed of ATen operators, with the same arguments and results.
 
-For transforms of torch.func, forward mode, and graphs that go where our operators are not known.
+For torch.func transforms, forward-mode AD, and graphs for runtimes without our operators.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _masking(
 ) -> Masking:
     window = None if centers is None else (centers, *shape)
     if is_ragged and lengths is not None:
-        lengths = lengths.diff()  # they are offsets
+        lengths = lengths.diff()  # a ragged memory has offsets here
     return reference.as_masking((lengths, mask, *keep, window))
 
 

@@ -1,4 +1,4 @@
-"""For graphs that hold our operators and go where these are not known."""
+"""Decompositions, for exported graphs that must run without our operators."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from fused_attn import composites, ops
 
-assert ops  # it defines the operators
+assert ops  # imported because it defines the operators
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Our forward operators in terms of ATen's, as `ExportedProgram.run_decompositions` takes them.
+    """Our forward operators as ATen operators, to pass to `ExportedProgram.run_decompositions`.
 
-    `torch.onnx.export` of a module needs none of this: it meets ATen operators only.
+    `torch.onnx.export` does not need this: under it, modules call only ATen operators.
     """
     return {
         torch.ops.fused_attn.dot_attention.default: composites.dot_attention,

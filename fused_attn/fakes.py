@@ -1,6 +1,7 @@
-"""Shapes and dtypes of what the operators return, and how much they compute: no numbers.
+"""Fake implementations of the operators (shapes and dtypes of the results) and their FLOP counts.
 
-One fake for each operator, with its arguments. Every backend returns what is said here.
+There is one function for each operator, with the operator's arguments. All backends return results
+with these shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _outputs(
 
 
 def _gradients(wanted: list[bool], *inputs: Tensor | None) -> reference.Gradients:
-    """Contiguous ones of the wanted inputs."""
+    """Contiguous gradients of the wanted inputs, None for the others."""
     return tuple(
         tensor.new_empty(tensor.shape) if tensor is not None and is_wanted else None
         for tensor, is_wanted in zip(inputs, wanted, strict=True)
@@ -149,9 +150,9 @@ def concat_scores_backward(
 
 
 def register_flops(name: str, operator: Any) -> None:
-    """Tell `torch.utils.flop_counter` what an operator of that name computes."""
+    """Register the FLOP formula of an operator with `torch.utils.flop_counter`."""
     if name.startswith("concat_scores"):
-        return  # no product of matrices
+        return  # it has no matrix product
     score, backward = name.split("_")[0], name.endswith("_backward")
     operands = [argument.name for argument in operator.default._schema.arguments]
 

@@ -1,31 +1,36 @@
-"""Luong attention as functions: what the arguments mean, and the rules that all backends keep.
+"""Luong attention as functions.
 
-Score, mask, softmax and weighted sum happen in one pass over the memory, forward and backward, in
-whichever backend is chosen. Luong, Pham & Manning 2015, "Effective Approaches to Attention-based
-Neural Machine Translation", section 3.1.
+Scores, masking, softmax and weighted sum run in one pass over the memory, forward and backward, in
+the chosen backend. Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural
+Machine Translation", section 3.1.
 
-Arguments that all functions share
-    memory: (B, S, E), or rows of different lengths, as a `PackedSequence` or a nested tensor of
-        jagged layout; these bring their lengths, and S is the longest.
-    memory_lengths: int (B,), 0..S. Positions at and after a row's length do not count.
+Shapes: B batch, T queries, S source positions, D query width, E memory width, A width of the concat
+score.
+
+Arguments of all functions
+    memory: (B, S, E), or sequences of different lengths as a `PackedSequence` or a nested tensor
+        with jagged layout. Those carry their own lengths, and S is the longest of them.
+    memory_lengths: integers (B,) in 0..S. Positions from a row's length on are masked.
     memory_mask: bool (B, S), (B, 1, S) or (B, T, S). **True = attend**, as in
-        `scaled_dot_product_attention`; `nn.MultiheadAttention` means the opposite. With lengths
-        given too, a position counts when both allow it.
-    window: a `LocalWindow`: local attention (section 3.2). Positions outside a query's window do
-        not count and are not read, so that the cost goes by the window and not by S.
-    dropout_p: probability of dropping a weight from the weighted sum, 0..1.
-    return_weights: also return the alignment weights (before dropout).
-    backend: "auto", or the name of a backend, which then must be able to do the call.
+        `scaled_dot_product_attention`; `nn.MultiheadAttention` means the opposite. If lengths are
+        given too, a position must be allowed by both.
+    window: a `LocalWindow`, for local attention (section 3.2). Positions outside a query's window
+        are masked and are not read: the cost depends on the window, not on S.
+    dropout_p: probability in 0..1 of dropping a weight from the weighted sum.
+    return_weights: also return the alignment weights, as they are before dropout.
+    backend: "auto" chooses one that supports the call. "cpu", "cuda", "triton" or "eager" demands
+        that backend, which must then support the call.
 
-Rules that all backends keep
-    Positions that do not count are never read into a result or a gradient, whatever they hold; the
-    gradient of their memory is 0. A query with nothing to attend to gives context 0, weights 0 and
-    zero gradients. Softmax and sums are float32 for float32, bfloat16 and float16 inputs and
-    float64 for float64. The same input gives the same bits, forward and backward.
+Rules for all backends
+    Masked positions have no effect on any result or gradient, whatever they hold, and the gradient
+    of their memory is 0. A query whose positions are all masked gives context 0, weights 0 and zero
+    gradients. Softmax and sums are computed in float32 for float32, bfloat16 and float16 inputs,
+    and in float64 for float64. The same input gives bitwise the same result, forward and backward.
 
 Raises
-    TypeError: an argument has the wrong type or dtype. ValueError: a wrong rank, shape, device or
-    value. The message names the argument, what was expected and what came.
+    TypeError: an argument has the wrong type or dtype.
+    ValueError: an argument has the wrong rank, shape, device or value, or no backend supports the
+        call. The message names the argument, what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -65,11 +70,11 @@ def dot_attention(
     """Attend with the score ``scale * h_t . h_s`` (Luong et al. 2015, eq. 8, dot).
 
     query: (B, T, E), or (B, E) for one step.
-    memory: (B, S, E), the encoder states; keys and values in one.
-    scale: a number, or a tensor of one element if it is learned.
+    memory: (B, S, E), the encoder states, used as keys and as values.
+    scale: a number, or a tensor of one element, which may require a gradient.
 
     Returns the context (B, T, E) and the weights (B, T, S) or None; (B, E) and (B, S) for a 2-D
-    query. See the module's text for the other arguments, the rules and the errors.
+    query. The docstring of the module has the other arguments, the rules and the errors.
     """
     check_backend(backend)
     check_scale(scale)
@@ -108,10 +113,12 @@ def general_attention(
     """Attend with the score ``scale * h_t^T W_a h_s`` (Luong et al. 2015, eq. 8, general).
 
     query: (B, T, D), or (B, D) for one step.
-    memory: (B, S, E), the encoder states; keys and values in one.
+    memory: (B, S, E), the encoder states, used as keys and as values.
     weight: (D, E), the paper's W_a. It is applied to the T queries, not to the S memory rows.
+    scale: a number, or a tensor of one element, which may require a gradient.
 
-    Returns as `dot_attention`; the module's text has the other arguments, the rules and the errors.
+    Returns context and weights as `dot_attention` does. The docstring of the module has the other
+    arguments, the rules and the errors.
     """
     check_backend(backend)
     check_scale(scale)
@@ -157,12 +164,13 @@ def concat_attention(
 
     query: (B, T, D), or (B, D) for one step.
     memory: (B, S, E), the encoder states.
-    query_weight, memory_weight: (A, D) and (A, E); side by side they are the paper's W_a.
+    query_weight, memory_weight: W_q (A, D) and W_m (A, E); concatenated they are the paper's W_a.
     v: (A,), the paper's v_a.
     bias: (A,), as in Bahdanau's additive attention; None for the paper's form.
 
-    Nothing of size (B, T, S, A) is built, unless the eager backend runs the call. Returns as
-    `dot_attention`; the module's text has the other arguments, the rules and the errors.
+    No tensor of shape (B, T, S, A) is materialised, except in the eager backend. Returns context
+    and weights as `dot_attention` does. The docstring of the module has the other arguments, the
+    rules and the errors.
     """
     check_backend(backend)
     masking: MaskingFields
@@ -200,7 +208,7 @@ def concat_attention(
 def _checked(
     query: Tensor, rows: ragged.Rows, partner: str, width: int
 ) -> tuple[Tensor, ragged.Rows]:
-    """The query and the rows in the dtype of autocast, if they go together."""
+    """Return the query and the rows, checked and cast to the autocast dtype."""
     query, values = autocast(query, rows.values)
     rows = rows._replace(values=values)
     check_memory(rows.stand_in())
@@ -217,9 +225,9 @@ def attend_dot(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the dot operator on checked arguments; query (B, T, E) or (B, E)."""
-    # The type first: asked about a number, isinstance(..., Tensor) takes 0.3 us.
+    # The type is tested first because isinstance(..., Tensor) takes 0.3 us for a number.
     if type(scale) is not float and isinstance(scale, Tensor):
-        # A learned scale gets its gradient through the query, which is small.
+        # A learned scale is multiplied into the query, which is small, and gets its gradient there.
         query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     rest = (float(scale), masking, return_weights, backend)
     if query.dim() == 3:
@@ -245,5 +253,5 @@ def attend_concat(
 
 
 def one_step(context: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Results of a query (B, 1, D) as those of (B, D)."""
+    """The results of a query (B, D), from those of a query (B, 1, D)."""
     return context.squeeze(1), None if weights is None else weights.squeeze(1)

@@ -1,4 +1,4 @@
-"""What runs here: versions, the processor and its instruction set, and each backend or why not."""
+"""Versions, processor, instruction set and usable backends: ``fused-attn info``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = ("FUSED_ATTN_BACKEND", "FUSED_ATTN_CPU_ISA")
 
 
 def collect() -> dict[str, Any]:
-    """Return the facts as plain values: strings, numbers, lists and dicts of them, and None."""
+    """Return the report as plain values: strings, numbers, None, and lists and dicts of these."""
     return {
         "versions": {
             "fused_attn": __version__,
@@ -49,7 +49,7 @@ def _triton_version() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name as the kernel gives it; the architecture where it gives none."""
+    """The processor's name from /proc/cpuinfo, or else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -59,36 +59,36 @@ def _processor() -> str:
 
 
 def _instruction_set() -> dict[str, Any]:
-    """The one that the native code uses and those it could use; nothing without native code."""
+    """The instruction set that the native code uses, and those that it could use here."""
     try:
         from fused_attn import _C
     except ImportError:
         return {"in_use": None, "supported": []}
     try:
         in_use: str | None = _C.cpu_isa()
-    except ValueError:  # FUSED_ATTN_CPU_ISA asks for the impossible: the cpu backend says so
+    except ValueError:  # FUSED_ATTN_CPU_ISA is not supported here: the cpu backend reports it
         in_use = None
     return {"in_use": in_use, "supported": _C.cpu_isas_supported()}
 
 
 def _native_cuda() -> dict[str, Any]:
-    """What the native module was compiled with for GPUs, or why it was not."""
+    """The CUDA toolkit and architectures of the native module, or why it has no CUDA code."""
     try:
         from fused_attn import _C
     except ImportError:
-        return {"missing": "the native module is not there", "toolkit": None, "architectures": []}
+        return {"missing": "the native module is missing", "toolkit": None, "architectures": []}
     return dict(_C.cuda_build())
 
 
 def _unavailable_reasons(name: str) -> list[str]:
     try:
         return backends.unavailable_reasons(name)
-    except ValueError as error:  # a bad environment variable stops a call, but not this report
+    except ValueError as error:  # a bad environment variable fails a call, but not this report
         return [str(error)]
 
 
 def _table(rows: dict[str, str], indent: str = "") -> list[str]:
-    """Aligned lines of name and value; the further lines of a value stand under its first."""
+    """Lines of name and value, aligned; further lines of a value are indented to match."""
     width = max(map(len, rows)) + 2
     lines = []
     for name, value in rows.items():
@@ -99,7 +99,7 @@ def _table(rows: dict[str, str], indent: str = "") -> list[str]:
 
 
 def report() -> str:
-    """Return the facts as text for a person."""
+    """Return the report as text."""
     facts = collect()
     isa = facts["instruction_set"]
     rows = {name: version or "not installed" for name, version in facts["versions"].items()}
@@ -109,9 +109,9 @@ def report() -> str:
     rows["threads"] = str(facts["threads"])
     if isa["supported"]:
         possible = ", ".join(isa["supported"])
-        rows["instruction set"] = f"{isa['in_use'] or 'none'} (possible here: {possible})"
+        rows["instruction set"] = f"{isa['in_use'] or 'none'} (supported here: {possible})"
     else:
-        rows["instruction set"] = "none: the native module is not there"
+        rows["instruction set"] = "none: the native module is missing"
     cuda = facts["native_cuda"]
     architectures = ", ".join(cuda["architectures"])
     rows["native CUDA"] = (
@@ -131,9 +131,10 @@ def report() -> str:
 
 
 def support_table() -> str:
-    """Return what each backend can do, where it is usable, as a Markdown table.
+    """Return what each backend supports as a Markdown table.
 
-    Asked of `not_supported_reasons`, so that it says what a call would find.
+    The entries come from the backends' `not_supported_reasons`, which also decide about calls. They
+    do not depend on whether a backend is available on this machine.
     """
     lines = [
         "| backend | device | dtypes | dot, general | concat | local | gradients | queries T "
@@ -175,7 +176,7 @@ def _support_row(name: str) -> str:
 
 
 def _largest(can: Callable[[int], bool]) -> str:
-    """Up to which size ``can`` holds; "any" if up to a size that no model has."""
+    """The largest size that is supported; "any" if 2**20 is, which is beyond any model."""
     if can(1 << 20):
         return "any"
     return f"up to {next(n for n in itertools.count(1) if not can(n + 1))}"

@@ -1,4 +1,4 @@
-"""Which options of `LuongAttention` go together, and the sentence for those that do not."""
+"""Checks of the options of `LuongAttention` and of their combinations, with error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCALS = ("monotonic", "predictive")
 
 
 def check_size(name: str, size: object) -> int:
-    """Return a size as int."""
+    """Return a size as an int; ValueError if it is not a positive integer."""
     number = checks.integer(size)
     if number is None or number < 1:
         raise ValueError(f"{name} must be a positive int, got {size!r}")
@@ -33,28 +33,28 @@ def check_score(
         raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
     if score == "dot" and query_dim != memory_dim:
         raise ValueError(
-            f"score 'dot' needs query_dim == memory_dim, got {query_dim} and {memory_dim}"
+            f"score 'dot' requires query_dim == memory_dim, got {query_dim} and {memory_dim}"
         )
     if attn_dim is not None and score != "concat":
         raise ValueError(
-            f"attn_dim belongs to score 'concat', got attn_dim={attn_dim} for {score!r}"
+            f"attn_dim must be None unless score='concat', got {attn_dim} with score={score!r}"
         )
     if bias and score == "dot":
-        raise ValueError("bias needs a query projection (not score 'dot'), got bias=True")
+        raise ValueError("bias must be False for score 'dot' (no query projection), got bias=True")
     if (max_source is None) == (score == "location"):
-        expected = "the longest source it may meet" if score == "location" else "None"
+        expected = "the maximum source length" if score == "location" else "None"
         raise ValueError(f"max_source must be {expected} for score {score!r}, got {max_source!r}")
 
 
 def check_scale(scale: object) -> float | None:
-    """Return the scale as float, None for one that is learned."""
+    """Return the scale as a float, or None if it is learned."""
     if isinstance(scale, str) and scale == "learned":
         return None
     return checks.number("scale", scale, "a number or 'learned'")
 
 
 def check_local(local: object, window: Any) -> Any:
-    """Return the window, as float if it is used."""
+    """Return the window: as a float if ``local`` is used, unchanged otherwise."""
     if local is None:
         return window
     if local not in LOCALS:
@@ -69,15 +69,15 @@ def check_local(local: object, window: Any) -> Any:
 def check_concat_parts(
     score: str, parts: dict[str, bool], conv_channels: object, conv_width: object
 ) -> tuple[int, int]:
-    """Return channels and width. ``parts``: the options of concat that are on or off, by name."""
+    """Return (conv_channels, conv_width). ``parts`` has the boolean options of concat by name."""
     for name, value in (*parts.items(), ("conv_channels", conv_channels)):
         if value and score != "concat":
             raise ValueError(
-                f"{name} belongs to score 'concat', got {name}={value!r} for {score!r}"
+                f"{name} requires score='concat', got {name}={value!r} with score={score!r}"
             )
     channels, width = checks.integer(conv_channels), checks.integer(conv_width)
     if channels is None or channels < 0:
-        raise ValueError(f"conv_channels must be an int of at least 0, got {conv_channels!r}")
+        raise ValueError(f"conv_channels must be a non-negative int, got {conv_channels!r}")
     if width is None or width < 1 or width % 2 == 0:
         raise ValueError(f"conv_width must be a positive odd int, got {conv_width!r}")
     return channels, width
@@ -92,11 +92,11 @@ def check_normalizer(normalizer: object) -> None:
 def check_prepared(
     layer: Any, memory: PreparedMemory, memory_lengths: object, memory_mask: object
 ) -> None:
-    """Refuse a memory prepared for another layer, and masks beside it."""
+    """Raise if memory was prepared for another layer, or if lengths or a mask are given with it."""
     if memory_lengths is not None or memory_mask is not None:
         raise ValueError(
-            "memory_lengths and memory_mask belong to prepare_memory when memory is a "
-            "PreparedMemory, got them in forward"
+            "memory_lengths and memory_mask must be None if memory is a PreparedMemory: pass them "
+            "to prepare_memory"
         )
     if memory.score != layer.score:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_prepared(
 
 
 def describe(layer: Any) -> str:
-    """What ``repr`` shows of a layer beside its parts: sizes, score, what is not the default."""
+    """The layer's `extra_repr`: sizes, score, and the options that are not the default."""
     parts = [f"{layer.query_dim}, {layer.memory_dim}, score={layer.score!r}"]
     if isinstance(layer.scale, Tensor):
         parts.append("scale='learned'")

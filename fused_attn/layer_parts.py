@@ -1,4 +1,4 @@
-"""Parts of `LuongAttention` that only some layers have: where to look, and what has been seen."""
+"""Optional parts of `LuongAttention`: predicted positions, normed projections, histories."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fused_attn.reference import (
 
 
 class PredictedPosition(nn.Module):
-    """Where a decoder state looks: ``p_t = S sigmoid(v_p^T tanh(W_p h_t))`` (Luong 2015, eq. 9).
+    """The window center of local-p: ``p_t = S sigmoid(v_p^T tanh(W_p h_t))`` (Luong 2015, eq. 9).
 
-    ``proj.weight`` (D, D) is W_p, ``v`` (D,) is v_p. Positions count from 0.
+    ``proj.weight`` (D, D) is W_p, ``v`` (D,) is v_p. Positions are counted from 0.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class PredictedPosition(nn.Module):
         nn.init.uniform_(self.v, -bound, bound)
 
     def forward(self, query: Tensor, lengths: Tensor | None, source: int) -> Tensor:
-        """Centers (B, T), or (B,) for a query (B, D), in the dtype of the arithmetic.
+        """Return centers (B, T), or (B,) for a query (B, D), in the dtype of the arithmetic.
 
-        lengths: int (B,), the S of every row; ``source`` for all if None.
+        lengths: int (B,), the source length of each row; if None, ``source`` for all rows.
         """
         hidden = torch.tanh(modules.project(self.proj, query, "query"))
         dtype = arithmetic_dtype(query.dtype)
@@ -55,14 +55,15 @@ class PredictedPosition(nn.Module):
 
 
 def monotonic_centers(query: Tensor, positions: Any) -> Tensor:
-    """The steps t of the queries (B, T, D) or (B, D), as centers p_t = t (local-m).
+    """The window centers of local-m: p_t = t for each query, (B, T), or (B,) for a query (B, D).
 
-    positions: an int, a Tensor that broadcasts, or None.
+    positions: an int, a Tensor that broadcasts to the result, or None for 0..T-1.
     """
     if positions is None:
         if query.dim() == 2:
             raise ValueError(
-                "positions must say which step a query (B, D) is when local='monotonic'"
+                "positions must be the decoder step for a query (B, D) with local='monotonic', "
+                "got None"
             )
         positions = torch.arange(query.shape[1], device=query.device)
     shape = query.shape[:-1]
@@ -82,7 +83,7 @@ def monotonic_centers(query: Tensor, positions: Any) -> Tensor:
 
 
 class NormedLinear(nn.Linear):
-    """A projection with layer normalisation behind it; ``norm.weight`` (and bias) are its own."""
+    """A linear projection followed by the layer normalisation ``norm``."""
 
     def __init__(self, wide: int, narrow: int, bias: bool, norm_bias: bool, **where: Any) -> None:
         super().__init__(wide, narrow, bias, **where)
@@ -90,21 +91,21 @@ class NormedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "norm" in self._modules:  # the constructor of nn.Linear comes here before it is made
+        if "norm" in self._modules:  # nn.Linear.__init__ calls this before norm exists
             self.norm.reset_parameters()
 
     def forward(self, states: Tensor) -> Tensor:
         projected = super().forward(states)
-        return self.norm(projected).to(projected.dtype)  # autocast leaves a norm in float32
+        return self.norm(projected).to(projected.dtype)  # under autocast a norm returns float32
 
 
 class AlignmentHistory(nn.Module):
-    """What has been looked at, as a term inside the tanh of the concat score.
+    """Alignment history, as terms inside the tanh of the concat score.
 
-    Coverage (See, Liu & Manning 2017, eq. 11): ``w_c c_s`` with the coverage c, the sum of the
-    weights so far; ``coverage_proj.weight`` (A, 1) is w_c. Location (Chorowski et al. 2015, eq. 8
-    and 9): ``U f_s`` with f the convolution F of the previous weights; ``conv.weight``
-    (channels, 1, width) is F, ``conv_proj.weight`` (A, channels) is U.
+    Coverage (See, Liu & Manning 2017, eq. 11): ``w_c c_s``, where the coverage c is the sum of the
+    weights of all previous steps. ``coverage_proj.weight`` (A, 1) is w_c. Location (Chorowski et
+    al. 2015, eq. 8 and 9): ``U f_s``, where f is the previous step's weights convolved with F.
+    ``conv.weight`` (channels, 1, width) is F, ``conv_proj.weight`` (A, channels) is U.
     """
 
     def __init__(
@@ -136,9 +137,9 @@ class AlignmentHistory(nn.Module):
     def forward(
         self, coverage: Tensor | None, previous_weights: Tensor | None, counts: Tensor | None
     ) -> Tensor | None:
-        """The term (N, S, A) for histories (N, S); None where there is no history yet.
+        """Return the sum of the terms (N, S, A) for histories (N, S); None if both are None.
 
-        ``counts``, bool (N, S), says which positions may be read.
+        ``counts``, bool (N, S), is True at positions that may be read.
         """
         parts = []
         if coverage is not None:
@@ -150,10 +151,10 @@ class AlignmentHistory(nn.Module):
 
 
 def convolve(conv: nn.Module, rows: Tensor) -> Tensor:
-    """``conv``, whose padding keeps the length, of rows (N, S): (N, channels, S).
+    """Apply the length-preserving ``conv`` to rows (N, S). Returns (N, channels, S).
 
-    torch refuses rows of no positions. They are convolved as one 0, and that is cut off again: the
-    layer is called, and its weight has a gradient of 0.
+    torch does not convolve rows with S = 0. They are padded to one position, which is cut off
+    afterwards: the layer is called, and its weight gets a gradient of 0.
     """
     rows = rows[:, None]
     return conv(rows) if rows.shape[2] else conv(nn.functional.pad(rows, (0, 1)))[..., :0]
@@ -169,11 +170,12 @@ def fold_history(
     coverage: Tensor | None,
     previous_weights: Tensor | None,
 ) -> tuple[tuple[Any, ...], int | None]:
-    """Add the term of the history to the memory's projection; T queries become T rows of a batch.
+    """Add the history term to the memory projection, and fold T queries into the batch.
 
     ``operands`` are query_proj (B, T, A) or (B, A), memory_proj, memory_exp, v, memory and masking.
-    With one query the term is as large as the projection. With T it is T times that, since each
-    query has a history of its own. Returns the operands, and T if they were folded, or None.
+    With one query the term is as large as the projection. With T queries it is T times as large,
+    because each query has its own history. Returns the operands, and T if they were folded, or
+    None.
     """
     scored, memory_proj, _, v, memory, masking = operands
     for name, tensor, is_wanted in (
@@ -223,7 +225,7 @@ def _check_history(
         return
     if not is_wanted:
         option = "coverage=True" if name == "coverage" else "conv_channels"
-        raise ValueError(f"{name} belongs to a layer made with {option}, got it without that")
+        raise ValueError(f"{name} must be None unless the layer was created with {option}")
     expected = (*scored.shape[:-1], memory.shape[1])
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point Tensor, got {type(tensor).__name__}")

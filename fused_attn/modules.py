@@ -1,9 +1,9 @@
-"""Parts as modules: a part of a layer is called, so that whatever wraps it sees the call.
+"""Submodules must be called, so that whatever wraps them sees the call.
 
-Hooks, LoRA and its kin, pruning, the old weight_norm, quantisation and sharding all act when a
-module is called. Only a `nn.Linear` that nothing has wrapped may be read instead, where a fused
-form needs its weight; and a method beside `forward`, which no hook of the layer precedes, says so
-by `beside_forward`.
+Hooks, LoRA and similar adapters, pruning, the old weight_norm, quantisation and sharding all act
+when a module is called. The weight of a submodule may be read only if it is an `nn.Linear` that
+nothing has wrapped; fused forms need that. Methods other than `forward`, which run without the
+layer's hooks, are marked with `beside_forward`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _HOOKS)
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no subclass else: its weight may be in another form
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may hold quantised or sharded data
 _RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -35,17 +35,17 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """What is done when this module is called beside its class's forward: kinds of hooks."""
+    """The kinds of hooks that run when this module is called, besides its class's forward."""
     hooks = [name for name in _HOOKS if getattr(module, name, None)]
     return [*hooks, "forward"] if "forward" in module.__dict__ else hooks
 
 
 def readable_weight(part: nn.Module, at_call: bool = True) -> Tensor | None:
-    """The weight of a linear layer whose forward is known; None for one that must be called.
+    """The weight of a linear layer that need not be called; None if the layer must be called.
 
-    Known is that of a `nn.Linear` without hooks and with a dense weight, which a parametrization
-    may have made if it is read ``at_call``, once where the layer would be called: at another time
-    it may draw or count anew.
+    The layer must be an `nn.Linear` without hooks and with a dense weight. A parametrized weight is
+    allowed only ``at_call``, that is if it is read once, where the layer would be called: each read
+    runs the parametrization, which may draw random numbers or count its calls.
     """
     kind = type(part)
     if kind is not nn.Linear and not (
@@ -59,8 +59,9 @@ def readable_weight(part: nn.Module, at_call: bool = True) -> Tensor | None:
 
 
 def _has_global_hooks() -> bool:
-    """Whether hooks of every module ask for a call. Those that count FLOPs only look on, and are
-    to count what runs without them.
+    """Whether global module hooks require that submodules are called.
+
+    The hooks of FLOP counters do not: they only observe, and should count the usual code path.
     """
     if not nn_module._has_any_global_hook():
         return False
@@ -69,12 +70,12 @@ def _has_global_hooks() -> bool:
 
 
 def read_only(layer: nn.Module) -> str | None:
-    """Why the parameters of ``layer`` are not simply its weights; None if they are.
+    """Why the weights of ``layer`` cannot be read and written as plain parameters, or None.
 
-    Weights that are computed cannot be written, and may be of the step before when they are read.
+    Computed weights cannot be written, and may be those of the previous step when they are read.
     """
     for path, part in layer.named_modules():
-        if isinstance(part, nn.LazyLinear):  # it has a hook of its own, and no weight yet
+        if isinstance(part, nn.LazyLinear):  # it has its own hook, and no weight yet
             continue
         name = path or "the layer"
         if hooks := hooks_of(part):
@@ -90,12 +91,12 @@ def read_only(layer: nn.Module) -> str | None:
 def project(
     part: nn.Module, states: Tensor, name: str, read: tuple[Tensor, Tensor | None] | None = None
 ) -> Tensor:
-    """``part(states)``; a dtype that its parameters do not have is a TypeError about ``name``.
+    """Return ``part(states)``; TypeError about ``name`` if its dtype is not the parameters'.
 
-    Told afterwards: a part that someone has wrapped may well take more dtypes than it has. ``read``
-    are weight and bias to use in place of the part's own.
+    The dtype is checked only after a failure, because a wrapped part may take more dtypes than its
+    parameters have. ``read`` is a (weight, bias) to use in place of the part's own.
     """
-    if torch.compiler.is_compiling():  # a graph that breaks within a try is given up as a whole
+    if torch.compiler.is_compiling():  # a graph break inside try makes torch drop the whole graph
         return part(states) if read is None else linear(states, *read)
     try:
         return part(states) if read is None else linear(states, *read)
@@ -110,10 +111,10 @@ def project(
 
 
 def refresh(layer: nn.Module) -> None:
-    """Compute again the parameters of ``layer`` itself that are computed when it is called.
+    """Recompute the parameters of ``layer`` itself that are recomputed whenever it is called.
 
-    Pruning, and the weight and spectral norm that are older than parametrizations, leave a tensor
-    of the last call in place of a parameter: it belongs to a graph that may be gone.
+    Pruning, and the old hook-based weight_norm and spectral_norm, replace a parameter by a tensor
+    of the last call, whose autograd graph may have been freed.
     """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, _RECOMPUTES):
@@ -123,7 +124,10 @@ def refresh(layer: nn.Module) -> None:
 def beside_forward(
     method: Callable[Concatenate[_Layer, _Arguments], _Result],
 ) -> Callable[Concatenate[_Layer, _Arguments], _Result]:
-    """For a method that reads parameters although nobody calls the module for it."""
+    """Decorator for a method other than `forward` that reads parameters.
+
+    It calls `refresh` first, and explains the error if the parameters are sharded.
+    """
 
     @functools.wraps(method)
     def run(layer: _Layer, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -137,8 +141,8 @@ def beside_forward(
                 raise
             name = method.__name__
             raise RuntimeError(
-                f"{name} found the parameters sharded: call it within the forward of a module "
-                "given to fully_shard, or register it before the first call with "
+                f"{name} found sharded parameters: call it within the forward of a module that was "
+                "passed to fully_shard, or register it before the first call with "
                 f"torch.distributed.fsdp.register_fsdp_forward_method(layer, {name!r})"
             ) from error
 
@@ -146,24 +150,24 @@ def beside_forward(
 
 
 def _is_sharded(layer: nn.Module) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")  # there if anything is sharded
+    tensors = sys.modules.get("torch.distributed.tensor")  # imported if anything is sharded
     return tensors is not None and any(
         isinstance(parameter, tensors.DTensor) for parameter in layer.parameters()
     )
 
 
 def is_proxy(value: Any) -> bool:
-    """Whether `torch.fx.symbolic_trace` is at work, which has no tensors."""
+    """Whether value is a Proxy of `torch.fx.symbolic_trace`, which traces without tensors."""
     return isinstance(value, Proxy)
 
 
 def as_node(layer: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
-    """One node for the call of ``layer`` in the graph that `torch.fx.symbolic_trace` makes."""
+    """Record the call of ``layer`` as one node in the graph of `torch.fx.symbolic_trace`."""
     tracer = query.tracer
     path = getattr(tracer, "path_of_module", lambda _: "")(layer)
     if not path:
         raise TypeError(
-            f"query is a Proxy: torch.fx.symbolic_trace cannot look into {type(layer).__name__}. "
-            "Trace a module that holds it, which makes it one node, or use torch.export.export"
+            f"query is a Proxy: torch.fx.symbolic_trace cannot trace into {type(layer).__name__}. "
+            "Trace a module that contains it, which makes it one node, or use torch.export.export"
         )
     return tracer.create_proxy("call_module", path, (query, *args), kwargs)

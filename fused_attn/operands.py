@@ -1,9 +1,9 @@
-"""Whether the operands of an operator fit one another: shapes, dtypes and devices.
+"""Checks that the operands of an operator fit together: shapes, dtypes and devices.
 
-The one place for backends written in Python, which read what they are given; native code checks the
-same in csrc/call.h, with the same sentences. A public function has checked its arguments before;
-this is for who calls an operator by name, or fills a `PreparedMemory`. Nothing is read, sizes may
-be symbolic, and a call costs 1 to 3 us.
+All backends written in Python use these checks. Native code has the same checks with the same
+messages in csrc/call.h. The public functions have already checked their arguments; this is for
+callers of the operators and for handmade `PreparedMemory` values. No values are read, sizes may be
+symbolic, and a check costs 1 to 3 us.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _check(
 
 
 class _Ends(NamedTuple):
-    """What a query and a memory that fit say of all the others."""
+    """The sizes, dtype and device of query and memory, which the other operands must match."""
 
     batch: int
     queries: int
@@ -88,7 +88,7 @@ def _check_masking(masking: MaskingFields, ends: _Ends) -> None:
 
 
 def check_dot(query: Tensor, memory: Tensor, masking: MaskingFields) -> None:
-    """Refuse operands of the dot score that do not fit: ValueError (shape), TypeError (the rest).
+    """Check the operands of the dot score: ValueError for a shape, TypeError for anything else.
 
     query (B, T, E), memory (B, S, E), lengths int (B,), mask bool (B, S) or (B, 1 or T, S), keep
     bool (B, T, S), centers (B, T) in the dtype of the arithmetic; all on the device of memory.
@@ -104,7 +104,7 @@ def check_concat(
     memory: Tensor,
     masking: MaskingFields,
 ) -> None:
-    """As `check_dot`: query_proj (B, T, A), memory_proj and memory_exp (B, S, A), v (A,)."""
+    """Like `check_dot`, for query_proj (B, T, A), memory_proj and memory_exp (B, S, A), v (A,)."""
     ends = _check_ends("query_proj", query_proj, "memory", memory, False)
     batch, _, source, width, dtype, device = ends
     _check("memory_proj", memory_proj, (batch, source, width), dtype, device)
@@ -118,7 +118,7 @@ def check_scores(
     v: Tensor,
     masking: MaskingFields,
 ) -> None:
-    """As `check_concat`, without a memory."""
+    """Like `check_concat`, without a memory."""
     ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, True)
     _check_score(ends, memory_exp, v, masking)
 
@@ -143,10 +143,10 @@ def check_seeds(
     wanted: Sequence[bool],
     count: int,
 ) -> None:
-    """Refuse what comes back to a forward call of these operands, and what it left, if unfit.
+    """Check the incoming gradients and the saved results of a forward call of these operands.
 
     grad_context and context (B, T, E), grad_weights and weights (B, T, S), logsumexp (B, T) in the
-    dtype of the arithmetic; weights must be there where they have a gradient.
+    dtype of the arithmetic. weights must be given if grad_weights is.
     """
     context, weights, logsumexp = saved
     dtype, device, (batch, source, width) = memory.dtype, memory.device, memory.shape
@@ -165,7 +165,7 @@ def check_seeds(
 def check_grad_scores(
     grad_scores: Tensor, query_proj: Tensor, memory_proj: Tensor, wanted: Sequence[bool]
 ) -> None:
-    """Refuse a gradient of scores that is not (B, T, S) in the dtype of the arithmetic."""
+    """Check that a gradient of scores is (B, T, S) in the dtype of the arithmetic."""
     shape = (query_proj.shape[0], query_proj.shape[1], memory_proj.shape[1])
     wide = arithmetic_dtype(memory_proj.dtype)
     _check("grad_scores", grad_scores, shape, wide, memory_proj.device)
@@ -173,7 +173,7 @@ def check_grad_scores(
 
 
 def check_grad_logsumexp(grad_logsumexp: Tensor | None, logsumexp: Tensor) -> None:
-    """Refuse a gradient that is not like what it is the gradient of."""
+    """Check that the gradient of the log-sum-exp has its shape, dtype and device."""
     if grad_logsumexp is not None:
         kind = (logsumexp.dtype, logsumexp.device)
         _check("grad_logsumexp", grad_logsumexp, tuple(logsumexp.shape), *kind)
@@ -185,10 +185,10 @@ def _check_wanted(wanted: Sequence[bool], count: int) -> None:
 
 
 def check_rows(query: Tensor, offsets: Tensor, names: Sequence[str], *rows: Tensor | None) -> None:
-    """Refuse ``rows``, each (N, its width), that offsets (B + 1) of sequences do not go with.
+    """Check ragged operands: ``rows``, each (N, width), with offsets (B + 1,).
 
-    The last of them is the memory, after which the others have to be long. Offsets that do not
-    rise from 0 to N are not looked for: they are on the device.
+    The last of ``rows`` is the memory, and the others must have its N. The values of offsets are
+    not checked, because they may be on a GPU.
     """
     memory = rows[-1]
     assert memory is not None

@@ -1,8 +1,8 @@
-"""The operators: schema and implementation; `fakes` has their shapes, `autograd` their derivatives.
+"""The operators: schemas and implementations. `fakes` has the shapes, `autograd` the derivatives.
 
-`torch.library` define/impl/register_fake: the cheapest registration that torch.compile,
-torch.export and FakeTensor understand. A backend is chosen inside the implementation, so a compiler
-never traces that choice.
+They are registered with `torch.library` define/impl/register_fake, the cheapest way that
+torch.compile, torch.export and FakeTensor understand. The backend is chosen inside the
+implementation, so a compiler never traces that choice.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fused_attn import backends, fakes, operands, reference
 from fused_attn.backends import eager
 from fused_attn.reference import Outputs
 
-# Defaults let a call leave out its last arguments (see `_options`).
+# Defaults let a call leave out its last arguments (see `autograd._options`).
 _POSITIONS = "Tensor? memory_lengths=None, Tensor? memory_mask=None"
 _WANTED = "bool return_weights=False, bool return_logsumexp=False"
 _KEEP = "Tensor? keep_mask=None, float keep_scale=1.0"
 _BACKEND = 'str backend="auto"'
 _WINDOW = "Tensor? centers=None, float half_width=0.0, bool gaussian=False"
-# With it memory is (N, E), the rows of all sequences one after another, and so are its projection
-# and their gradients; memory_lengths are offsets (B + 1) then.
+# With max_source, memory is (N, E): the rows of all sequences one after another. Its projection and
+# the gradients of both have the same form, and memory_lengths are the offsets (B + 1,).
 _RAGGED = "SymInt? max_source=None"
 _OUTPUTS = "(Tensor context, Tensor? weights, Tensor? logsumexp)"
 _SEEDS = "Tensor? grad_context, Tensor? grad_weights, Tensor? grad_logsumexp"
@@ -32,11 +32,11 @@ _CONCAT_INPUTS = (
     "Tensor query_proj, Tensor memory_proj, Tensor? memory_exp, Tensor v, Tensor memory"
 )
 
-# Of the results of a forward operator, those not asked for are None: a tensor takes 1 us to make,
-# and a decoding step needs the context only. Of a backward one those that are not `wanted` are: a
-# bool for each input that may have a gradient, in the inputs' order, and then for the centers.
-_OTHER_ROWS = ("memory_proj", "memory_exp")  # with a row for each of a ragged memory
-LONGEST = 2**40  # source: far more than fits in memory, and little enough to count with
+# Results of a forward operator that were not requested are None: a tensor takes 1 us to make, and
+# a decoding step needs only the context. A backward operator returns None for gradients that are
+# not `wanted`: a bool for each input that may have a gradient, in order, and for the centers.
+_OTHER_ROWS = ("memory_proj", "memory_exp")  # operands with one row per row of a ragged memory
+LONGEST = 2**40  # source length: more than any memory holds, without overflow of index arithmetic
 library = torch.library.Library("fused_attn", "DEF")
 library.define(
     f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "
@@ -77,7 +77,7 @@ def select(
     prepared: bool = False,
     windowed: bool = False,
 ) -> backends.Backend:
-    if memory.is_cpu:  # the sizes and the device's name would take 0.6 us, and decide nothing
+    if memory.is_cpu:  # the choice needs no sizes and no device name, which would take 0.6 us
         if windowed:
             return backends.select("cpu", memory.dtype, score, backend, windowed=True)
         return backends.select("cpu", memory.dtype, score, backend)
@@ -106,9 +106,9 @@ def _ragged(
     longest: int,
     *tensors: Tensor | None,
 ) -> tuple[Any, ...]:
-    """Lengths and what has a row for each of the memory, as the backend takes them."""
+    """Lengths and ragged operands in the form that the backend takes: with offsets, or padded."""
     if offsets is None:
-        raise ValueError("memory_lengths must be offsets (B + 1) where max_source is given")
+        raise ValueError("memory_lengths must be offsets (B + 1,) if max_source is given, got None")
     if not 0 <= longest <= LONGEST:
         raise ValueError(f"max_source must lie in 0..{LONGEST}, got {longest}")
     if getattr(chosen, "TAKES_OFFSETS", False):
@@ -119,7 +119,7 @@ def _ragged(
 
 
 def _unpadded(grads: reference.Gradients, offsets: Any) -> reference.Gradients:
-    """Gradients (B, S, width) of the memory and of its projection as those of rows (N, width)."""
+    """Convert gradients (B, S, width) of memory and projection to rows (N, width)."""
     query, *rest = grads
     return query, *(
         reference.unpad_rows(g, offsets) if g is not None and g.dim() == 3 else g for g in rest
@@ -295,7 +295,7 @@ def concat_scores_backward(
 
 
 def register_derivative(name: str, derivative: Any, batched: Any) -> None:
-    """Add what the dispatcher calls in front of an operator: under autograd, and under vmap."""
+    """Register what the dispatcher calls before an operator: its autograd and its vmap rule."""
     library.impl(name.removeprefix("fused_attn::"), derivative, "Autograd")
     torch.library.register_vmap(name, batched, lib=library)
 

@@ -1,4 +1,4 @@
-"""A memory with everything that does not depend on the query, as an immutable value."""
+"""`PreparedMemory`: a memory with everything precomputed that does not depend on the query."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils import _pytree as pytree
 
 from fused_attn.reference import arithmetic_dtype
 
-# Beyond this a projection is so large that exp(2x) leaves float32; see `exponentials`.
+# exp(2x) of a larger projection x may overflow float32; see `exponentials`.
 _LARGEST_EXPONENT = 43.0
 
 
 def exponentials(memory_proj: Tensor) -> Tensor:
-    """Return ``exp(2 m)`` for a memory projection m (B, S, A), and -1 where that would overflow.
+    """Return ``exp(2 m)`` for a memory projection m (B, S, A), and -1 where it could overflow.
 
-    With E = exp(2q) exp(2m), tanh(q + m) = 1 - 2 / (1 + E): a decoding step then needs no
-    exponential of the memory. A kernel that meets the mark -1 reads m itself instead. Held in
-    bfloat16 for bfloat16 (its range is float32's, and a relative error of the exponential is an
-    absolute error of m), in float32 for float32 and float16.
+    With E = exp(2q) exp(2m), tanh(q + m) = 1 - 2 / (1 + E), so a decoding step computes no
+    exponentials of the memory. A kernel that reads -1 uses m itself instead. The result is bfloat16
+    for bfloat16 (its range is that of float32, and a relative error of the exponential is an
+    absolute error of m), float32 for float32 and float16, and float64 for float64.
     """
     dtype = memory_proj.dtype
     wide = memory_proj.detach().to(arithmetic_dtype(dtype))
@@ -32,11 +32,11 @@ def exponentials(memory_proj: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedMemory:
-    """A memory with everything that does not depend on the query, made by `prepare_memory`.
+    """A memory with everything precomputed that does not depend on the query.
 
-    An immutable value: pass it to `LuongAttention.forward` in place of the memory, as often as the
-    decoder steps. Gradients flow through it. Nothing is kept on the module. It is a pytree, so it
-    goes through torch.compile and torch.export as an argument.
+    `LuongAttention.prepare_memory` returns it. Pass it to `LuongAttention.forward` as ``memory`` in
+    every decoder step. It is immutable, gradients flow through it, and the module keeps no
+    reference to it. It is a pytree, so torch.compile and torch.export accept it as an argument.
     """
 
     score: str
@@ -57,16 +57,20 @@ class PreparedMemory:
         return f"PreparedMemory({', '.join(parts)}, dtype={kind}, device={self.memory.device})"
 
     def index_select(self, rows: Tensor) -> PreparedMemory:
-        """Return the rows ``rows`` (int, (N,)) of the batch, as a reordered batch needs them.
+        """Select batch rows by index: ``rows`` int (N,), for example to reorder a batch.
 
-        Beams of one sentence need no copy of its memory: give them as a query (B, K, D).
+        Raises TypeError for other indices. Beam search needs no copies of a memory: pass K beams as
+        a query (B, K, D).
         """
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in _INDICES:
             raise TypeError(f"rows must be an integer Tensor of shape (N,), got {_told(rows)}")
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def __getitem__(self, rows: slice | Tensor) -> PreparedMemory:
-        """Rows of the batch: a slice (of views), an integer Tensor (N,), or a bool Tensor (B,)."""
+        """Select batch rows by slice (returns views), integer Tensor (N,) or bool Tensor (B,).
+
+        Raises TypeError for any other index.
+        """
         if isinstance(rows, slice):
             return self._map(lambda tensor: tensor[rows])
         if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == (len(self),):
@@ -74,23 +78,23 @@ class PreparedMemory:
         if isinstance(rows, Tensor) and rows.dtype in _INDICES and rows.dim() == 1:
             return self.index_select(rows)
         raise TypeError(
-            f"a PreparedMemory of {len(self)} rows takes a slice, an integer Tensor (N,) or a bool "
-            f"Tensor ({len(self)},), got {_told(rows)}"
+            f"the index of a PreparedMemory of {len(self)} rows must be a slice, an integer Tensor "
+            f"(N,) or a bool Tensor ({len(self)},), got {_told(rows)}"
         )
 
     def to(self, *args: Any, **kwargs: Any) -> PreparedMemory:
-        """As `Tensor.to`; lengths and mask move and keep their dtype."""
+        """Like `Tensor.to`. Lengths and mask change device, but keep their dtype."""
         memory = self.memory.to(*args, **kwargs)
         moved = self._map(lambda tensor: tensor.to(memory.device))
         proj = self.memory_proj
         if proj is None or proj.dtype == memory.dtype:
             return replace(moved, memory=memory)
-        proj = proj.to(memory)  # exponentials of what it is now: they must agree
+        proj = proj.to(memory)  # the exponentials must agree with the rounded projection
         exp = None if self.memory_exp is None else exponentials(proj)
         return replace(moved, memory=memory, memory_proj=proj, memory_exp=exp)
 
     def detach(self) -> PreparedMemory:
-        """The same values, through which no gradient flows."""
+        """Return the same values, detached from the autograd graph."""
         return self._map(Tensor.detach)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -118,7 +122,8 @@ def _flatten(value: PreparedMemory) -> tuple[list[Any], str]:
 
 def _flatten_with_keys(value: PreparedMemory) -> tuple[list[Any], str]:
     tensors = value._tensors()
-    # Not GetAttrKey: torch.export's guards replace names as text, and .memory begins .memory_proj.
+    # Not GetAttrKey: torch.export's guards replace names as text, and .memory is a prefix of
+    # .memory_proj.
     keyed: list[Any] = [(pytree.MappingKey(name), tensor) for name, tensor in tensors.items()]
     return keyed, " ".join((value.score, *tensors))
 
@@ -135,4 +140,4 @@ pytree.register_pytree_node(
     serialized_type_name="fused_attn.PreparedMemory",
     flatten_with_keys_fn=_flatten_with_keys,
 )
-torch.serialization.add_safe_globals([PreparedMemory])  # tensors and a word, as a file of weights
+torch.serialization.add_safe_globals([PreparedMemory])  # safe: holds only tensors and a string

@@ -1,4 +1,4 @@
-"""One attention call as numbers: sizes, dtype, score, and the work and traffic they imply."""
+"""One attention call as numbers: sizes, dtype and score, with its FLOPs and memory traffic."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SCORES = ("dot", "general", "concat")
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """What a backend needs to know to accept a call, and a benchmark to judge it.
+    """What a backend needs to know to accept a call, and a benchmark to rate it.
 
-    ``score_dim`` is the width of the vectors that are scored: E for dot and general (whose query
-    arrives projected), A for concat. The counts leave out projections, which are library GEMMs.
+    ``score_dim`` is the width of the scored vectors: E for dot and general (whose query is
+    already projected), A for concat. The counts leave out projections, which are library GEMMs.
     """
 
     score: str  # one of SCORES
@@ -27,27 +27,27 @@ class AttentionProblem:
     dtype: torch.dtype = torch.float32
     device_type: str = "cpu"
     return_weights: bool = False
-    backward: bool = False  # the backward operator is asked for, and not the forward one
-    prepared: bool = False  # concat: the exponentials of the memory are there
-    windowed: bool = False  # local attention: each query looks at a window of positions
+    backward: bool = False  # the call is one of the backward operator
+    prepared: bool = False  # concat: the exponentials of the memory are given
+    windowed: bool = False  # local attention: each query attends to a window of positions
 
     @property
     def pairs(self) -> int:
-        """Query-position pairs B T S."""
+        """The number of pairs of a query and a position, B T S."""
         return self.batch * self.queries * self.source
 
     @property
     def concat_elements(self) -> int:
-        """Evaluations of tanh in one pass over the scores: B T S A for concat, else 0."""
+        """Tanh evaluations in one pass over the scores: B T S A for concat, else 0."""
         return self.pairs * self.score_dim if self.score == "concat" else 0
 
     def flops(self, backward: bool = False, wanted: Sequence[bool] | None = None) -> int:
-        """Multiply-adds of matrix products, counted as two operations each.
+        """FLOPs of the matrix products; a multiply-add counts as two.
 
-        Forward: scores and weighted sum, 4 B T S E. Backward: scores again, dP, dQ and both
+        Forward: scores and weighted sum, 4 B T S E. Backward: recomputed scores, dP, dQ and both
         halves of dMemory, 10 B T S E. For concat only the products with memory are counted here;
-        the score itself is counted by `concat_elements`. ``wanted`` says which gradients a backward
-        computes, in the order of the operator's results; all of them if None.
+        `concat_elements` counts the score itself. ``wanted`` selects the gradients of a backward,
+        in the order of the operator's results; None means all.
         """
         product = 2 * self.pairs * self.memory_dim
         if self.score == "concat":
@@ -61,7 +61,7 @@ class AttentionProblem:
         return product * (2 + of_query + 2 * of_memory)
 
     def bytes(self, backward: bool = False) -> int:
-        """Least traffic in bytes: each input read once, each output written once."""
+        """Minimum memory traffic in bytes: each input read once, each output written once."""
         size = self.dtype.itemsize
         memory = self.batch * self.source * self.memory_dim
         context = self.batch * self.queries * self.memory_dim
@@ -69,7 +69,7 @@ class AttentionProblem:
         memory_proj = self.batch * self.source * self.score_dim if self.score == "concat" else 0
         read = memory + memory_proj + query
         statistics = self.batch * self.queries * max(4, size)
-        if backward:  # reads the same again with dO and O, writes a gradient for every input
+        if backward:  # reads the inputs, dO and O, and writes a gradient for every input
             return size * (2 * read + 2 * context) + statistics
         weights = self.pairs if self.return_weights else 0
         return size * (read + context + weights) + statistics

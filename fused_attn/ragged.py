@@ -1,7 +1,7 @@
-"""Memory of sequences one after another, (N, E) and offsets, attended to where it lies.
+"""Attention over a ragged memory: sequences one after another, (N, E), with offsets.
 
-What a nested tensor of jagged layout holds. Nothing is padded, neither the memory nor its
-projection, where the backend takes offsets (the CPU's does); operators pad it for the others.
+This is the content of a nested tensor with jagged layout. Neither the memory nor its projection is
+padded if the backend takes offsets (the cpu backend does). The operators pad it for other backends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_attn import autograd
 
 NestedTensor: Any
-try:  # not public, and asked for attributes that are not: elsewhere such a memory is padded
+try:  # this class and the attributes used below are not public; without them memory is padded
     from torch.nested._internal.nested_tensor import NestedTensor
 except ImportError:
     NestedTensor = ()
@@ -21,22 +21,22 @@ _PARTS = ("_values", "_offsets", "_lengths", "_ragged_idx", "_get_max_seqlen")
 
 
 class Rows(NamedTuple):
-    """The memory of B sequences: b has the rows offsets[b] to offsets[b + 1] - 1."""
+    """The memory of B sequences. Sequence b is values[offsets[b] : offsets[b + 1]]."""
 
     values: Tensor  # (N, E)
     offsets: Tensor  # int64 (B + 1)
     longest: int  # S
 
     def stand_in(self) -> Tensor:
-        """A view of the shape (B, S, E), for checks of the arguments that go with it."""
+        """A view with shape (B, S, E), for checks of the other arguments against it."""
         return self.values[: self.longest].expand(self.offsets.shape[0] - 1, -1, -1)
 
 
 def rows_of(memory: Any, *masks: object) -> Rows | None:
-    """The rows of a jagged nested tensor (B, j, E), or None for a memory to be padded.
+    """The rows of a jagged nested tensor (B, j, E), or None if the memory has to be padded.
 
-    That is a tensor with holes, a call with masks beside the lengths (``masks`` are all None where
-    there are none), and one that a compiler or a transform looks into.
+    It has to be padded if the tensor has holes or is not on the CPU, if any of ``masks`` is given,
+    or under a compiler, a mode or a transform.
     """
     if not isinstance(memory, NestedTensor) or any(mask is not None for mask in masks):
         return None
@@ -47,7 +47,7 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     is_plain = memory.dim() == 3 and memory._ragged_idx == 1 and memory._lengths is None
     if not is_plain or memory._values.device.type != "cpu":
         return None
-    # Of no sequences torch finds no longest one.
+    # torch cannot compute the maximum length of a batch without sequences.
     longest = int(memory._get_max_seqlen()) if memory._offsets.shape[0] > 1 else 0
     return Rows(memory.values(), memory._offsets, longest)
 
@@ -59,7 +59,7 @@ def _options(backend: str, longest: int) -> tuple[Any, ...]:
 def attend_dot(
     query: Tensor, rows: Rows, scale: float | Tensor, return_weights: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """`functional.attend_dot` of such a memory; query (B, T, E) or (B, E)."""
+    """`functional.attend_dot` for a ragged memory; query (B, T, E) or (B, E)."""
     if isinstance(scale, Tensor):
         query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     queries = query if query.dim() == 3 else query.unsqueeze(1)
@@ -77,7 +77,10 @@ def attend_concat(
     return_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """`functional.attend_concat`; query_proj (B, T, A) or (B, A), memory_proj (N, A)."""
+    """`functional.attend_concat` for a ragged memory.
+
+    query_proj is (B, T, A) or (B, A), memory_proj (N, A).
+    """
     queries = query_proj if query_proj.dim() == 3 else query_proj.unsqueeze(1)
     inputs = (queries, memory_proj, None, v, rows.values, rows.offsets)
     wanted, options = (None, return_weights, False), _options(backend, rows.longest)

@@ -1,13 +1,14 @@
-"""The definition of Luong attention: eager, any floating dtype, differentiable twice.
+"""The definition of Luong attention: eager, any floating-point dtype, differentiable twice.
 
-Every backend must return what this file returns, up to rounding. It is also the ``eager`` backend
-and what a transform differentiates. It is written to be read, not to be fast: the concat score
-here builds the (B, T, S, A) tensor that the kernels exist to avoid.
+Every backend must return what this file returns, up to rounding. It also serves as the ``eager``
+backend and under transforms. It is written for clarity, not for speed: the concat score here builds
+the (B, T, S, A) tensor that the kernels avoid. A position "counts" for a query if it is not masked
+by lengths, mask or window.
 
     score    dot: a . m        concat: v . tanh(q + m)          (Luong et al. 2015, section 3.1)
     weights  softmax of the scores over the positions that count                        (eq. 7)
     context  sum_s weights[s] * memory[s]
-    local    weights only within a window around p_t, times a Gaussian of s - p_t      (section 3.2)
+    local    weights only within a window around p_t, or these times a Gaussian        (section 3.2)
 
 Shapes: B batch, T queries, S source positions, E memory width, A width of the concat score.
 """
@@ -25,43 +26,44 @@ class Attention(NamedTuple):
 
     context: Tensor  # (B, T, E)
     weights: Tensor  # (B, T, S), before dropout; rows sum to 1 (less with a Gaussian), or are 0
-    logsumexp: Tensor  # (B, T), -inf when nothing counts
+    logsumexp: Tensor  # (B, T), -inf if no position counts
     scores: Tensor  # (B, T, S), before masking; 0 or NaN for rows of memory that are not read
 
 
 class LocalWindow(NamedTuple):
-    """Where each query looks: the positions s with ``|s - p_t| <= half_width`` (section 3.2).
+    """Local attention: each query attends to positions s with ``|s - p_t| <= half_width``.
 
-    With ``gaussian`` the weights, after their softmax over the window, are multiplied with
-    ``exp(-(s - p_t)^2 / (2 sigma^2))``, sigma = half_width / 2 (eq. 10), and not normalised again;
-    p_t then has a gradient. Positions count from 0.
+    Luong et al. 2015, section 3.2. With ``gaussian`` the weights, after the softmax over the
+    window, are multiplied by ``exp(-(s - p_t)^2 / (2 sigma^2))``, sigma = half_width / 2 (eq. 10),
+    and not normalised again; p_t then gets a gradient. Positions are counted from 0.
     """
 
-    centers: Tensor  # float (B, T), the p_t; (B,) for a query of one step
-    half_width: float  # D of the paper
+    centers: Tensor  # floating-point (B, T), the p_t; (B,) for a 2-D query
+    half_width: float  # in positions, the paper's D
     gaussian: bool = False
 
 
 class Masking(NamedTuple):
-    """Which positions count, and which weights dropout keeps."""
+    """The masks of a call: which positions count, and which weights dropout keeps."""
 
     memory_lengths: Tensor | None = None  # int (B,), 0..S
     memory_mask: Tensor | None = None  # bool (B, S) or (B, 1 or T, S), True = attend
     keep_mask: Tensor | None = None  # bool (B, T, S), False = dropped from the weighted sum
-    keep_scale: float = 1.0  # what the kept weights are multiplied with
+    keep_scale: float = 1.0  # factor of the kept weights
     window: LocalWindow | None = None  # centers in the dtype of the arithmetic
 
 
-# What a Masking is. Where every call passes, a plain tuple is made: a Masking takes 0.2 us longer.
+# The type of a Masking as a plain tuple. Hot paths create plain tuples: a Masking takes 0.2 us
+# longer.
 MaskingFields = tuple[
     Tensor | None, Tensor | None, Tensor | None, float, tuple[Tensor, float, bool] | None
 ]
-# What a forward pass returns (context, weights, log-sum-exp; None if not asked for), and what it
-# leaves for the backward one: the log-sum-exp always, the weights if they were returned.
+# What a forward pass returns (context, weights, log-sum-exp; None if not requested), and what is
+# saved for the backward pass: always the log-sum-exp, and the weights if they were returned.
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Saved = tuple[Tensor, Tensor | None, Tensor]
-# What a backward pass returns: a gradient for each input that always has one, then that of the
-# centers of a Gaussian window, or None.
+# What a backward pass returns: the gradients of the inputs in order, then the gradient of the
+# centers of a Gaussian window; None for a gradient that is not wanted.
 Gradients = tuple[Tensor | None, ...]
 
 _EVERYTHING = Masking()
@@ -75,12 +77,12 @@ def as_masking(fields: MaskingFields) -> Masking:
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, float32 for everything narrower."""
+    """The dtype of the arithmetic: float64 for float64 inputs, float32 for all narrower ones."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> None:
-    """Refuse a length outside 0..S. Lengths on a GPU are not read back to check them."""
+    """Raise ValueError for a length outside 0..S. Lengths on a GPU are not read or checked."""
     if memory_lengths is None or memory_lengths.device.type != "cpu" or not len(memory_lengths):
         return
     source = memory.shape[1]
@@ -93,10 +95,10 @@ def check_lengths(memory_lengths: Tensor | None, memory: Tensor) -> None:
 
 
 def window_bounds(centers: Tensor, half_width: float, source: int) -> Tensor:
-    """First position of each window and the one after its last: int64 (B, T, 2), within 0..S.
+    """Bounds [first, end) of each window: int64 (B, T, 2), within 0..S.
 
-    Native code repeats exactly this arithmetic: a rounding of its own would move the edges. A
-    center that is NaN gives the whole row, so that the NaN shows.
+    Native code uses exactly this arithmetic, because different rounding would move the edges. A NaN
+    center gives the whole row, so that the NaN reaches the result.
     """
     first = torch.ceil(centers.detach() - half_width)
     last = torch.floor(centers.detach() + half_width)
@@ -112,10 +114,10 @@ def gaussian_factor(centers: Tensor, half_width: float, source: int) -> Tensor:
 
 
 def counted_positions(memory: Tensor, masking: MaskingFields) -> Tensor:
-    """Return the bool (B, 1 or T, S) that is True where a query may look at a position.
+    """Return bool (B, 1 or T, S), True where a position counts for a query.
 
-    A position counts when it lies below its row's length, the mask (True = attend) allows it and
-    it is inside the query's window.
+    A position counts if it is below its row's length, allowed by the mask (True = attend) and
+    inside the query's window.
     """
     batch, source = memory.shape[0], memory.shape[1]
     counts = torch.ones(batch, 1, source, dtype=torch.bool, device=memory.device)
@@ -133,10 +135,10 @@ def counted_positions(memory: Tensor, masking: MaskingFields) -> Tensor:
 
 
 def zero_uncounted_rows(memory: Tensor, masking: MaskingFields) -> Tensor:
-    """Return the memory with 0 in the rows that no query may read.
+    """Return the memory with zeros in the rows that count for no query.
 
-    A projection of it then neither carries NaN out of the padding nor, in its backward, multiplies
-    a zero gradient with it.
+    Then NaN in the padding can reach neither a projection of the memory nor the gradient of its
+    weight, where it would be multiplied by a zero gradient.
     """
     if masking[0] is None and masking[1] is None and masking[4] is None:
         return memory
@@ -145,10 +147,10 @@ def zero_uncounted_rows(memory: Tensor, masking: MaskingFields) -> Tensor:
 
 
 def pad_rows(rows: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Rows (N, width) of sequences one after another, as (B, S, width). Differentiable twice.
+    """Pad ragged rows (N, width) to (B, S, width). Differentiable twice.
 
-    Sequence b has the rows offsets[b] to offsets[b + 1] - 1. What is behind them is filled with
-    rows of others: lengths go with the result.
+    Sequence b is rows[offsets[b] : offsets[b + 1]], and S is ``longest``. The padding holds rows of
+    other sequences, so the result must be used with lengths.
     """
     if rows.shape[0] == 0:
         return rows.new_zeros(offsets.shape[0] - 1, longest, rows.shape[1])
@@ -157,17 +159,17 @@ def pad_rows(rows: Tensor, offsets: Tensor, longest: int) -> Tensor:
 
 
 def unpad_rows(padded: Tensor, offsets: Tensor) -> Tensor:
-    """The way back from `pad_rows`."""
+    """The inverse of `pad_rows`: from (B, S, width) to (N, width)."""
     positions = torch.arange(padded.shape[1], device=padded.device)
     return padded[positions < offsets.diff()[:, None]]
 
 
 def readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace rows that must not be read by 0, so that 0 x NaN arises in no product or gradient.
+    """Replace rows that must not be read by 0, so that no product or gradient contains 0 * NaN.
 
-    Returns the cleaned (B, S, X) and the bool (B, S) of rows that are present after all. A row
-    that counts for some queries only, and is not finite, is cleaned too: it may spoil only the
-    queries that look at it, which `hide_absent` sees to.
+    Returns the cleaned (B, S, X) and bool (B, S), True for rows that were kept. A row that is not
+    finite and counts only for some queries is replaced too: it may affect only those queries, and
+    `hide_absent` makes their scores NaN.
     """
     present = counts.any(dim=1)
     if counts.shape[1] > 1:
@@ -176,7 +178,7 @@ def readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hide_absent(scores: Tensor, present: Tensor, counts: Tensor) -> Tensor:
-    """NaN for a row that `readable` cleaned: it spoils those who look at it, and no other."""
+    """Make the scores of rows that `readable` replaced NaN. Masking later hides uncounted ones."""
     if counts.shape[1] > 1:
         return scores.masked_fill(~present[:, None], torch.nan)
     return scores
@@ -193,10 +195,11 @@ def concat_scores(query_proj: Tensor, memory_proj: Tensor, v: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the positions that count, and its log-sum-exp (B, T); empty rows 0 and -inf."""
+    """Softmax over the positions that count, and log-sum-exp (B, T). Empty rows: 0 and -inf."""
     counts = counts.expand_as(scores)
     empty = ~counts.any(dim=-1, keepdim=True)
-    # An empty row becomes a row of zeros, whose softmax has a gradient; its weights are then cut.
+    # The logits of an empty row are set to 0, so that softmax has a finite gradient there. The
+    # weights of the row are set to 0 afterwards.
     logits = scores.masked_fill(~counts, -torch.inf).masked_fill(empty, 0.0)
     logsumexp = torch.logsumexp(logits, dim=-1).masked_fill(empty[..., 0], -torch.inf)
     return torch.softmax(logits, dim=-1).masked_fill(~counts, 0.0), logsumexp
@@ -214,8 +217,8 @@ def windowed(weights: Tensor, counts: Tensor, masking: Masking) -> Tensor:
 def attend(scores: Tensor, memory: Tensor, counts: Tensor, masking: Masking) -> Attention:
     """Softmax ``scores`` (B, T, S) over the positions that count, and sum ``memory`` (B, S, E).
 
-    The keep mask is dropout on the weights of the sum; the returned weights are the alignment
-    before it.
+    The keep mask is dropout on the weights of the sum. The returned weights are those before
+    dropout.
     """
     weights, logsumexp = masked_softmax(scores, counts)
     weights = windowed(weights, counts, masking)
@@ -228,7 +231,7 @@ def attend(scores: Tensor, memory: Tensor, counts: Tensor, masking: Masking) -> 
 def dot_attention(
     query: Tensor, memory: Tensor, scale: float = 1.0, masking: Masking = _EVERYTHING
 ) -> Attention:
-    """Attention with the dot score; the general score is this with a projected query.
+    """Attention with the dot score. The general score is this with a projected query.
 
     query (B, T, E), memory (B, S, E).
     """
@@ -246,7 +249,7 @@ def concat_attention(
     memory: Tensor,
     masking: Masking = _EVERYTHING,
 ) -> Attention:
-    """Attention with the concat (additive) score over finished projections.
+    """Attention with the concat (additive) score, given its projections.
 
     query_proj (B, T, A) holds ``W_q h_t + b``, memory_proj (B, S, A) holds ``W_m h_s``, v is (A,).
     """
@@ -262,7 +265,10 @@ def concat_attention(
 def counted_concat_scores(
     query_proj: Tensor, memory_proj: Tensor, v: Tensor, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """Scores (B, T, S) in the dtype of the arithmetic, -inf where bool (B, T, S) does not count."""
+    """Concat scores (B, T, S) in the dtype of the arithmetic, and bool (B, T, S) of what counts.
+
+    Scores are -inf where a position does not count.
+    """
     dtype = arithmetic_dtype(memory_proj.dtype)
     counts = counted_positions(memory_proj, masking)
     projection, present = readable(memory_proj.to(dtype), counts)

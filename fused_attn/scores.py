@@ -1,5 +1,4 @@
-"""Scores before their softmax, with the log-sum-exp: for people to look at, and for what is
-composed of them."""
+"""Scores before the softmax, with their log-sum-exp: for inspection, and for `composed`."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ from fused_attn.reference import LocalWindow, MaskingFields, arithmetic_dtype, z
 
 
 def counted(scores: Tensor, memory: Tensor, masking: MaskingFields) -> Tensor:
-    """The scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+    """Return the scores (B, T, S) in the dtype of the arithmetic, -inf at masked positions."""
     checks.check_bounds(masking[0], memory)
     counts = reference.counted_positions(memory, masking)
     return scores.to(arithmetic_dtype(memory.dtype)).masked_fill(~counts, -torch.inf)
 
 
 def of_dot(query: Tensor, memory: Tensor, scale: float | Tensor, masking: MaskingFields) -> Tensor:
-    """Scores ``scale * h_t . h_s`` of checked arguments (B, T, E) and (B, S, E): (B, T, S)."""
+    """Scores ``scale * h_t . h_s`` (B, T, S) of checked arguments (B, T, E) and (B, S, E)."""
     checks.check_bounds(masking[0], memory)
     dtype = arithmetic_dtype(memory.dtype)
     counts = reference.counted_positions(memory, masking)
@@ -37,7 +36,7 @@ def of_concat(
     masking: MaskingFields,
     backend: str,
 ) -> Tensor:
-    """Scores of checked projections (B, T, A) and (B, S, A): (B, T, S)."""
+    """Concat scores (B, T, S) of checked projections (B, T, A) and (B, S, A)."""
     lengths, mask, *_, window = masking
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)
@@ -60,11 +59,13 @@ def dot_scores(
 ) -> tuple[Tensor, Tensor]:
     """The scores of `dot_attention` before the softmax, and their log-sum-exp.
 
-    Arguments as there. Returns scores (B, T, S), -inf where a position does not count, and
-    log-sum-exp (B, T), -inf where nothing counts, both in float32 (float64 for float64); without
-    the T for a 2-D query. ``exp(scores - logsumexp[..., None])`` are the weights of a query that
-    has something to attend to. Of one that has not it is NaN, -inf less -inf, where the weights are
-    0: ``.masked_fill(logsumexp[..., None].isneginf(), 0)`` makes it so.
+    Takes the arguments of `dot_attention` and raises the same errors. Returns the scores (B, T, S),
+    -inf at masked positions, and the log-sum-exp (B, T), -inf if all positions are masked; both in
+    float32 (float64 for float64). For a 2-D query the results have no T dimension.
+
+    ``exp(scores - logsumexp[..., None])`` are the attention weights. For a query whose positions
+    are all masked this is NaN (-inf minus -inf), while its weights are 0:
+    ``.masked_fill(logsumexp[..., None].isneginf(), 0)`` corrects that.
     """
     checks.check_scale(scale)
     memory, memory_lengths = checks.padded(memory, memory_lengths)
@@ -111,7 +112,7 @@ def concat_scores(
 ) -> tuple[Tensor, Tensor]:
     """The scores of `concat_attention` before the softmax; see `dot_scores`.
 
-    Nothing of size (B, T, S, A) is built, unless the eager backend runs the call.
+    No tensor of shape (B, T, S, A) is materialised, except in the eager backend.
     """
     checks.check_backend(backend)
     memory, memory_lengths = checks.padded(memory, memory_lengths)

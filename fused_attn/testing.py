@@ -1,12 +1,12 @@
-"""How attention is judged: input factories, an fp64 oracle, a yardstick, and one error budget.
+"""Tools to test attention: input factories, a float64 oracle, a baseline and an error budget.
 
-A result is right when its largest error against the oracle is at most
+A result is correct if its largest error against the oracle is at most
 
-    2 x (largest error of the plain chain in the same dtype) + floor x (largest oracle value).
+    2 x (largest error of plain attention in the same dtype) + floor x (largest oracle value).
 
-The oracle is `reference` in float64 on the quantised inputs, so that only the arithmetic is judged
-and not the rounding of the inputs. The plain chain is what people write by hand, in the dtype of
-the inputs. The floor covers what it rounds better by luck, and has one table, `FLOORS`.
+The oracle is `reference` in float64 on the quantised inputs, so that the rounding of the inputs is
+not counted as an error. Plain attention is the usual handwritten code, in the dtype of the inputs.
+The floor (see `FLOORS`) allows for cases in which plain attention rounds better by chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fused_attn.reference import LocalWindow, Masking
 
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(FLOORS)
-# "projected" is the concat score over finished projections, as the operator takes it.
+# "projected" is the concat score with given projections, as the operator takes it.
 SCORES = ("dot", "general", "concat", "projected")
 MASKS = ("none", "shared", "row", "cube")  # none, (B, S), (B, 1, S), (B, T, S)
 WINDOWS = ("none", "hard", "gaussian")
@@ -35,13 +35,13 @@ LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")
 
 # Arguments without a batch dimension; their gradients are sums over the batch.
 _PARAMETERS = ("weight", "query_weight", "memory_weight", "v", "bias")
-_ORACLE_ELEMENTS = 1 << 24  # of (B, T, S, A) at a time, so that the oracle fits in memory
+_ORACLE_ELEMENTS = 1 << 24  # of (B, T, S, A) at a time, to limit the memory of the oracle
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one call looks like; `make_inputs` fills it with numbers. Its str is a test id."""
+    """The description of one call. `make_inputs` draws its tensors; its str is a test id."""
 
     score: str  # one of SCORES
     dtype: torch.dtype = torch.float32
@@ -51,13 +51,13 @@ class Case:
     query_dim: int = 16  # D; the dot score takes memory_dim instead
     memory_dim: int = 16  # E
     attn_dim: int = 16  # A
-    lengths: bool = False  # rows of S, 0, and lengths between
+    lengths: bool = False  # the rows have lengths S, 0, and some between
     mask: str = "none"  # one of MASKS
     window: str = "none"  # one of WINDOWS
     keep: bool = False  # dropout on the weights
     bias: bool = False  # of the concat score
-    layout: str = "contiguous"  # one of LAYOUTS, of every tensor
-    weights: bool = True  # whether the weights are asked for, and have a gradient
+    layout: str = "contiguous"  # one of LAYOUTS, for every tensor
+    weights: bool = True  # whether the weights are returned, and get a gradient
 
     def __str__(self) -> str:
         sizes = f"B{self.batch}T{self.queries}S{self.source}E{self.memory_dim}"
@@ -75,27 +75,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call, and the gradients that come back to its results."""
+    """The arguments of one call, and the gradients of its results."""
 
     score: str
     tensors: Tensors  # the differentiable arguments
     masking: Masking
     scale: float
     grad_context: Tensor
-    grad_weights: Tensor | None  # None: the weights are not asked for
+    grad_weights: Tensor | None  # None: the weights are not requested
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """Return the same values (the first row for all, if "expanded") under other strides."""
+    """Return the same values with other strides; "expanded" repeats the first row."""
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "expanded" and tensor.dim() > 2:
         return tensor[:1].clone().expand(tensor.shape)
-    if layout == "sliced":  # what lies between the values is NaN, or True in a mask
+    if layout == "sliced":  # the gaps between the values hold NaN, or True in a mask
         gaps = torch.full((*tensor.shape, 2), torch.nan, device=tensor.device).to(tensor.dtype)
         gaps[..., 0] = tensor
         return gaps.flatten(-2)[..., ::2]
-    if layout == "offset":  # aligned to the element and to nothing wider
+    if layout == "offset":  # aligned only to the element size
         flat = torch.cat((tensor.new_zeros(1), tensor.flatten()))
         return flat[1:].view(tensor.shape)
     return tensor.contiguous()
@@ -111,7 +111,7 @@ def _each(masking: Masking, change: Callable[[Tensor], Tensor]) -> Masking:
 
 
 def _differentiable(masking: Masking, tensors: Tensors) -> Masking:
-    """The masking with the centers that take a gradient, if there are such."""
+    """The masking with its centers replaced by the differentiable ones, if there are any."""
     if masking.window is None or "centers" not in tensors:
         return masking
     return masking._replace(window=masking.window._replace(centers=tensors["centers"]))
@@ -123,7 +123,7 @@ def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
     if case.lengths:
         between = torch.arange(batch) * source // max(batch, 1)
         lengths = torch.cat((torch.tensor([source, 0]), between))[:batch]
-    if case.mask != "none":  # three positions in four; nothing for the last query of all
+    if case.mask != "none":  # allows three positions in four, and none for the very last query
         mask = draw(batch, queries if case.mask == "cube" else 1, source) > -0.67
         mask[-1:, -1:] = False
         mask = mask[:, 0] if case.mask == "shared" else mask
@@ -132,7 +132,7 @@ def _masking(case: Case, draw: Callable[..., Tensor]) -> Masking:
 
 
 def _window(case: Case, draw: Callable[..., Tensor]) -> LocalWindow | None:
-    """Windows of about a third of the source; some end at its edges, the first lies outside."""
+    """Windows of about a third of the source. Some are cut at its edges; the first is outside."""
     if case.window == "none":
         return None
     centers = draw(case.batch, case.queries, size=0.3 * case.source) + 0.5 * case.source
@@ -144,7 +144,7 @@ def _window(case: Case, draw: Callable[..., Tensor]) -> LocalWindow | None:
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
-    """Draw the inputs of ``case``: scores of a spread of about 2, whatever the widths are."""
+    """Draw the inputs of ``case``. Scores have a spread of about 2, whatever the widths are."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:
@@ -192,7 +192,7 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
 
 
 def _cubed(masking: Masking) -> Masking:
-    """The masking as the reference and the operator take it: lengths int64, mask (B, 1 or T, S)."""
+    """The masking with the mask as (B, 1 or T, S), as the reference takes it."""
     mask = masking.memory_mask
     return masking._replace(
         memory_mask=mask.unsqueeze(1) if mask is not None and mask.dim() == 2 else mask
@@ -200,12 +200,12 @@ def _cubed(masking: Masking) -> Masking:
 
 
 def counted(inputs: Inputs) -> Tensor:
-    """Bool (B, 1 or T, S): the positions that each query may look at."""
+    """Bool (B, 1 or T, S): the positions that each query may attend to."""
     return reference.counted_positions(inputs.tensors["memory"], _cubed(inputs.masking))
 
 
 def spoil_padding(inputs: Inputs, value: float) -> Inputs:
-    """Return the inputs with ``value`` (NaN, say) in every memory row that no query may look at."""
+    """Return the inputs with ``value`` (such as NaN) in every memory row masked for all queries."""
     padding = ~counted(inputs).any(dim=1)[..., None]
     spoiled = {
         name: tensor.masked_fill(padding, value)
@@ -216,7 +216,7 @@ def spoil_padding(inputs: Inputs, value: float) -> Inputs:
 
 
 def _projections(score: str, tensors: Tensors, masking: Masking) -> tuple[Tensor, Tensor]:
-    """The query as it is scored, and what it is scored with."""
+    """The (projected) query and the keys that it is scored against."""
     memory = tensors["memory"]
     if score == "dot":
         return tensors["query"], memory
@@ -232,10 +232,10 @@ def _projections(score: str, tensors: Tensors, masking: Masking) -> tuple[Tensor
 def plain_attention(
     score: str, tensors: Tensors, scale: float, counts: Tensor | None, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """Attention as people write it: bmm, masked_fill, softmax, bmm. (context, weights).
+    """Handwritten attention: bmm, masked_fill, softmax, bmm. Returns (context, weights).
 
-    ``counts`` (B, 1 or T, S) comes from `counted`. A query with nothing to attend to gets uniform
-    weights here.
+    ``counts`` (B, 1 or T, S) comes from `counted`. A query whose positions are all masked gets
+    uniform weights here.
     """
     query, keys = _projections(score, tensors, Masking())
     if score in ("dot", "general"):
@@ -258,7 +258,7 @@ def plain_attention(
 
 
 def evaluate(call: Callable[[Tensors], tuple[Tensor, Tensor | None]], inputs: Inputs) -> Tensors:
-    """Run ``call`` on the inputs, forward and backward: its results and gradients, by name."""
+    """Run ``call`` on the inputs, forward and backward. Returns results and gradients by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     context, weights = call(leaves)
     results = {"context": context.detach()}
@@ -272,7 +272,7 @@ def evaluate(call: Callable[[Tensors], tuple[Tensor, Tensor | None]], inputs: In
 
 
 def fused(inputs: Inputs, backend: str = "auto") -> Tensors:
-    """The call under test, through the public functions where these take all of the inputs."""
+    """Run the code under test, through the public functions where they take all of the inputs."""
     masking, scale = inputs.masking, inputs.scale
     wanted = inputs.grad_weights is not None
 
@@ -296,7 +296,7 @@ def fused(inputs: Inputs, backend: str = "auto") -> Tensors:
 
 
 def plain(inputs: Inputs) -> Tensors:
-    """The yardstick: `plain_attention` in the dtype of the inputs, empty rows set to 0 after."""
+    """The baseline: `plain_attention` in the dtype of the inputs, with masked results set to 0."""
     counts = counted(inputs)
     empty = ~counts.any(dim=-1, keepdim=True)
     masking = _cubed(inputs.masking)
@@ -310,7 +310,7 @@ def plain(inputs: Inputs) -> Tensors:
 
 
 def oracle(inputs: Inputs) -> Tensors:
-    """The right answer: the reference in float64 on the same inputs, some batch rows at a time."""
+    """The exact results: the reference in float64 on the same inputs, some batch rows at a time."""
     tensors = inputs.tensors
     batch, source, _ = tensors["memory"].shape
     queries = tensors["query" if "query" in tensors else "query_proj"].shape[1]
@@ -351,16 +351,16 @@ def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One result against the oracle. ``budget`` is the error that it may have."""
+    """The comparison of one result with the oracle. ``budget`` is the largest allowed error."""
 
     error: float
-    yardstick: float  # the plain chain's error
+    yardstick: float  # the error of plain attention
     budget: float
-    largest: float  # value of the oracle
+    largest: float  # the largest absolute value of the oracle
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget  # False for a NaN on either side
+        return self.error <= self.budget  # False if either is NaN
 
 
 def _largest(tensor: Tensor) -> float:
@@ -378,7 +378,7 @@ def judge(got: Tensor, oracle: Tensor, plain: Tensor, scale: float | None = None
 def check_within_budget(
     name: str, got: Tensor, oracle: Tensor, plain: Tensor, scale: float | None = None
 ) -> None:
-    """Raise AssertionError, saying where and by how much, if ``got`` exceeds the error budget."""
+    """Raise AssertionError, with place and size of the error, if ``got`` exceeds the budget."""
     if got.shape != oracle.shape or got.dtype != plain.dtype:
         expected, found = (plain.dtype, tuple(oracle.shape)), (got.dtype, tuple(got.shape))
         raise AssertionError(f"{name}: expected {expected}, got {found}")
@@ -389,9 +389,9 @@ def check_within_budget(
     where = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
     raise AssertionError(
         f"{name}: error {verdict.error:.3g} exceeds the budget {verdict.budget:.3g} "
-        f"(2 x {verdict.yardstick:.3g} of the plain chain + {FLOORS[got.dtype]:g} x the largest "
+        f"(2 x {verdict.yardstick:.3g} of plain attention + {FLOORS[got.dtype]:g} x the largest "
         f"value {verdict.largest if scale is None else scale:.3g}); worst at {where}: "
-        f"got {float(got[where]):.9g}, right {float(oracle[where]):.9g}; "
+        f"expected {float(oracle[where]):.9g}, got {float(got[where]):.9g}; "
         f"{int(got.isnan().sum())} of {got.numel()} are NaN"
     )
 
@@ -404,7 +404,7 @@ def check_results(
 ) -> None:
     """`check_within_budget` for every result, with all failures in one message.
 
-    ``scales`` holds, by name, what the floor goes by instead of the largest oracle value.
+    ``scales`` holds, by name, values to use for the floor instead of the largest oracle value.
     """
     if got.keys() != oracle.keys():
         raise AssertionError(f"expected the results {[*oracle]}, got {[*got]}")
@@ -421,13 +421,13 @@ def check_results(
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Within it torch.empty and its kind return NaN, so that an output left unwritten shows."""
+    """A context in which torch.empty and the like return NaN, to reveal unwritten outputs."""
     settings: Any = deterministic
     filled = settings.fill_uninitialized_memory
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
-        # The filling is wanted here, not torch's opinion on which of its operators repeat.
+        # Only the filling is wanted here, not warnings about nondeterministic operators.
         warnings.filterwarnings("ignore", message=".*deterministic")
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""One run of what later calls run, so that a CUDA graph can capture them."""
+"""A warm-up run, after which a CUDA graph can capture calls of the same shapes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fused_attn.prepared import PreparedMemory
 
 
 def run(layer: nn.Module, query: Any, memory: Any, masks: Any, wanted: dict[str, Any]) -> None:
-    """Run ``layer`` forward and, where gradients would flow, backward; drop the results.
+    """Run ``layer`` forward and, if anything requires a gradient, backward; discard the results.
 
-    No gradient is accumulated and no random state moves.
+    No gradient is accumulated, and the state of the random number generators does not change.
     """
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value  # forward says what is wrong with it
+            return value  # forward raises the error
         leaves.append(value.detach().requires_grad_(value.requires_grad))
         return leaves[-1]
 
@@ -35,6 +35,6 @@ def run(layer: nn.Module, query: Any, memory: Any, masks: Any, wanted: dict[str,
         output, weights = layer(query, memory, *masks, **wanted)
     inputs = [x for x in (*leaves, *layer.parameters()) if x.requires_grad]
     roots = [x for x in (output, weights) if x is not None and x.requires_grad]
-    for count in range(1, len(roots) + 1):  # a loss may use the weights, or not
+    for count in range(1, len(roots) + 1):  # a loss may or may not use the weights
         seeds = [torch.ones_like(root) for root in roots[:count]]
         torch.autograd.grad(roots[:count], inputs, seeds, retain_graph=True, allow_unused=True)

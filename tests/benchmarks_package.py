@@ -1,4 +1,4 @@
-"""The package `benchmarks`, which is not installed, without the checkout on sys.path."""
+"""Import the package `benchmarks`, which is not installed, without the checkout on sys.path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCATION = ROOT / "benchmarks"
 
 @contextmanager
 def imported() -> Iterator[SimpleNamespace]:
-    """Its modules by name, `__main__` as ``main`` and the package itself as ``package``."""
+    """Yield its modules by name, `__main__` as ``main``, and the package itself as ``package``."""
     spec = importlib.util.spec_from_file_location(
         "benchmarks", LOCATION / "__init__.py", submodule_search_locations=[str(LOCATION)]
     )

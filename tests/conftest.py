@@ -1,4 +1,4 @@
-"""Settings that every test shares: threads, and hypothesis without a clock."""
+"""Settings for all tests: threads, the Triton interpreter, and Hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
-    # The workers are the parallelism. Before torch is imported, so that OpenMP reads it, and in
-    # the environment, so that the processes that tests start inherit it.
+    # The workers already run in parallel. This is set before torch is imported, so that OpenMP
+    # reads it, and in the environment, so that processes started by tests inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
@@ -17,13 +17,14 @@ import torch  # noqa: E402
 from interpreter import patch_once_a_launch  # noqa: E402
 
 if not torch.cuda.is_available():
-    # The Triton kernels then run in Triton's interpreter, on CPU tensors: the same arithmetic. Read
-    # when the first kernel is defined, here and in processes that tests start.
+    # Run the Triton kernels in Triton's interpreter, on CPU tensors, with the same arithmetic.
+    # Triton reads this when the first kernel is defined, here and in processes started by tests.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     patch_once_a_launch()
 
-# A shared machine has no deadlines. "short": a failure must come back with the same command.
-# "long" draws anew each time, and prints what brings a failure back.
+# No deadlines, because timings on a shared machine vary. "short" is deterministic, so that the same
+# command reproduces a failure. "long" draws new examples each time, and prints how to reproduce
+# a failure.
 hypothesis.settings.register_profile("short", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -31,7 +32,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run the test with the threads that its marker asks for, and leave no other number behind."""
+    """Run a test with the number of threads from its marker, and restore the number afterwards."""
     before = torch.get_num_threads()
     if marker := request.node.get_closest_marker("threads"):
         torch.set_num_threads(*marker.args)

@@ -1,6 +1,6 @@
-"""csrc/cuda without a GPU: its kernels, compiled by the host's compiler, on CPU tensors.
+"""Runs the kernels of csrc/cuda without a GPU: compiled by the host compiler, on CPU tensors.
 
-See tests/native/cuda_on_host.h for what stands in for the GPU, and what that catches.
+tests/native/cuda_on_host.h describes how the GPU is emulated, and which errors that detects.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 def library(directory: Path) -> ctypes.CDLL:
     """The kernels as a shared library, compiled into ``directory``."""
     out = directory / "cuda_on_host.so"
-    # _FORTIFY_SOURCE takes the jumps between stacks for an attack.
+    # _FORTIFY_SOURCE would mistake the jumps between stacks for an attack.
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra"]
     flags += ["-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
     done = subprocess.run(
@@ -94,17 +94,17 @@ def library(directory: Path) -> ctypes.CDLL:
 
 @dataclass
 class Call:
-    """One call of the kernels. What is laid out here lives as long as this."""
+    """One call of the kernels. It keeps the memory of its operands alive."""
 
     library: ctypes.CDLL
-    multiprocessors: int = 1  # of the machine that is planned for
-    splits: int = 0  # of every row's positions; 0: as planned
-    seed: int = 0  # of the order in which blocks and threads run
-    guarded: bool = False  # inputs end where touching memory is an error
+    multiprocessors: int = 1  # of the GPU that the call is planned for
+    splits: int = 0  # of each row's positions; 0: as planned
+    seed: int = 0  # for the order in which blocks and threads run
+    guarded: bool = False  # inputs end at a page that must not be accessed
     kept: list[object] = field(default_factory=list)
 
     def place(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the same values under the same strides, in guarded memory if that is wanted."""
+        """Return the same values with the same strides, in guarded memory if ``guarded``."""
         if tensor is None or not self.guarded or not tensor.numel():
             return tensor
         strides = zip(tensor.shape, tensor.stride(), strict=True)
@@ -114,7 +114,7 @@ class Call:
         return flat.as_strided(tensor.shape, tensor.stride())
 
     def memory(self, count: int) -> Tensor:
-        """``count`` bytes in front of a page that must not be touched, as uint8."""
+        """``count`` bytes before a page that must not be accessed, as uint8."""
         guarded = self.library.guarded_alloc(count)
         self.kept.append(guarded)
         rounded = (count + 15) // 16 * 16
@@ -169,7 +169,7 @@ class Call:
         return_weights: bool = True,
         return_logsumexp: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(context, weights, logsumexp), where what was not written is NaN."""
+        """Run the call. Returns (context, weights, logsumexp), NaN where nothing was written."""
         operands = {name: self.place(tensor) for name, tensor in operands.items()}
         keep = None if masking.keep_mask is None else masking.keep_mask.contiguous()
         masks = (masking.memory_lengths, masking.memory_mask, keep)

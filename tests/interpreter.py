@@ -1,8 +1,8 @@
-"""Triton's interpreter, without work that it repeats.
+"""Speeds up Triton's interpreter by removing repeated work.
 
 Before a kernel is interpreted, the interpreter replaces the functions of `triton.language` by its
-own. It does so again at every call of a @triton.jit function from within the kernel, where all are
-replaced already, and looks through the whole language for them: a third of a test's time.
+own. It does this again at every call of a @triton.jit function from the kernel, although everything
+is replaced already, and searches the whole language for it: a third of a test's time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 
 def patch_once_a_launch() -> None:
-    """From now on the functions are replaced when a kernel starts, and not while it runs."""
+    """Patch the interpreter to replace the functions once per launch, when a kernel starts."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not hasattr(interpreter, "_LangPatchScope"):  # a version that goes about it otherwise
+    if not hasattr(interpreter, "_LangPatchScope"):  # this version works differently
         return
     patch = interpreter._patch_lang
     languages = {id(interpreter.tl), id(interpreter.tl.core)}
-    launches: list[set[int]] = []  # of the one under way: the modules whose functions are replaced
+    launches: list[set[int]] = []  # in a launch: the modules whose functions have been replaced
 
     class Launch(interpreter._LangPatchScope):
         def restore(self) -> None:
@@ -42,6 +42,6 @@ def patch_once_a_launch() -> None:
         if not found <= launches[0]:
             launches[0].update(found)
             patch(fn)
-        return None  # of a call within a kernel nobody asks for it
+        return None  # the result of a call within a kernel is not used
 
     interpreter._patch_lang = patched

@@ -1,8 +1,9 @@
-"""Run the tests that a version of torch or Python could break, on several of them.
+"""Run the tests that depend on the versions of torch and Python, with several versions.
 
 ``make test-matrix`` runs this. Each combination has a virtual environment under ``build/matrix``,
-with torch pinned, the extra ``test``, and a wheel of this checkout that is built once for each
-Python: its native module is to fit every torch. Environments are kept and brought up to date.
+with torch pinned, the extra ``test``, and a wheel of this checkout. The wheel is built once for
+each Python, because its native module must work with every torch. Environments are reused and
+updated.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "matrix"
-WHEELS: dict[str, Path] = {}  # built by this process, by the version of Python
+WHEELS: dict[str, Path] = {}  # wheels built by this process, by Python version
 
-# Every torch on the oldest Python, and every Python on the torch that CI has.
+# Every torch on the oldest Python, and every Python with the torch of CI.
 COMBINATIONS = ("3.11/2.11.0", "3.11/2.13.0", "3.11/2.14.1", "3.12/2.13.0", "3.13/2.13.0")
 
-# New tests are in the matrix unless they are named here, by how their names begin: those of what
-# no torch or Python enters (documents, figures, sizes and ranges of a kernel's arithmetic, kernels
-# compiled ahead of time), of the build, and of commands.
+# Test files are in the matrix unless their names start with one of these: tests that do not depend
+# on the version of torch or Python (documents, figures, sizes and ranges of kernel arithmetic,
+# kernels compiled ahead of time), and tests of the build and of commands.
 LEFT_OUT = (
     *("architecture", "backends_", "benchmarks", "cli", "cuda", "documents", "fuzz", "launch"),
     *("matrix", "native_objects", "packaging", "peak_memory", "problem", "seq2seq", "triton"),
 )
-# Of the toolkit: a model and its gradients, search, training.
+# The toolkit's tests in the matrix: a model and its gradients, search, training.
 SEQ2SEQ = ("seq2seq_model", "seq2seq_search", "seq2seq_training")
-# Interpreted, it would take most of the time. `make test-triton-oldest` is for its versions.
+# Interpreted Triton would take most of the time. `make test-triton-oldest` tests its versions.
 SELECTION = "not triton"
 
 
 class NotRun(Exception):
-    """A combination cannot be had here; the message says why."""
+    """A combination cannot be set up on this machine; the message has the reason."""
 
 
 class NoWheel(Exception):
-    """The package does not build with a Python that is there, which is a failure of ours."""
+    """The package does not build with an available Python, which counts as a failure."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Outcome:
 
 
 def version_of(interpreter: str, env: dict[str, str] | None = None) -> str:
-    """``"3.11"`` for a Python 3.11 that makes virtual environments, ``""`` for what is none."""
+    """``"3.11"`` for a Python 3.11 that can create virtual environments, ``""`` otherwise."""
     code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
     try:
         process = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, env=env)
@@ -85,7 +86,7 @@ def version_of(interpreter: str, env: dict[str, str] | None = None) -> str:
 
 
 def find_python(version: str, given: Sequence[str]) -> str:
-    """An interpreter of a version: one that was given, this one, one on PATH, or pyenv's."""
+    """An interpreter of a version: a given one, this one, one on PATH, or one of pyenv."""
     name = f"python{version}"
     for candidate in (*given, sys.executable, name):
         if version_of(candidate) == version:
@@ -103,8 +104,8 @@ def find_python(version: str, given: Sequence[str]) -> str:
 
 
 def run(log: Path, step: str, command: Sequence[str | Path], **env: str) -> None:
-    """Append the output of a command to the log; one that fails ends the combination."""
-    # Nothing of the environment that this script was started in may reach into another one.
+    """Run a command and append its output to the log. Raise NotRun if it fails."""
+    # This script's own environment must not affect the environments that it creates.
     outer = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     with log.open("a", encoding="utf-8") as file:
         print(f"\n$ {' '.join(map(str, command))}", file=file, flush=True)
@@ -118,12 +119,12 @@ def run(log: Path, step: str, command: Sequence[str | Path], **env: str) -> None
 
 
 def copy_sources() -> Path:
-    """What a wheel is built from, apart from the checkout, whose own build stays as it is.
+    """Copy the sources of a wheel, so that building it does not touch the checkout's own build.
 
-    Times of files are kept, so that only what has changed is compiled again.
+    Modification times are kept, so that only changed files are compiled again.
     """
     copy = WORK / "source"
-    for name in ("csrc", "fused_attn", "kernels"):  # or what was removed would stay
+    for name in ("csrc", "fused_attn", "kernels"):  # otherwise removed files would stay
         shutil.rmtree(copy / name, ignore_errors=True)
     for built in copy.glob("build/lib*"):
         shutil.rmtree(built)
@@ -137,7 +138,7 @@ def copy_sources() -> Path:
 
 
 def build_wheel(python: Path, version: str, log: Path) -> Path:
-    """The wheel of this checkout for a Python, built by the first combination that asks."""
+    """The wheel of this checkout for a Python, built for the first combination that needs it."""
     if version in WHEELS:
         return WHEELS[version]
     wheels = WORK / f"wheel-python{version}"
@@ -148,7 +149,7 @@ def build_wheel(python: Path, version: str, log: Path) -> Path:
             "building the wheel",
             [python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, copy_sources()],
             FUSED_ATTN_REQUIRE_NATIVE="1" if shutil.which(os.environ.get("CXX", "c++")) else "0",
-            CMAKE_ARGS="-DFUSED_ATTN_CUDA=OFF",  # no test of the matrix runs its kernels
+            CMAKE_ARGS="-DFUSED_ATTN_CUDA=OFF",  # no test in the matrix runs CUDA kernels
         )
     except NotRun as error:
         raise NoWheel(str(error)) from error
@@ -157,7 +158,7 @@ def build_wheel(python: Path, version: str, log: Path) -> Path:
 
 
 def install(combination: Combination, interpreter: str, log: Path) -> Path:
-    """The Python of the combination's environment, with this checkout's package in it."""
+    """Set up the environment with this checkout's package, and return its Python."""
     python = combination.directory / "bin" / "python"
     if version_of(str(python)) != combination.python:
         shutil.rmtree(combination.directory, ignore_errors=True)
@@ -166,16 +167,16 @@ def install(combination: Combination, interpreter: str, log: Path) -> Path:
     torch = f"torch=={combination.torch}"
     run(log, "installing torch", [*pip, torch])
     wheel = build_wheel(python, combination.python, log)
-    # Again with the version of torch, which the needs of the tests must leave as it is.
+    # torch is pinned again, so that the dependencies of the tests cannot change its version.
     with_extra = f"fused-attn[test] @ {wheel.as_uri()}"
     run(log, "installing the package", [*pip, torch, with_extra])
-    # Its version number stays the same, so pip takes an earlier wheel for this one.
+    # Its version number never changes, so pip would mistake an earlier wheel for this one.
     run(log, "installing the package", [*pip, "--no-deps", "--force-reinstall", wheel])
     return python
 
 
 def test_files() -> list[Path]:
-    """The tests of the matrix."""
+    """The test files of the matrix."""
     files = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
@@ -185,7 +186,7 @@ def test_files() -> list[Path]:
 
 
 def read_results(results: Path) -> Outcome:
-    """What pytest's JUnit file says."""
+    """Read the outcome from pytest's JUnit file."""
     suite = xml.etree.ElementTree.parse(results).getroot().find("testsuite")
     assert suite is not None
     number = {key: int(suite.get(key, "0")) for key in ("tests", "skipped", "failures", "errors")}
@@ -201,7 +202,7 @@ def run_tests(python: Path, combination: Combination, options: Sequence[str], lo
     command = [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-k", SELECTION]
     command.append(f"--junitxml={results}")
     try:
-        # Without the root of the checkout on sys.path the package is the one that was installed.
+        # With PYTHONSAFEPATH the checkout is not on sys.path: the installed package is tested.
         run(log, "pytest", [*command, *options, *test_files()], PYTHONSAFEPATH="1")
     except NotRun as error:
         if not results.exists():
@@ -231,7 +232,7 @@ def run_combination(
 
 
 def installed_versions(python: Path) -> str:
-    """What was tested, with the build of torch."""
+    """The versions that were tested, with the build of torch."""
     names = ["torch", "triton", "numpy"]
     code = (
         "import importlib.metadata as m, json, platform, torch;"
@@ -264,7 +265,7 @@ def main(
         "--python", action="append", default=[], metavar="PATH", help="an interpreter to use"
     )
     parser.add_argument(
-        "--strict", action="store_true", help="fail also where a combination cannot be built"
+        "--strict", action="store_true", help="also fail if a combination cannot be set up"
     )
     parser.add_argument(
         "--pytest", action="append", default=[], metavar="OPTION", help="an option for pytest"

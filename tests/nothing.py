@@ -1,8 +1,8 @@
-"""Calls in which sizes are 0 or 1 or nothing counts, and what is right for them.
+"""Calls with sizes of 0 or 1 or with everything masked, and their correct results.
 
-What is right is written here once more, in float64 and plain torch: nothing of it comes from the
-package. A query with nothing to attend to has context 0, weights 0 and log-sum-exp -inf, and gives
-gradients of 0; so has one whose memory has no rows.
+The correct results are computed independently of the package, in float64 and plain torch. A query
+with nothing to attend to (everything masked, or a memory without rows) has context 0, weights 0 and
+log-sum-exp -inf, and gives zero gradients.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Tensors = dict[str, Tensor]
 
 
 def draw(name: str, *shape: int) -> Tensor:
-    """Float64 numbers that every dtype holds, the same for a name and a shape."""
+    """Float64 numbers that are exact in every dtype, the same for the same name and shape."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{shape}".encode()))
     return torch.randint(-6, 7, shape, generator=generator).double() / 4
 
 
 def lengths_of(kind: str, batch: int, source: int) -> Tensor | None:
-    """int64 (B,): none, zeros, S for all, or 0 for every other row."""
+    """None, or int64 (B,): all 0, all S, or alternating 0 and S."""
     every = {"zeros": 0, "full": source}
     if kind == "none":
         return None
@@ -41,7 +41,7 @@ def lengths_of(kind: str, batch: int, source: int) -> Tensor | None:
 
 
 def mask_of(kind: str, batch: int, queries: int, source: int) -> Tensor | None:
-    """bool (B, S), (B, 1, S) or (B, T, S); the last query of all sees nothing."""
+    """None, or bool (B, S), (B, 1, S) or (B, T, S); the very last query is fully masked."""
     if kind == "none":
         return None
     mask = draw("mask", batch, queries if kind == "cube" else 1, source) > -0.6
@@ -56,7 +56,7 @@ def counted(
     centers: Tensor | None = None,
     half_width: float = 0.0,
 ) -> Tensor:
-    """bool (B, T, S): the positions that each query may look at."""
+    """bool (B, T, S): the positions that each query may attend to."""
     counts = torch.ones(shape, dtype=torch.bool)
     positions = torch.arange(shape[2])
     if lengths is not None:
@@ -69,18 +69,18 @@ def counted(
 
 
 def clean(rows: Tensor, counts: Tensor) -> Tensor:
-    """Rows (B, S, X) with 0 where no query looks."""
+    """Rows (B, S, X) with 0 where all queries are masked."""
     return rows.masked_fill(~counts.any(dim=1)[..., None], 0.0)
 
 
 def spoil(rows: Tensor, counts: Tensor) -> Tensor:
-    """Rows with NaN where no query looks: none may read them. Without queries, as given."""
+    """Rows with NaN where all queries are masked, which may not be read; unchanged if T = 0."""
     unread = ~counts.any(dim=1) if counts.shape[1] else counts.any(dim=1)
     return rows.masked_fill(unread[..., None], torch.nan)
 
 
 def softmax(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (B, T, S) and log-sum-exp (B, T). Scores are small: nothing overflows."""
+    """Weights (B, T, S) and log-sum-exp (B, T). The scores are too small to overflow."""
     shares = torch.exp(scores).masked_fill(~counts, 0.0)
     total = shares.sum(dim=-1)
     is_empty = total == 0.0
@@ -89,7 +89,7 @@ def softmax(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sparsemax(scores: Tensor, counts: Tensor) -> Tensor:
-    """Martins & Astudillo 2016, algorithm 1, a row at a time."""
+    """Martins & Astudillo 2016, algorithm 1, row by row."""
     rows = []
     for row, counted_here in zip(scores.flatten(0, 1), counts.flatten(0, 1), strict=True):
         seen = row[counted_here]
@@ -115,7 +115,7 @@ def additive(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
 
 
 def convolve(rows: Tensor, kernel: Tensor) -> Tensor:
-    """Rows (..., S) with a kernel (channels, odd width), 0 beyond both ends: (..., S, channels)."""
+    """Convolve zero-padded rows (..., S) with (channels, odd width). Returns (..., S, channels)."""
     width, source = kernel.shape[1], rows.shape[-1]
     wide = nn.functional.pad(rows, (width // 2, width // 2))
     seen = [wide[..., s : s + width] @ kernel.mT for s in range(source)]
@@ -124,7 +124,7 @@ def convolve(rows: Tensor, kernel: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the operators: dot, or concat of finished projections."""
+    """A call of the operators: dot, or concat with given projections."""
 
     score: str
     batch: int
@@ -136,7 +136,7 @@ class Call:
     mask: str = "none"
     window: str = "none"
     keep: bool = False
-    seeds: tuple[str, ...] = ("context", "weights")  # results that have a gradient
+    seeds: tuple[str, ...] = ("context", "weights")  # results that get a gradient
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -148,7 +148,7 @@ class Call:
 
     @property
     def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Lengths, mask, what dropout keeps, and the centers of windows."""
+        """Lengths, mask, keep mask of dropout, and centers of windows."""
         lengths = lengths_of(self.lengths, self.batch, self.source)
         mask = mask_of(self.mask, *self.shape)
         keep = draw("keep", *self.shape) > -0.5 if self.keep else None
@@ -161,7 +161,7 @@ class Call:
         return counted(self.shape, lengths, mask, centers, self.half_width)
 
     def tensors(self) -> Tensors:
-        """The differentiable arguments, centers of a Gaussian among them."""
+        """The differentiable arguments, including the centers of a Gaussian window."""
         batch, queries, source = self.shape
         tensors = {
             "query": draw("query", batch, queries, self.score_width),
@@ -188,7 +188,7 @@ SCALE, KEEP_SCALE = 0.5, 1.5
 
 @cache
 def right(call: Call) -> Tensors:
-    """Results and gradients, by name."""
+    """The correct results and gradients, by name."""
     leaves = {name: tensor.requires_grad_() for name, tensor in call.tensors().items()}
     counts, keep = call.counts, call.masks[2]
     memory = clean(leaves["memory"], counts)
@@ -206,7 +206,7 @@ def right(call: Call) -> Tensors:
 
 
 def gradients(results: Tensors, leaves: Tensors, seeds: Tensors) -> Tensors:
-    """Gradients of the leaves, by name, zeros where a result does not depend on one."""
+    """Gradients of the leaves, by name; zeros for leaves that no result depends on."""
     pairs = [(results[name], seed) for name, seed in seeds.items() if results[name].requires_grad]
     if not pairs:
         return {f"grad_{name}": torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -218,10 +218,10 @@ def gradients(results: Tensors, leaves: Tensors, seeds: Tensors) -> Tensors:
 def compare(
     got: Tensors, expected: Tensors, about: object, dtype: torch.dtype | None = None
 ) -> None:
-    """Hold results against the right ones, under the error budget of ``dtype``, or of their own.
+    """Compare results with the correct ones, within the error budget of ``dtype`` or of their own.
 
-    Where weights are 1, gradients are differences of equal numbers: what errors are measured by is
-    the size of the numbers here, 8, and not that of a result.
+    Where a weight is 1, gradients are differences of equal numbers. Therefore the scale of the
+    budget is the size of the numbers here, 8, and not the size of a result.
     """
     for name, tensor in got.items():
         oracle = expected[name].detach()
@@ -231,7 +231,7 @@ def compare(
             continue
         found = tensor.detach().cpu()
         infinite = oracle.isinf()
-        if infinite.any():  # log-sum-exps and scores of nothing
+        if infinite.any():  # log-sum-exps and scores that are masked
             if not torch.equal(found[infinite].double(), oracle[infinite]):
                 raise AssertionError(f"{about}: {name} must be -inf at {infinite}, got {found}")
             found, oracle = found.masked_fill(infinite, 0.0), oracle.masked_fill(infinite, 0.0)
@@ -241,7 +241,7 @@ def compare(
 
 
 def padded(rows: Tensor, lengths: Sequence[int], source: int) -> Tensor:
-    """Rows (N, X) of sequences one after another as (B, S, X), 0 behind their ends."""
+    """Ragged rows (N, X) as (B, S, X), padded with 0."""
     if not lengths:
         return rows.sum() * rows.new_zeros(0, source, rows.shape[1])
     parts = rows.split(list(lengths))
@@ -251,16 +251,16 @@ def padded(rows: Tensor, lengths: Sequence[int], source: int) -> Tensor:
 def some_masks(
     rng: random.Random, number: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[str, str]]]:
-    """Every (B, T, S), each with so many kinds of (lengths, mask)."""
+    """Every (B, T, S), each with ``number`` random kinds of (lengths, mask)."""
     for shape in BATCHES:
         yield from ((shape, masks) for masks in rng.sample(MASKINGS, number))
 
 
 def operator_calls(score: str) -> Iterator[Call]:
-    """Every combination of sizes, lengths and masks, with windows and dropout for some.
+    """Every combination of sizes, lengths and masks, some with windows and dropout.
 
-    The rest (widths, which results have a gradient, whether 3 queries are 9: more than 8 go another
-    way) is drawn. A call without a size of 0 has lengths of 0.
+    The rest is random: widths, which results get a gradient, and whether 3 queries become 9 (more
+    than 8 take another code path). Calls without a size of 0 always have some lengths of 0.
     """
     rng = random.Random(0)
     wanted = (("context", "weights"), ("context",), ("weights",))

@@ -1,8 +1,8 @@
-"""Small eager layers with the names, parameters and behaviour that the peers document.
+"""Small eager layers with the names, parameters and behaviour of other toolkits' attention.
 
-Written from their documentation and signatures as formulas, to be what the adapters are held
-against and what `swap` finds in a model. Padding gets the peers' treatment: -inf, or -65504. Parts
-are called, as the peers call them.
+They are written as formulas from the toolkits' documentation and signatures. Adapters are tested
+against them, and `swap` finds them in models. Padding is treated as in the originals (-inf or
+-65504), and submodules are called as in the originals.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 def softmax(scores: Tensor, keep: Tensor | None, fill: float = -torch.inf) -> Tensor:
-    """Over the last dimension; a row of nothing is NaN with -inf, as in the peers."""
+    """Softmax over the last dimension. With -inf, a fully masked row is NaN as in the originals."""
     return torch.softmax(scores if keep is None else scores.masked_fill(~keep, fill), -1)
 
 
 def sparsemax(scores: Tensor, keep: Tensor | None) -> Tensor:
-    """The projection onto the simplex: z - tau, with tau from the largest support that fits."""
+    """The projection onto the simplex: z - tau, with tau from the largest valid support."""
     scores = scores if keep is None else scores.masked_fill(~keep, -1e9)
     ranked = scores.sort(dim=-1, descending=True).values
     sizes = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
@@ -75,7 +75,7 @@ class OpenNMT(nn.Module):
 
 
 class OpenNMT2(OpenNMT):
-    """Before 3.0: other names, and sequences come back time first."""
+    """GlobalAttention before 3.0: other argument names, and results are time first."""
 
     def forward(
         self, source: Any, memory_bank: Any, memory_lengths: Any = None, coverage: Any = None
@@ -85,7 +85,7 @@ class OpenNMT2(OpenNMT):
 
 
 class Eole(OpenNMT):
-    """A mask (B, 1, S) in place of lengths, True where there is padding; None for a part unused."""
+    """A mask (B, 1, S), True = padding, instead of lengths; an unused linear_cover is None."""
 
     def __init__(self, dim: int, coverage: bool, attn_type: str, attn_func: str) -> None:
         super().__init__(dim, coverage, attn_type, attn_func)
@@ -200,7 +200,7 @@ class Tutorial(nn.Module):
 
 
 class SpeechBrain(nn.Module):
-    """Content based; location aware with a convolution."""
+    """Content-based attention; location-aware if ``conv`` is given."""
 
     def __init__(self, enc: int, dec: int, attn: int, out: int, scaling: float, conv: Any) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class SpeechBrain(nn.Module):
 
 
 class TFALuong(nn.Module):
-    """TensorFlow Addons' mechanism, its memory set before: the context and the alignments."""
+    """The mechanism of TensorFlow Addons: its memory is set first, it returns alignments twice."""
 
     def __init__(self, units: int, memory_dim: int, scale: bool) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class TFABahdanau(TFALuong):
 
 
 class Keras(nn.Module):
-    """Attention of "dot" or "concat", and AdditiveAttention ("additive"), with their scales."""
+    """Attention ("dot" or "concat") and AdditiveAttention ("additive"), with their scales."""
 
     def __init__(self, kind: str, width: int) -> None:
         super().__init__()
@@ -294,6 +294,6 @@ class Keras(nn.Module):
 
 
 def named(name: str, base: type[nn.Module], *arguments: Any, dtype: Any = torch.float64) -> Any:
-    """A layer of a class with the peer's own name, as a user's model would hold it."""
+    """A layer whose class has the original's name, as in a user's model."""
     torch.manual_seed(0)
     return type(name, (base,), {})(*arguments).to(dtype)

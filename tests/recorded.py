@@ -1,8 +1,8 @@
-"""A stand-in for graphs on the CPU, which holds what it replays to what a device would do.
+"""A stand-in for CUDA graphs on the CPU, which checks that replays could run on a device.
 
-A graph on a device reads and writes the addresses that it was captured with, and no number that
-Python has computed since. Here the work runs again in Python, and every operator must have the same
-numbers and the same tensors from outside as at the capture.
+A CUDA graph reads and writes the addresses that it was captured with, and sees no number that
+Python computes later. Here a replay runs the work again in Python, and every operator must get the
+same numbers and the same outside tensors as at the capture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.seq2seq.search.graphs import Work
 
-# Of which a device cannot know the result, or its size, without the host.
+# Operators whose result or its size is needed on the host, so that they cannot be captured.
 _WAITS = {
     getattr(torch.ops.aten, name).default
     for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select")
@@ -25,12 +25,12 @@ _WAITS = {
 
 
 class Calls(TorchDispatchMode):
-    """Notes every operator, with its numbers and with the addresses that come from outside."""
+    """Records every operator, with its numbers and with the addresses of outside tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
-        self._made: list[Tensor] = []  # alive, so that no address comes twice
+        self._made: list[Tensor] = []  # kept alive, so that no address is used twice
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -59,7 +59,7 @@ class FakeGraph:
         self._work = work
         with Calls() as calls:
             found = work()
-        with torch.inference_mode(False):  # as those of a device, which fill themselves
+        with torch.inference_mode(False):  # like the static outputs of a real graph
             self.outputs = tuple(tensor.clone() for tensor in found)
         self._calls, self._checks = calls.calls, checks
         self.replays = 0
@@ -77,10 +77,10 @@ class FakeGraph:
 
 
 class FakeRecorder:
-    """Counts: it keeps all that it has captured, but for what a test lets go.
+    """Counts captures and replays, and keeps all graphs that a test does not delete.
 
-    checks: whether replays are compared with the capture. It makes torch take other ways through
-        some operators, whose results differ in the last bit.
+    checks: whether replays are compared with the capture. Comparing makes torch use other code
+        paths in some operators, whose results differ in the last bit.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""What the backend tests run on: each backend, on each device and instruction set it can use here.
+"""The targets of the backend tests: each backend, on each device and instruction set usable here.
 
-A backend that cannot run on this machine is one skipped target with its own reason. A call that a
-usable backend refuses is a test too: it must raise, with that reason in the message.
+A backend that cannot run on this machine is one skipped target with its reason. A call that a
+usable backend refuses is also a test: it must raise, with the reason in the message.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fused_attn import backends, ops, testing
 from fused_attn.problem import AttentionProblem
 from fused_attn.testing import Case, Inputs, Tensors
 
-# These have no backward: the gradients come from the eager backend's, on what they saved.
+# Backends without a backward: the eager backend computes the gradients from what they saved.
 FORWARD_ONLY = ("cuda",)
-# These refuse what other backends do (a dtype, a size); `check` tests the refusals.
+# Backends that refuse some dtypes or sizes that others support; `check` tests the refusals.
 PARTIAL = ("cuda", "triton")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -38,15 +38,14 @@ class Target:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it the backend uses this target's instruction set, or is given a backward.
+        """A context that sets this target's instruction set, or provides a backward.
 
-        What a backend refuses that is for some calls only, skips the test: `check` is the test of
-        a refusal.
+        A call that a partial backend refuses skips the test, because `check` tests refusals.
         """
         with self._settings():
             try:
                 yield
-            except Exception as error:  # torch's opcheck wraps it in one of its own
+            except Exception as error:  # torch's opcheck wraps it in its own exception
                 if self.backend not in PARTIAL or "no backend can do" not in str(error):
                     raise
                 pytest.skip(str(error))
@@ -74,7 +73,7 @@ class Target:
             yield
 
     def refusals(self, case: Case) -> list[str]:
-        """The backend's reasons against such a call."""
+        """The backend's reasons for refusing such a call."""
         score = "concat" if case.score == "projected" else case.score
         score_dim = case.attn_dim if score == "concat" else case.memory_dim
         sizes = (case.batch, case.queries, case.source, case.memory_dim, score_dim)
@@ -84,16 +83,16 @@ class Target:
 
     @property
     def is_interpreted(self) -> bool:
-        """Whether every operation of a kernel is a call from Python."""
+        """Whether the kernels run in Triton's interpreter."""
         return self.backend == "triton" and self.device == "cpu"
 
     def needs_speed(self) -> None:
-        """Skip a test that adds sizes only, where every operation takes as long as a call."""
+        """Skip a test that only adds sizes if kernels are interpreted, which is slow."""
         if self.is_interpreted:
-            pytest.skip("without a GPU the Triton kernels are interpreted, and other sizes are run")
+            pytest.skip("without a GPU the Triton kernels are interpreted, with fewer sizes")
 
     def inputs(self, case: Case, seed: int = 0) -> Inputs:
-        if self.is_interpreted:  # sizes that pass through the same code, and are still odd
+        if self.is_interpreted:  # smaller sizes that take the same code paths, and are still odd
             case = replace(
                 case,
                 queries=min(case.queries, 20),
@@ -104,7 +103,7 @@ class Target:
         return testing.make_inputs(case, seed, self.device)
 
     def run(self, inputs: Inputs) -> Tensors:
-        """Results and gradients, where an output that was not written shows as NaN."""
+        """Results and gradients; unwritten outputs are NaN."""
         with self.active():
             return self._results(inputs)
 
@@ -113,7 +112,7 @@ class Target:
             return testing.fused(inputs, self.backend)
 
     def check(self, case: Case, seed: int = 0) -> None:
-        """Hold the call against the oracle, or its refusal against the backend's reasons."""
+        """Compare the call with the oracle, or its refusal with the backend's reasons."""
         inputs = self.inputs(case, seed)
         if reasons := self.refusals(case):
             refused = pytest.raises(ValueError, match="no backend can do")
@@ -122,16 +121,16 @@ class Target:
             assert all(reason in str(error.value) for reason in reasons)
             return
         got = self.run(inputs)
-        # The weights of a memory of one row are 1, whatever its scores.
+        # With one position, all weights are 1 for any scores.
         scales = cancelled_sizes(inputs) if case.source == 1 else None
         testing.check_results(got, testing.oracle(inputs), testing.plain(inputs), scales)
 
 
 def cancelled_sizes(inputs: Inputs) -> dict[str, float]:
-    """By name, the size of the terms whose sum is a gradient through the softmax.
+    """By name, the size of the terms that are summed to a gradient through the softmax.
 
-    Where all weights are equal whatever the scores, or one is 1, these gradients are differences
-    of equal numbers. What is left is rounding, small against the terms and not against the result.
+    If one weight is 1, or all are equal for any scores, these gradients are differences of equal
+    numbers. Only rounding remains, which is small compared to the terms, not to the result.
     """
     memory, grad_weights = inputs.tensors["memory"].double(), inputs.grad_weights
     weight_grads = inputs.grad_context.double() @ memory.mT

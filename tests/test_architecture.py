@@ -1,4 +1,4 @@
-"""The one-way flow of the package, read from its imports: nothing points back up.
+"""The layers of the package, checked by its imports: no module imports from a higher layer.
 
 seq2seq -> attention -> functional -> {checks, autograd -> ops} -> backends -> each backend
 -> {reference, _C, kernels}
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_attn"
 KERNELS = ROOT / "kernels"
 
-# Lowest first; a module imports from lower layers only, or from its own package.
+# Lowest first. A module may import only from lower layers or from its own package.
 LAYERS = (
     ("_C", "kernels"),
     ("problem", "reference", "modules"),
@@ -56,14 +56,14 @@ WITHOUT_TORCH = (
     *("config", "errors", "vocabulary", "metrics", "tasks"),
     *("data.pairs", "data.links", "data.pair_files", "data.tokenizers", "commands.option_help"),
 )
-# May use what the extras install; everything else runs with torch alone.
+# These may use the packages of the extras; everything else needs only torch.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")
 IMPORTS_NATIVE = {"backends.cpu", "backends.cuda", "info"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py"  # only names its children; its cost is tested below
+    if path != PACKAGE / "__init__.py"  # it imports lazily; its cost is tested below
 }
 
 
@@ -74,7 +74,7 @@ def layer(module: str) -> int:
     for height, names in enumerate(LAYERS):
         if place in names:
             return height
-    raise AssertionError(f"fused_attn/{module} has no place in the flow: add it to LAYERS")
+    raise AssertionError(f"fused_attn/{module} belongs to no layer: add it to LAYERS")
 
 
 def package(module: str) -> str:
@@ -83,7 +83,7 @@ def package(module: str) -> str:
 
 
 def absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
-    """The module that a from-import names, its leading dots resolved."""
+    """The absolute name of the module that a from-import names."""
     if not node.level:
         return node.module or ""
     parts = ["fused_attn", *module.split(".")]
@@ -92,7 +92,7 @@ def absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
 
 
 def imports(module: str, path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, wherever in the file, public names too."""
+    """Full names of all modules that a file imports anywhere, including by public names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -102,7 +102,7 @@ def imports(module: str, path: Path) -> Iterator[str]:
                 if source == "fused_attn" and alias.name in fused_attn._HOME:
                     yield fused_attn._HOME[alias.name]
                 elif source == "fused_attn" and alias.name.startswith("__"):
-                    continue  # __version__ costs nothing and comes from no layer
+                    continue  # __version__ belongs to no layer
                 else:
                     child = f"{source}.{alias.name}".removeprefix("fused_attn.")
                     is_module = child in MODULES or child in ("_C", "kernels")
@@ -126,7 +126,7 @@ def test_imports_point_down(module: str) -> None:
         other
         for other in internal(module, MODULES[module])
         if layer(other) >= layer(module)
-        # Inside one package a flow of its own is allowed; backends are not one, each is its own.
+        # Imports within one package are not checked here. Each backend is a package of its own.
         and package(other) != package(module)
     }
     assert not upward, f"fused_attn.{module} imports upwards or sideways: {sorted(upward)}"

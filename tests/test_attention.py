@@ -1,6 +1,6 @@
-"""The module: its parameters, its forward against the functions, and everything torch does to one.
+"""`LuongAttention`: parameters, forward against the functions, copies, dropout, autocast, errors.
 
-What prepared memories and beams add is in test_attention_prepared.py.
+Prepared memories and beams are tested in test_attention_prepared.py.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def test_autocast(score: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_second_derivatives(score: str) -> None:
-    """Of all parameters and both inputs, as a gradient penalty takes them."""
+    """With respect to all parameters and both inputs, as for a gradient penalty."""
     module = make(score, output_dim=2, dtype=torch.float64)
     query, memory = (t[:, :2, :].requires_grad_() for t in draw(score, torch.float64))
     names = [name for name, _ in module.named_parameters()]
@@ -259,9 +259,9 @@ BAD_OPTIONS = [
     ({"attn_dim": 0, "score": "concat"}, ValueError, "attn_dim must be a positive int, got 0"),
     ({"output_dim": True}, ValueError, "output_dim must be a positive int, got True"),
     ({"score": "mlp"}, ValueError, "one of 'dot', 'general', 'concat', 'location', got 'mlp'"),
-    ({"score": "dot"}, ValueError, "score 'dot' needs query_dim == memory_dim, got 8 and 10"),
-    ({"attn_dim": 4}, ValueError, "attn_dim belongs to score 'concat', got attn_dim=4"),
-    ({"score": "dot", "memory_dim": D, "bias": True}, ValueError, "bias needs a query projection"),
+    ({"score": "dot"}, ValueError, "score 'dot' requires query_dim == memory_dim, got 8 and 10"),
+    ({"attn_dim": 4}, ValueError, "attn_dim must be None unless score='concat', got 4 with"),
+    ({"score": "dot", "memory_dim": D, "bias": True}, ValueError, "bias must be False for score"),
     ({"scale": "big"}, TypeError, "scale must be a number or 'learned', got 'big'"),
     ({"dropout": 1.1}, ValueError, "dropout must be a probability in 0..1, got 1.1"),
     (
@@ -273,14 +273,14 @@ BAD_OPTIONS = [
     ({"local": "monotonic", "window": 0}, ValueError, "window must be positive and finite, got 0"),
     ({"local": "monotonic", "window": "2"}, TypeError, "window must be a number, got '2'"),
     ({"normalizer": "relu"}, ValueError, "normalizer must be one of 'softmax', 'sparsemax', got"),
-    ({"weight_norm": True}, ValueError, "weight_norm belongs to score 'concat', got weight_norm="),
-    ({"layer_norm": True}, ValueError, "layer_norm belongs to score 'concat', got layer_norm=True"),
-    ({"coverage": True}, ValueError, "coverage belongs to score 'concat', got coverage=True"),
-    ({"conv_channels": 3}, ValueError, "conv_channels belongs to score 'concat'"),
-    ({"score": "concat", "conv_channels": -1}, ValueError, "conv_channels must be an int of at"),
+    ({"weight_norm": True}, ValueError, "weight_norm requires score='concat', got weight_norm="),
+    ({"layer_norm": True}, ValueError, "layer_norm requires score='concat', got layer_norm=True"),
+    ({"coverage": True}, ValueError, "coverage requires score='concat', got coverage=True"),
+    ({"conv_channels": 3}, ValueError, "conv_channels requires score='concat', got conv_channels"),
+    ({"score": "concat", "conv_channels": -1}, ValueError, "conv_channels must be a non-negative"),
     ({"score": "concat", "conv_width": 4}, ValueError, "conv_width must be a positive odd int"),
     ({"max_source": 9}, ValueError, "max_source must be None for score 'general', got 9"),
-    ({"score": "location"}, ValueError, "max_source must be the longest source it may meet"),
+    ({"score": "location"}, ValueError, "max_source must be the maximum source length"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Prepared memories: the same numbers and gradients as without, in fewer steps; beams."""
+"""Prepared memories give the same results and gradients with less work; beams."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_prepared_gives_what_unprepared_gives(
 @every_target
 @pytest.mark.parametrize("score", SCORES)
 def test_gradients_of_steps_add_up_to_those_of_one_call(score: str, target: Target) -> None:
-    """The decoder's loop over a prepared memory, against all steps at once over the memory."""
+    """A decoder loop with a prepared memory, against one call with all steps and the memory."""
     module = make(score, target, dtype=torch.float64)
     query, memory, _ = draw(score, torch.float64, target.device)
     lengths = LENGTHS.to(target.device)
@@ -79,7 +79,7 @@ def test_gradients_of_steps_add_up_to_those_of_one_call(score: str, target: Targ
 @every_target
 @pytest.mark.parametrize("score", SCORES)
 def test_beams_share_one_memory(score: str, target: Target) -> None:
-    """(B, K, D) on (B, S, E) is what repeating each memory K times would give."""
+    """A query (B, K, D) on (B, S, E) gives the same as repeating each memory K times."""
     beams = 5
     module = make(score, target)
     _, memory, _ = draw(score, device=target.device)
@@ -126,7 +126,7 @@ def test_index_select_refuses_what_is_no_index(rows: object) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_what_is_prepared(score: str) -> None:
-    """A decoding step of the concat score finds the projection and its exponentials made."""
+    """A decoding step of the concat score computes neither projection nor exponentials."""
     module = make(score)
     _, memory, mask = draw(score)
     prepared = module.prepare_memory(memory, LENGTHS.int(), mask[:, 0])
@@ -163,7 +163,7 @@ def test_nothing_is_kept_on_the_module() -> None:
     before = set(vars(module)) | set(dict(module.named_buffers()))
     module(query, module.prepare_memory(memory, LENGTHS))
     assert set(vars(module)) | set(dict(module.named_buffers())) == before
-    # A second memory is a second value; the first one still gives its own results.
+    # Preparing a second memory does not change the results of the first.
     first, second = module.prepare_memory(memory), module.prepare_memory(memory + 1)
     expected = module(query, memory)[0]
     module(query, second)
@@ -173,7 +173,7 @@ def test_nothing_is_kept_on_the_module() -> None:
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_prepared_under_autocast(score: str, dtype: torch.dtype) -> None:
-    """Prepared inside or outside of it, stepped inside of it."""
+    """Prepared inside or outside of autocast, used inside."""
     module = make(score)
     query, memory, _ = draw(score)
     expected, _ = module(query, memory, LENGTHS)
@@ -194,7 +194,7 @@ def test_prepared_under_autocast(score: str, dtype: torch.dtype) -> None:
 def test_masking_belongs_to_the_preparation(masking: dict[str, Tensor]) -> None:
     module = make("general")
     query, memory, _ = draw("general")
-    with pytest.raises(ValueError, match="memory_lengths and memory_mask belong to prepare_memory"):
+    with pytest.raises(ValueError, match="memory_lengths and memory_mask must be None if memory"):
         module(query, module.prepare_memory(memory), **masking)
 
 

@@ -188,7 +188,9 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--split", "jump"], "--split is no option of the task g2p")
     fails([*train, run, "--resume", "--hidden", "17"], "was not started with this --hidden")
     fails(["train", "scan", "--output", run, "--resume"], "is of the task g2p")
-    fails(["train", "reverse", "--output", tmp_path / "new", "--test", run], "--test is no option")
+    fails(
+        ["train", "reverse", "--output", tmp_path / "new", "--test", run], "--test is not an option"
+    )
     fails(["train", "g2p"], "required: --output")
     fails([*new, "--test", tmp_path / "none"], "cannot read", "No such file")
     fails([*new, "--test", tmp_path], "cannot read", "Is a directory")

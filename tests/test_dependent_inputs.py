@@ -1,7 +1,7 @@
-"""Inputs made of one another: a projection of the memory, a query from it, one tensor twice.
+"""Inputs computed from one another: a projection of the memory, a query from it, one tensor twice.
 
-To an operator they are inputs like any other: the gradient of each is that of the others held fast,
-with a graph for second derivatives (`create_graph=True`) as without.
+The gradient of each operator input must treat the other inputs as constant, with a graph for second
+derivatives (`create_graph=True`) and without.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Made = Callable[[Tensor, Tensor], Tensor]
 
 
 def rows_of(x: Tensor) -> ragged.Rows:
-    """Sequences of S - 1 and S + 1 rows, as a nested tensor holds them (through which torch
-    has no second derivatives)."""
+    """Sequences of S - 1 and S + 1 rows with offsets, as in a nested tensor. (torch's nested
+    tensors themselves have no second derivatives.)"""
     return ragged.Rows(x.reshape(-1, E), torch.tensor([0, S - 1, 2 * S]), S + 1)
 
 
@@ -47,7 +47,7 @@ def centered(query: Tensor) -> LocalWindow:
     return LocalWindow(S * torch.sigmoid(query.sum(dim=-1)), 1.6, gaussian=True)
 
 
-# By name: a result of a memory x (B, S, E) and a matrix w (E, E), with x in several places.
+# By name: functions of a memory x (B, S, E) and a matrix w (E, E) that use x more than once.
 CALLS: dict[str, Made] = {
     "dot, the same twice": lambda x, w: dot_attention(*[x @ w] * 2)[0],
     "dot, a query of the memory": lambda x, w: dot_attention(x.mean(dim=1) @ w, x)[0],
@@ -72,7 +72,7 @@ def test_a_graph_changes_no_gradient(name: str) -> None:
 
 
 def check(call: Callable[[], Tensor], *leaves: Tensor) -> None:
-    """Gradients with a graph against those without, and second ones against differences."""
+    """Compare gradients with and without a graph, and second ones with finite differences."""
     seed = torch.randn_like(call())
     first = torch.autograd.grad(call(), leaves, seed)
     with_graph = torch.autograd.grad(call(), leaves, seed, create_graph=True)

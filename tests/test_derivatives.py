@@ -1,4 +1,4 @@
-"""Operators under their own names: they carry derivatives, in every graph that holds them."""
+"""Operators called by name have derivatives, in every kind of graph that holds them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def inputs_of(name: str) -> tuple[Tensor, ...]:
 
 
 def raw(name: str, lengths: Tensor | None = None, backend: str = "auto") -> Call:
-    """The operator as a function of its differentiable inputs; all of its results."""
+    """The operator as a function of its differentiable inputs. Returns all of its results."""
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         if name == "dot_attention":
@@ -52,7 +52,7 @@ def raw(name: str, lengths: Tensor | None = None, backend: str = "auto") -> Call
 
 
 def chain(name: str, lengths: Tensor | None = None) -> Call:
-    """The same in plain torch, for rows that have something to look at."""
+    """The same in plain torch, for rows that are not fully masked."""
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         query, keys, *rest = inputs
@@ -72,7 +72,7 @@ def chain(name: str, lengths: Tensor | None = None) -> Call:
 
 
 def loss(results: tuple[Tensor, ...]) -> Tensor:
-    """Of every finite number in the results."""
+    """A loss on all finite numbers in the results."""
     return sum(torch.where(r.isfinite(), r, 0.0).sin().sum() for r in results)
 
 
@@ -87,7 +87,7 @@ LENGTHS = torch.tensor([5, 3])
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_raw_operator_has_its_gradients(name: str, lengths: Tensor | None, backend: str) -> None:
-    """Of context, weights and log-sum-exp together, and of each alone."""
+    """With a loss on context, weights and log-sum-exp together, and on each alone."""
     inputs = inputs_of(name)
     expected = gradients(chain(name, lengths), inputs)
     torch.testing.assert_close(gradients(raw(name, lengths, backend), inputs), expected)
@@ -122,7 +122,7 @@ def test_a_raw_operator_under_torch_func(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_traced_operator_trains(name: str) -> None:
-    """In a graph of make_fx, whether or not it was traced on inputs with a gradient."""
+    """In a graph of make_fx, traced on inputs with or without requires_grad."""
     inputs = inputs_of(name)
     expected = gradients(chain(name), inputs)
     for traced_on in (inputs, tuple(tensor.detach() for tensor in inputs)):
@@ -157,7 +157,7 @@ def trained(call: Call, inputs: tuple[Tensor, ...], parameters: list[Tensor]) ->
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_an_exported_layer_trains(kind: str, strict: bool) -> None:
-    """As it is, and decomposed into core operators."""
+    """As exported, and decomposed into core operators."""
     layer, inputs = layer_and_inputs(kind)
     expected = trained(layer, inputs, list(layer.parameters()))
     detached = tuple(tensor.detach() for tensor in inputs)
@@ -174,7 +174,7 @@ def test_an_exported_layer_trains(kind: str, strict: bool) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # at every comparison of sizes
 @pytest.mark.parametrize("kind", ["dot", "general", "concat"])
 def test_a_layer_in_torchscript_trains(kind: str) -> None:
-    """For other lengths than those it was traced with, and other sources."""
+    """With other lengths and source lengths than in the trace."""
     layer, inputs = layer_and_inputs(kind)
     traced = torch.jit.trace(layer, inputs, check_trace=False)
     others = (draw(2, 2, 4, seed=5), draw(2, 7, 4, seed=6), torch.tensor([2, 7]))
@@ -210,7 +210,7 @@ def test_a_transform_inside_a_compiled_function(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
 @pytest.mark.parametrize("kind", ["dot", "concat"])
 def test_a_layer_compiled_ahead_of_time(kind: str, tmp_path: Any) -> None:
-    """By AOTInductor, into a package that is loaded again."""
+    """With AOTInductor, into a package that is saved and loaded."""
     layer, inputs = layer_and_inputs(kind)
     detached = tuple(tensor.detach() for tensor in inputs)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_layer_compiled_ahead_of_time(kind: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("score", ["dot", "projected"])
 def test_only_what_is_needed_is_computed(score: str, masked: bool, target: Target) -> None:
-    """Each set of inputs that need a gradient: those are as among all, the others are None."""
+    """For each subset of inputs: their gradients are the same as for all, the others are None."""
     options = {"lengths": True, "mask": "cube", "keep": True} if masked else {}
     few = target.is_interpreted
     sizes = {"batch": 2, "queries": 3 if few else 11, "source": 20 if few else 70}
@@ -256,13 +256,13 @@ def test_only_what_is_needed_is_computed(score: str, masked: bool, target: Targe
                 names, backward([*wanted, False]), whole, wanted, strict=False
             ):
                 assert (got is None) != asked, (name, wanted)
-                if asked:  # a loop that sums less may contract its additions in another way
+                if asked:  # a loop that sums fewer terms may be contracted to FMAs differently
                     torch.testing.assert_close(got, right)
 
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 def test_a_frozen_memory_costs_no_gradient(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operators' functions are asked for the gradients that somebody needs, and no other."""
+    """Only the gradients that are needed are requested from the operators."""
     asked: list[list[bool]] = []
     name = "dot" if score in ("dot", "general") else "concat"
     operator = autograd.DOT if name == "dot" else autograd.CONCAT
@@ -316,7 +316,7 @@ def test_lengths_of_inference_mode_serve_a_training() -> None:
 @pytest.mark.parametrize("how", ["source", "lengths", "shared", "cube"])
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_one_position_has_no_gradient_of_its_score(score: str, how: str, target: Target) -> None:
-    """Its weight is 1 whatever the score: exactly 0, and not the rounding of a difference."""
+    """Its weight is 1 for any score, so the gradient must be exactly 0, without rounding errors."""
     source = 1 if how == "source" else 19
     case = Case(
         score, torch.float32, batch=2, queries=13, source=source, memory_dim=48, attn_dim=40
@@ -354,7 +354,7 @@ def test_flops_are_counted() -> None:
 
 
 def test_what_is_not_an_ordinary_tensor_passes_the_operator() -> None:
-    """A negated view, a meta tensor, a subclass and a mode: the dispatcher knows what they are."""
+    """A negated view, a meta tensor, a subclass and a mode are handled by the dispatcher."""
     query, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     expected = dot_attention(query, memory)[0]
     negated = torch._neg_view(-memory)

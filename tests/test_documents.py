@@ -1,4 +1,4 @@
-"""What the documents claim: features that have tests, adapters that exist, links that lead on."""
+"""The claims of the documents: features have tests, adapters exist, links and commands work."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def test_a_feature_has_a_test_or_a_reason(row: list[str]) -> None:
     name, others, here, how = row
     assert name and others and here in ("yes", "partly", "no")
     cited = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", how)
-    assert bool(cited) == (here != "no"), "a feature that is here cites its tests"
+    assert bool(cited) == (here != "no"), "a feature cites tests if and only if it exists"
     for file, function in cited:
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert not function or re.search(rf"^def {function}\(", source, re.MULTILINE), function
     if here != "yes":
         reason = re.sub(r"\(`.*?`\)|`", "", how)
-        assert len(reason.split()) >= 6, "what is not here in full says why"
+        assert len(reason.split()) >= 6, "a missing or partial feature must have a reason"
 
 
 def test_every_row_of_the_survey_is_there() -> None:
     if not SURVEY.exists():
-        pytest.skip("the survey of peers is not beside this checkout")
+        pytest.skip("the survey of other toolkits is not next to this checkout")
     text = SURVEY.read_text(encoding="utf-8")
     tables = text[text.index("### 1a.") : text.index("### 1d.")]
-    # A name holds |v|, whose bars are no borders there.
+    # One name contains |v|, whose bars do not separate cells.
     lines = tables.replace("v/|v|", "v/\\|v\\|")
     surveyed = [row[0] for row in rows_of(lines)]
     assert len(surveyed) > 40
@@ -60,7 +60,7 @@ def test_every_row_of_the_survey_is_there() -> None:
 
 
 def test_every_adapter_is_in_the_table() -> None:
-    """With the names of its constructor's arguments, in their order."""
+    """With the argument names of its constructor, in order."""
     text = INTEROP.read_text(encoding="utf-8")
     adapters = [name for name in interop.__all__ if hasattr(getattr(interop, name), "peer")]
     assert len(adapters) >= 14
@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code of a language on a page."""
+    """The code blocks of a language on a page."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -112,7 +112,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
-    """Every command of the documents has options that there are."""
+    """Every command in the documents uses existing options."""
     words = shlex.split(command)[1:]
-    if "config.yaml" not in words:  # which has its own test
+    if "config.yaml" not in words:  # config files have their own test
         make_parser().parse_args(words)

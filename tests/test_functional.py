@@ -1,4 +1,4 @@
-"""The public functions: every bad argument is refused by name, autocast, and one-step queries."""
+"""The public functions: errors for bad arguments, autocast, one-step queries, derivatives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORES = ("dot", "general", "concat")
 
 
 def arguments(score: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Good arguments of the function, by name."""
+    """Valid arguments of the function, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -45,7 +45,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(*shape, dtype=dtype)
 
 
-# Name of the argument, the bad value, the error, and what the message says of expected and got.
+# Name of the argument, bad value, error, and the part of the message with expected and got.
 BAD_TENSORS = [
     ("memory", None, TypeError, "memory must be a Tensor, got NoneType"),
     ("memory", [[1.0]], TypeError, "memory must be a Tensor, got list"),
@@ -143,7 +143,7 @@ def test_dtypes_that_differ(score: str) -> None:
     + [("dot", "memory_lengths"), ("dot", "memory_mask")],
 )
 def test_devices_that_differ(score: str, name: str) -> None:
-    """The meta device stands for any other one."""
+    """The meta device stands for any other device."""
     extras = {"memory_lengths": torch.tensor([S, S]), "memory_mask": ones(B, S) > 0}
     good = arguments(score) | extras
     with pytest.raises(ValueError, match=f"{name} must be on the device of memory, cpu, got meta"):
@@ -182,7 +182,7 @@ def test_weights_come_only_when_asked_for(score: str) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_true_means_attend(score: str) -> None:
-    """As in `scaled_dot_product_attention`, and both directions: all True changes nothing."""
+    """As in `scaled_dot_product_attention`; a mask that is all True changes nothing."""
     good = arguments(score) | {"return_weights": True}
     mask = torch.tensor([[True, False, True, False, False], [False, False, False, True, True]])
     _, weights = function(score)(**good, memory_mask=mask)
@@ -230,7 +230,7 @@ def test_lengths_and_mask_must_both_allow_a_position(score: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("score", SCORES)
 def test_autocast(score: str, dtype: torch.dtype) -> None:
-    """Everything is cast, and gradients come back in the dtype of the arguments."""
+    """All arguments are cast, and gradients have the dtypes of the arguments."""
     good = {name: t.requires_grad_() for name, t in arguments(score).items()}
     with torch.autocast("cpu", dtype=dtype):
         context, weights = function(score)(**good, return_weights=True)
@@ -267,7 +267,7 @@ def test_dropout_takes_its_randomness_from_torch(dropout_p: float) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_second_derivatives(score: str) -> None:
-    """Through whichever backend "auto" takes."""
+    """With the backend that "auto" chooses."""
     good = arguments(score, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in good.values()]
     lengths = torch.tensor([S, 3])

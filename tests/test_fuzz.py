@@ -1,8 +1,9 @@
-"""The native kernels on drawn calls, against the fp64 oracle under the error budget of every test.
+"""The native kernels on random calls, against the float64 oracle, within the usual error budget.
 
-Any sizes, strides, masks, dtypes and threads, and NaN wherever nothing may be read. The same calls
-pass through the dispatcher, and are composed of ATen's operators as under torch.func.
-`make test-fuzz` draws many more, and differently in each run; conftest.py has the two profiles.
+Sizes, strides, masks, dtypes and numbers of threads are random, with NaN wherever nothing may be
+read. The same calls also run through the dispatcher, and composed of ATen operators as under
+torch.func. `make test-fuzz` draws many more, differently in each run; conftest.py has both
+profiles.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fused_attn.testing import DTYPES, MASKS, SCORES, Case, Inputs, Tensors
 
 CPU_TARGETS = [target for target in TARGETS if getattr(target, "backend", None) == "cpu"]
 NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
-# Those of `testing.lay_out`, and views of something larger, of columns, of one row.
+# The layouts of `testing.lay_out`, and views of a larger tensor, of columns, of one row.
 LAYOUTS = (*testing.LAYOUTS, "window", "columns", "broadcast")
-REPEATED = ("expanded", "broadcast")  # one row in memory stands for several
+REPEATED = ("expanded", "broadcast")  # several rows share the same memory
 ARGUMENTS = {
     "dot": ("query", "memory"),
     "general": ("query", "memory", "weight"),
@@ -36,16 +37,17 @@ ARGUMENTS = {
 }
 OTHERS = ("memory_lengths", "memory_mask", "keep_mask", "grad_context", "grad_weights")
 
-# `sampled_from` draws evenly; `integers` would favour the small ones. Multiples of 8 fill vectors.
+# `sampled_from` draws uniformly, while `integers` favours small numbers. Multiples of 8 fill
+# vectors.
 WIDTHS = st.sampled_from((*range(1, 81), *range(8, 81, 8)))
 BATCHES = st.sampled_from((*range(1, 5), *range(5)))
 QUERIES = st.one_of(st.just(1), st.sampled_from(range(71)))
 SOURCES = st.sampled_from(range(151))
-# Large ones: several segments of the source, tiles and their tails, each remainder of 32.
+# Large sizes: several segments of the source, tiles and their tails, every remainder modulo 32.
 LARGE_WIDTHS = st.sampled_from((*range(33, 1001), *range(64, 1001, 32)))
 LARGE_SOURCES = st.sampled_from(range(200, 2501))
 LARGE_QUERIES = st.sampled_from((1, 2, 7, 8, *range(9, 41)))
-# Products that the oracle has to make for a call: multiply-adds, or terms with a tanh each.
+# Limits on the work of the oracle for one call: multiply-adds, or evaluations of tanh.
 LARGEST = {"dot": 6_000_000, "general": 6_000_000, "concat": 1_500_000, "projected": 1_500_000}
 
 pytestmark = pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not usable here")
@@ -53,14 +55,14 @@ pytestmark = pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not 
 
 @dataclass(frozen=True)
 class Call:
-    """A call in few words; hypothesis prints it, and `inputs` draws its numbers from the seed."""
+    """A compact description of a call for Hypothesis to print. `inputs` draws from its seed."""
 
     case: Case
     lengths: tuple[int, ...] | None
-    density: float  # of True in the mask
-    layouts: dict[str, str]  # by argument; contiguous where none is named
-    prepared: bool  # exponentials of the memory's projection are made before
-    poison: float  # in the memory rows that no query may look at
+    density: float  # the fraction of True in the mask
+    layouts: dict[str, str]  # by argument; contiguous for arguments that are not listed
+    prepared: bool  # the exponentials of the memory projection are precomputed
+    poison: float  # the value in memory rows that are masked for all queries
     threads: int
     seed: int
 
@@ -104,8 +106,8 @@ class Call:
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values (the first row for all where it is repeated) under other strides."""
-    if layout == "window":  # around the values is NaN, or True in a mask
+    """The same values with other strides; repeated layouts use the first row for all."""
+    if layout == "window":  # surrounded by NaN, or True in a mask
         whole = torch.full([size + 3 for size in tensor.shape], torch.nan).to(tensor.dtype)
         view = whole[tuple(slice(2, 2 + size) for size in tensor.shape)]
         return view.copy_(tensor)
@@ -118,14 +120,14 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 @st.composite
 def sizes(draw: st.DrawFn) -> tuple[int, ...]:
-    """B, T, S and three widths: D, E, A."""
+    """(B, T, S, D, E, A)."""
     widths = (draw(WIDTHS), draw(WIDTHS), draw(WIDTHS))
     return draw(BATCHES), draw(QUERIES), draw(SOURCES), *widths
 
 
 @st.composite
 def large_sizes(draw: st.DrawFn, score: str) -> tuple[int, ...]:
-    """The same. What costs too much gets fewer queries, a narrower score, and a shorter source."""
+    """Large sizes. Queries, score width and source are reduced if the oracle would be too slow."""
     source, width, queries = draw(LARGE_SOURCES), draw(LARGE_WIDTHS), draw(LARGE_QUERIES)
     scored = draw(LARGE_WIDTHS) if score in ("concat", "projected") else width
     most = LARGEST[score]
@@ -168,7 +170,7 @@ def calls(
 
 
 def score_gradient_size(inputs: Inputs, summed: Tensor, weights: Tensor, power: int) -> Tensor:
-    """(B, T, S): of w (dW - sum w dW), where dW is the gradient of the weights."""
+    """The size (B, T, S) of w (dW - sum w dW), where dW is the gradient of the weights."""
     memory, grad_context = inputs.tensors["memory"].double(), inputs.grad_context.double().abs()
     size = product(grad_context, memory.abs().mT, power)
     if inputs.masking.keep_mask is not None:
@@ -177,7 +179,7 @@ def score_gradient_size(inputs: Inputs, summed: Tensor, weights: Tensor, power: 
         size = size + inputs.grad_weights.abs()
     mean = (weights * size).sum(dim=-1, keepdim=True)
     if inputs.grad_context.dtype.itemsize == 2:
-        # The mean is taken from the stored context, each of whose values is rounded to 16 bits.
+        # The mean is computed from the stored context, whose values are rounded to 16 bits.
         mean = mean + (grad_context * (summed @ memory).abs()).sum(dim=-1, keepdim=True)
     return weights * (size + mean)
 
@@ -187,15 +189,15 @@ def product(x: Tensor, y: Tensor, power: int) -> Tensor:
 
 
 def gradient_sizes(inputs: Inputs, weights: Tensor) -> dict[str, float]:
-    """By name, the size of a gradient if the terms of its sums have signs at random.
+    """By name, the size of a gradient if the terms of its sums have random signs.
 
-    The budget's floor goes by it. A gradient of few numbers can lie far below: where few positions
-    count, where all rows are equal, or by chance in a width of one; its terms still round.
+    It is the scale of the budget's floor. A gradient can be much smaller if few positions count, if
+    all rows are equal, or by chance if a width is 1. Its terms are still rounded.
     """
     tensors = {name: tensor.double().abs() for name, tensor in inputs.tensors.items()}
     keep, keep_scale = inputs.masking[2:4]
     summed = weights if keep is None else weights * keep * keep_scale
-    # Over equal rows the terms cancel as a whole: plain sums.
+    # For equal rows all terms cancel: use plain sums.
     rows = [inputs.tensors[name] for name in ("memory", "memory_proj") if name in tensors]
     power = 1 if any(tensor.stride(1) == 0 for tensor in rows) else 2
     size = score_gradient_size(inputs, summed, weights, power)
@@ -215,7 +217,7 @@ def gradient_sizes(inputs: Inputs, weights: Tensor) -> dict[str, float]:
             "query": product(grad_projected, tensors["weight"].mT, power),
             "weight": of_weight(tensors["query"], grad_projected),
         }
-    else:  # tanh and its derivative lie below 1
+    else:  # tanh and its derivative are at most 1
         queries = torch.linalg.vector_norm(size, power, dim=2)[..., None] * tensors["v"]
         keys = torch.linalg.vector_norm(size, power, dim=1)[..., None] * tensors["v"]
         sizes = {"v": torch.linalg.vector_norm(size, power)[None]}
@@ -244,7 +246,7 @@ def budget_scales(inputs: Inputs, oracle: Tensors) -> dict[str, float]:
 
 
 def right_answers(inputs: Inputs) -> tuple[Tensors, Tensors, dict[str, float]]:
-    """The oracle's results, the plain chain's, and the scales of the budget."""
+    """The results of the oracle and of plain attention, and the scales of the budget."""
     if inputs.grad_weights is not None:
         oracle = testing.oracle(inputs)
         return oracle, testing.plain(inputs), budget_scales(inputs, oracle)
@@ -256,11 +258,11 @@ def right_answers(inputs: Inputs) -> tuple[Tensors, Tensors, dict[str, float]]:
 
 
 def spoiled(call: Call, inputs: Inputs) -> Inputs:
-    """The call with poison in the memory rows that no query looks at, still in its layout."""
+    """The inputs with poison in memory rows that are masked for all queries, in the same layout."""
     poisoned = testing.spoil_padding(inputs, call.poison)
     tensors = {
         name: call.laid_out(name, tensor)
-        # Rows that stand for several cannot be spoiled one by one.
+        # Rows that share memory cannot be poisoned individually.
         if name in ("memory", "memory_proj") and call.layouts.get(name) not in REPEATED
         else inputs.tensors[name]
         for name, tensor in poisoned.tensors.items()
@@ -293,11 +295,11 @@ def test_drawn_large_calls(score: str, data: st.DataObject) -> None:
         testing.check_results(call.run(target, inputs), oracle, plain, scales)
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of `flags`, about a GPU
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from `flags`, about GPUs
 @pytest.mark.parametrize("score", SCORES)
 @given(data=st.data())
 def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> None:
-    """One value of a memory row is not finite; half of the queries of its sentence look at it."""
+    """A value of one memory row is not finite. Half of its sequence's queries attend to the row."""
     call = data.draw(calls(score, mask="cube"))
     batch, source = max(call.case.batch, 1), max(call.case.source, 1)
     queries = max(call.case.queries, 2)
@@ -316,14 +318,14 @@ def test_a_row_spoils_only_who_looks_at_it(score: str, data: st.DataObject) -> N
     counts = testing.counted(clean)
     looks = torch.zeros(batch, queries, dtype=torch.bool)
     looks[b] = counts[b, :, s]
-    met = (counts & looks[..., None]).any(dim=1)  # rows that a query meets beside the bad one
-    met[b, s] = True  # its own gradient is of what it holds
+    met = (counts & looks[..., None]).any(dim=1)  # rows that share a query with the bad row
+    met[b, s] = True  # the gradient of the bad row depends on its values
     query = "grad_query_proj" if score == "projected" else "grad_query"
     spared = {"context": ~looks, "weights": ~looks, query: ~looks}
     spared |= {f"grad_{name}": ~met for name in ("memory", "memory_proj") if name in clean.tensors}
     for target in CPU_TARGETS:
-        # With AMX, oneDNN's product of bfloat16 matrices carries a NaN of one row into the next
-        # (DESIGN, known limits): the projection around our operators, which are meant here.
+        # With AMX, oneDNN's bfloat16 matrix product carries a NaN from one row into the next
+        # (DESIGN, known limits). That concerns the projections, and this tests our operators.
         with torch.backends.mkldnn.flags(enabled=False):
             got = call.run(target, inputs)
         assert got["context"][looks].isnan().all()

@@ -1,4 +1,4 @@
-"""Layers that know where they have looked: coverage, its loss, and location-aware concat."""
+"""Layers with alignment history: coverage, the coverage loss, and location-aware concat."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def by_formula(
     previous: Tensor | None,
     keep: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """v . tanh(W_q h_t + W_m h_s + w_c c_s + U f_s), with (B, T, S, A) and a loop for f."""
+    """v . tanh(W_q h_t + W_m h_s + w_c c_s + U f_s), in (B, T, S, A) with a loop for f."""
     hidden = layer.query_proj(query)[:, :, None] + layer.memory_proj(memory)[:, None]
     if coverage is not None:
         hidden = hidden + coverage[..., None] * layer.history.coverage_proj.weight[:, 0]
@@ -54,7 +54,7 @@ def by_formula(
 @pytest.mark.parametrize("mask", ["none", "row", "cube"])
 @pytest.mark.parametrize("kind", ["coverage", "conv", "both"])
 def test_against_the_formula(kind: str, mask: str, prepared: bool) -> None:
-    """For T histories at once, and for each step alone; NaN in the padding of all of them."""
+    """For T histories at once, and for each step alone, with NaN in the padding of all inputs."""
     has_coverage, has_conv = kind != "conv", kind != "coverage"
     layer = make(coverage=has_coverage, conv_channels=3 if has_conv else 0, conv_width=5)
     query, memory = draw(B, T, D), draw(B, S, E, seed=1)
@@ -108,7 +108,7 @@ def test_gradients_reach_everything() -> None:
 
 
 def test_no_history_is_the_plain_layer() -> None:
-    """Before the first step there is nothing to add."""
+    """Before the first step there is no term to add."""
     layer, plain = make(coverage=True, conv_channels=2), make()
     names = ("query_proj.weight", "memory_proj.weight", "v")
     plain.load_state_dict({name: layer.state_dict()[name] for name in names})
@@ -117,7 +117,7 @@ def test_no_history_is_the_plain_layer() -> None:
 
 
 def test_a_decoder_that_covers() -> None:
-    """The loop of a decoder: what it looked at goes into the next step."""
+    """A decoder loop: the weights of a step are passed to the next."""
     layer = make(coverage=True)
     prepared = layer.prepare_memory(draw(B, S, E), LENGTHS)
     seen, steps = torch.zeros(B, S).double(), []
@@ -146,18 +146,18 @@ def test_coverage_loss_by_hand() -> None:
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({}, {"coverage": torch.zeros(B, T, S)}, ValueError, "belong to a layer made with coverage"),
+    ({}, {"coverage": torch.zeros(B, T, S)}, ValueError, "unless the layer was created with"),
     (
         {"conv_channels": 2},
         {"coverage": torch.zeros(B, T, S)},
         ValueError,
-        "coverage belongs to a layer made with coverage=True",
+        "coverage must be None unless the layer was created with coverage=True",
     ),
     (
         {"coverage": True},
         {"previous_weights": torch.zeros(B, T, S)},
         ValueError,
-        "previous_weights belongs to a layer made with conv_channels",
+        "previous_weights must be None unless the layer was created with conv_channels",
     ),
     (
         {"coverage": True},

@@ -1,4 +1,4 @@
-"""`fused_attn.info`: it names what runs, and never fails because something is missing."""
+"""`fused_attn.info`: its report is correct, and never fails because something is missing."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_report_says_what_the_native_module_has_of_cuda(
 
 
 def test_the_readme_has_the_table_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is where nothing is interpreted, on any machine."""
+    """The table is the one without Triton's interpreter, on any machine."""
     monkeypatch.setattr(backends.load("triton"), "INTERPRETED", False)
     readme = Path(__file__).parent.parent / "README.md"
     assert info.support_table() in readme.read_text(encoding="utf-8")

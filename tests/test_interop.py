@@ -1,4 +1,4 @@
-"""Every adapter against the peer's documented formula: results, gradients, masks, padding."""
+"""Every adapter against the original's documented formula: results, gradients, masks, padding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def run(layer: nn.Module, call: Callable[[Any], Any], inputs: list[Tensor]) -> list[Tensor]:
-    """Results, and the gradients of inputs and parameters for a loss on all results."""
+    """Results, and gradients of inputs and parameters for a loss on all results."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     results = call(layer)(*leaves)
     results = list(results) if isinstance(results, tuple) else [results]
@@ -36,7 +36,7 @@ def run(layer: nn.Module, call: Callable[[Any], Any], inputs: list[Tensor]) -> l
 def assert_same(
     adapter: Any, peer: nn.Module, call: Callable[[Any], Any], inputs: list[Tensor]
 ) -> None:
-    """The adapter with the peer's state_dict gives the same, all through its public call."""
+    """Check that the adapter, with the original's state_dict, gives the same in a public call."""
     adapter = adapter.to(torch.float64)
     adapter.load_state_dict(peer.state_dict(), strict=True)
     names = [name for name, _ in peer.named_parameters()]
@@ -46,7 +46,7 @@ def assert_same(
 
 
 def spoil(memory: Tensor, lengths: Tensor, value: float = torch.nan) -> Tensor:
-    """NaN in the padding of a batch-first memory."""
+    """Set the padding of a batch-first memory to NaN."""
     outside = torch.arange(memory.shape[1]) >= lengths[:, None]
     return memory.masked_fill(outside[..., None], value)
 
@@ -92,7 +92,9 @@ def test_opennmt_leaves_the_callers_memory_alone() -> None:
     before = memory.clone()
     layer(draw(B, 6), memory, LENGTHS, draw(B, S).abs())
     assert torch.equal(memory, before)
-    with pytest.raises(ValueError, match="coverage belongs to a layer made with coverage=True"):
+    with pytest.raises(
+        ValueError, match="coverage must be None unless the layer has coverage=True"
+    ):
         interop.OpenNMTGlobalAttention(6)(torch.ones(B, 6), torch.ones(B, S, 6), None, memory)
 
 
@@ -119,7 +121,7 @@ def test_joeynmt(kind: str) -> None:
     assert not context.any() and not weights.any()
     with pytest.raises(ValueError, match=r"query must have shape \(3, 1, 6\), got \(3, 2, 6\)"):
         adapter(draw(B, 2, 6), keep, draw(B, S, 8))
-    with pytest.raises(ValueError, match="proj_keys must be made by compute_proj_keys"):
+    with pytest.raises(ValueError, match="compute_proj_keys must be called before forward"):
         type(adapter)(6, 8, *(() if kind == "luong" else (6,))).double()(
             draw(B, 1, 6), keep, draw(B, S, 8)
         )
@@ -203,7 +205,7 @@ def test_the_tutorial(method: str) -> None:
 
 @pytest.mark.parametrize("conv", [None, (3, 2)])
 def test_speechbrain(conv: tuple[int, int] | None) -> None:
-    """Three steps of a decoder: what a step leaves goes into the next."""
+    """Three decoder steps: the state that a step stores is used by the next."""
     name = "LocationAwareAttention" if conv else "ContentBasedAttention"
     peer = peers.named(name, peers.SpeechBrain, 8, 6, 5, 4, 0.7, conv)
     extra = conv or ()
@@ -226,7 +228,7 @@ def test_speechbrain(conv: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize("kind", ["lengths", "mask", "none"])
 @pytest.mark.parametrize("scale", [False, True])
 def test_tfa_luong(scale: bool, kind: str) -> None:
-    """score = g q . (memory K), K the kernel (E, units) of a Dense."""
+    """score = g q . (memory K), where K is the kernel (E, units) of a Dense layer."""
     kernel, g = draw(8, 6, seed=2), torch.tensor(1.7).double()
     keep = torch.arange(S) < LENGTHS[:, None]
     layer = interop.TFALuongAttention(6, scale=scale).double()
@@ -265,13 +267,13 @@ def test_tfa_widths_come_with_the_tensors() -> None:
         layer = kind(6, memory, LENGTHS)
         alignments, _ = layer([torch.randn(B, 6), None])
         assert layer.memory_layer.weight.shape == (6, 8) and alignments.shape == (B, S)
-    with pytest.raises(ValueError, match="must be set by setup_memory"):
+    with pytest.raises(ValueError, match="setup_memory must be called before"):
         interop.TFALuongAttention(6)([torch.randn(B, 6), None])
-    with pytest.raises(ValueError, match="must not be given together"):
+    with pytest.raises(ValueError, match="must be None if memory_mask is given, got both"):
         layer.setup_memory(memory, LENGTHS, torch.ones(B, S) > 0)
     with pytest.raises(ValueError, match="got 2 arrays"):
         interop.TFALuongAttention(6).load_kernels([torch.ones(8, 6), torch.ones(())])
-    with pytest.raises(ValueError, match=r"must come as \(in, 6\), got \(8, 5\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(input width, 6\), got \(8, 5\)"):
         interop.TFALuongAttention(6).load_kernels([torch.ones(8, 5)])
 
 

@@ -1,4 +1,4 @@
-"""Models that exist: their attention replaced in place; weights to `LuongAttention` and back."""
+"""`swap` on existing models; conversion of weights to `LuongAttention` and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 KEEP = (torch.arange(S) < LENGTHS[:, None])[:, None]
 
-# By name: the layer as a user's model would hold it, a call of it, and the adapter it becomes.
+# By name: the layer as in a user's model, a call of it, and the adapter that replaces it.
 LAYERS: dict[str, tuple[Any, Any, str]] = {
     **{
         f"onmt_{kind}": (
@@ -111,7 +111,7 @@ def model(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_swapped_in_place(name: str) -> None:
-    """Same output, the very same parameters, the mode kept, and a report that says so."""
+    """Output, parameter objects and training mode do not change, and the report is right."""
     make, call, adapter = LAYERS[name]
     held = model(make().eval())
     before, parameters = call(held.decoder.attn), list(held.parameters())
@@ -125,7 +125,7 @@ def test_swapped_in_place(name: str) -> None:
     assert {id(p) for p in held.parameters()} == {id(p) for p in parameters}
     assert held.state_dict().keys() == state.keys()
     torch.testing.assert_close(call(held.decoder.attn), before)
-    assert not interop.swap(held).swapped  # there is nothing left to do
+    assert not interop.swap(held).swapped  # a second swap finds nothing to replace
 
 
 def test_an_optimizer_goes_on() -> None:
@@ -148,7 +148,7 @@ def test_a_shared_layer_stays_shared() -> None:
 
 
 class GlobalAttention(nn.Module):
-    """A peer's name, and nothing else of it."""
+    """A class with a known name but without the original's interface."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,15 +163,15 @@ def test_what_only_has_the_name_is_left() -> None:
     report = interop.swap(held)
     assert not report.swapped and isinstance(held.decoder.attn, GlobalAttention)
     ((path, reason),) = report.refused
-    assert path == "decoder.attn" and "its parts are others" in reason
-    assert "decoder.attn: left, not the OpenNMT-py GlobalAttention" in str(report)
+    assert path == "decoder.attn" and "its submodules differ" in reason
+    assert "decoder.attn: not replaced, not the OpenNMT-py GlobalAttention" in str(report)
 
 
 def test_a_layer_with_another_shape_is_left() -> None:
     layer = LAYERS["onmt_general"][0]()
     layer.extra = nn.Linear(2, 2)
     report = interop.swap(model(layer))
-    assert "its parameters are others" in report.refused[0][1]
+    assert "its parameters differ" in report.refused[0][1]
 
 
 def test_a_layer_with_hooks_is_left() -> None:
@@ -183,11 +183,11 @@ def test_a_layer_with_hooks_is_left() -> None:
 
 
 def test_nothing_to_swap() -> None:
-    assert str(interop.swap(nn.Linear(2, 2))) == "no attention layer that is known"
+    assert str(interop.swap(nn.Linear(2, 2))) == "no known attention layer found"
 
 
 def attended(luong: LuongAttention, name: str) -> tuple[Tensor, Tensor]:
-    """Weights, and what else is comparable, of the call that LAYERS makes of a layer."""
+    """The comparable results (such as weights) of the call in LAYERS."""
     if name.startswith("onmt"):
         return luong(draw(B, T, 6), draw(B, S, 6, seed=1), LENGTHS)
     if name.startswith("joey"):
@@ -220,7 +220,7 @@ def test_weights_to_luong_and_back(name: str) -> None:
     torch.testing.assert_close(weights, expected.T if name == "fairseq" else expected)
     if luong.output_dim is not None or name in ("gnmt", "joey_bahdanau", "joey_luong"):
         torch.testing.assert_close(output, before[0])
-    # Back, into a layer with other weights: the same function again.
+    # Loading back into a layer with other weights gives the same function again.
     with torch.no_grad():
         for parameter in luong.parameters():
             parameter.mul_(1.1)
@@ -233,7 +233,7 @@ def test_weights_of_tensorflow_to_luong() -> None:
     for kind in (interop.TFALuongAttention, interop.TFABahdanauAttention):
         option = "scale" if kind is interop.TFALuongAttention else "normalize"
         layer = kind(6, **{option: True}).double()
-        with pytest.raises(ValueError, match="has seen no memory yet"):
+        with pytest.raises(ValueError, match="has not been given a memory yet"):
             interop.to_luong(layer)
         layer.setup_memory(draw(B, S, 8), LENGTHS)
         alignments, _ = layer([draw(B, 6), None])
@@ -250,19 +250,17 @@ def test_output_orders() -> None:
     turned = interop.swap_output_order(weight, 3)
     torch.testing.assert_close(torch.cat((context, query), -1) @ turned.T, expected)
     assert torch.equal(interop.swap_output_order(turned, 4), weight)
-    with pytest.raises(ValueError, match=r"first must lie within the columns of weight \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"first must be between 0 and .* has shape \(5, 7\), got"):
         interop.swap_output_order(weight, 7)
 
 
 def test_what_does_not_go_together() -> None:
     layer = interop.JoeyLuongAttention(6, 8)
     before = layer.key_layer.weight.clone()
-    with pytest.raises(
-        ValueError, match="luong must have memory_dim=8 to go with the layer, got 9"
-    ):
+    with pytest.raises(ValueError, match="luong must have memory_dim=8 to match the layer, got 9"):
         interop.load_luong(layer, LuongAttention(6, 9))
     assert torch.equal(layer.key_layer.weight, before)
     with pytest.raises(TypeError, match=r"layer must be one of OpenNMTGlobal.* got Linear"):
         interop.to_luong(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="has a bias in its output layer"):
+    with pytest.raises(ValueError, match="layer must have bias=False: the output layer"):
         interop.to_luong(interop.FairseqAttentionLayer(6, 8, 5, bias=True))

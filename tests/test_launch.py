@@ -1,4 +1,4 @@
-"""The launch table: a pure function of the problem, within what chips and Triton allow."""
+"""The launch table: a pure function of the problem, within the limits of GPUs and of Triton."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_one_row_of_the_batch_is_split_over_the_chip_and_many_are_not() -> None:
     assert alone.splits >= 132
     assert launch.forward(H200, "dot", (4096, 1, 1024, 512, 512), kind).splits == 1
     assert launch.forward(H200, "dot", (132, 64, 1024, 512, 512), kind).splits == 1
-    # A partial result of 64 queries costs as much as 256 rows of memory: few are made.
+    # A partial result of 64 queries costs as much as 256 rows of memory, so there are few splits.
     few = launch.forward(H200, "dot", (1, 64, 1024, 512, 512), kind)
     assert few.regime == "columns" or few.splits <= 2
 
@@ -103,7 +103,7 @@ def test_99_kilobytes_are_enough_for_matrix_products(
 
 
 def test_a_tile_that_would_spill_has_more_warps() -> None:
-    """64 queries and 128 rows: 4 warps where products read shared memory, without dropout."""
+    """64 queries and 128 rows: 4 warps if products read from shared memory, without dropout."""
 
     def warps(chip: Chip, has_dropout: bool) -> int:
         kind = Kind(False, True, False, has_dropout)

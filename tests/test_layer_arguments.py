@@ -1,4 +1,4 @@
-"""Arguments that are nearly right: lengths out of range, other dtypes, NumPy's numbers, proxies."""
+"""Almost valid arguments: lengths out of range, other dtypes, NumPy numbers, fx proxies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def concat_scores(**rest: Any) -> Any:
     return fused_attn.concat_scores(QUERY, MEMORY, EYE, EYE, EYE[0], **rest)
 
 
-# Everything that takes lengths, as a function of them.
+# Everything that takes lengths, as a function of the lengths.
 TAKES_LENGTHS: dict[str, Callable[[Tensor], Any]] = {
     "dot_attention": lambda n: fused_attn.dot_attention(QUERY, MEMORY, memory_lengths=n),
     "window": lambda n: fused_attn.dot_attention(QUERY, MEMORY, memory_lengths=n, window=WINDOW),
@@ -102,7 +102,7 @@ SCORES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_lengths_are_not_read_where_there_are_none(name: str) -> None:
-    """Compilers, fake tensors and transforms have lengths without values."""
+    """Lengths have no values under compilers, fake tensors and transforms."""
     lengths = torch.tensor([S, 2])
     wanted = SCORES[name](QUERY, MEMORY, lengths)
     compiled = torch.compile(SCORES[name], fullgraph=True, backend="aot_eager")
@@ -139,7 +139,7 @@ def test_another_dtype_than_the_parameters(name: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_mixes_what_may_be_mixed(name: str) -> None:
-    """Parameters in float32, inputs in either dtype, or parameters in bfloat16."""
+    """float32 parameters with inputs of either dtype, or bfloat16 parameters."""
     layer = layer_of(name).eval()
     wanted = call(layer, QUERY, MEMORY)[0]
     narrow = layer_of(name).eval().bfloat16()
@@ -161,14 +161,14 @@ def test_autocast_mixes_what_may_be_mixed(name: str) -> None:
 
 
 def test_an_error_of_a_part_is_left_as_it_is() -> None:
-    """Only a dtype that the part has not is told in other words."""
+    """Only an error about a wrong dtype gets another message."""
     layer = LuongAttention(E)
 
     def broken(*_: object) -> None:
-        raise RuntimeError("of its own")
+        raise RuntimeError("hook failed")
 
     layer.query_proj.register_forward_pre_hook(broken)
-    with pytest.raises(RuntimeError, match="of its own"):
+    with pytest.raises(RuntimeError, match="hook failed"):
         layer(QUERY, MEMORY)
 
 
@@ -226,7 +226,7 @@ def test_what_is_no_number(value: Any) -> None:
         LuongAttention(E, scale=value)
     with pytest.raises(TypeError, match="window must be a number, got"):
         LuongAttention(E, local="monotonic", window=value)
-    if value is not True:  # which was always 1
+    if value is not True:  # True has always been accepted as 1
         with pytest.raises(TypeError, match=r"dropout_p must be a probability in 0\.\.1, got"):
             fused_attn.dot_attention(QUERY, MEMORY, dropout_p=value)
         with pytest.raises(TypeError, match=r"dropout must be a probability in 0\.\.1, got"):
@@ -258,7 +258,7 @@ def test_fx_makes_one_node_of_a_layer(name: str) -> None:
     torch.testing.assert_close(graph(*inputs), model(*inputs))
     graph(*inputs).sum().backward()
     assert model.project.weight.grad is not None
-    with pytest.raises(TypeError, match=r"cannot look into LuongAttention.*torch\.export\.export"):
+    with pytest.raises(TypeError, match=r"cannot trace into LuongAttention.*torch\.export\.export"):
         torch.fx.symbolic_trace(model.attention)
 
 
@@ -269,12 +269,12 @@ def test_fx_does_not_see_through_functions() -> None:
         lambda q, m: LuongAttention(E).prepare_memory(m),
     ]
     for function in functions:
-        with pytest.raises(TypeError, match=r"got Proxy: torch\.fx\.symbolic_trace does not see"):
+        with pytest.raises(TypeError, match=r"got Proxy: use torch\.export, torch\.fx"):
             torch.fx.symbolic_trace(function)
 
 
 def test_weights_of_scores_with_empty_rows() -> None:
-    """What dot_scores says of its results."""
+    """The statements in the docstring of dot_scores."""
     masks = {"memory_lengths": torch.tensor([0, 3])}
     scores, log = fused_attn.dot_scores(QUERY, MEMORY, **masks)
     _, weights = fused_attn.dot_attention(QUERY, MEMORY, return_weights=True, **masks)

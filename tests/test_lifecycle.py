@@ -1,4 +1,4 @@
-"""What happens to a layer in its life: copies, files, empty shells, several processes."""
+"""The life of a layer: copies, files, meta tensors, compilation, several processes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_state_dict_is_the_whole_state(kind: str) -> None:
 
 @every_kind
 def test_shells_without_values(kind: str) -> None:
-    """On the meta device, and by skip_init: nothing is drawn until the values come."""
+    """On the meta device and with skip_init, parameters are not initialised until values load."""
     layer = LuongAttention(**KINDS[kind])
     shell = LuongAttention(**KINDS[kind], device="meta")
     assert {p.device.type for p in shell.parameters()} == {"meta"}
@@ -100,7 +100,7 @@ def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
 
 @every_kind
 def test_autocast_reaches_every_parameter(kind: str) -> None:
-    # A window around all positions: bfloat16 may move the center, and an edge then moves at once.
+    # The window covers all positions: otherwise bfloat16 may round a center and move a hard edge.
     wide = {"window": S} if kind == "local" else {}
     layer = LuongAttention(**KINDS[kind] | wide)
     query, memory = draw(layer)

@@ -1,4 +1,4 @@
-"""Local attention as the paper defines it, by plain loops; and the module's options for it."""
+"""Local attention against the paper's definition in plain loops, and the layer's options for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def by_loops(
     scores: Tensor, memory: Tensor, centers: Tensor, half_width: float, sigma: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Context and weights position by position, in Python floats (section 3.2)."""
+    """Context and weights, position by position in Python floats (section 3.2)."""
     context, weights = torch.zeros(B, T, E).double(), torch.zeros(B, T, S).double()
     for b in range(B):
         for t in range(T):
@@ -58,7 +58,7 @@ def test_functions_against_loops(gaussian: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_derivatives_of_the_definition(score: str) -> None:
-    """First and second ones, the centers' too: against finite differences."""
+    """First and second derivatives, including those of centers, against finite differences."""
     memory, centers = draw(2, 6, 3).requires_grad_(), (2.5 + 0.7 * draw(2, 4)).requires_grad_()
     query, v = draw(2, 4, 3, seed=1).requires_grad_(), draw(3, seed=2).requires_grad_()
     masking = Masking(torch.tensor([6, 4]))
@@ -90,7 +90,7 @@ def test_second_derivatives_of_the_operator(score: str) -> None:
 
 
 def test_predictive_is_the_paper() -> None:
-    """p_t = S sigmoid(v_p^T tanh(W_p h_t)) with the row's own S; weights times the Gaussian."""
+    """p_t = S sigmoid(v_p^T tanh(W_p h_t)) with the S of each row; weights times the Gaussian."""
     torch.manual_seed(0)
     layer = LuongAttention(D, E, local="predictive", window=4, dtype=torch.float64)
     query, memory = draw(B, T, D), draw(B, S, E, seed=1)
@@ -114,7 +114,7 @@ def test_monotonic_is_the_paper(prepared: bool) -> None:
     expected = by_loops(query @ memory.mT, memory, centers, 2.0, None)
     given = (layer.prepare_memory(memory, LENGTHS),) if prepared else (memory, LENGTHS)
     torch.testing.assert_close(layer(query, *given), expected)
-    for t in range(T):  # a decoder's steps: positions say which one it is
+    for t in range(T):  # decoder steps, given by positions
         step = tuple(result[:, t] for result in expected)
         torch.testing.assert_close(layer(query[:, t], *given, positions=t), step)
         where = torch.full((B,), t)
@@ -130,7 +130,7 @@ def test_beams_stand_at_the_same_step() -> None:
 
 
 def test_positions_stay_whole_under_autocast() -> None:
-    """bfloat16 has no 257: the step must not be rounded with the states."""
+    """bfloat16 cannot represent 257: positions must not be cast like the states."""
     layer = LuongAttention(E, score="dot", local="monotonic", window=0.5)
     memory = torch.eye(400)[None, :, :E] + torch.randn(1, 400, E)
     with torch.autocast("cpu", torch.bfloat16):
@@ -140,9 +140,9 @@ def test_positions_stay_whole_under_autocast() -> None:
 
 
 BAD_CALLS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({"local": "monotonic"}, {"two": True}, ValueError, "positions must say which step"),
-    ({}, {"positions": 1}, ValueError, "positions belong to local='monotonic'"),
-    ({"local": "predictive"}, {"positions": 1}, ValueError, "positions belong to local='monot"),
+    ({"local": "monotonic"}, {"two": True}, ValueError, "positions must be the decoder step"),
+    ({}, {"positions": 1}, ValueError, "unless local='monotonic', got them with local=None"),
+    ({"local": "predictive"}, {"positions": 1}, ValueError, "got them with local='predictive'"),
     ({"local": "monotonic"}, {"positions": 1.5}, TypeError, "positions must be an int or a Tensor"),
     (
         {"local": "monotonic"},

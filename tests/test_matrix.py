@@ -1,4 +1,4 @@
-"""The script that runs tests on several versions: what it chooses, and what it reports."""
+"""The script that runs tests with several versions: its choices and its report."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_step_that_fails_says_where_to_look(
 def test_what_cannot_be_had_and_what_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No release of torch here is not a failure; a package that does not build is one."""
+    """A missing release of torch is not a failure; a package that does not build is."""
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     monkeypatch.setattr(matrix, "WORK", tmp_path)
     failing = ""

@@ -1,7 +1,7 @@
-"""Every part and parameter of the layer and of every adapter, wrapped in what people wrap them in.
+"""Every submodule and parameter of the layer and of every adapter, wrapped in the usual ways.
 
-Against a formula in plain torch that calls the same parts: results, gradients, two steps of
-training. The lists are walked, so that a new part is here without a line of its own.
+Results, gradients and two training steps are compared with a plain-torch formula that calls the
+same submodules. Submodules are enumerated, so that new ones are tested automatically.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def test_lora(name: str, path: str) -> None:
     assert adapter.down.grad.any() and adapter.up.grad.any()
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")  # models have it
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")  # still used
 @pytest.mark.parametrize("how", ["parametrized", "pruned", "weight_normed"])
 @pytest.mark.parametrize(("name", "path"), PARAMETERS)
 def test_computed_parameters(name: str, path: str, how: str) -> None:
     if how == "weight_normed" and not pair(name)[0].get_parameter(path).dim():
-        pytest.skip("weight_norm does not take a single number")
+        pytest.skip("weight_norm does not support scalars")
     assert_trains_alike(name, lambda layer: getattr(wrapped, how)(layer, path))
 
 
-# SpeechBrain's convolution sees weights that are detached, in the peer too.
+# SpeechBrain's convolution gets detached weights, in the original too.
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize(("name", "path"), PARTS)
 def test_hooks_see_the_call_and_change_it(name: str, path: str) -> None:
@@ -102,7 +102,7 @@ def test_a_hook_of_every_module_sees_the_parts(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "path"), LINEARS)
 def test_a_forward_that_was_replaced_is_called(name: str, path: str) -> None:
-    """As accelerate does it, on the instance."""
+    """Replaced on the instance, as accelerate does."""
 
     def replace(layer: nn.Module) -> None:
         part: Any = layer.get_submodule(path)
@@ -116,7 +116,7 @@ def test_a_forward_that_was_replaced_is_called(name: str, path: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, in use
 @pytest.mark.parametrize("name", [name for name in dict(LINEARS) if name != "layer_norm"])
 def test_dynamic_quantisation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quantised layers take the range of what they are given: no padding, which differs."""
+    """Without padding: quantised layers use the range of their input, which padding changes."""
     monkeypatch.setattr(wrapped, "LENGTHS", torch.tensor([wrapped.S] * wrapped.B))
     results: list[tuple[Tensor, ...]] = []
     for layer in pair(name, torch.float32):
@@ -162,7 +162,7 @@ def test_padding_is_not_read_by_what_is_wrapped(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
-    """As in the peers: narrow results, and not an error about two dtypes."""
+    """As in the originals, results have the autocast dtype, and mixed dtypes are no error."""
     ours, _ = pair(name, torch.float32)
     with torch.no_grad():
         exact = CASES[name].call(ours, torch.float32)

@@ -1,4 +1,4 @@
-"""Wrapped layers beside `forward`: other methods, sharding, conversions."""
+"""Wrapped layers outside of `forward`: other methods, sharding, conversions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = ("compute_proj_keys", "setup_memory", "prepare_memory", "scores")
 
 
 def computed(layer: nn.Module, how: str) -> None:
-    """Every parameter of the layer itself and of its parts, computed in the old way."""
+    """Make all parameters computed, by hooks as in the old weight_norm and pruning."""
     for path in [path for path, _ in layer.named_parameters()]:
         if how == "pruned" or layer.get_parameter(path).dim():
             getattr(wrapped, how)(layer, path)
@@ -35,7 +35,7 @@ def computed(layer: nn.Module, how: str) -> None:
 @pytest.mark.parametrize("how", ["pruned", "weight_normed"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_methods_beside_forward_compute_their_parameters(name: str, how: str) -> None:
-    """Two steps of training through prepare_memory and scores alone."""
+    """Two training steps that call only prepare_memory and scores."""
     ours, formula = wrapped.pair(name)
     query, memory, seed = draw(B, T, D), draw(B, S, E, seed=1), draw(B, T, S, seed=3)
     for layer in (ours, formula):
@@ -96,7 +96,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
 
 
 def sharded(name: str, layer: nn.Module, where: str, mesh: DeviceMesh) -> None:
-    """The parts, inner ones first, the whole, or both. fully_shard refuses single numbers."""
+    """Shard the submodules (inner ones first), the layer, or both; fully_shard refuses scalars."""
     if where != "whole":
         for path in sorted(parts_of(name), key=lambda path: -path.count(".")):
             fully_shard(layer.get_submodule(path), mesh=mesh)
@@ -108,7 +108,7 @@ def sharded(name: str, layer: nn.Module, where: str, mesh: DeviceMesh) -> None:
                 register_fsdp_forward_method(layer, method)
 
 
-# Results that are views: nobody writes into them.
+# The warning is about results that are views; nothing writes to them here.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("where", ["parts", "whole", "both"])
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +119,7 @@ def test_fully_shard(name: str, where: str, mesh: DeviceMesh) -> None:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("name", ["concat", "general"])
 def test_fully_shard_beside_forward(name: str, mesh: DeviceMesh) -> None:
-    """An error that says what to do, and what it says is enough."""
+    """The error says what to do, and doing that is enough."""
     query, memory = draw(B, T, D), draw(B, S, E, seed=1)
     ours, plain = wrapped.pair(name)[0], wrapped.pair(name)[0]
     numbers = {parameter for parameter in ours.parameters() if not parameter.dim()}
@@ -127,7 +127,7 @@ def test_fully_shard_beside_forward(name: str, mesh: DeviceMesh) -> None:
     with pytest.raises(RuntimeError, match=r"register_fsdp_forward_method\(layer, 'scores'\)"):
         ours.scores(query, memory)
     if name == "concat":
-        with pytest.raises(RuntimeError, match="prepare_memory found the parameters sharded"):
+        with pytest.raises(RuntimeError, match="prepare_memory found sharded parameters"):
             ours.prepare_memory(memory)
     for method in ("prepare_memory", "scores"):
         register_fsdp_forward_method(ours, method)
@@ -161,17 +161,19 @@ WRAPPERS: dict[str, tuple[Callable[[Any], object], str]] = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_conversions_refuse_weights_that_are_computed(kind: str) -> None:
-    """Read they may be of the step before, and what is written into them would be lost."""
+    """Computed weights may be those of the previous step, and writing to them would be lost."""
     wrap, reason = WRAPPERS[kind]
     layer = interop.GNMTBahdanauAttention(D, E, 5)
     luong = interop.to_luong(layer)
     wrap(layer)
-    with pytest.raises(ValueError, match=f"layer must have weights of its own: {reason}"):
+    with pytest.raises(ValueError, match=f"layer must have plain parameters, but {reason}"):
         interop.to_luong(layer)
-    with pytest.raises(ValueError, match=f"layer must have weights of its own: {reason}"):
+    with pytest.raises(ValueError, match=f"layer must have plain parameters, but {reason}"):
         interop.load_luong(layer, luong)
     wrapped.pruned(luong, "v")
-    with pytest.raises(ValueError, match="luong must have weights of its own: the layer has hooks"):
+    with pytest.raises(
+        ValueError, match="luong must have plain parameters, but the layer has hooks"
+    ):
         interop.load_luong(interop.GNMTBahdanauAttention(D, E, 5), luong)
 
 
@@ -192,7 +194,7 @@ def test_swap_leaves_a_forward_that_was_replaced() -> None:
 
 @pytest.mark.parametrize("name", ["joey_luong", "tfa_luong"])
 def test_wrapped_after_the_memory_was_set(name: str) -> None:
-    """The keys are then projected when they are first asked for."""
+    """Then the keys are projected by the first query."""
     ours, formula = wrapped.pair(name)
     CASES[name].call(ours, torch.float64)
     for layer in (ours, formula):
@@ -211,7 +213,7 @@ def test_wrapped_after_the_memory_was_set(name: str) -> None:
 
 
 def test_a_plain_location_layer_costs_the_rows_of_its_source() -> None:
-    """And counting them changes nothing, although it puts a hook on every module."""
+    """The cost depends on S, not on max_source, even if a FLOP counter hooks every module."""
     layer = LuongAttention(D, E, score="location", max_source=1000)
     counter = FlopCounterMode(display=False)
     with counter:

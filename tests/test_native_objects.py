@@ -1,7 +1,7 @@
-"""The objects that are compiled once per instruction set, read with the binutils.
+"""Checks the object files that are compiled once per instruction set, with the binutils.
 
-They are read before linking: in the module, code that leaked from one instruction set into another
-can no longer be told apart.
+They are checked before linking: in the linked module, code that leaked from one instruction set
+into another can no longer be identified.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(*command: str | Path) -> str:
 
 
 def defined_symbols(path: Path) -> dict[str, str]:
-    """Name and kind (the letter of nm) of the symbols that other objects can see."""
+    """Name and type (nm's letter) of the symbols that are visible to other objects."""
     lines = run("nm", "--extern-only", "--defined-only", path).splitlines()
     return {name: kind for _, kind, name in map(str.split, lines)}
 
@@ -49,8 +49,8 @@ def test_every_instruction_set_of_this_machine_was_compiled() -> None:
 
 @pytest.mark.parametrize("isa", OBJECTS)
 def test_an_object_defines_its_entry_point_and_no_weak_symbol(isa: str) -> None:
-    # A weak symbol, such as an inline function of the standard library, is merged by the linker
-    # with its namesakes: the generic path could then run an AVX-512 body.
+    # The linker merges weak symbols of the same name, such as inline functions of the standard
+    # library: the generic path could then run code compiled for AVX-512.
     assert defined_symbols(OBJECTS[isa]) == {f"fused_attn_kernels_{isa}": "T"}
 
 

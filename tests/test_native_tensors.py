@@ -1,4 +1,4 @@
-"""How tensors cross into C++ and back (csrc/tensor_exchange.h): odd ones, wrong ones, new ones."""
+"""Tensor exchange with C++ (csrc/tensor_exchange.h): unusual, invalid and new tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_tensors_that_require_grad_pass_without_a_copy() -> None:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 def test_a_tensor_with_the_negative_bit_is_read_as_its_values(grad: bool) -> None:
-    """The dispatcher resolves the bit before any implementation, which would not see it."""
+    """The dispatcher resolves the bit before native code, which would ignore it."""
     query, memory = problem()
     hidden = torch.view_as_complex(torch.stack((memory, -memory), dim=-1)).conj().imag
     assert hidden.is_neg() and hidden.stride(-1) == 2 and torch.equal(hidden, memory)
@@ -67,7 +67,7 @@ def test_strides_of_any_kind() -> None:
         lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),  # an offset
     ):
         assert torch.equal(attend(change(query), change(memory)), expected)
-    one = torch.ones(1, 1, 1).as_strided((1, 1, 1), (7, 5, 3))  # of one element: any stride is unit
+    one = torch.ones(1, 1, 1).as_strided((1, 1, 1), (7, 5, 3))  # one element: any stride is valid
     assert attend(one, one).item() == 1.0
 
 
@@ -146,7 +146,7 @@ def test_the_number_of_arguments_is_checked() -> None:
 
 
 def test_the_operator_refuses_shapes_that_do_not_fit() -> None:
-    """It is called without the checks of the public functions, and must not read out of bounds."""
+    """Without the checks of the public functions, it must still not read out of bounds."""
     query, memory = problem()
     with pytest.raises(ValueError, match=r"query must have shape \(2, 3, 8\)"):
         torch.ops.fused_attn.dot_attention(query[..., :4], memory, backend="cpu")
@@ -186,7 +186,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", ["forward", "backward", "refused", "copied"])
 def test_ten_thousand_calls_leave_nothing_behind(case: str) -> None:
-    """Context and gradients are of 4 KiB and more: one kept per call would be 40 MB."""
+    """Context and gradients have 4 KiB or more: leaking one per call would take 40 MB."""
     query, memory = problem(batch=2, queries=1, source=4, width=512)
     context, weights, logsumexp = native.dot_forward(query, memory, 1.0, NOTHING, True, True)
     saved, lengths = (context, weights, logsumexp), torch.tensor([4, 3])
@@ -261,7 +261,7 @@ def test_a_table_of_another_version_is_refused() -> None:
     made = capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
     with pytest.raises(ImportError, match=r"torch 9\.9 exchanges tensors by DLPack 2, expected 1"):
         native.bind_torch(torch_like(__dlpack_c_exchange_api__=made))
-    attend(*problem())  # the one that was bound is still
+    attend(*problem())  # the first binding still works
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Export to ONNX: standard operators only, run by onnxruntime, the same results."""
+"""Export to ONNX uses only standard operators, and onnxruntime computes the same results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 class WithLengths(torch.nn.Module):
-    """The layer with lengths and a mask as positional inputs."""
+    """The layer, with lengths and mask as positional inputs."""
 
     def __init__(self, layer: LuongAttention) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def export(layer: LuongAttention) -> onnxruntime.InferenceSession:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_onnxruntime_gives_the_same(kind: str) -> None:
-    """At other sizes than those of the export, with a row of nothing and NaN in the padding."""
+    """With other sizes than in the export, a fully masked row, and NaN in the padding."""
     torch.manual_seed(0)
     layer = LuongAttention(**LAYERS[kind]).eval()
     session = export(layer)

@@ -1,4 +1,4 @@
-"""Operands that do not fit are refused by name, by every operator of every backend."""
+"""Every operator of every backend refuses mismatched operands, with their name in the message."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SHAPES = {
     "grad_scores": (B, T, S), "grad_logsumexp": (B, T),
 }  # fmt: skip
 DTYPES = {"memory_lengths": torch.int64, "memory_mask": torch.bool, "keep_mask": torch.bool}
-# What stands for an operand in a message: native code has one name for both kinds of query.
+# The names of operands in messages: native code has one name for both kinds of query.
 NAMES = {"query_proj": "query(_proj)?", "centers": r"window\.centers"}
 ANY = r"^[\w.]+( and \w+)? must |no backend can do|^a memory \(rows, E\) needs"
-FREE = (f"{E - 1} in dimension 2", f"{E + 1} in dimension 2")  # the width of what concat sums up
+FREE = (f"{E - 1} in dimension 2", f"{E + 1} in dimension 2")  # concat: any memory width is valid
 
 
 def operands(operator: str, device: str, seed: bool = False) -> dict[str, Any]:
-    """All that the operator can be given, with ``seed`` a gradient of the log-sum-exp too."""
+    """All operands of the operator; ``seed`` adds a gradient of the log-sum-exp."""
     generator = torch.Generator().manual_seed(0)
 
     def made(*names: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def operands(operator: str, device: str, seed: bool = False) -> dict[str, Any]:
 
 
 def unfit(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of another rank, size, dtype or device."""
+    """Copies of a tensor with another rank, size, dtype or device."""
     yield "one dimension more", tensor.unsqueeze(0)
     yield "one dimension less", tensor[0]
     for dim, size in enumerate(tensor.shape):
@@ -86,16 +86,16 @@ def unfit(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operands_that_do_not_fit_are_named(operator: str, target: Target) -> None:
     if target.backend == "cuda":
-        pytest.skip("csrc/call.h checks the operands of the cuda backend, as it does the CPU's")
+        pytest.skip("csrc/call.h checks the operands of both the cuda and the cpu backend")
     given = operands(operator, target.device)
     call = getattr(ops, operator)
-    call(**given, backend=target.backend)  # these fit
+    call(**given, backend=target.backend)  # the unchanged operands are accepted
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             continue
         pattern = NAMES.get(name, name)
         if name.startswith(("query", "memory")) and not name.startswith("memory_l"):
-            pattern = ""  # what the others are measured by: any of them may not fit
+            pattern = ""  # the others are compared with these, so the message may name any of them
         for what, wrong in unfit(tensor):
             if operator == "concat_forward" and name == "memory" and what in FREE:
                 continue
@@ -105,7 +105,7 @@ def test_operands_that_do_not_fit_are_named(operator: str, target: Target) -> No
                 continue
             with pytest.raises((ValueError, TypeError)) as error:
                 call(**given | {name: wrong}, backend=target.backend)
-            # A backend is chosen by the device and the dtype of the memory.
+            # The backend is chosen by the device and dtype of the memory, so it may refuse first.
             expected = rf"^{pattern} must " if pattern else ANY
             assert re.search(expected, str(error.value)), f"{name}, {what}: {error.value}"
 
@@ -143,7 +143,7 @@ UNFIT_ROWS = {
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("name", UNFIT_ROWS)
 def test_rows_of_sequences_that_do_not_fit(name: str, backend: str) -> None:
-    """Backends that take no offsets get such a memory padded, from rows that are there."""
+    """A ragged memory is padded for backends that take no offsets, after these checks."""
     if reasons := backends.unavailable_reasons(backend):
         pytest.skip("; ".join(reasons))
     given = operands("concat_forward", "cpu")
@@ -159,7 +159,7 @@ def test_rows_of_sequences_that_do_not_fit(name: str, backend: str) -> None:
 
 @every_target
 def test_a_prepared_memory_that_was_filled_wrongly(target: Target) -> None:
-    """Fewer projected rows than the memory has: none behind the last is read."""
+    """With fewer projected rows than memory rows, nothing is read past the end."""
     layer = LuongAttention(D, E, "concat", attn_dim=A, backend=target.backend)
     layer = layer.to(target.device)
     memory, query = torch.zeros(B, S, E), torch.zeros(B, T, D)

@@ -1,4 +1,4 @@
-"""The operators under everything that traces: opcheck, fake tensors, make_fx, compile, export."""
+"""The operators under opcheck, fake tensors, make_fx, torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def operands(
     masked: str = "masked",
     seeds: tuple[bool, bool] = (True, True),
 ) -> tuple[Any, ...]:
-    """Arguments of an operator; a backward gets what its forward saved."""
+    """Arguments of an operator; those of a backward include what its forward saved."""
     score = "dot" if name.startswith("dot") else "projected"
     case = Case(score, dtype, layout=layout, weights=True, attn_dim=8, **MASKED[masked])
     inputs = make_inputs(case, device=device)
@@ -76,7 +76,7 @@ def operands(
 @pytest.mark.parametrize("masked", MASKED)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, masked: str, target: Target) -> None:
-    """On inputs without requires_grad: the autograd is a Function around, not in, the operator."""
+    """On inputs without requires_grad: the autograd Function is around the operator, not in it."""
     with target.active():
         arguments = operands(name, target.backend, device=target.device, masked=masked)
         torch.library.opcheck(op(name), arguments)
@@ -125,7 +125,7 @@ def test_fake_is_what_comes_out_for_all_flags(
     with target.active():
         forward = operands(name, target.backend, return_weights=return_weights, **flags)
         assert_fake_is_real(name, forward)
-        # The gradient of the weights needs the weights; that of the context does not.
+        # A gradient of the weights needs the saved weights; a gradient of the context does not.
         if return_weights or not seeds[1]:
             backward = operands(
                 f"{name}_backward", target.backend, return_weights=return_weights, seeds=seeds,
@@ -146,7 +146,7 @@ def test_results_not_asked_for_are_none(name: str, target: Target) -> None:
             assert_fake_is_real(name, arguments)
             results = zip(op(name)(*arguments), whole, (True, *flags), strict=True)
             for got, expected, asked in results:
-                if asked:  # another kernel may do without the weights, and round otherwise
+                if asked:  # without weights another kernel may run, with other rounding
                     torch.testing.assert_close(got, expected)
                 else:
                     assert got is None
@@ -180,7 +180,7 @@ def module_and_inputs(score: str, source: int = 7) -> tuple[LuongAttention, tupl
 
 
 def step(module: Any, inputs: tuple[Tensor, ...], parameters: list[Tensor]) -> list[Tensor]:
-    """Results, and gradients of inputs and parameters, of a loss on both results."""
+    """Results, and gradients of inputs and parameters for a loss on both results."""
     state, weights = module(*inputs)
     loss = state.square().sum() + weights.square().sum()
     return [state, weights, *torch.autograd.grad(loss, [*inputs[:2], *parameters])]
@@ -202,7 +202,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def compiles(test: Any) -> Any:
-    """Start from an empty cache, and let torch trace its own way through an autograd.Function."""
+    """Start from an empty compiler cache, and ignore torch's warning about its own tracing."""
     own_way = "ignore:.*should not be instantiated:DeprecationWarning"
     return pytest.mark.usefixtures("_fresh_compiler")(pytest.mark.filterwarnings(own_way)(test))
 
@@ -210,7 +210,7 @@ def compiles(test: Any) -> Any:
 @compiles
 @pytest.mark.parametrize("score", SCORES)
 def test_compiled_without_a_break(score: str) -> None:
-    """Forward and backward; sources of two lengths, whose second compilation is for all lengths."""
+    """Forward and backward. The second source length triggers one recompile, for all lengths."""
     module, _ = module_and_inputs(score)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -222,7 +222,7 @@ def test_compiled_without_a_break(score: str) -> None:
 @compiles
 @pytest.mark.parametrize("score", SCORES)
 def test_compiled_without_weights(score: str) -> None:
-    """Traced, the weights that nobody asked for come back with a gradient of size 0."""
+    """In a trace, weights that were not requested get a gradient of size 0."""
     module, (query, memory, lengths) = module_and_inputs(score)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     leaves = (query, memory, *module.parameters())
@@ -271,7 +271,7 @@ def test_compiled_decoding_over_a_prepared_memory() -> None:
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor itself imports
 def test_compiled_by_inductor() -> None:
-    """Operator and matrix products only: anything else costs runs of the C++ compiler."""
+    """Only the operator and matrix products: anything else would run the C++ compiler."""
     module, (query, memory, lengths) = module_and_inputs("general")
     weight, after = module.query_proj.weight, module.output_proj.weight[:, :12].detach().T
 
@@ -293,13 +293,13 @@ def test_compiled_by_inductor() -> None:
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @pytest.mark.parametrize("score", SCORES)
 def test_export_keeps_the_operator(score: str, strict: bool) -> None:
-    """Saved and loaded, for source lengths other than the one it was exported with."""
+    """Saved, loaded, and run with other source lengths than in the export."""
     module, (query, memory, lengths) = module_and_inputs(score)
     source = torch.export.Dim("source", min=2, max=100)
     shapes = ({}, {1: source}, {})
     inputs = (query.detach(), memory.detach(), lengths)
     exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
-    # Strict export puts what an autograd.Function does into a graph of its own.
+    # Strict export puts the content of an autograd.Function into a separate graph.
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, GraphModule)]
     calls = [node.target for graph in graphs for node in graph.nodes]
     wanted = "concat_attention" if score == "concat" else "dot_attention"
@@ -326,7 +326,7 @@ def test_make_fx_traces_one_operator(name: str) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_fake_tensors_pass_through_the_module(score: str) -> None:
-    """Forward and backward without data: no address reaches native code."""
+    """Forward and backward without data: native code gets no addresses."""
     with FakeTensorMode():
         module, inputs = module_and_inputs(score)
         results = step(module, inputs, list(module.parameters()))

@@ -1,4 +1,4 @@
-"""What is shipped: the sdist, the wheel built from it, and an install where no C++ compiler works.
+"""The sdist, the wheel built from it, and an install without a working C++ compiler.
 
 Everything is built from a copy of the checkout, offline, with the tools of this environment.
 """
@@ -24,7 +24,7 @@ import fused_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SHIPPED = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "*.so", "_native_*.txt")
-# One group: the builds are shared, and two at once would only slow one another.
+# One xdist group: the builds are shared, and concurrent builds would slow each other down.
 pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.timeout(900)]
 
 
@@ -36,7 +36,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 
 def build(source: Path, out: Path, *options: str, **environment: str) -> str:
-    """Build in an environment where importing torch or triton is an error; return the output."""
+    """Build where importing torch or triton is an error. Returns the output."""
     forbidden = out.parent / "forbidden"
     for name in ("torch", "triton"):
         (forbidden / name).mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,13 @@ def build(source: Path, out: Path, *options: str, **environment: str) -> str:
 
 
 def install(wheel: Path, home: Path) -> Path:
-    """Install a wheel into a new environment that has torch besides; return its interpreter."""
+    """Install a wheel into a new environment that also has torch. Returns its interpreter."""
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     done = run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
     assert done.returncode == 0, done.stderr
-    # A path in a .pth file adds a directory, but not the editable install that lives in it.
+    # A path in a .pth file adds a directory, but not the editable installs inside it.
     (site,) = home.glob("lib/python*/site-packages")
     (site / "torch_from_outside.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     return python
@@ -62,13 +62,13 @@ def install(wheel: Path, home: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the sdist and with the wheel that was built from the sdist."""
+    """The directory with the sdist and the wheel that was built from it."""
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     home = tmp_path_factory.mktemp("packaging")
     shutil.copytree(ROOT, home / "checkout", ignore=shutil.ignore_patterns(*NOT_SHIPPED))
-    # What is tested does not depend on the optimiser, and without it the build takes a third.
-    # One GPU architecture stands for all: the others are compiled in the same way.
+    # The tests do not depend on optimisation, and without it the build takes a third of the time.
+    # One GPU architecture is enough: the others are compiled in the same way.
     arguments = "-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CUDA_ARCHITECTURES=90-real"
     options = {"CMAKE_ARGS": arguments, "FUSED_ATTN_REQUIRE_NATIVE": "1"}
     build(home / "checkout", home / "dist", **options)
@@ -94,7 +94,7 @@ def installed(wheel: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def installed_without_compiler(sdist: Path) -> Path:
-    """The interpreter of an environment where the sdist was installed and no compiler worked."""
+    """The interpreter of an environment where the sdist was installed without a compiler."""
     home = sdist.parent.parent / "no_compiler"
     shutil.unpack_archive(sdist, home, filter="data")
     (source,) = home.iterdir()
@@ -105,7 +105,7 @@ def installed_without_compiler(sdist: Path) -> Path:
 
 
 def shipped(*patterns: str) -> set[str]:
-    """Files of the checkout, relative to it, that a package must hold."""
+    """Relative paths of files in the checkout that a package must contain."""
     return {
         path.relative_to(ROOT).as_posix()
         for pattern in patterns
@@ -156,7 +156,7 @@ def test_native_module_links_the_system_libraries_only(wheel: Path, tmp_path: Pa
     module = zipfile.ZipFile(wheel).extract(name, tmp_path)
     dynamic = run("readelf", "--dynamic", "--wide", module, cwd=tmp_path).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
-    # libgomp under its own name is the one that torch has loaded; no libtorch, no libpython.
+    # libgomp under its plain name is the one that torch loads; no libtorch, no libpython.
     system = r"libgomp\.so\.1|libomp\.so\.5|libstdc\+\+\.so\.6|ld-.*"
     system += r"|lib(gcc_s|c|m|pthread|dl|rt)\.so\.\d"
     assert needed and all(re.fullmatch(system, library) for library in needed), needed

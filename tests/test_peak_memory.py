@@ -1,4 +1,4 @@
-"""Forward and backward of the concat score hold a small multiple of their inputs."""
+"""The peak memory of concat forward and backward is a small multiple of their inputs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from targets import TARGETS
 
 CPU_TARGETS = [target for target in TARGETS if getattr(target, "backend", None) == "cpu"]
 
-# In a process of its own, or the peak would be that of an earlier test. The inputs are there
-# before; what they needed while they were drawn is no part of the call.
+# Runs in its own process, because the peak is per process. The inputs are created first, so that
+# the memory used to draw them is not counted.
 MEASURE = """
 import torch
 from fused_attn import concat_attention
@@ -37,7 +37,7 @@ print((read("VmHWM") - before) / size)
 @pytest.mark.skipif(not CPU_TARGETS, reason="the cpu backend is not usable here")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_concat_with_its_projections_holds_less_than_12_times_its_inputs() -> None:
-    """The eager chain holds (B, T, S, A) several times: 80 times the inputs each."""
+    """Eager attention holds several tensors (B, T, S, A), each 80 times the size of the inputs."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120
     )

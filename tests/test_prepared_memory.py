@@ -1,4 +1,4 @@
-"""A prepared memory as a value: rows of it, other devices and dtypes, and as a pytree."""
+"""`PreparedMemory`: selecting rows, other devices and dtypes, and use as a pytree."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_slice_is_a_view() -> None:
 @pytest.mark.parametrize("rows", [1, "a", torch.ones(2), torch.ones(3) > 0, torch.ones(1, 1).int()])
 def test_what_is_no_row(rows: Any) -> None:
     prepared = make("dot").prepare_memory(torch.randn(B, S, E))
-    message = "a PreparedMemory of 4 rows takes a slice, an integer Tensor (N,) or a bool Tensor"
+    message = "PreparedMemory of 4 rows must be a slice, an integer Tensor (N,) or a bool Tensor"
     with pytest.raises(TypeError, match=re.escape(message)):
         prepared[rows]
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_beams_are_reordered(score: str) -> None:
-    """Beams (B, K, D) share a row; sentences that are finished leave the batch."""
+    """Beams (B, K, D) share a memory row; finished sentences leave the batch."""
     layer = make(score)
     _, memory = draw(layer)
     prepared = layer.prepare_memory(memory, LENGTHS)
@@ -84,7 +84,7 @@ def test_beams_are_reordered(score: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("score", SCORES)
 def test_another_dtype(score: str, dtype: torch.dtype) -> None:
-    """As if prepared from a projection of that dtype: the exponentials agree with it."""
+    """As if prepared from a projection in that dtype: the exponentials agree with it."""
     layer = make(score)
     query, memory = draw(layer)
     moved = layer.prepare_memory(memory, LENGTHS).to(dtype)
@@ -166,7 +166,7 @@ class Step(torch.nn.Module):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_exported_with_a_prepared_memory(score: str) -> None:
-    """With a batch of any size; saved, loaded, and run on another one."""
+    """Exported with a dynamic batch size; saved, loaded, and run with another batch size."""
     layer = make(score, output_dim=3)
     query, memory = draw(layer)
     prepared = layer.prepare_memory(memory, LENGTHS).detach()
@@ -184,7 +184,7 @@ def test_exported_with_a_prepared_memory(score: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo accesses it
 @pytest.mark.parametrize("score", SCORES)
 def test_compiled_with_a_prepared_memory(score: str) -> None:
     torch._dynamo.reset()

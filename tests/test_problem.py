@@ -1,4 +1,4 @@
-"""The counts behind every figure of speed, against small products counted out."""
+"""FLOP and byte counts, against small products that are counted explicitly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fused_attn.problem import SCORES, AttentionProblem
 
-# B, T, S, E, A: primes, so that a factor that is missing or doubled shows.
+# B, T, S, E, A are primes, so that a missing or doubled factor is detected.
 SIZES = (2, 3, 5, 7, 11)
 PAIRS = 2 * 3 * 5
 
@@ -74,13 +74,13 @@ def test_bytes_of_the_forward(
 
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_bytes_of_the_backward(score: str) -> None:
-    """Inputs, the context and its gradient are read, a gradient of each input is written."""
+    """Reads the inputs, the context and its gradient, and writes a gradient of each input."""
     inputs = MEMORY + QUERY[score] + (PROJECTED_MEMORY if score == "concat" else 0)
     assert problem(score).bytes(backward=True) == 4 * (2 * inputs + 2 * CONTEXT + STATISTICS)
 
 
 def test_it_is_a_value() -> None:
-    """Caches are keyed by it."""
+    """It is hashable, because caches use it as a key."""
     assert problem("dot") == problem("dot")
     assert len({problem("dot"), problem("dot"), problem("concat")}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,4 +1,4 @@
-"""Memory of rows of different lengths: packed sequences and jagged nested tensors."""
+"""Ragged memories: packed sequences and jagged nested tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def jagged(parts: list[Tensor]) -> Any:
 
 
 def by_row(call: Any, query: Tensor, parts: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Every row alone, at its own length: nothing is padded."""
+    """Each sequence separately, at its own length, without padding."""
     return [call(query[b : b + 1], part[None]) for b, part in enumerate(parts)]
 
 
@@ -104,7 +104,7 @@ def test_what_a_recurrent_encoder_returns() -> None:
 @every_form
 def test_lengths_of_its_own(form: str) -> None:
     memory = FORMS[form](rows())
-    with pytest.raises(ValueError, match="memory_lengths must be None with a"):
+    with pytest.raises(ValueError, match="memory_lengths must be None if memory is a"):
         dot_attention(torch.ones(B, E).double(), memory, memory_lengths=torch.tensor(LENGTHS))
 
 
@@ -115,7 +115,7 @@ def test_other_nested_tensors_are_refused() -> None:
         dot_attention(torch.ones(B, E).double(), memory)
 
 
-# Sequences one after another, as the operators take them.
+# Sequences one after another, with offsets, as the operators take them.
 COUNTS = [3, 0, 37, 1, 12]
 
 
@@ -140,7 +140,7 @@ def unpad(padded: Tensor) -> Tensor:
 
 
 def both_forms(score: str, dtype: torch.dtype, queries: int, width: int, backend: str) -> Any:
-    """Results and gradients of the operator for rows one after another, and for padded rows."""
+    """Results and gradients of the operator, for ragged and for padded rows."""
     count, longest = sum(COUNTS), max(COUNTS)
     query = draw(len(COUNTS), queries, width, seed=1, dtype=dtype)
     values = draw(count, width + 4, seed=2, dtype=dtype)[:, :width]  # strided
@@ -180,7 +180,7 @@ def both_forms(score: str, dtype: torch.dtype, queries: int, width: int, backend
 def test_rows_where_they_lie(
     score: str, dtype: torch.dtype, width: int, queries: int, target: Target
 ) -> None:
-    """The same bits as padded rows give, which other tests hold against the oracle."""
+    """Ragged rows give the same bits as padded rows, which are tested elsewhere."""
     if target.device != "cpu":
         pytest.skip("a jagged memory on a GPU is padded before the operator")
     if queries == 70 and (score == "concat" or dtype != torch.float32):
@@ -194,7 +194,7 @@ def test_rows_where_they_lie(
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 def test_nothing_is_padded(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither forward nor backward of a layer on the CPU, with a learned scale and an output."""
+    """In forward and backward of a CPU layer with a learned scale and an output layer."""
     if backends.unavailable_reasons("cpu"):
         pytest.skip("the native module is not there")
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_derivatives(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_second_derivatives(score: str) -> None:
-    """Of the rows: torch's nested tensors have no second derivatives themselves."""
+    """With respect to the rows: torch's nested tensors have no second derivatives."""
     values = torch.cat(rows()).requires_grad_()
     query = draw(B, T, E, seed=7, dtype=torch.float64).requires_grad_()
     proj = draw(sum(LENGTHS), E, seed=8, dtype=torch.float64).requires_grad_()
@@ -272,7 +272,7 @@ def test_autocast_of_rows(score: str) -> None:
 
 
 def test_a_tensor_with_holes() -> None:
-    """Its rows are not one after another: it is padded."""
+    """Its rows are not contiguous, so it is padded."""
     values, offsets = torch.cat(rows()), offsets_of(LENGTHS)
     lengths = torch.tensor([2, 4, 1])
     memory = torch.nested.nested_tensor_from_jagged(values, offsets, lengths)
@@ -285,7 +285,7 @@ def test_a_tensor_with_holes() -> None:
 
 @pytest.mark.parametrize("missing", ["class", "part"])
 def test_a_torch_without_what_is_not_public(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory is padded then."""
+    """Then the memory is padded."""
     memory, query = jagged(rows()), torch.ones(B, T, E).double()
     expected = dot_attention(query, memory, return_weights=True)
     if missing == "class":
@@ -317,7 +317,7 @@ def test_the_operator_is_well_registered(score: str) -> None:
     ids=["short", "late", "falling", "longer"],
 )
 def test_bad_offsets(offsets: list[int], longest: int) -> None:
-    """What would read out of bounds is refused before anything is read."""
+    """Offsets that would read out of bounds are refused before anything is read."""
     if backends.unavailable_reasons("cpu"):
         pytest.skip("the native module is not there")
     options = (None, False, False, 1.0, None, 1.0, "cpu", None, 0.0, False, longest)

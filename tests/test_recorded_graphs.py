@@ -1,5 +1,5 @@
-"""Graphs that were recorded before something happened: batches of gradients, tangents, hooks that
-unpack what was saved; and operators that a transform meets by name.
+"""Graphs recorded before a transform or hook applies: batched gradients, tangents, saved-tensor
+hooks. Also operators that a transform calls by name.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_tangent_of_the_gradient_that_comes_back() -> None:
 
 @pytest.mark.parametrize("name", ["dot_attention", "concat_attention", "concat_scores"])
 def test_vmap_over_an_operator(name: str) -> None:
-    """Over the first argument and v, each with and without a gradient."""
+    """Over the first argument and over v, with and without a gradient."""
     operator = getattr(torch.ops.fused_attn, name)
     queries = torch.stack([QUERY.detach(), QUERY.detach() + 1])
     keys, vs = draw(2, 5, 4, seed=6), draw(2, 4, seed=7)
@@ -106,7 +106,7 @@ UNPACKED = {
 
 @pytest.mark.parametrize("kind", UNPACKED)
 def test_saved_tensors_may_come_back_as_something_else(kind: str) -> None:
-    """A view of negated memory, or a subclass without memory of its own."""
+    """A view with the negative bit, or a subclass without storage."""
     pack, unpack = UNPACKED[kind]
     lengths = torch.tensor([5, 3])
     plain = dot_attention(QUERY, MEMORY, memory_lengths=lengths)[0]
@@ -120,7 +120,7 @@ def test_saved_tensors_may_come_back_as_something_else(kind: str) -> None:
 @pytest.mark.parametrize("masks", ["lengths", "shared", "cube"])
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_the_entropy_of_the_weights_has_a_gradient(score: str, masks: str) -> None:
-    """That of a weight which is 0 because it does not count is infinite, and nobody's."""
+    """The entropy's gradient is infinite at masked weights of 0, and must reach no input."""
     counts = torch.ones(2, 3, 5, dtype=torch.bool)
     counts[0, :, 3:] = False
     given = {

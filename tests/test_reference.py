@@ -1,4 +1,4 @@
-"""The definition itself: against plain loops, numbers worked by hand, and derivatives."""
+"""The reference itself: against plain loops, hand-computed numbers, and finite differences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def softmax(scores: list[float]) -> list[float]:
 def attend_by_loops(
     scores: Rows, memory: Rows, counts: list[list[bool]], keep: Rows | None
 ) -> tuple[Rows, Rows]:
-    """Context and weights of one batch row, in Python floats. ``keep`` holds factors."""
+    """Context and weights of one batch row, in Python floats. ``keep`` are factors of weights."""
     contexts, alignments = [], []
     for t, row in enumerate(scores):
         allowed = [s for s in range(len(memory)) if counts[t][s]]
@@ -60,7 +60,7 @@ def draw_masking(rng: random.Random, kind: str) -> Masking:
     rows = T if "cube" in kind else 1
     mask = draw(rng, B, rows, S) > -0.5 if "row" in kind or "cube" in kind else None
     if mask is not None:
-        mask[2, 0] = False  # a query with nothing to attend to
+        mask[2, 0] = False  # a fully masked query
     keep = draw(rng, B, T, S) > 0 if "keep" in kind else None
     return Masking(lengths, mask, keep, 2.0 if keep is not None else 1.0)
 
@@ -78,7 +78,7 @@ def counts_by_loops(masking: Masking, b: int) -> list[list[bool]]:
 
 
 def counted_pairs(masking: Masking) -> list[tuple[int, int, int]]:
-    """Where scores mean something: what does not count is not read, not even for its score."""
+    """The (b, t, s) whose scores are defined: positions that do not count are not read."""
     counts = [counts_by_loops(masking, b) for b in range(B)]
     everything = itertools.product(range(B), range(T), range(S))
     return [(b, t, s) for b, t, s in everything if counts[b][t][s]]
@@ -88,7 +88,7 @@ KINDS = ["all", "lengths", "row", "cube", "lengths_cube", "keep", "lengths_cube_
 
 
 def check_by_loops(result: reference.Attention, memory: Tensor, masking: Masking) -> None:
-    """``result.scores`` has been checked; the rest follows from it."""
+    """Check everything that follows from ``result.scores``, which has been checked."""
     for b in range(B):
         keep = None
         if masking.keep_mask is not None:
@@ -144,7 +144,7 @@ def test_worked_scores(weight: Rows | None, expected: float) -> None:
 
 
 def test_worked_general_through_the_public_function() -> None:
-    """The weight is used as W_a and not as its transpose: two rows whose scores differ by 141."""
+    """weight is W_a and not its transpose: the scores of the two rows differ by 141."""
     query = torch.tensor([[[1.0, 3.0]]])
     memory = torch.tensor([[[2.0, -5.0], [0.0, 0.0]]])
     weight = torch.tensor([[1.0, 7.0], [-8.0, 4.0]])
@@ -156,7 +156,7 @@ def test_worked_general_through_the_public_function() -> None:
 
 
 def test_worked_softmax() -> None:
-    """Scores 7, 1, -1, -2: a query of 1 on a memory of these numbers."""
+    """Scores 7, 1, -1, -2, from a query of 1 and a memory of these numbers."""
     scores = [7.0, 1.0, -1.0, -2.0]
     memory = torch.tensor(scores, dtype=torch.float64).view(1, 4, 1)
     result = reference.dot_attention(torch.ones(1, 1, 1, dtype=torch.float64), memory)
@@ -197,7 +197,7 @@ DERIVATIVES = ["all", "lengths", "lengths_cube", "lengths_cube_keep"]
 @pytest.mark.parametrize("kind", DERIVATIVES)
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_first_and_second_derivatives(score: str, kind: str) -> None:
-    """Against finite differences, of context and weights, rows with nothing to read included."""
+    """Of context and weights, against finite differences, with fully masked rows."""
     rng = random.Random(kind)
     masking = draw_masking(rng, kind)
     shapes = {"dot": [(B, T, 2), (B, S, 2)], "concat": [(B, T, 2), (B, S, 2), (2,), (B, S, 2)]}
@@ -249,7 +249,7 @@ def test_the_same_number_on_every_score_changes_nothing(seed: int, shift: float)
 
 @given(seed=st.integers(0, 10**6))
 def test_a_memory_of_equal_rows_is_returned(seed: int) -> None:
-    """Whatever the weights are, they sum to 1."""
+    """For any weights, because they sum to 1."""
     rng = random.Random(seed)
     row = draw(rng, 2, 1, 4)
     result = reference.dot_attention(draw(rng, 2, 3, 4), row.expand(2, 5, 4))

@@ -1,4 +1,4 @@
-"""Scores before their softmax, and layers whose weights are not a softmax over a fused score."""
+"""Scores before the softmax, sparsemax, the location score, and normalised concat scores."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ SIZES = [(3, 5, 9, 16), (1, 1, 37, 7), (2, 17, 60, 37), (1, 3, 1500, 64), (2, 70
 def test_concat_scores(
     dtype: torch.dtype, size: tuple[int, ...], mask: str, target: Target
 ) -> None:
-    """Against the formula in float64, with NaN in the padding; gradients too."""
+    """Scores and gradients against the formula in float64, with NaN in the padding."""
     if refuses_scores(target, dtype):
-        pytest.skip(f"{target.backend} has no scores without a softmax in this dtype")
+        pytest.skip(f"the {target.backend} backend does not compute concat scores in this dtype")
     batch, queries, source, width = size
     case = Case("projected", dtype, batch, queries, source, attn_dim=width, mask=mask)
     inputs = target.inputs(case)
@@ -70,7 +70,7 @@ def test_concat_scores(
 @every_target
 def test_concat_scores_from_prepared_exponentials(target: Target) -> None:
     if refuses_scores(target, torch.float32):
-        pytest.skip(f"{target.backend} has no scores without a softmax")
+        pytest.skip(f"the {target.backend} backend does not compute concat scores")
     case = Case("projected", source=40, attn_dim=64)
     tensors = target.inputs(case).tensors
     proj = tensors["memory_proj"]
@@ -96,7 +96,7 @@ def test_second_derivatives_of_concat_scores() -> None:
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 @pytest.mark.parametrize("two", [False, True], ids=["", "step"])
 def test_public_functions(score: str, two: bool) -> None:
-    """Scores against the formula, and weights that are exp(scores - logsumexp)."""
+    """Scores equal the formula, and exp(scores - logsumexp) equals the weights."""
     width = E if score == "dot" else D
     query, memory = draw(B, T, width), draw(B, S, E, seed=1)
     parameters: tuple[Tensor, ...]
@@ -150,7 +150,7 @@ def test_scores_inside_a_window_only() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_location_score_is_the_paper(bias: bool) -> None:
-    """softmax(W_a h_t): the first S of what W_a gives (eq. 8 and below)."""
+    """softmax(W_a h_t), with the first S outputs of W_a (eq. 8 and below)."""
     torch.manual_seed(0)
     options = {"max_source": 20, "bias": bias, "scale": 0.5, "output_dim": 4}
     layer = LuongAttention(D, E, "location", **options, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_location_score_is_the_paper(bias: bool) -> None:
 
 
 def simplex_projection(row: list[float]) -> list[float]:
-    """The nearest point of the simplex, by trying every support (Martins & Astudillo, eq. 1)."""
+    """The nearest point in the simplex, by trying all supports (Martins & Astudillo, eq. 1)."""
     best, found = float("inf"), [0.0] * len(row)
     for size in range(1, len(row) + 1):
         for support in itertools.combinations(range(len(row)), size):
@@ -240,7 +240,7 @@ def test_composed_weights_know_dropout_and_windows() -> None:
     expected = composed.sparsemax(query @ memory.mT, distance.abs() <= 4)
     torch.testing.assert_close(weights, expected * torch.exp(-(distance**2) / 8))
     dropped, before = layer.train()(query, memory)
-    torch.testing.assert_close(before, weights)  # the alignment is returned before dropout
+    torch.testing.assert_close(before, weights)  # returned weights are those before dropout
     assert not torch.allclose(dropped, context)
 
 
@@ -264,7 +264,7 @@ def test_a_learned_scale(score: str) -> None:
 
 
 def test_a_normalised_vector() -> None:
-    """g v / |v| inside, as Salimans & Kingma have it, with the bias in the tanh."""
+    """g v / |v| (Salimans & Kingma), with the bias inside the tanh."""
     torch.manual_seed(0)
     options = {"attn_dim": A, "weight_norm": True, "bias": True, "scale": 2.0}
     layer = LuongAttention(D, E, "concat", **options, dtype=torch.float64)
@@ -276,13 +276,13 @@ def test_a_normalised_vector() -> None:
     torch.testing.assert_close(layer(query, memory), (weights @ memory, weights))
     layer(query, memory)[0].square().sum().backward()
     assert float(layer.g.grad) != 0
-    # |v| is free: no gradient along it.
+    # The result does not depend on |v|: the gradient is orthogonal to v.
     assert abs((layer.v.grad @ layer.v).item()) < 1e-12
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_normalised_projections(masked: bool) -> None:
-    """Both projections by their own mean and variance before the tanh, gains and bias after."""
+    """Both projections are normalised separately before the tanh, then get gains and a bias."""
     torch.manual_seed(0)
     options = {"attn_dim": A, "layer_norm": True, "bias": True, "output_dim": 3}
     layer = LuongAttention(D, E, "concat", **options, dtype=torch.float64)

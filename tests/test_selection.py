@@ -1,4 +1,4 @@
-"""Which backend runs a call: a request by name never falls back, and a refusal says everything."""
+"""Backend selection: a named backend never falls back, and errors list all reasons."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_cpu = pytest.mark.skipif(bool(CPU_REASONS), reason=f"cpu: {'; '.join(CPU_R
 
 @pytest.fixture(autouse=True)
 def _fresh_selection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The choice is cached and the environment read once: neither leaks from here or into here."""
+    """Isolate each test from the cached choice and the environment variable."""
     monkeypatch.delenv("FUSED_ATTN_BACKEND", raising=False)
     backends.select.cache_clear()
     yield
@@ -47,7 +47,7 @@ def select(requested: str = "auto", dtype: torch.dtype = torch.float32) -> Modul
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """Record which operations the backend ``name`` runs from now on."""
+    """Record the operations that the backend ``name`` runs from now on."""
     backend, calls = backends.load(name), []
 
     def recorded(operation: str) -> Callable[..., object]:
@@ -162,7 +162,7 @@ def test_environment_in_a_new_process() -> None:
 def test_the_backend_asked_for_is_the_one_that_runs(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward, of all three scores: no test of a backend tests another one."""
+    """In forward and backward, for all scores: a backend's tests must not run another backend."""
     if reasons := backends.unavailable_reasons(name):
         pytest.skip(f"{name}: {'; '.join(reasons)}")
     ran = {other: calls_of(monkeypatch, other) for other in backends.BACKENDS}
@@ -207,7 +207,7 @@ def test_eager_refuses_what_has_no_softmax() -> None:
 
 @needs_cpu
 def test_a_forced_instruction_set_is_the_one_in_use() -> None:
-    """The narrowest, which is never the default where there is a choice."""
+    """Uses the smallest instruction set, which is never the default if there is a choice."""
     narrowest = backends.load("cpu").native.cpu_isas_supported()[-1]
     found = run_with_isa(narrowest)
     assert (found.returncode, found.stdout.strip()) == (0, narrowest), found.stderr
@@ -273,7 +273,7 @@ def test_auto_on_a_gpu_goes_by_what_was_measured(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of benchmarks/results/nvidia-h200. Asked for by name, every backend does the call."""
+    """The cases are rows of benchmarks/results/nvidia-h200. A named backend runs in any case."""
     pytest.importorskip("triton")
     for name in ("cuda", "triton"):
         monkeypatch.setattr(backends.load(name), "unavailable_reasons", list)

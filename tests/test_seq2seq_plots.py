@@ -34,13 +34,13 @@ def test_letters_and_phones_are_on_the_axes() -> None:
     assert len(figure.axes) == 2
     for axes, prediction in zip(figure.axes, (HELLO, PHONE), strict=True):
         assert [label.get_text() for label in axes.get_xticklabels()] == list(prediction.source)
-        assert [label.get_text() for label in axes.get_yticklabels()] == list(prediction.target)
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(prediction.tokens)
         (image,) = axes.get_images()
-        assert prediction.weights is not None
-        assert torch.equal(torch.from_numpy(image.get_array().data), prediction.weights)
+        assert prediction.alignment is not None
+        assert torch.equal(torch.from_numpy(image.get_array().data), prediction.alignment)
         box = axes.get_window_extent()  # the cells are squares, equally large in all maps
         assert box.width / len(prediction.source) == pytest.approx(_CELL * figure.dpi)
-        assert box.height / len(prediction.target) == pytest.approx(_CELL * figure.dpi)
+        assert box.height / len(prediction.tokens) == pytest.approx(_CELL * figure.dpi)
 
 
 def test_a_longer_word_makes_a_larger_picture(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sizes of 0 and 1, and rows of nothing, through the operators of every backend."""
+"""Sizes of 0 and 1 and fully masked rows, in the operators of every backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = ("context", "weights", "logsumexp")
 
 
 def leaves_of(call: Call, device: str, dtype: torch.dtype) -> Tensors:
-    """The arguments, with NaN in the rows that nobody may read."""
+    """The arguments, with NaN in rows that may not be read."""
     counts, leaves = call.counts, {}
     for name, tensor in call.tensors().items():
         kind = arithmetic_dtype(dtype) if name == "centers" else dtype
@@ -44,7 +44,7 @@ def masking_of(call: Call, leaves: Tensors) -> Masking:
 
 
 def attend(call: Call, leaves: Tensors, exps: Tensor | None, backend: str) -> Tensors:
-    """The results that have a gradient."""
+    """The results that get a gradient."""
     rest = (masking_of(call, leaves), "weights" in call.seeds, backend)
     if call.score == "dot":
         operands = (leaves["query"], leaves["memory"], nothing.SCALE)
@@ -57,7 +57,7 @@ def attend(call: Call, leaves: Tensors, exps: Tensor | None, backend: str) -> Te
 
 
 def operator(call: Call, leaves: Tensors, exps: Tensor | None, backend: str) -> Tensors:
-    """All results of the operator itself, without a graph."""
+    """All results of the operator, without a graph."""
     lengths, mask, keep, keep_scale, window = masking_of(call, leaves)
     names = ("centers", "half_width", "gaussian")
     options: dict[str, Any] = {} if window is None else dict(zip(names, window, strict=True))
@@ -75,10 +75,7 @@ def operator(call: Call, leaves: Tensors, exps: Tensor | None, backend: str) -> 
 
 
 def few(calls: Iterable[Any], target: Target) -> list[Any]:
-    """All of them; of the instruction sets, each has every other one.
-
-    One in 37 where each operation of a kernel is a call from Python.
-    """
+    """All calls; every second one for each instruction set, one in 37 if interpreted."""
     step = 37 if target.is_interpreted else 1 if target.isa is None else 2
     return list(calls)[TARGETS.index(target) % step :: step]
 
@@ -101,7 +98,7 @@ def test_attention(target: Target, score: str) -> None:
             about = (call, dtype, is_prepared)
             nothing.compare(results, expected, about)
             found = operator(call, leaves, exps, target.backend)
-            # Exponentials of bfloat16 are no better than that.
+            # bfloat16 exponentials are not more accurate than that.
             nothing.compare(found, expected, about, dtype if is_prepared else None)
 
 
@@ -133,7 +130,7 @@ ROWS = ((), (0,), (3,), (0, 0), (0, 2, 0), (2, 0, 1))
 @every_target
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_rows_of_sequences(target: Target, score: str) -> None:
-    """A memory (N, E) with offsets: no sequences, empty ones, and more columns than the longest."""
+    """A memory (N, E) with offsets: no sequences, empty ones, or max_source above the longest."""
     rng = random.Random(f"{score} rows {target}")
     backend = target.backend
     sizes = product(ROWS, (*nothing.SIZES, 9), (0, 2), (1, 19), (False, True))
@@ -179,7 +176,7 @@ def rows_right(call: Call, tensors: Tensors, lengths: tuple[int, ...], wanted: b
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_operators_refuse_widths_of_0(backend: str) -> None:
-    """No query, memory or v may be 0 wide; nor may a longest sequence be beyond all memory."""
+    """query, memory and v may not have width 0, and max_source has an upper limit."""
     q, m, none, lse = torch.ones(2, 3, 0), torch.ones(2, 4, 0), torch.ones(0), torch.ones(2, 3)
     q5, m5, v5 = torch.ones(2, 3, 5), torch.ones(2, 4, 5), torch.ones(5)
     rest = {"backend": backend}
@@ -214,7 +211,7 @@ def test_operators_refuse_widths_of_0(backend: str) -> None:
 @pytest.mark.parametrize("score", ["dot", "concat"])
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_tensors_without_values_have_the_same_shapes(kind: str, score: str) -> None:
-    """What a compiler sees of a call: results, and gradients of every input."""
+    """Under fake tensors, as in a compiler: results, and gradients of every input."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for number, sizes in enumerate(nothing.BATCHES):
         call = Call(score, *sizes, 5, 5, *(("none", "none"), ("full", "cube"))[number % 2])

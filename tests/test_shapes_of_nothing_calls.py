@@ -1,4 +1,4 @@
-"""Sizes of 0 and 1, and rows of nothing, through every public function."""
+"""Sizes of 0 and 1 and fully masked rows, in every public function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import fused_attn
 from fused_attn import LocalWindow, coverage_loss, sparsemax
 
-# What is no function of queries and a memory; a new name must be one, or be added here.
+# Public names that are not functions of queries and a memory. Add new ones of this kind here.
 OTHERS = {"LocalWindow", "LuongAttention", "PreparedMemory", "__version__"}
 OTHERS |= {"coverage_loss", "sparsemax"}
 FUNCTIONS = sorted(set(fused_attn.__all__) - OTHERS)
@@ -26,11 +26,11 @@ WIDTHS = {"D": 2, "E": 5, "A": 3}
 
 
 def operands_of(function: Callable[..., Any], shape: tuple[int, int, int]) -> Tensors:
-    """Arguments for every parameter that is a tensor with a gradient, by name."""
+    """Values, by name, for every tensor parameter that gets a gradient."""
     batch, queries, source = shape
     d, e, a = WIDTHS.values()
     names = inspect.signature(function).parameters
-    d = d if "weight" in names or "v" in names else e  # dot has one width
+    d = d if "weight" in names or "v" in names else e  # dot has only one width
     shapes = {
         "query": (batch, queries, d),
         "memory": (batch, source, e),
@@ -61,7 +61,7 @@ def right(leaves: Tensors, counts: Tensor) -> Tensors:
 
 
 def call(name: str, leaves: Tensors, options: dict[str, Any], counts: Tensor) -> Tensors:
-    """The results of a public function, with NaN in the rows that it may not read."""
+    """The results of a public function, with NaN in rows that it may not read."""
     operands = leaves | {"memory": nothing.spoil(leaves["memory"], counts)}
     centers = operands.pop("centers", None)
     if centers is not None:
@@ -73,7 +73,7 @@ def call(name: str, leaves: Tensors, options: dict[str, Any], counts: Tensor) ->
 
 
 def step(name: str, leaves: Tensors, options: dict[str, Any], counts: Tensor) -> Tensors:
-    """The same for a query of one step, without its T."""
+    """The same for one step, a query without the T dimension."""
     alone = {key: leaf.squeeze(1) for key, leaf in leaves.items() if key in ("query", "centers")}
     found = call(name, leaves | alone, options, counts)
     return {key: tensor.unsqueeze(1) for key, tensor in found.items()}
@@ -81,7 +81,7 @@ def step(name: str, leaves: Tensors, options: dict[str, Any], counts: Tensor) ->
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
-    """Every size and mask; queries of one step, windows, backends and absent weights for some."""
+    """Every size and mask; some with one step, windows, named backends and without weights."""
     rng, function = random.Random(name), getattr(fused_attn, name)
     parameters = inspect.signature(function).parameters
     for shape, (lengths, mask) in nothing.some_masks(rng, 5):
@@ -123,7 +123,7 @@ LOSS = {"loss": torch.ones(())}
 
 
 def squared_gradient(results: Tensors, wanted: Tensors, leaves: Tensors) -> Tensor:
-    """A loss on first derivatives, those of a loss that is not linear."""
+    """A loss on the first derivatives of a nonlinear loss."""
     finite = [results[name].masked_fill(results[name].isinf(), 0.0) for name in wanted]
     loss = sum(tensor.square().sum() for tensor in finite)
     rest = {"create_graph": True, "materialize_grads": True}
@@ -132,7 +132,7 @@ def squared_gradient(results: Tensors, wanted: Tensors, leaves: Tensors) -> Tens
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_widths_of_0_are_refused(name: str) -> None:
-    """With the argument's name, what it must be and what it is."""
+    """The error names the argument, what was expected and what was given."""
     function = getattr(fused_attn, name)
     given = operands_of(function, (2, 3, 4))
     for key, axis in (("memory", 2), ("weight", 0), ("query_weight", 1), ("v", 0)):
@@ -146,10 +146,10 @@ def test_widths_of_0_are_refused(name: str) -> None:
 def test_sparsemax() -> None:
     for shape in nothing.BATCHES:
         for mask in (None, "shared", "row", "cube"):
-            # Not quarters: then no score lies on the edge of a support, where there is no gradient.
+            # 0.7 x quarters: no score is on the edge of a support, where there is no gradient.
             scores = (0.7 * nothing.draw("scores", *shape)).requires_grad_()
             given = None if mask is None else nothing.mask_of(mask, *shape)
-            if mask == "shared":  # any mask that broadcasts
+            if mask == "shared":  # masks only have to broadcast
                 given = given[:, None]
             everything = nothing.counted(shape, None, given)
             expected = {"weights": nothing.sparsemax(scores, everything)}

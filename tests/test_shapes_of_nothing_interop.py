@@ -1,4 +1,4 @@
-"""Sizes of 0 and 1, and rows of nothing, through the layers of other toolkits."""
+"""Sizes of 0 and 1 and fully masked rows, in the adapters of other toolkits' layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ D, E, A, OUT = 3, 5, 4, 2
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter, called with tensors (B, T, ...), and what its documentation says it computes."""
+    """An adapter, a call of it with tensors (B, T, ...), and its documented formula."""
 
     make: Callable[[], Any]
     # (layer, query, memory, lengths, coverage) -> context or state (B, T, ...), weights (B, T, S).
@@ -31,13 +31,13 @@ class Case:
     finish: Callable[[Any, Tensor, Tensor], Tensor] = lambda layer, context, query: context
     query_dim: int = D
     memory_dim: int = E
-    is_step: bool = False  # one query at a time
+    is_step: bool = False  # takes one query at a time
     needs_lengths: bool = False
     normalizer: str = "softmax"
 
 
 def below(lengths: Tensor, source: int) -> Tensor:
-    """bool (B, 1, S)."""
+    """bool (B, 1, S), True below the length."""
     return (torch.arange(source) < lengths[:, None])[:, None]
 
 
@@ -161,7 +161,7 @@ def speechbrain(conv: tuple[int, int] | None) -> Case:
 
 
 def tfa(kind: str, option: bool, has_mask: bool) -> Case:
-    """With ``option`` the layer is scaled, or normalised. A layer is told its widths."""
+    """``option`` turns on scale or normalisation. The widths are set by a first call."""
 
     def make() -> Any:
         if kind == "luong":
@@ -280,7 +280,7 @@ def made(case: Case) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_adapters(name: str) -> None:
-    """Every size with two kinds of lengths: results, and gradients of inputs and parameters."""
+    """Every size, with two kinds of lengths: results, and gradients of inputs and parameters."""
     case, rng = CASES[name], random.Random(name)
     layer = made(case)
     kinds = nothing.LENGTHS[case.needs_lengths :]

@@ -1,4 +1,4 @@
-"""Sizes of 0 and 1, and rows of nothing, through `LuongAttention` with every option."""
+"""Sizes of 0 and 1 and fully masked rows, in `LuongAttention` with every option."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scale": {"scale": "learned"},
     "number": {"scale": 0.5},
     "bias": {"bias": True},
-    "dropout": {"dropout": 1.0},  # of every weight, so that nothing depends on what is drawn
+    "dropout": {"dropout": 1.0},  # drops every weight, so that nothing is random
     "narrow": {"attn_dim": 1},
     "eager": {"backend": "eager"},
     "sparse, local": {"normalizer": "sparsemax", "local": "predictive", "window": 1.5},
@@ -40,7 +40,7 @@ OF_CONCAT = {"weight_norm", "layer_norm", "coverage", "conv_channels", "attn_dim
 
 
 def layers() -> list[tuple[str, str]]:
-    """(score, name of the options), of those that go together."""
+    """All valid pairs (score, name of the options)."""
     pairs = product(("dot", "general", "concat", "location"), OPTIONS)
     return [
         (score, name)
@@ -67,7 +67,7 @@ def test_every_option_is_here() -> None:
 def scores_of(
     layer: LuongAttention, query: Tensor, memory: Tensor, coverage: Any, previous: Any
 ) -> Tensor:
-    """Before masks, from the layer's parameters."""
+    """The scores before masking, computed from the layer's parameters."""
     source, scale, p = memory.shape[1], layer.scale, dict(layer.named_parameters())
     if "query_proj.weight" in p:
         weight, bias = p["query_proj.weight"], p.get("query_proj.bias", torch.zeros(()))
@@ -100,7 +100,7 @@ def right(
     mask: Tensor | None,
     positions: Tensor,
 ) -> Tensors:
-    """What the layer returns, by formula."""
+    """The correct results of the layer, by formula."""
     query, source = leaves["query"], leaves["memory"].shape[1]
     shape = (*query.shape[:2], source)
     centers = None
@@ -136,7 +136,7 @@ def run(
     is_prepared: bool,
     return_weights: bool,
 ) -> Tensors:
-    """Results of `forward` and of `scores`, which knows no history; steps without their T."""
+    """Results of `forward`, and of `scores` if there is no history; 2-D results for a step."""
     query, memory = leaves["query"], leaves["memory"]
     history = {key: t for key, t in leaves.items() if key not in ("query", "memory")}
     given: tuple[Any, ...] = (memory, *masks)
@@ -152,7 +152,7 @@ def run(
 
 
 def step(layer: LuongAttention, leaves: Tensors, masks: Any, positions: Tensor, *rest: Any) -> Any:
-    """`run` of a query (B, D), its results as of (B, 1, D)."""
+    """`run` with a query (B, D), with results in the shapes of (B, 1, D)."""
     flat = {key: t if key == "memory" else t.squeeze(1) for key, t in leaves.items()}
     found = run(layer, flat, masks, positions.squeeze(1), *rest)
     return {key: tensor.unsqueeze(1) for key, tensor in found.items()}
@@ -174,7 +174,7 @@ def leaves_for(layer: LuongAttention, shape: tuple[int, int, int], has_history: 
 
 @pytest.mark.parametrize("score, name", layers())
 def test_layers(score: str, name: str) -> None:
-    """Every size and mask, prepared or not, 3-D queries and steps; all gradients."""
+    """Every size and mask, prepared or not, with 3-D and 2-D queries; all gradients."""
     layer, rng = make(score, name), random.Random(f"{score} {name}")
     parameters = dict(layer.named_parameters())
     for shape, (lengths, mask) in nothing.some_masks(rng, 2):
@@ -203,7 +203,7 @@ ROWS = ((), (0,), (3,), (0, 0), (0, 2, 0), (2, 0, 1))
 @pytest.mark.parametrize("score", ["dot", "general", "concat", "location"])
 @pytest.mark.parametrize("name", ["plain", "output_dim", "sparsemax", "predictive"])
 def test_jagged_memories(score: str, name: str) -> None:
-    """No sequences, and sequences of no rows; prepared or not, with steps and many queries."""
+    """No sequences, and empty sequences; prepared or not, with steps and many queries."""
     layer, rng = make(score, name), random.Random(f"{score} {name}")
     parameters = dict(layer.named_parameters())
     for lengths, queries in product(ROWS, nothing.SIZES):
@@ -228,7 +228,7 @@ def test_jagged_memories(score: str, name: str) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_no_rows_of_a_prepared_memory(score: str) -> None:
-    """A batch of which nothing is left: no rows selected, in every way, moved, and attended to."""
+    """An empty batch: no rows selected, in every way; then moved and attended to."""
     layer = make(score, "plain")
     nobody = torch.zeros(0, dtype=torch.int64)
     for batch, source in product(nothing.SIZES, nothing.SIZES):
@@ -250,11 +250,11 @@ def test_no_rows_of_a_prepared_memory(score: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-# torch's own compiler does what its own warning is about.
+# The warning is about what torch's own compiler does.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("score", ["dot", "concat"])
 def test_compiled(score: str) -> None:
-    """In one graph, forward and backward, as without a compiler."""
+    """Compiled as one graph, forward and backward give the same results."""
     layer = make(score, "output_dim")
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

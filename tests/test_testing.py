@@ -1,4 +1,4 @@
-"""What judges kernels is judged first: wrong results fail, poison shows, layouts keep values."""
+"""The test tools themselves: wrong results fail, poison is detected, layouts keep values."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def test_a_wrong_value_fails_and_says_where(value: float) -> None:
     got = torch.ones(2, 3)
     got[1, 2] = value
     testing.check_within_budget("context", torch.ones(2, 3), oracle, torch.ones(2, 3))
-    with pytest.raises(AssertionError, match=r"^context: error .* worst at \(1, 2\): got "):
+    with pytest.raises(
+        AssertionError, match=r"^context: error .* worst at \(1, 2\): expected 1, got "
+    ):
         testing.check_within_budget("context", got, oracle, torch.ones(2, 3))
 
 
 def test_a_useless_yardstick_fails_too() -> None:
-    """A NaN in the plain chain would otherwise allow everything."""
+    """A NaN in plain attention would otherwise allow everything."""
     right = torch.ones(3)
     with pytest.raises(AssertionError, match="exceeds the budget nan"):
         testing.check_within_budget("context", right, right.double(), right * torch.nan)
@@ -150,7 +152,7 @@ def test_the_same_seed_draws_the_same_inputs() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_yardstick_and_oracle_agree_in_float64(score: str) -> None:
-    """They are written apart: bmm and softmax here, the definition there."""
+    """They are independent implementations: bmm and softmax here, the reference there."""
     inputs = testing.make_inputs(
         Case(score, torch.float64, lengths=True, mask="cube", keep=True, bias=score == "concat")
     )
@@ -170,7 +172,7 @@ def test_the_oracle_in_pieces_is_the_oracle(score: str, monkeypatch: pytest.Monk
 
 
 def test_oracle_takes_the_inputs_as_they_were_rounded() -> None:
-    """The rounding of the inputs is not the kernel's error."""
+    """The rounding of the inputs does not count as the kernel's error."""
     inputs = testing.make_inputs(Case("dot", torch.bfloat16))
     widened = {name: tensor.double() for name, tensor in inputs.tensors.items()}
     wide = replace(

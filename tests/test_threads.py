@@ -1,6 +1,6 @@
-"""One pool of threads for torch and the kernels, calls from several threads at once, and fork.
+"""The thread pool shared by torch and the kernels, concurrent calls, and fork.
 
-What has to start from nothing, or could hang, runs in a process of its own.
+Tests that need a fresh process, or that could hang, run in their own process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks"),
 ]
 
-# Far above the work at which a call is shared out among threads.
+# Much more work than the threshold at which a call uses several threads.
 PRELUDE = """
 import os
 import torch
@@ -54,7 +54,7 @@ def tasks():
 
 
 def run_alone(script: str, **environment: str) -> list[int]:
-    """Run the script in a fresh process; the numbers it printed."""
+    """Run the script in a fresh process. Returns the numbers that it printed."""
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
         capture_output=True,
@@ -84,7 +84,7 @@ def test_torch_and_the_kernels_share_one_pool() -> None:
 
 
 def test_the_pool_is_used_and_is_of_the_size_asked_for() -> None:
-    """Without this the other counts could stay equal because nothing ran in parallel."""
+    """Otherwise the other tests' counts could be equal because nothing ran in parallel."""
     script = """
         torch.set_num_threads(1)
         before = tasks()
@@ -96,9 +96,9 @@ def test_the_pool_is_used_and_is_of_the_size_asked_for() -> None:
             counts.append(tasks() - start)
         print(before, *counts)
     """
-    before, two, three = run_alone(script, OMP_NUM_THREADS="1")  # or the inputs start the pool
+    before, two, three = run_alone(script, OMP_NUM_THREADS="1")  # so inputs do not start the pool
     assert before >= 1
-    assert (two, three) == (1, 1)  # one beside the caller, then another
+    assert (two, three) == (1, 1)  # one thread in addition to the caller, then one more
 
 
 def test_one_thread_means_that_none_is_started() -> None:
@@ -123,7 +123,7 @@ def test_calls_at_once_give_the_bits_of_calls_alone(target: Target, threads: int
     start = threading.Barrier(len(calls))
 
     def repeat(call: tuple[str, int]) -> list[Tensors]:
-        torch.set_num_threads(threads)  # which is a setting of the thread it is called in
+        torch.set_num_threads(threads)  # this setting is per thread
         start.wait(timeout=60)
         return [results(target, *call) for _ in range(20)]
 
@@ -145,7 +145,7 @@ judge(attend())  # the pool is up: its threads are not there in a child
 
 
 def test_a_forked_child_with_one_thread_is_right() -> None:
-    """As for torch: a child must not use the pool of its parent, so it asks for one thread."""
+    """As with torch, a child must not use its parent's pool, so it sets one thread."""
     (status,) = run_alone(
         FORK
         + textwrap.dedent("""
@@ -165,7 +165,7 @@ def test_a_forked_child_with_one_thread_is_right() -> None:
 
 
 def test_a_forked_child_that_keeps_its_threads_does_not_wait_for_its_parents() -> None:
-    """Torch's own operations would hang there; the kernels run on the thread that calls."""
+    """torch's own operations would hang there; the kernels run on the calling thread."""
     (status,) = run_alone(
         FORK
         + textwrap.dedent("""
@@ -191,7 +191,7 @@ def test_a_forked_child_that_keeps_its_threads_does_not_wait_for_its_parents() -
 
 
 def test_a_worker_of_a_data_loader_is_right() -> None:
-    """It is forked from a process with a pool; torch gives it one thread."""
+    """It is forked from a process with a pool, and torch sets it to one thread."""
     threads, items = run_alone(
         FORK
         + textwrap.dedent("""
@@ -208,7 +208,7 @@ def test_a_worker_of_a_data_loader_is_right() -> None:
             Judged(), batch_size=None, num_workers=1, timeout=60, multiprocessing_context="fork"
         )
         threads = list(loader)
-        judge(attend())  # and the parent goes on
+        judge(attend())  # and the parent still works
         print(max(threads), len(threads))
         """)
     )

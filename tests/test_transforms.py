@@ -1,4 +1,4 @@
-"""Derivatives of every kind, and the transforms of torch.func: they work through the reference."""
+"""All kinds of derivatives, and torch.func transforms, which run through the reference."""
 
 from __future__ import annotations
 

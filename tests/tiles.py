@@ -1,12 +1,12 @@
-"""Which variants of the Triton kernels the launch table can ask for, and a small call for each.
+"""The variants of the Triton kernels that the launch table can choose, and a small call for each.
 
-A variant is what is compiled apart and lays out its work in another way: a kernel with its tiles,
-its warps and stages, the width of a number and of a load. What only switches code on (a mask, a
-split of the source) is counted with the kernel and not with each of its tiles, but for the kernels
-over all columns, where everything counts with everything.
+A variant is compiled separately and lays out its work differently: a kernel with its tiles, warps
+and stages, element size and load width. Options that only switch code on (a mask, a split of the
+source) are counted once per kernel and not for each of its tiles. Kernels over all columns are an
+exception: there every combination counts.
 
-Nothing here knows the table: the backend is called on meta tensors, and what it would launch is
-looked at.
+This file does not use the launch table itself: it calls the backend on meta tensors and records
+what it would launch.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ H200 = Chip(132, 232448)
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 Variant = tuple[Any, ...]
 
-# Options of a launch that follow from the device, or from the width of a number.
+# Options of a launch that follow from the device or the element size.
 _ELSEWHERE = {"enable_fp_fusion", "PRECISION", "WIDEN", "FAST_RCP"}
 _FLAGS = {"MASK", "SPLIT", "SPOILED", "CONCAT", "PROJ"}
-# How much of a loop or a sum there is: counted apart from the tiles too.
+# Sizes of loops and sums, counted separately from the tiles.
 _COUNTS = {"BLOCK_SPLITS", "BLOCKS"}
 # Tiles of another product in the same launch.
 _BESIDE = {"QUERY_T", "QUERY_S", "QUERY_E"}
 
 
 def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
-    """Keys of one launch: its tiles, its flags, its counts."""
+    """The keys of one launch: tiles, flags and counts."""
     given = {name: value for name, value in launch.options.items() if name not in _ELSEWHERE}
     kernel, size = launch.kernel.__name__, case.dtype.itemsize
     if "UNIT" in given:
@@ -51,11 +51,11 @@ def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
     tiles = given if kernel.startswith("online") else given.keys() - flags.keys()
     tiles = {name: given[name] for name in tiles}
     kind = [(name, flags[name]) for name in ("CONCAT", "PROJ") if name in flags]
-    if flags.get("CONCAT") and "BLOCK_A" in tiles:  # the score and the memory have a width each
+    if flags.get("CONCAT") and "BLOCK_A" in tiles:  # score and memory have different widths
         columns = {name: tiles.pop(name) for name in ("BLOCK_A", "BLOCK_E")}
         for width in columns.items():
             yield (kernel, ("size", size), ("aligned", given.get("aligned")), *kind, width)
-    # Sums are of float32 whatever the dtype of the call.
+    # Sums are float32 for any dtype of the call.
     yield (kernel, ("size", 4 if kernel == "merge_alone" else size), *kind, *sorted(tiles.items()))
     if flags:
         apart = (("aligned", given.get("aligned")), ("weights", case.weights))
@@ -67,7 +67,7 @@ def variants_of(launch: call.Launch, case: Case) -> Iterator[Variant]:
 
 
 def launches(case: Case, chip: Chip) -> list[call.Launch]:
-    """What forward and backward of ``case`` launch on such a chip."""
+    """The launches of forward and backward of ``case`` on a chip."""
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -108,7 +108,7 @@ def variants(case: Case, chip: Chip) -> frozenset[Variant]:
 def _made(
     score: str, dtype: torch.dtype, sizes: tuple[int, ...], mask: str, full: bool, **options: Any
 ) -> Case:
-    """With everything that a call can have, or with nothing."""
+    """A case with lengths, dropout and weights if ``full``, or with none of them."""
     batch, queries, source, memory_dim, attn_dim = sizes
     return Case(
         *(score, dtype, batch, queries, source, memory_dim, memory_dim, attn_dim),
@@ -120,7 +120,7 @@ def _made(
     )
 
 
-# Of a tile of so many columns the last are outside at some, and at none of 512 and more.
+# With some of these widths the last columns of a tile are unused; from 512 on with none.
 ALIGNED = (16, 24, 64, 72, 200, 512, 1024, 2048)
 UNALIGNED = (9, 31, 63, 127, 255, 511, 1023, 2047)
 STYLES = tuple(product(("row", "cube", "none"), (True, False)))
@@ -167,13 +167,13 @@ def _windows() -> Iterator[Case]:
 
 
 def small() -> Iterator[Case]:
-    """Calls small enough to be interpreted, or at least to be checked in a moment."""
+    """Calls that are small enough to be interpreted, or at least to be checked quickly."""
     for width, queries, style in product(ALIGNED, (16, 20, 64), STYLES):
         for source in (200, 300):
             yield _made("dot", BFLOAT16, (3, queries, source, width, 1), *style)
     for queries, style in product((16, 64), STYLES):
         yield _made("dot", BFLOAT16, (1, queries, 1024, 16, 1), *style)
-    # Splits of more than 16 queries: two programs a batch row where a chip has twice as many.
+    # Splits for more than 16 queries: two programs per batch row on a chip with twice as many.
     for width, mask in product((16, 24, 64, 72, 200, 512), ("row", "none")):
         for queries, source in ((20, 320), (64, 1024)):
             yield _made("dot", BFLOAT16, (3, queries, source, width, 1), mask, False)
@@ -185,7 +185,7 @@ def small() -> Iterator[Case]:
 
 
 def large(number: int, seed: int = 0) -> Iterator[Case]:
-    """Calls of every size that models have, drawn from all of their combinations."""
+    """Random calls of the sizes that occur in models."""
     draw = random.Random(seed)
     widths = (8, 32, 50, 64, 100, 128, 250, 256, 300, 511, 512, 600, 1000, 1024, 2001, 2048, 3000)
     for _ in range(number):
@@ -202,13 +202,13 @@ def large(number: int, seed: int = 0) -> Iterator[Case]:
 
 
 def work(case: Case) -> int:
-    """Multiply-adds of the scores and the weighted sum, by which calls are compared."""
+    """Multiply-adds of the scores and the weighted sum, to order calls by cost."""
     sizes = case.batch * case.queries * case.source
     return sizes * (case.memory_dim + (case.attn_dim if case.score == "projected" else 0))
 
 
 def interpreted(found: Iterable[Variant]) -> set[Variant]:
-    """What is left of variants where a thread computes all, one number after another."""
+    """The variants that can be distinguished in the interpreter, which has no threads or loads."""
     apart = ("size", "aligned", "weights", "num_warps", "num_stages")
     return {(kernel, *(pair for pair in rest if pair[0] not in apart)) for kernel, *rest in found}
 
@@ -217,7 +217,7 @@ def chosen(
     calls: Iterable[tuple[Case, Chip]],
     seen_as: Callable[[Iterable[Variant]], set[Variant]] = set,
 ) -> list[tuple[Case, Chip]]:
-    """Of ``calls`` a few that reach all that they reach together, small ones rather than large."""
+    """A small subset of ``calls`` that covers all variants of ``calls``, preferring small calls."""
     seen: Counter[Variant] = Counter()
     reached = {one: seen_as(variants(*one)) for one in calls}
     found = []
@@ -226,7 +226,7 @@ def chosen(
         if not all(seen[variant] for variant in new):
             seen.update(new)
             found.append(one)
-    for one in list(found):  # what larger ones, needed for something else, reach too
+    for one in list(found):  # remove calls whose variants are covered by larger, needed ones
         if all(seen[variant] > 1 for variant in reached[one]):
             seen.subtract(reached[one])
             found.remove(one)

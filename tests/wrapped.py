@@ -1,7 +1,8 @@
-"""Layers to be wrapped, each with a plain-torch twin that calls the same parts, and the wrappers.
+"""Layers to wrap, each with a plain-torch twin that calls the same submodules, and the wrappers.
 
-A case is a layer of ours, a formula with parts and parameters of the same names, and a call of
-either. A wrapper is applied to both; what they return and every gradient must then agree.
+A case is one of our layers, a formula whose submodules and parameters have the same names, and a
+function that calls either. A wrapper is applied to both; then their results and all gradients must
+agree.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """An input that has a gradient, as hooks on backward passes want it."""
+    """An input that requires a gradient, which backward hooks need."""
     return draw(*shape, seed=seed, dtype=dtype).requires_grad_()
 
 
 class Position(nn.Module):
-    """p_t = S sigmoid(v . tanh(W h_t)), with the parameters of ours."""
+    """p_t = S sigmoid(v . tanh(W h_t)), with the parameters of `PredictedPosition`."""
 
     def __init__(self, ours: Any) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class Position(nn.Module):
 
 
 class Formula(nn.Module):
-    """`LuongAttention` written out: the same parts, called, and softmax over (B, T, S)."""
+    """`LuongAttention` in plain torch: calls the same submodules; softmax over (B, T, S)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Formula(nn.Module):
 class Case(NamedTuple):
     ours: Callable[[], nn.Module]
     formula: Callable[[], nn.Module]
-    call: Callable[[Any, torch.dtype], Any]  # of either, in a dtype
+    call: Callable[[Any, torch.dtype], Any]  # calls either of them with inputs of a dtype
 
 
 def _luong(**options: Any) -> Case:
@@ -162,7 +163,7 @@ def _tfa(layer: Any, dtype: torch.dtype) -> Any:
 
 
 def _built(kind: Any, *arguments: Any) -> nn.Module:
-    """A TensorFlow adapter that has seen its widths, or a Keras one."""
+    """A TensorFlow or Keras adapter whose widths have been set by a first call."""
     layer: Any = kind(*arguments)
     if isinstance(layer, interop.KerasAdditiveAttention):
         layer.build(D)
@@ -254,7 +255,7 @@ CASES = {
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-    """The layer and its formula, with the same weights."""
+    """A layer and its formula, with the same weights."""
     torch.manual_seed(0)
     case = CASES[name]
     formula, ours = case.formula().to(dtype), case.ours().to(dtype)
@@ -266,7 +267,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
 
 
 def parts_of(name: str, kind: type[nn.Module] = nn.Module) -> list[str]:
-    """Paths of all modules below the layer that have parameters of their own."""
+    """Paths of all submodules that directly hold parameters."""
     return [
         path
         for path, part in CASES[name].ours().named_modules()
@@ -284,7 +285,7 @@ def owner(layer: nn.Module, path: str) -> tuple[Any, str]:
 
 
 class Lora(nn.Module):
-    """What peft makes of a Linear, at its barest: a module that has none of its attributes."""
+    """A minimal version of peft's wrapper of a Linear: a module without the Linear's attributes."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
@@ -326,7 +327,7 @@ def weight_normed(layer: nn.Module, path: str) -> None:
 def train(
     layer: Any, call: Callable[[Any, torch.dtype], Any], steps: int = 2
 ) -> list[dict[str, Tensor]]:
-    """Results and gradients, by the parameters' names, of some steps of gradient descent."""
+    """Results and gradients, by parameter name, of each step of gradient descent."""
     found: list[dict[str, Tensor]] = []
     for _ in range(steps):
         layer.zero_grad()
@@ -346,7 +347,7 @@ def train(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor as one."""
+    """The full tensor of a sharded one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -355,7 +356,7 @@ def assert_trains_alike(
     wrap: Callable[[nn.Module], object] | None = None,
     wrap_formula: Callable[[nn.Module], object] | None = None,
 ) -> None:
-    """Both wrapped, or ours differently, give the same in two steps of training."""
+    """Wrap both, possibly in different ways, and compare two training steps."""
     ours, formula = pair(name)
     for layer, change in ((ours, wrap), (formula, wrap_formula or wrap)):
         if change is not None:

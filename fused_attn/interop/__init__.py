@@ -1,8 +1,10 @@
-"""Attention layers of other toolkits, with their constructors and calls, on our operators.
+"""Adapters: attention layers with the interfaces of other toolkits, on our operators.
 
-`swap(model)` replaces them in a model that exists, weights and all. `to_luong` and `load_luong`
-carry weights to a `LuongAttention` and back. docs/interop.md has the list, the one-line swaps and
-every difference.
+`swap(model)` replaces the attention layers of an existing model and keeps their weights. `to_luong`
+and `load_luong` convert weights to a `LuongAttention` and back. docs/interop.md lists the adapters,
+the one-line swaps and every difference.
+
+In these modules "peer" means the other toolkit, or its layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What all adapters share: how one is made from a peer's layer that exists already, and a score
-whose vector is a layer of its own."""
+"""The base class of the adapters, and the attention calls that they share."""
 
 from __future__ import annotations
 
@@ -15,24 +14,25 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class Adapter(nn.Module):
-    """A layer with a peer's constructor, parameters and forward, on our operators.
+    """A layer with the interface of another toolkit's layer, the peer, on our operators.
 
-    Parameters have the peer's names and shapes, so that its state_dict loads as it is. Rows with
-    nothing to attend to give 0, and padding is never read, whatever the peer does there.
+    It has the peer's constructor and forward. Its parameters have the peer's names and shapes, so
+    that the peer's state_dict loads unchanged. Other than in some peers, rows whose positions are
+    all masked give 0, and padding is never read.
     """
 
-    peer: ClassVar[str]  # project and class, for people
-    peer_class: ClassVar[str]  # the class's name
-    signatures: ClassVar[tuple[tuple[str, ...], ...]]  # names of the arguments of its forward
+    peer: ClassVar[str]  # project and class, for messages
+    peer_class: ClassVar[str]  # the name of the peer's class
+    signatures: ClassVar[tuple[tuple[str, ...], ...]]  # the argument names of its forward
 
     @classmethod
     def options_of(cls, layer: nn.Module) -> dict[str, Any]:
-        """The constructor's arguments that made ``layer``. AttributeError if it has other parts."""
+        """The constructor arguments of ``layer``. AttributeError if it lacks an expected part."""
         raise NotImplementedError
 
     @classmethod
     def objection(cls, layer: nn.Module) -> str | None:
-        """Why ``layer`` is not the peer's, in a few words; None if it is."""
+        """Why ``layer`` is not the peer's layer, in a few words; None if it is."""
         names = tuple(inspect.signature(layer.forward).parameters)
         if names not in cls.signatures:
             return f"its forward takes ({', '.join(names)})"
@@ -40,15 +40,15 @@ class Adapter(nn.Module):
             with torch.device("meta"):
                 twin = cls(**cls.options_of(layer))
         except (AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
-            return f"its parts are others ({error})"
+            return f"its submodules differ ({error})"
         shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
         if shapes != {name: tuple(p.shape) for name, p in twin.named_parameters()}:
-            return f"its parameters are others ({', '.join(shapes) or 'none'})"
+            return f"its parameters differ (it has {', '.join(shapes) or 'none'})"
         return None
 
     @classmethod
     def adopt(cls, layer: nn.Module) -> Self:
-        """An adapter that holds the very parameters of ``layer``, and its mode."""
+        """Return an adapter that shares the parameters of ``layer``, in the same training mode."""
         with torch.device("meta"):
             adapter = cls(**cls.options_of(layer))
         for name, _ in list(adapter.named_children()):
@@ -63,7 +63,7 @@ class Adapter(nn.Module):
 def attend_dot(
     query: Tensor, memory: Tensor, scale: float | Tensor, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """Dot attention of checked arguments, cast where autocast is on: context and weights."""
+    """Dot attention of checked arguments, after autocast. Returns context and weights."""
     query, memory = autocast(query, memory)
     return both(functional.attend_dot(query, memory, scale, masking, True, "auto"))
 
@@ -76,17 +76,18 @@ def attend_concat(
     memory: Tensor,
     masking: Masking,
 ) -> tuple[Tensor, Tensor]:
-    """Concat attention in the same way; the memory takes the dtype of the projections."""
+    """Concat attention in the same way. The memory is cast to the dtype of the projections."""
     query_proj, memory_proj, v = autocast(query_proj, memory_proj, v)
     operands = (query_proj, memory_proj, memory_exp, v, memory.to(query_proj.dtype))
     return both(functional.attend_concat(*operands, masking, True, "auto"))
 
 
 def projected(part: nn.Module, states: Tensor) -> Tensor:
-    """``part(states)`` of states whose mask is not known yet, so that padding may hold anything.
+    """``part(states)`` for states whose mask is not known yet, so that padding may hold anything.
 
-    A row that is not finite becomes NaN: no query that may not look at it sees it, and it leaves
-    no NaN, which is 0 times it, in the gradient of ``part``.
+    Rows that are not finite are projected as zeros, and their projections are set to NaN. So they
+    affect only queries that attend to them, and put no NaN (from 0 * NaN) into the gradient of
+    ``part``.
     """
     spoiled = ~states.isfinite().all(dim=-1, keepdim=True)
     return part(states.masked_fill(spoiled, 0.0)).masked_fill(spoiled, torch.nan)
@@ -102,10 +103,11 @@ def attend_energy(
     masking: Masking,
     normalizer: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """Concat attention with ``scale * energy(tanh(q + m))``, ``energy`` a linear layer (A -> 1).
+    """Concat attention with the score ``scale * energy(tanh(q + m))``.
 
-    query_proj (B, T, A) or (B, A), memory_proj (B, S, A), the rest as `attend_concat` has it.
-    An energy layer that must be called gets the peer's (B, S, A) of one query, or (B, T, S, A).
+    query_proj (B, T, A) or (B, A), memory_proj (B, S, A), ``energy`` a linear layer A -> 1, the
+    rest as in `attend_concat`. An ``energy`` that must be called is given (B, S, A) for one query,
+    as by the peer, and (B, T, S, A) for more.
     """
     weight = modules.readable_weight(energy)
     if weight is not None:
@@ -117,7 +119,7 @@ def attend_energy(
         inputs = (_three(query_proj), memory_proj, memory_exp, v)
         found = scores.of_concat(*inputs, masking, "auto")
     else:
-        memory_proj = zero_uncounted_rows(memory_proj, masking)  # tanh'(NaN) is NaN, times 0 too
+        memory_proj = zero_uncounted_rows(memory_proj, masking)  # 0 * tanh'(NaN) would be NaN
         queries = _three(query_proj)
         queries = queries if queries.shape[1] == 1 else queries[:, :, None]
         keys = memory_proj if queries.dim() == 3 else memory_proj[:, None]
@@ -135,7 +137,7 @@ def attend_keys(
     masking: Masking,
     normalizer: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """Dot attention whose weights come from keys (B, S, D), and sum values (B, S, E)."""
+    """Dot attention with separate keys (B, S, D) and values (B, S, E)."""
     query, keys, values = autocast(query, keys, values)
     found = scores.of_dot(_three(query), keys, scale, masking)
     return attend_scores(found, values, masking, query.dim() == 2, normalizer)
@@ -144,14 +146,14 @@ def attend_keys(
 def attend_scores(
     found: Tensor, memory: Tensor, masking: Masking, is_step: bool, normalizer: str = "softmax"
 ) -> tuple[Tensor, Tensor]:
-    """Context and weights of scores (B, T, S); without the T for one step."""
+    """Context and weights for scores (B, T, S); without the T dimension if ``is_step``."""
     found = scores.counted(found, memory, masking)
     result = composed.attend_scores(found, memory, masking, normalizer, True)
     return both(functional.one_step(*result) if is_step else result)
 
 
 def both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Context and weights of a call that asked for the weights."""
+    """Context and weights of a call that requested the weights (narrows the type)."""
     context, weights = result
     assert weights is not None
     return context, weights
@@ -162,5 +164,5 @@ def _three(query: Tensor) -> Tensor:
 
 
 def normalised(v: Tensor, gain: Tensor | None) -> Tensor:
-    """``g v / |v|``, or v if there is no gain."""
+    """``g v / |v|``, or v if there is no gain g."""
     return v if gain is None else v * (gain / torch.linalg.vector_norm(v))

@@ -1,9 +1,9 @@
-"""Weights of a peer's layer as those of `LuongAttention`, and back.
+"""Conversion of weights between adapters and `LuongAttention`.
 
-A peer puts the matrix of the general score on the query (as we do) or on the memory (its transpose
-is ours), and the output layer takes [context; query] (the paper, and we) or [query; context].
-What lies behind the attention and is not ``tanh(W [context; query])`` stays with the peer: then the
-`LuongAttention` returns the context.
+Peers apply the matrix of the general score to the query (as we do) or to the memory (then its
+transpose is ours). Their output layers take [context; query] (like the paper and us) or
+[query; context]. An output layer that is not ``tanh(W [context; query])`` is not converted: then
+the `LuongAttention` returns the context.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareA
 from fused_attn.interop.tensorflow import TFABahdanauAttention, TFALuongAttention
 from fused_attn.interop.tutorial import TutorialAttn
 
-# A pair of ours and theirs: name of our parameter, their tensor as a view that may be written.
+# Pairs of the name of our parameter and their tensor, a view that can be written to.
 Pairs = list[tuple[str, Tensor]]
 
 
 def swap_output_order(weight: Tensor, first: int) -> Tensor:
-    """Columns [a; b] of an output layer as [b; a]; ``first`` is the width of a.
+    """Reorder the columns [a; b] of an output layer's weight to [b; a].
 
-    [query; context] (JoeyNMT, TensorFlow Addons, the chatbot tutorial, ParlAI) and
-    [context; query] (the paper, OpenNMT-py, fairseq, SpeechBrain) differ by this.
+    This converts between [query; context] (JoeyNMT, TensorFlow Addons, the chatbot tutorial,
+    ParlAI) and [context; query] (the paper, OpenNMT-py, fairseq, SpeechBrain).
+
+    weight: (output_dim, width of a + width of b). first: the width of a. Returns a new tensor of
+    the same shape. Raises ValueError if ``first`` is not between 0 and the number of columns.
     """
     if weight.dim() != 2 or not 0 < first < weight.shape[1]:
         raise ValueError(
-            f"first must lie within the columns of weight {tuple(weight.shape)}, got {first}"
+            "first must be between 0 and the number of columns of weight, which has shape "
+            f"{tuple(weight.shape)}, got {first}"
         )
     return torch.cat((weight[:, first:], weight[:, :first]), dim=1)
 
@@ -80,7 +84,9 @@ def _joey_luong(layer: Any) -> tuple[dict[str, Any], Pairs]:
 
 def _fairseq(layer: Any) -> tuple[dict[str, Any], Pairs]:
     if layer.output_proj.bias is not None:
-        raise ValueError("a fairseq AttentionLayer with bias=True has a bias in its output layer")
+        raise ValueError(
+            "layer must have bias=False: the output layer of LuongAttention has no bias"
+        )
     options = {
         "query_dim": layer.input_proj.in_features,
         "memory_dim": layer.input_proj.out_features,
@@ -116,7 +122,7 @@ def _tutorial(layer: Any) -> tuple[dict[str, Any], Pairs]:
     options = {"query_dim": size, "score": layer.method}
     if layer.method == "dot":
         return options, []
-    if layer.method == "general":  # the bias cancels in the softmax
+    if layer.method == "general":  # its bias cancels in the softmax
         return options, [("query_proj.weight", layer.attn.weight.T)]
     return options | {"bias": True}, [
         ("query_proj.weight", layer.attn.weight[:, :size]),
@@ -135,7 +141,7 @@ def _speechbrain(layer: Any) -> tuple[dict[str, Any], Pairs]:
         "scale": float(layer.scaling),
         "bias": True,
     }
-    # Their biases are one number each in the tanh: the query's takes the others, see `to_luong`.
+    # All biases are added inside the tanh: `to_luong` adds the others to the query's.
     pairs = [
         ("query_proj.weight", layer.mlp_dec.weight),
         ("query_proj.bias", layer.mlp_dec.bias),
@@ -182,7 +188,7 @@ def _tfa_bahdanau(layer: Any) -> tuple[dict[str, Any], Pairs]:
 
 def _built(dense: nn.Module) -> Any:
     if isinstance(dense, nn.LazyLinear):
-        raise ValueError("the layer has seen no memory yet, so its widths are not known")
+        raise ValueError("the layer has not been given a memory yet, so its widths are not known")
     return dense
 
 
@@ -211,12 +217,12 @@ def _read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
 def _check_plain(name: str, layer: nn.Module) -> None:
     if reason := modules.read_only(layer):
         raise ValueError(
-            f"{name} must have weights of its own: {reason}. Take that off, or merge it, first"
+            f"{name} must have plain parameters, but {reason}. Remove or merge that first"
         )
 
 
 def _other_biases(layer: nn.Module) -> list[Tensor]:
-    """Biases that act where the query's bias does."""
+    """The biases of ``layer`` that are added to the query's bias."""
     if not isinstance(layer, ContentBasedAttention):
         return []
     biases: list[Tensor] = [layer.mlp_enc.bias]
@@ -226,11 +232,12 @@ def _other_biases(layer: nn.Module) -> list[Tensor]:
 
 
 def to_luong(layer: nn.Module) -> LuongAttention:
-    """A `LuongAttention` with copies of an adapter's weights, on its device and in its dtype.
+    """Return a `LuongAttention` with copies of an adapter's weights, on its device and dtype.
 
-    It returns what the adapter's attention does, up to layout and order of the results; with the
-    output layer where that is ``tanh(W [context; query])``. A peer's own layer becomes an adapter
-    by `swap`.
+    Its results equal those of the adapter's attention, up to the layout and order of the results.
+    The output layer is included if it is ``tanh(W [context; query])``. ``layer`` must be an
+    adapter; `swap` makes one from another toolkit's layer. Raises TypeError for any other layer,
+    and ValueError if its weights cannot be converted.
     """
     options, pairs = _read(layer)
     sample = next(layer.parameters(), torch.empty(0))
@@ -245,10 +252,10 @@ def to_luong(layer: nn.Module) -> LuongAttention:
 
 
 def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
-    """Copy the weights of a `LuongAttention` into an adapter of the same kind and sizes.
+    """Copy the weights of a `LuongAttention` into an adapter with the same score and sizes.
 
-    The way back from `to_luong`; what the adapter has beyond the attention stays as it is. Raises
-    ValueError, and changes nothing, if the two do not go together.
+    The inverse of `to_luong`. Parameters of the adapter outside its attention do not change. Raises
+    ValueError, and changes nothing, if the options of ``luong`` do not match ``layer``.
     """
     options, pairs = _read(layer)
     _check_plain("luong", luong)
@@ -256,7 +263,7 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
         got = "learned" if name == "scale" and isinstance(luong.scale, Tensor) else None
         got = _option(luong, name) if got is None else got
         if got != value:
-            raise ValueError(f"luong must have {name}={value!r} to go with the layer, got {got!r}")
+            raise ValueError(f"luong must have {name}={value!r} to match the layer, got {got!r}")
     ours = dict(luong.named_parameters())
     with torch.no_grad():
         for name, theirs in pairs:

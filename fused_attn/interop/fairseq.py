@@ -1,4 +1,4 @@
-"""fairseq: `AttentionLayer` of the LSTM model."""
+"""fairseq: the `AttentionLayer` of the LSTM model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_attn.interop.adapter import Adapter, both
 
 
 class FairseqAttentionLayer(Adapter):
-    """fairseq.models.lstm.AttentionLayer: general, and tanh of [context; query] behind it.
+    """fairseq.models.lstm.AttentionLayer: general score, then ``tanh(W [context; query])``.
 
     forward(input (B, D), source_hids (S, B, E), encoder_padding_mask (S, B) with True = ignore, or
     None) returns the state (B, output_embed_dim) and the weights (S, B).

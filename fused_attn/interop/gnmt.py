@@ -14,11 +14,12 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class GNMTBahdanauAttention(Adapter):
-    """seq2seq.models.attention.BahdanauAttention: concat, normalised if asked for.
+    """seq2seq.models.attention.BahdanauAttention: concat score, optionally weight-normalised.
 
-    set_mask(context_len (B,), context), then forward(query, keys): context and weights, time first
-    unless ``batch_first``. query is (B, D), or (T, B, D), or (B, T, D) with batch_first. The peer
-    gives padding the score -65504, and a row of padding alone uniform weights; here it is 0.
+    Call set_mask(context_len (B,), context), then forward(query, keys), which returns context and
+    weights, time first unless ``batch_first``. query is (B, D), (T, B, D), or (B, T, D) with
+    batch_first. NVIDIA's layer gives padding the score -65504, so that a row of only padding gets
+    uniform weights; here they are 0.
     """
 
     peer = "NVIDIA GNMT BahdanauAttention"
@@ -70,7 +71,7 @@ class GNMTBahdanauAttention(Adapter):
             nn.init.zeros_(self.normalize_bias)
 
     def set_mask(self, context_len: Tensor, context: Tensor) -> None:
-        """``mask`` (B, S), True = ignore, as the peer keeps it."""
+        """Set ``mask`` (B, S), True = ignore, from the lengths context_len (B,)."""
         check_bounds(context_len, context if self.batch_first else context.transpose(0, 1))
         source = context.shape[1 if self.batch_first else 0]
         positions = torch.arange(source, device=context.device)

@@ -17,7 +17,7 @@ class _JoeyAttention(Adapter):
     key_size: int
 
     def _check(self, query: Tensor, mask: Tensor, values: Tensor, query_size: int) -> Masking:
-        """Return the mask (B, 1, S), non-zero = attend."""
+        """Check the shapes, and return the mask (B, 1, S), non-zero = attend."""
         batch, source, key_size = values.shape[0], values.shape[1], self.key_size
         for name, tensor, expected in (
             ("query", query, (batch, 1, query_size)),
@@ -33,9 +33,9 @@ class _JoeyAttention(Adapter):
 class JoeyBahdanauAttention(_JoeyAttention):
     """joeynmt.attention.BahdanauAttention: the concat score without a bias.
 
-    `compute_proj_keys(keys)` once for a batch, then forward(query (B, 1, D), mask (B, 1, S) with
-    True = keep, values (B, S, E)) for every step: context (B, 1, E) and weights (B, 1, S). The keys
-    stay on the module, as the peer has it.
+    Call `compute_proj_keys(keys)` once for a batch, then forward(query (B, 1, D), mask (B, 1, S)
+    with True = attend, values (B, S, E)) at every step, which returns the context (B, 1, E) and the
+    weights (B, 1, S). As in JoeyNMT, the projected keys are stored on the module.
     """
 
     peer = "JoeyNMT BahdanauAttention"
@@ -59,18 +59,22 @@ class JoeyBahdanauAttention(_JoeyAttention):
 
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
-        """Project the keys. Returned too, unlike the peer's: fully_shard hooks what is returned."""
+        """Project the keys (B, S, E) to (B, S, hidden_size), and store them for `forward`.
+
+        Unlike in JoeyNMT they are also returned, for the hooks of fully_shard.
+        """
         self.proj_keys = proj_keys = projected(self.key_layer, keys)
         self._exponentials = exponentials(proj_keys)
         return proj_keys
 
     def compute_proj_query(self, query: Tensor) -> None:
+        """Project the query (B, 1, D), and store it as ``proj_query``."""
         self.proj_query = self.query_layer(query)
 
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         masking = self._check(query, mask, values, self.query_size)
         if self.proj_keys is None:
-            raise ValueError("proj_keys must be made by compute_proj_keys before forward")
+            raise ValueError("compute_proj_keys must be called before forward")
         self.compute_proj_query(query)
         assert self.proj_query is not None
         operands = (self.proj_query, self.proj_keys, self._exponentials, self.energy_layer)
@@ -78,11 +82,11 @@ class JoeyBahdanauAttention(_JoeyAttention):
 
 
 class JoeyLuongAttention(_JoeyAttention):
-    """joeynmt.attention.LuongAttention: the general score, with the matrix on the memory.
+    """joeynmt.attention.LuongAttention: the general score, with its matrix applied to the memory.
 
-    As `JoeyBahdanauAttention`. `compute_proj_keys` remembers the keys and not their projection:
-    ``q . (W m) = (W^T q) . m``, so the queries are projected, and not the memory. A key layer that
-    something has wrapped projects the keys, as the peer's does.
+    Used like `JoeyBahdanauAttention`. `compute_proj_keys` stores the keys, not their projection:
+    because of ``q . (W m) = (W^T q) . m`` the query is projected instead of the memory. If the key
+    layer is wrapped (by hooks, LoRA, sharding), it projects the keys as in JoeyNMT.
     """
 
     peer = "JoeyNMT LuongAttention"
@@ -102,6 +106,7 @@ class JoeyLuongAttention(_JoeyAttention):
 
     @beside_forward
     def compute_proj_keys(self, keys: Tensor) -> Tensor:
+        """Store the keys (B, S, E) for `forward`, and return them, for the hooks of fully_shard."""
         self.proj_keys = keys
         is_read = readable_weight(self.key_layer, at_call=False) is not None
         self._projection = None if is_read else projected(self.key_layer, keys)
@@ -110,14 +115,14 @@ class JoeyLuongAttention(_JoeyAttention):
     def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         masking = self._check(query, mask, values, self.hidden_size)
         if self.proj_keys is None:
-            raise ValueError("proj_keys must be made by compute_proj_keys before forward")
+            raise ValueError("compute_proj_keys must be called before forward")
         weight = readable_weight(self.key_layer, at_call=False)
-        if self._projection is None and weight is None:  # wrapped since
+        if self._projection is None and weight is None:  # wrapped after compute_proj_keys
             self._projection = projected(self.key_layer, self.proj_keys)
         if self._projection is not None:
             return attend_keys(query, self._projection, values, 1.0, masking)
         assert weight is not None
         query = query @ weight
-        if self.proj_keys is not values:  # keys of their own: the weights come from them
+        if self.proj_keys is not values:  # separate keys and values
             return attend_keys(query, self.proj_keys, values, 1.0, masking)
         return attend_dot(query, values, 1.0, masking)

@@ -1,4 +1,4 @@
-"""Keras: `Attention` and `AdditiveAttention`, as modules of PyTorch."""
+"""Keras: `Attention` and `AdditiveAttention`, as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class _KerasAttention(nn.Module):
-    """Called as [query (B, T, D), value (B, S, D)] or with a key (B, S, D) as the third.
+    """inputs: [query (B, T, D), value (B, S, D)], optionally with key (B, S, D) as a third.
 
-    mask: [query_mask (B, T), value_mask (B, S)], True = keep, each may be None. Returns the context
-    (B, T, D), with return_attention_scores also the weights (B, T, S), after dropout as in Keras;
-    rows of False in query_mask are 0 in the context. Padding has weight 0 here: Keras takes 1e9
-    from its score.
+    mask: [query_mask (B, T), value_mask (B, S)], True = attend; each may be None. Returns the
+    context (B, T, D), and the weights (B, T, S) if return_attention_scores, after dropout as in
+    Keras. The context is 0 where query_mask is False. The weight of padding is exactly 0 here;
+    Keras subtracts 1e9 from its score.
     """
 
     def __init__(self, dropout: float, seed: int | None) -> None:
         super().__init__()
         self.dropout = checks.probability("dropout", dropout)
         if self.dropout == 1.0:
-            raise ValueError(f"dropout must be in 0..1 and below 1, got {dropout!r}")
+            raise ValueError(f"dropout must be a probability below 1, got {dropout!r}")
         self.seed = seed
         self._generator: torch.Generator | None = None
 
@@ -43,7 +43,10 @@ class _KerasAttention(nn.Module):
         use_causal_mask: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if not isinstance(inputs, list) or len(inputs) not in (2, 3):
-            raise ValueError("inputs must be a list [query, value] or [query, value, key]")
+            got = f"a list of {len(inputs)}" if isinstance(inputs, list) else type(inputs).__name__
+            raise ValueError(
+                f"inputs must be a list [query, value] or [query, value, key], got {got}"
+            )
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) == 3 else value
         checks.check_memory(value)
@@ -76,15 +79,16 @@ class _KerasAttention(nn.Module):
     def _summed(
         query: Tensor, key: Tensor, v: Tensor, value: Tensor, masking: Masking
     ) -> tuple[Tensor, Tensor]:
-        """``v . tanh(q + k)``: the concat operator with nothing to project."""
+        """Score ``v . tanh(q + k)``: the concat operator without projections."""
         return attend_concat(query, key, None, v, value, masking)
 
 
 class KerasAttention(_KerasAttention):
-    """keras.layers.Attention: dot, or "concat" without matrices.
+    """keras.layers.Attention: dot score, or "concat" without projections.
 
-    "concat" is ``w sum_d tanh(s (q_d + k_d))`` with scalars w and s: the concat operator with v of
-    equal entries. Parameters: ``scale`` () with use_scale, ``concat_score_weight`` () for "concat".
+    "concat" is ``w sum_d tanh(s (q_d + k_d))`` with scalars w and s, that is the concat operator
+    with equal entries in v. Parameters: ``scale`` () with use_scale, ``concat_score_weight`` () for
+    "concat".
     """
 
     peer = "Keras Attention"
@@ -110,7 +114,7 @@ class KerasAttention(_KerasAttention):
         scale: Any = 1.0 if self.scale is None else self.scale
         if self.concat_score_weight is not None:
             v = self.concat_score_weight.to(query.dtype).expand(query.shape[-1])
-            key = zero_uncounted_rows(key, masking) * scale  # NaN x 0 would reach scale's gradient
+            key = zero_uncounted_rows(key, masking) * scale  # keeps 0 * NaN out of scale's gradient
             return self._summed(query * scale, key, v, value, masking)
         if key is value:
             return attend_dot(query, value, scale, masking)
@@ -118,9 +122,10 @@ class KerasAttention(_KerasAttention):
 
 
 class KerasAdditiveAttention(_KerasAttention):
-    """keras.layers.AdditiveAttention: ``sum_d s_d tanh(q_d + k_d)``, with a vector s or ones.
+    """keras.layers.AdditiveAttention: score ``sum_d s_d tanh(q_d + k_d)``.
 
-    ``scale`` (D,) is there with use_scale; its width is that of the first query.
+    s is the parameter ``scale`` (D,) with use_scale, and ones without it. D is taken from the first
+    query.
     """
 
     peer = "Keras AdditiveAttention"
@@ -132,7 +137,7 @@ class KerasAdditiveAttention(_KerasAttention):
         self.scale = nn.UninitializedParameter() if use_scale else None
 
     def build(self, width: int) -> None:
-        """Make ``scale`` (width,), drawn as Keras draws it (glorot_uniform)."""
+        """Create ``scale`` (width,), initialised as in Keras (glorot_uniform)."""
         if isinstance(self.scale, nn.UninitializedParameter):
             self.scale.materialize((width,))
             nn.init.uniform_(self.scale, -((3.0 / width) ** 0.5), (3.0 / width) ** 0.5)

@@ -18,8 +18,8 @@ class OpenNMTGlobalAttention(Adapter):
 
     forward(src (B, T, dim) or (B, dim), enc_out (B, S, dim), src_len (B,), coverage (B, S))
     returns the attentional state (B, T, dim) and the weights (B, T, S), batch first. The output
-    layer takes [context; query]; with "mlp" it has a bias and no tanh. Coverage changes the memory,
-    ``tanh(memory + w c)``, here in a copy: the peer writes into the caller's tensor.
+    layer takes [context; query]; with "mlp" it has a bias and no tanh. Coverage replaces the memory
+    by ``tanh(memory + w c)``, here in a copy, while OpenNMT-py writes to the caller's tensor.
     """
 
     peer = "OpenNMT-py GlobalAttention"
@@ -77,7 +77,7 @@ class OpenNMTGlobalAttention(Adapter):
         masking = Masking(check_lengths(lengths, memory), check_mask(mask, memory, 1))
         if coverage is not None:
             if not hasattr(self, "linear_cover"):
-                raise ValueError("coverage belongs to a layer made with coverage=True")
+                raise ValueError("coverage must be None unless the layer has coverage=True")
             memory = zero_uncounted_rows(memory, masking)
             cover = zero_uncounted_rows(coverage[..., None].to(memory.dtype), masking)
             memory = torch.tanh(memory + self.linear_cover(cover))
@@ -100,8 +100,8 @@ class OpenNMTGlobalAttention(Adapter):
 class OpenNMT2GlobalAttention(OpenNMTGlobalAttention):
     """onmt.modules.GlobalAttention of OpenNMT-py 1 and 2.
 
-    The same layer; forward(source, memory_bank, memory_lengths, coverage) returns the state
-    (T, B, dim) and the weights (T, B, S) of a query (B, T, dim), time first.
+    The same layer, but forward(source, memory_bank, memory_lengths, coverage) returns its results
+    time first: the state (T, B, dim) and the weights (T, B, S) of a query (B, T, dim).
     """
 
     peer = "OpenNMT-py 2 GlobalAttention"
@@ -121,7 +121,7 @@ class OpenNMT2GlobalAttention(OpenNMTGlobalAttention):
 
 
 class EoleGlobalAttention(OpenNMTGlobalAttention):
-    """eole.modules.GlobalAttention: the same layer with a mask for lengths.
+    """eole.modules.GlobalAttention: the same layer, with a mask instead of lengths.
 
     forward(src, enc_out, src_pad_mask bool (B, 1, S) with True = ignore, coverage).
     """

@@ -14,11 +14,12 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 
 class ContentBasedAttention(Adapter):
-    """speechbrain.nnet.attention.ContentBasedAttention: concat, and a linear layer behind it.
+    """speechbrain.nnet.attention.ContentBasedAttention: concat score, then a linear layer.
 
-    reset() before a batch, then forward(enc_states (B, S, E), enc_len (B,) in frames,
-    dec_states (B, D)) for every step: output (B, output_dim) and weights (B, S). As the peer has
-    it, the memory's projection is made by the first step after reset(), and kept.
+    Call reset() before a batch, then forward(enc_states (B, S, E), enc_len (B,) in frames,
+    dec_states (B, D)) at every step, which returns the output (B, output_dim) and the weights
+    (B, S). As in SpeechBrain, the first step after reset() projects the memory, and later steps
+    reuse the projection.
     """
 
     peer = "SpeechBrain ContentBasedAttention"
@@ -47,14 +48,14 @@ class ContentBasedAttention(Adapter):
         }
 
     def reset(self) -> None:
-        """Forget the memory's projection."""
+        """Clear the stored projection of the memory."""
         self.precomputed_enc_h: Tensor | None = None
         self._lengths: Tensor | None = None
         self._exponentials: Tensor | None = None
 
     def _prepare(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
         if self.precomputed_enc_h is None:
-            # The peer keeps positions below the length, which may have come as a float.
+            # The peer attends to positions below the length, which may be a float.
             self._lengths = torch.ceil(enc_len).to(enc_states.device, torch.int64)
             clean = zero_uncounted_rows(enc_states, Masking(self._lengths))
             self.precomputed_enc_h = self.mlp_enc(clean)
@@ -76,11 +77,11 @@ class ContentBasedAttention(Adapter):
 
 
 class LocationAwareAttention(ContentBasedAttention):
-    """speechbrain.nnet.attention.LocationAwareAttention: with a convolution of the last weights.
+    """speechbrain.nnet.attention.LocationAwareAttention: adds a convolution of the last weights.
 
-    As `ContentBasedAttention`; the first step after reset() starts from uniform weights. The
-    convolution adds to the memory's projection, so nothing is larger than that. The weights that
-    a step leaves to the next carry no gradient, as in the peer.
+    Used like `ContentBasedAttention`. The first step after reset() convolves uniform weights. The
+    location term is added to the projection of the memory, so no tensor is larger than that. The
+    weights that a step passes to the next carry no gradient, as in SpeechBrain.
     """
 
     peer = "SpeechBrain LocationAwareAttention"

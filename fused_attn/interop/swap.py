@@ -1,4 +1,4 @@
-"""Replace the attention layers of an existing model by ours, in place, with their weights."""
+"""Replace the attention layers of an existing model by ours, in place, keeping their weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 class Swapped:
     """One layer that was replaced."""
 
-    path: str  # in the model, as named_modules has it
+    path: str  # in the model, as in named_modules
     peer: str
     adapter: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `swap` did, and what it left although it has a peer's name."""
+    """The layers that `swap` replaced, and those with a peer's name that it did not."""
 
     swapped: tuple[Swapped, ...]
     refused: tuple[tuple[str, str], ...]  # path and reason
@@ -53,12 +53,12 @@ class Report:
         lines = [
             f"{row.path or '(the model)'}: {row.peer} -> {row.adapter}" for row in self.swapped
         ]
-        lines += [f"{path}: left, {reason}" for path, reason in self.refused]
-        return "\n".join(lines) or "no attention layer that is known"
+        lines += [f"{path}: not replaced, {reason}" for path, reason in self.refused]
+        return "\n".join(lines) or "no known attention layer found"
 
 
 def _find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
-    """The adapter of a layer, or why it has none although its class has a peer's name."""
+    """The adapter for a layer, or the reason that a layer with a peer's name has none."""
     candidates = [adapter for adapter in ADAPTERS if type(layer).__name__ == adapter.peer_class]
     if not candidates or isinstance(layer, Adapter):
         return None, None
@@ -74,12 +74,12 @@ def _find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
 
 
 def swap(model: nn.Module) -> Report:
-    """Replace the layers of ``model`` that are a peer's attention, in place.
+    """Replace the attention layers of other toolkits in ``model``, in place. Returns a `Report`.
 
-    A layer is known by its class's name, the arguments of its forward, and the names and shapes of
-    its parameters; no peer is imported. The adapter holds the very same parameters, so optimizers
-    and shared weights stay as they are. A layer that stands at two places stays shared. To replace
-    a model that is such a layer itself, use ``Adapter.adopt``. Returns a `Report`.
+    Layers are recognised by the name of their class, the arguments of their forward, and the names
+    and shapes of their parameters; no other toolkit is imported. The adapter shares the parameters
+    of the layer, so optimizers and tied weights are not affected. A layer that is used in two
+    places stays shared. If the model itself is such a layer, use ``Adapter.adopt``.
     """
     swapped: list[Swapped] = []
     refused: list[tuple[str, str]] = []

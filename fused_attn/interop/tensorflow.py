@@ -1,7 +1,7 @@
-"""TensorFlow Addons: `LuongAttention` and `BahdanauAttention`, as modules of PyTorch.
+"""TensorFlow Addons: `LuongAttention` and `BahdanauAttention`, as PyTorch modules.
 
-The widths of the memory and of a Bahdanau query are seen from the first tensors that come, as in
-TensorFlow. `load_kernels` takes what `layer.get_weights()` of the original returns.
+As in TensorFlow, the widths of the memory and of a Bahdanau query are taken from the first tensors.
+`load_kernels` takes the result of the original's `layer.get_weights()`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fused_attn.reference import Masking, zero_uncounted_rows
 
 def _dense(units: int) -> nn.LazyLinear:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that lazy modules are new
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that lazy modules are new
         return nn.LazyLinear(units, bias=False)
 
 
 class _Mechanism(nn.Module):
-    """What both have: a memory that is set, and steps over it."""
+    """The base class: a memory is set once, then every step attends to it."""
 
     def __init__(
         self, units: int, memory: Tensor | None, lengths: Tensor | None, probability_fn: str
@@ -53,12 +53,14 @@ class _Mechanism(nn.Module):
         memory_sequence_length: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> PreparedMemory:
-        """memory (B, S, E); lengths (B,) or a mask (B, S), True = keep, and not both.
+        """Set the memory (B, S, E), with lengths (B,), a mask (B, S) (True = attend), or neither.
 
-        Returns what is kept, since fully_shard hooks what is returned.
+        Returns what is stored on the module, for fully_shard's hooks on results.
         """
         if memory_sequence_length is not None and memory_mask is not None:
-            raise ValueError("memory_sequence_length and memory_mask must not be given together")
+            raise ValueError(
+                "memory_sequence_length must be None if memory_mask is given, got both"
+            )
         check_memory(memory)
         lengths = check_lengths(memory_sequence_length, memory)
         check_bounds(lengths, memory)
@@ -73,30 +75,33 @@ class _Mechanism(nn.Module):
 
     def _set(self) -> PreparedMemory:
         if self.memory is None:
-            raise ValueError("the memory must be set by setup_memory before a query comes")
+            raise ValueError("setup_memory must be called before a query is attended")
         return self.memory
 
     @beside_forward
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Context (B, E) and alignments (B, S), which the original leaves to AttentionWrapper."""
+        """Return the context (B, E) and the alignments (B, S) of a query (B, D).
+
+        In TensorFlow the context is computed by AttentionWrapper.
+        """
         return self._attend(query)
 
     def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def forward(self, inputs: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
-        """[query (B, units), state]: the alignments (B, S), twice; the state is not looked at."""
+        """inputs: [query (B, units), state]. Returns the alignments (B, S) twice; ignores state."""
         query, _ = inputs
         _, alignments = self._attend(query)
         return alignments, alignments
 
 
 class TFALuongAttention(_Mechanism):
-    """tfa.seq2seq.LuongAttention: general, with the matrix on the memory.
+    """tfa.seq2seq.LuongAttention: the general score, with its matrix applied to the memory.
 
-    ``g (q . W m) = g (W^T q) . m``: the query is projected, unless something has wrapped
-    ``memory_layer``: that projects the memory, as in the original. units must be the query's
-    width. ``attention_g`` () is there with ``scale``.
+    Because of ``g (q . W m) = g (W^T q) . m`` the query is projected here. If ``memory_layer`` is
+    wrapped (by hooks, LoRA, sharding), it projects the memory as in the original. ``units`` must be
+    the width of the query. The parameter ``attention_g`` () exists with ``scale``.
     """
 
     peer = "TensorFlow Addons LuongAttention"
@@ -115,7 +120,7 @@ class TFALuongAttention(_Mechanism):
 
     def _prepare(self, memory: Tensor, masking: Masking) -> PreparedMemory:
         keys = None
-        if self._weight() is None:  # a lazy one takes its width from this
+        if self._weight() is None:  # a call also sets the width of a lazy layer
             keys = self.memory_layer(zero_uncounted_rows(memory, masking))
         return PreparedMemory("general", memory, keys, None, masking[0], masking[1])
 
@@ -126,7 +131,7 @@ class TFALuongAttention(_Mechanism):
         weight = self._weight()
         if held.memory_proj is None and weight is not None:
             return attend_dot(query @ weight, held.memory, scale, masking)
-        if held.memory_proj is None:  # wrapped since
+        if held.memory_proj is None:  # wrapped after setup_memory
             self.memory = held = self._prepare(held.memory, masking)
         assert held.memory_proj is not None
         return attend_keys(query, held.memory_proj, held.memory, scale, masking)
@@ -135,12 +140,12 @@ class TFALuongAttention(_Mechanism):
         return readable_weight(self.memory_layer, at_call=False)
 
     def load_kernels(self, weights: list[Any]) -> None:
-        """From ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
+        """Load ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
         _load(self, weights, ["memory_layer.weight", "attention_g"])
 
 
 class TFABahdanauAttention(_Mechanism):
-    """tfa.seq2seq.BahdanauAttention: concat; with ``normalize`` g v / |v| and a bias."""
+    """tfa.seq2seq.BahdanauAttention: concat score; ``normalize``: with ``g v / |v|`` and a bias."""
 
     peer = "TensorFlow Addons BahdanauAttention"
 
@@ -177,17 +182,17 @@ class TFABahdanauAttention(_Mechanism):
         return attend_concat(*operands, masking)
 
     def load_kernels(self, weights: list[Any]) -> None:
-        """From ``get_weights()``: attention_v, then attention_g and attention_b with
-        ``normalize``, then the kernels of query_layer and memory_layer (in, units).
+        """Load ``get_weights()``: attention_v, then with ``normalize`` attention_g and attention_b,
+        then the kernels of query_layer and memory_layer, (input width, units).
         """
         names = ["attention_v", "attention_g", "attention_b"]
         _load(self, weights, [*names, "query_layer.weight", "memory_layer.weight"])
 
 
 def _load(layer: nn.Module, weights: list[Any], names: list[str]) -> None:
-    """Fill parameters from arrays; kernels lie transposed in TensorFlow."""
+    """Fill parameters from arrays. TensorFlow's kernels are transposed."""
     if reason := read_only(layer):
-        raise ValueError(f"load_kernels cannot write the weights: {reason}. Take that off first")
+        raise ValueError(f"load_kernels cannot write the weights: {reason}. Remove that first")
     present = [name for name in names if getattr(layer, name, True) is not None]
     if len(weights) != len(present):
         raise ValueError(f"weights must hold {', '.join(present)}, got {len(weights)} arrays")
@@ -205,7 +210,8 @@ def _load(layer: nn.Module, weights: list[Any], names: list[str]) -> None:
             dense = getattr(layer, name.removesuffix(".weight"))
             if array.dim() != 2 or array.shape[1] != dense.out_features:
                 raise ValueError(
-                    f"{name} must come as (in, {dense.out_features}), got {tuple(array.shape)}"
+                    f"{name} must have shape (input width, {dense.out_features}), "
+                    f"got {tuple(array.shape)}"
                 )
             if isinstance(dense, nn.LazyLinear):
                 dense(array.new_zeros(0, array.shape[0], dtype=dense.weight.dtype))

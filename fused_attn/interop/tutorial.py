@@ -1,4 +1,4 @@
-"""PyTorch's chatbot tutorial: `Attn`, the most copied "Luong attention"."""
+"""PyTorch's chatbot tutorial: `Attn`, the most widely copied "Luong attention"."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fused_attn.reference import zero_uncounted_rows
 
 
 class TutorialAttn(Adapter):
-    """Attn(method, hidden_size) of the chatbot tutorial: weights only, and no mask.
+    """Attn(method, hidden_size) of the chatbot tutorial: returns only weights, and takes no mask.
 
     forward(hidden (1, B, H), encoder_outputs (S, B, H)) returns weights (B, 1, S). The bias of
-    "general" adds ``h_t . b`` to every score of a row, which the softmax takes out again: it is
-    kept as a parameter, and has no gradient. `attend` gives the context too, which the tutorial
-    makes by a bmm, and takes lengths.
+    "general" adds ``h_t . b`` to all scores of a row, which cancels in the softmax: it is kept as a
+    parameter, and gets no gradient. `attend` also returns the context, for which the tutorial uses
+    bmm, and takes lengths.
     """
 
     peer = "PyTorch chatbot tutorial Attn"
@@ -51,7 +51,7 @@ class TutorialAttn(Adapter):
     def attend(
         self, hidden: Tensor, encoder_outputs: Tensor, memory_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Context (B, 1, H) and weights (B, 1, S)."""
+        """Return the context (B, 1, H) and the weights (B, 1, S); memory_lengths is int (B,)."""
         return self._attend(hidden, encoder_outputs, memory_lengths)
 
     def _attend(
@@ -73,7 +73,7 @@ class TutorialAttn(Adapter):
     def _attend_called(
         self, query: Tensor, memory: Tensor, memory_lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """With an ``attn`` whose weight cannot be read: it gets what the peer's gets."""
+        """Attention with an ``attn`` whose weight cannot be read: it is called as in the peer."""
         query, memory = autocast(query, memory)
         check_memory(memory)
         check_query(query, memory, "hidden_size", self.hidden_size)

@@ -53,11 +53,11 @@ def load_model(
     """
     device = choose_device(device)
     parameters = files.load_tensors(directory, files.MODEL)
-    source, target = load_vocabularies(directory, meta)
     try:
         config = ModelConfig(**meta["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise files.damaged(directory, error) from None
+    source, target = load_vocabularies(directory, meta)
     require_backend(backend, config.score, device)
     model = Seq2Seq(config, len(source), len(target), backend=backend)
     try:
