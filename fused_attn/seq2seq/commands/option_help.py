@@ -102,6 +102,8 @@ TASK_HELP: dict[str, dict[str, str]] = {
         "train": "pairs, translate: the file to train on, or SOURCES,TARGETS",
         "dev": "pairs, translate: the file that chooses the best (default: 2 %% of train)",
         "tokens": f"text: what a symbol is: {', '.join(TOKENS)}; translate and chat: subwords",
+        "source_tokens": "pairs, translate: what a symbol of sources is (default: as --tokens)",
+        "target_tokens": "pairs, translate: what a symbol of targets is (default: as --tokens)",
         "vocabulary": "text: subwords to learn; chat: 4000",
         "min_count": "text: rarer symbols are read as unknown",
         "max_length": "text: longest source or target in symbols; translate: 100, chat: 80",

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -211,7 +211,12 @@ class PairList(PairSource):
                 yield tuple(text if isinstance(text, str) else "" for text in entry)
 
     def fingerprint(self) -> str:
-        return fingerprint(self._pair(entry) for entry in self._pairs)
+        return fingerprint(self._good())
+
+    def _good(self) -> Iterator[Pair]:
+        for entry in self._pairs:
+            with suppress(ValueError):
+                yield self._pair(entry)
 
 
 def _short(value: object) -> str:

@@ -165,7 +165,7 @@ class Predictor:
             texts: one text, for one `Prediction`; a list of texts, for a list in its order; or any
                 other iterable, for an iterator that reads ``batch_size`` texts at a time. In place
                 of a text inside a list stands a sequence of tokens, if they are known.
-            batch_size: texts that are decoded together. The results do not depend on it.
+            batch_size: texts that are decoded together. It changes no result beyond rounding.
             alignments: keep the attention weights of each prediction.
             search: fields of `SearchConfig`, such as ``beam=5, nbest=3``.
 
@@ -322,4 +322,5 @@ def load(
     Raises `InputError` if one is missing, damaged or of another format, if the vocabularies of an
     ensemble differ, or if the device or the backend is not available.
     """
-    return Predictor.load(*models, backend=backend, device=device)
+    with torch.random.fork_rng(devices=[]):  # a model draws its first parameters
+        return Predictor.load(*models, backend=backend, device=device)
