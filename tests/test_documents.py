@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fused_attn import interop
+from fused_attn import interop, seq2seq
 from fused_attn.cli import make_parser, with_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +92,34 @@ def test_the_toolkit_in_python(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks(ROOT / "docs/toolkit.md", "python")
     exec(compile(code, "toolkit.md", "exec"), {})
     assert "HH EH L OW" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
+def test_the_readme_in_python(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every block runs, and prints what its comments say."""
+    if "interop" in code:
+        pytest.skip("its model is the reader's; tests/test_interop_swap.py has such models")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for line in code.splitlines():
+        shown = line.partition("  # ")[2] if line.startswith("print(") else ""
+        if line.endswith(":") or not shown or shown.startswith("the "):
+            continue
+        assert shown.partition(", the ")[0].partition(": ")[0].strip("()") in printed, line
+
+
+def test_the_own_training_loop(tmp_path: Path) -> None:
+    """A loop in plain torch around the toolkit's model learns what it has not seen."""
+    command = [sys.executable, str(ROOT / "examples/own_training_loop.py"), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    wrong = re.search(r"'lines wrong': '([0-9.]+) %'", done.stdout)
+    assert wrong and float(wrong[1]) < 20
+    assert "Prediction('seven hundred five'" in done.stdout
+    found = seq2seq.load(tmp_path / "model")([tuple("42")])
+    assert found[0].text == "forty two"
 
 
 def test_the_toolkit_s_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

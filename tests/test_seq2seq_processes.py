@@ -124,7 +124,7 @@ def test_a_processor_without_a_bfloat16_lstm(
 
 
 def test_float16_needs_a_gpu() -> None:
-    with pytest.raises(InputError, match="--precision 16 needs a GPU"):
+    with pytest.raises(InputError, match="precision 16 needs a GPU"):
         launch("cpu", "16")
 
 
@@ -132,10 +132,10 @@ def test_devices() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("tpu", "mps", "", "cuda:x"):
-        with pytest.raises(InputError, match=f"--device must be auto, cpu, .* got '{name}'"):
+        with pytest.raises(InputError, match=f"device must be auto, cpu, .* got '{name}'"):
             choose_device(name)
     missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(InputError, match=f"--device {missing} is not there"):
+    with pytest.raises(InputError, match=f"device {missing} is not there"):
         choose_device(missing)
 
 
