@@ -88,10 +88,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_toolkit_in_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_toolkit_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = blocks(ROOT / "docs/toolkit.md", "python")
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("attention\nworld\n")
     exec(compile(code, "toolkit.md", "exec"), {})
-    assert "HH EH L OW" in capsys.readouterr().out
+    nbest, *streamed, measures = capsys.readouterr().out.splitlines()
+    assert nbest.count("(") == 3 and "HH EH L OW" in nbest
+    assert streamed == ["AH T EH N SH AH N", "W ER L D"]
+    assert measures == "{'WER': 0.5, 'PER': 0.125}"
 
 
 @pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
