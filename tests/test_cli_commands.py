@@ -93,10 +93,10 @@ def test_train_writes_log_and_checkpoints(run: Path) -> None:
 def test_train_keeps_the_best_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from fused_attn.seq2seq.inference import evaluate
+    from fused_attn.seq2seq.training import start
 
     wer = iter([0.9, 0.5, 0.8, 0.7, 0.6])
-    monkeypatch.setattr(evaluate, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
+    monkeypatch.setattr(start, "rates", lambda *_: {"WER": next(wer), "PER": 0.1})
     options = [*TINY[:-1], "5", "--limit-words", "100"]
     assert main(["train", "g2p", "--output", str(tmp_path), *options]) == 0
     assert [name[-8:] for name in names(tmp_path)] == ["epoch-02", "epoch-04", "epoch-05"]
