@@ -117,7 +117,7 @@ def test_an_exported_model_predicts_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In less space, without what training needs, and by name where the package has it."""
-    from fused_attn.seq2seq.training import run
+    from fused_attn.seq2seq.checkpoints import find
 
     exported = tmp_path / "models" / "greeter"
     assert main(["export", str(greeter), "--output", str(exported), "--store", kind]) == 0
@@ -126,12 +126,12 @@ def test_an_exported_model_predicts_the_same(
         "checkpoint.json",
         "model.safetensors",
     ]
-    best = run.find_checkpoint(greeter) / "model.safetensors"
+    best = find.find_checkpoint(greeter) / "model.safetensors"
     assert (exported / "model.safetensors").stat().st_size <= share * best.stat().st_size
     expected = ["tschüss clara"]
     assert main(["predict", str(exported), "bye clara"]) == 0
     assert capfd.readouterr().out.splitlines() == expected
-    monkeypatch.setattr(run, "SHIPPED", tmp_path / "models")
+    monkeypatch.setattr(find, "SHIPPED", tmp_path / "models")
     assert main(["predict", "greeter", "bye clara"]) == 0
     assert capfd.readouterr().out.splitlines() == expected
     assert main(["export", str(greeter), "--output", str(exported)]) == 2
