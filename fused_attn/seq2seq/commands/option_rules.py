@@ -1,7 +1,7 @@
-"""Which options need, replace or exclude one another: a given option is never without effect.
+"""How options depend on one another. An option that is given is never silently without effect.
 
-The configurations refuse values that make no sense in any order of events; what depends on an
-option having been *given* is decided here, because checkpoints hold every field.
+The configurations cannot decide this: they hold every field, given or not, and have to accept what
+is in the checkpoints of earlier versions. They refuse only values that no model can have.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ _ON_BACKENDS = ("dot", "general", "concat")
 
 @dataclass(frozen=True)
 class Needs:
-    """An option that has an effect only if others have certain values.
+    """An option that has an effect only with certain values of others.
 
-    option: the option. why: what the error says after its name. holds: whether it has an effect,
-    given the values of all options. others: the options that ``holds`` looks at.
-    off: the value with which the option asks for nothing.
+    option: dest of the option.
+    why: what the error says after the option's name.
+    holds: whether the option has an effect, from the values of all options.
+    others: dests of the options that ``holds`` depends on.
+    off: the value of the option that asks for nothing, and so is never refused.
     """
 
     option: str
@@ -36,10 +38,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class Replaces:
-    """Two options that decide one thing: the one that is given replaces a default of the other.
+    """Two options that decide the same thing: the one that is given replaces the other's default.
 
-    option: the one given. other, value: the other, and what it becomes. when: for which values of
-    ``option``.
+    option: dest of the option that is given.
+    other, value: dest of the other option, and the value that it gets.
+    when: for which values of ``option``.
     """
 
     option: str
@@ -110,7 +113,7 @@ TRAINING_NEEDS = (
     Needs("teacher_weight", "needs a --teacher", lambda v: v["teacher"], ("teacher",)),
     Needs(
         "label_smoothing",
-        "has no effect with --teacher-weight 1: the loss is that of the teachers alone",
+        "has no effect with --teacher-weight 1, which leaves only the loss of the teachers",
         lambda v: not v["teacher"] or v["teacher_weight"] < 1,
         ("teacher", "teacher_weight"),
         off=0.0,
@@ -127,7 +130,7 @@ TRAINING_NEEDS = (
     ),
     Needs(
         "vocabulary",
-        "has no effect with --start-from, whose model brings its subwords along",
+        "has no effect with --start-from, which keeps the subwords of that model",
         lambda v: v["start_from"] is None or v["subwords"] is None,
         ("start_from",),
     ),
@@ -140,7 +143,7 @@ TRAINING_NEEDS = (
     ),
     Needs(
         "min_count",
-        "has no effect with --start-from, whose model brings its vocabulary along",
+        "has no effect with --start-from, which keeps the vocabulary of that model",
         lambda v: v["start_from"] is None,
         ("start_from",),
     ),
@@ -203,13 +206,14 @@ def merged(file: Values, line: Values) -> dict[str, Any]:
 def settle(
     needs: tuple[Needs, ...], defaults: Values, line: Values, file: Values | None = None
 ) -> dict[str, Any]:
-    """Return the options to apply: those given, and what they replace.
+    """Return the options to apply: those that are given, and the values that they replace.
 
-    needs: the rules of the command. defaults: values of all options that ``needs`` look at.
-    line, file: the options that are given on the command line and in a configuration file.
+    needs: the rules of the command.
+    defaults: values of the options that are not given, for all that ``needs`` depend on.
+    line, file: the options on the command line and in a configuration file.
 
-    Raises `InputError` if options contradict one another, or if one would have no effect. An option
-    of the file may lose its effect to one of the command line.
+    Raises `InputError` if two options of one place contradict each other, or if an option has no
+    effect. An option of the file may lose its effect to an option of the command line.
     """
     file = file or {}
     for given in (file, line):
