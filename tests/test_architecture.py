@@ -54,7 +54,9 @@ ROOMS = (
 # The command line reads these before it needs torch.
 WITHOUT_TORCH = (
     *("config", "errors", "vocabulary", "metrics", "tasks"),
-    *("data.pairs", "data.links", "data.pair_files", "data.tokenizers", "commands.option_help"),
+    *("data.pairs", "data.links", "data.pair_files", "data.tokenizers"),
+    *("commands.arguments", "commands.config_file", "commands.option_help"),
+    *("commands.option_rules", "commands.parser", "commands.train_arguments"),
 )
 # These may use the packages of the extras; everything else needs only torch.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")

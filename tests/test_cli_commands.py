@@ -128,7 +128,7 @@ def test_resume_repeats_the_uninterrupted_run(
         assert main([*train, *TINY]) == 130
     error = capfd.readouterr().err
     assert error == (
-        f"stopped at step {steps} of 38; go on with: "
+        f"stopped at step {steps} of 38; resume with: "
         f"fused-attn train g2p --output {tmp_path} --resume\n"
     )
     assert main([*train, "--resume"]) == 0
@@ -176,7 +176,10 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--tie", "all"], "--tie all needs one vocabulary for source and target")
     fails([*new, "--coverage"], "--coverage belongs to the score concat, got 'general'")
     fails([*new, "--sampling", "often"], "--sampling must be one of none, constant, linear")
-    fails([*new, "--sampling-max", "2"], "--sampling-max must be a share in 0..1")
+    fails(
+        [*new, "--sampling", "linear", "--sampling-max", "2"],
+        "--sampling-max must be a share in 0..1",
+    )
     fails([*new, "--dropout", "1"], "--dropout must be at least 0 and below 1")
     fails([*new, "--lr", "nan"], "--lr must be a positive number")
     fails([*new, "--max-steps", "0"], "--max-steps must be")
@@ -184,10 +187,10 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--limit-words", "3"], "too few")
     fails([*new, "--threads", "0"], "--threads must be")
     fails([*new, "--backend", "gpu"], "backend must be one of", "'gpu'")
-    fails(["train", "spin", "--output", tmp_path], "invalid choice: 'spin'")
-    fails([*new, "--split", "jump"], "--split is no option of the task g2p")
+    fails(["train", "spin", "--output", tmp_path], "TASK must be one of g2p, scan", "'spin'")
+    fails([*new, "--split", "jump"], "--split is not an option of the task g2p")
     fails([*train, run, "--resume", "--hidden", "17"], "was not started with this --hidden")
-    fails(["train", "scan", "--output", run, "--resume"], "is of the task g2p")
+    fails(["train", "scan", "--output", run, "--resume"], "the task of the run in", "is g2p")
     fails(
         ["train", "reverse", "--output", tmp_path / "new", "--test", run], "--test is not an option"
     )
@@ -270,9 +273,15 @@ def test_search_options_are_checked(run: Path, fails: Fails) -> None:
     predict = ["predict", run, "a"]
     fails([*predict, "--nbest", "2"], "--nbest must be at most beam = 1, got 2")
     fails([*predict, "--beam", "0"], "--beam must be a positive whole number, got 0")
-    fails([*predict, "--length-penalty", "wu"], "--length-penalty must be one of none, average")
+    fails(
+        [*predict, "--beam", "2", "--length-penalty", "wu"],
+        "--length-penalty must be one of none, average",
+    )
     fails([*predict, "--ensemble", run / "none"], "no checkpoint at")
-    fails(["evaluate", run, "--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0")
+    fails(
+        ["evaluate", run, "--sample", "--top-p", "0"],
+        "--top-p must be above 0 and at most 1, got 0.0",
+    )
 
 
 def test_a_model_without_attention(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fused_attn import interop, seq2seq
-from fused_attn.cli import make_parser, with_config
+from fused_attn.cli import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = ROOT / "docs" / "features.md"
@@ -133,7 +133,7 @@ def test_the_toolkit_s_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (text,) = blocks(ROOT / "docs/toolkit.md", "yaml")
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(text)
-    args = make_parser().parse_args(with_config(["train", "config.yaml", "--lr", "0.5"]))
+    args = parse(["train", "config.yaml", "--lr", "0.5"])
     assert (args.task, args.score, args.batch_tokens, args.lr) == ("translate", "concat", 4000, 0.5)
     assert args.input_feeding is True and args.patience == 3
 
@@ -151,5 +151,5 @@ COMMANDS = [
 def test_commands_are_understood(command: str) -> None:
     """Every command in the documents uses existing options."""
     words = shlex.split(command)[1:]
-    if "config.yaml" not in words:  # config files have their own test
-        make_parser().parse_args(words)
+    if "config.yaml" not in words:  # which has its own test
+        parse(words)

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(
         assert re.search(message, error), error
         assert not run.exists()
     assert main(["train", "scan", "--output", str(run), *start]) == 2
-    assert "is of the task pairs" in capfd.readouterr().err
+    assert "is pairs" in capfd.readouterr().err
 
 
 def test_a_symbol_that_the_model_does_not_have(

@@ -257,7 +257,7 @@ CONFIGS = {
     "nothing": ("", "expected a line 'task: NAME'"),
     "a list": ("- task", "expected a line 'task: NAME'"),
     "no yaml": ("task: [", "cannot read"),
-    "a list as value": ("task: reverse\nepochs: [1, 2]", "epochs must be one value, got [1, 2]"),
+    "a list as value": ("task: reverse\nepochs: [1, 2]", "epochs must have one value, got [1, 2]"),
 }
 
 
@@ -275,10 +275,8 @@ def test_a_configuration_with_an_unknown_option(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = write(tmp_path / "config.yml", ["task: reverse", "hiden: 3"])
-    with pytest.raises(SystemExit) as exit:
-        main(["train", str(config), "--output", str(tmp_path / "run")])
-    assert exit.value.code == 2
-    assert "unrecognized arguments: --hiden=3" in capfd.readouterr().err
+    assert main(["train", str(config), "--output", str(tmp_path / "run")]) == 2
+    assert f"{config}: there is no option --hiden\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

@@ -1,4 +1,4 @@
-"""What a run is made of: the shape of the model, the recipe of the training, how to search.
+"""The configurations of a run: the shape of the model, the recipe of the training, the search.
 
 Plain values, checked when they are made; the command line shows their defaults. No torch here.
 """
@@ -24,28 +24,28 @@ LENGTH_PENALTIES = ("none", "average", "gnmt")
 class ModelConfig:
     """Shape of a `Seq2Seq` model.
 
-    cell: recurrent cell of encoder and decoder: "lstm", "gru" or "rnn" (tanh).
+    cell: recurrent cell of the encoder and the decoder: "lstm", "gru" or "rnn" (tanh).
     hidden: width D of the decoder state and of the attentional state.
     encoder_hidden: width of each direction of the encoder; hidden if None.
     embedding: width of the embeddings of source and target symbols.
     layers: number of recurrent layers of the decoder.
-    encoder_layers: those of the encoder; layers if None.
+    encoder_layers: number of recurrent layers of the encoder; layers if None.
     bidirectional: also read the source from its end; the memory is then twice as wide.
     residual: add a recurrent layer's input to its output where they are equally wide.
-    share: one set of recurrent layers for encoder and decoder.
-    tie: None; "output" makes the output layer of the target's embeddings; "all" makes one
-        vocabulary's embedding serve source, target and output.
+    share: use the same recurrent layers in the encoder and the decoder.
+    tie: None; "output" shares the weights of the target embedding and the output layer; "all" uses
+        one embedding for source, target and output, which then have one vocabulary.
     reverse_source: read the source from its end (Sutskever et al. 2014).
-    bridge: how the decoder starts: "zero", "last", "mean" or "dense".
-    score: of the attention, or "none" for a decoder that has the bridge alone. "dot" projects the
-        memory to the decoder's width first where they differ.
-    attn_dim: width of the concat score; that of the memory if None.
+    bridge: initial state of the decoder: "zero", "last", "mean" or "dense".
+    score: attention score, or "none" for a decoder that sees the source through the bridge only.
+        "dot" first projects the memory to the decoder's width where they differ.
+    attn_dim: width of the concat score; the width of the memory if None.
     local, window: local attention, "monotonic" or "predictive", and its half-width.
-    max_source: the longest source for the score "location".
-    coverage: concat with a term of what has been looked at.
+    max_source: longest source in symbols, for the score "location".
+    coverage: add the sum of the earlier attention weights to the concat score.
     input_feeding: feed h~ of a step into the next one (Luong et al. 2015, section 3.3).
     dropout: probability, on embeddings, between layers and on the attentional state.
-    variational: drop the same columns at every step of a sequence.
+    variational: use one dropout mask for all steps of a sequence.
     """
 
     cell: str = "lstm"
@@ -87,7 +87,7 @@ class ModelConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Refuse options that contradict one another."""
+        """Refuse values that contradict one another."""
         for name, needed in (("attn_dim", "concat"), ("coverage", "concat")):
             if getattr(self, name) and self.score != needed:
                 raise ValueError(f"{name} belongs to the score {needed}, got {self.score!r}")
@@ -118,7 +118,7 @@ class ModelConfig:
 
     @property
     def memory_dim(self) -> int:
-        """Width of what the encoder returns."""
+        """Width of the encoder's output."""
         hidden = self.hidden if self.encoder_hidden is None else self.encoder_hidden
         return hidden * (2 if self.bidirectional else 1)
 
@@ -129,33 +129,33 @@ class TrainingConfig:
 
     epochs: passes over the training pairs; the schedule of the learning rate spans them.
     batch_size: pairs in a batch.
-    bucket: put sources of one length into a batch: faster steps, each of less variety.
-    batch_tokens: symbols in a batch, source, target and padding, in place of batch_size.
-    accumulate: parts in which a batch is worked on, one after another, to spare memory.
-    precision: "32"; "bf16" or "16", mixed: parameters, their updates and the sums of the attention
-        stay in float32.
-    lr: highest learning rate of Adam, reached after the warm-up.
-    lr_schedule: how it goes on from there: "linear" or "cosine" to 0; "constant"; "inverse-sqrt"
-        of the step; "plateau", halved after each epoch whose first rate on the development set is
-        not the best so far.
-    warmup: share of all steps in which the rate rises to ``lr``.
-    patience: stop after so many epochs without a best rate on the development set; None to go on.
-    clip: largest norm of the gradient.
+    bucket: group sources of equal length into a batch: faster steps, with less variety in each.
+    batch_tokens: symbols in a batch (source, target and padding), instead of batch_size.
+    accumulate: number of parts into which a batch is split, to save memory.
+    precision: "32"; "bf16" or "16" for mixed precision: parameters, their updates and the sums of
+        the attention stay in float32.
+    lr: peak learning rate of Adam, reached after the warm-up.
+    lr_schedule: the learning rate after the warm-up: "linear" or "cosine" to 0; "constant";
+        "inverse-sqrt" of the step; "plateau", halved after each epoch whose development error is
+        not the lowest so far. The development error is the first measure on the development set.
+    warmup: share of all steps in which the learning rate rises to ``lr``.
+    patience: stop after this many epochs without a new lowest development error; None for never.
+    clip: maximum norm of the gradient.
     label_smoothing: share of the probability that is spread over all symbols.
-    coverage_loss: weight of the coverage loss (See et al. 2017), for a model with coverage.
-    guided: weight of the guided alignment loss (Chen et al. 2016), for pairs that come with links.
+    coverage_loss: weight of the coverage loss (See et al. 2017), for a model with attention.
+    guided: weight of the guided alignment loss (Chen et al. 2016), for pairs with links.
     rdrop: weight of the difference between two passes of a pair under different dropout (R-Drop,
-        Liang et al. 2021, who take 5 for translation); 0 for one pass, in half the time.
-    teacher_weight: share of the loss that is the teachers', of a training that has any.
-    sampling: how the probability grows that the decoder is given its own symbol in place of the
+        Liang et al. 2021, who use 5 for translation); 0 for one pass, in half the time.
+    teacher_weight: share of the loss that comes from the teachers, if there are any.
+    sampling: schedule of the probability that the decoder is given its own symbol instead of the
         right one: "none" (teacher forcing), "constant", "linear", "exponential" or
         "inverse-sigmoid" (Bengio et al. 2015).
     sampling_per: what is drawn for: each "token", or each "example" as a whole.
-    sampling_max: that probability at the end.
-    sampling_after: keep to teacher forcing until the first rate on the development set is at most
-        this (BLEU counts negative, lower is better); None to begin at once.
-    seed: of the parameters, the dropout and the order of the pairs.
-    max_steps: stop after so many steps, and plan the schedule for them; None for all epochs.
+    sampling_max: the final value of that probability.
+    sampling_after: start scheduled sampling when the development error is at most this (BLEU
+        counts as negative, so that lower is better); None for at once.
+    seed: seed of the parameters, the dropout and the order of the pairs.
+    max_steps: stop after this many steps, and plan the schedules for them; None for all epochs.
     """
 
     epochs: int = 10
@@ -218,21 +218,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How a target is searched for.
+    """How to search for a target.
 
-    beam: hypotheses that are followed at once; 1 takes the likeliest symbol at every step.
+    beam: beam size; 1 takes the likeliest symbol at every step.
     nbest: hypotheses returned for each source, the best first; at most beam.
     length_penalty: what the log-probability is divided by: "none"; "average", the length; "gnmt",
         ((5 + length) / 6)^alpha (Wu et al. 2016, eq. 14). EOS counts.
     alpha: the exponent of "gnmt".
-    coverage_penalty: beta of the same equation, for what of the source was left unread.
-    min_length: no EOS before so many symbols.
-    max_length: symbols at most; None for twice the source and 10 more.
-    block_ngrams: let no sequence of so many symbols come twice; 0 to allow it.
-    sample: draw symbols instead of taking the likeliest, with beam=1.
-    temperature: of the draw; below 1 it is sharper.
-    top_k, top_p: draw from the likeliest k symbols, or the likeliest whose probabilities reach p.
-    seed: of the draw; None draws anew each time.
+    coverage_penalty: beta of the same equation, for source positions that were not attended to.
+    min_length: minimum length of a target in symbols.
+    max_length: maximum length; None for twice the source plus 10, or more for a model whose
+        training targets were longer.
+    block_ngrams: never repeat an n-gram of this many symbols; 0 allows it.
+    sample: draw symbols at random instead of taking the likeliest, with beam=1.
+    temperature: temperature of the draw; below 1 is sharper.
+    top_k, top_p: draw from the k likeliest symbols (0 for all), or from the likeliest whose
+        probabilities reach p.
+    seed: seed of the draw; None for a different draw each time.
     """
 
     beam: int = 1

@@ -1,4 +1,4 @@
-"""What the command line says of each field of the configurations; `config` has it in full."""
+"""The help texts of the options, by field of the configurations; `config` explains the fields."""
 
 from __future__ import annotations
 
@@ -17,101 +17,141 @@ from fused_attn.seq2seq.data.tokenizers import TOKENS
 from fused_attn.seq2seq.tasks.scan_grammar import SPLITS
 
 MODEL_HELP = {
-    "cell": f"recurrent cell: {', '.join(CELLS)}",
     "hidden": "width of the decoder",
-    "encoder_hidden": "width of each direction of the encoder (default: that of the decoder)",
     "embedding": "width of the embeddings",
-    "layers": "recurrent layers of the decoder",
-    "encoder_layers": "recurrent layers of the encoder (default: those of the decoder)",
-    "bidirectional": "read the source from both ends",
-    "residual": "add a recurrent layer's input to its output",
-    "share": "one set of recurrent layers for encoder and decoder",
-    "tie": "output: the output layer is the target's embeddings; all: the source's too",
+    "layers": "recurrent layers of decoder and encoder",
+    "dropout": "dropout probability",
+    "cell": f"recurrent cell: {', '.join(CELLS)}",
+    "bidirectional": "read the source in both directions",
+    "score": f"attention: {', '.join(SCORES)}",
+    "input_feeding": "feed the attentional state to the next step",
+    "encoder_hidden": "width of each direction of the encoder (default: --hidden)",
+    "encoder_layers": "recurrent layers of the encoder (default: --layers)",
+    "residual": "add the input of a recurrent layer to its output where they are equally wide",
+    "share": "use the same recurrent layers in encoder and decoder",
+    "tie": "share weights: output (target embedding and output layer) or all (also the source "
+    "embedding)",
     "reverse_source": "read the source from its end",
-    "bridge": f"how the decoder starts: {', '.join(BRIDGES)}",
-    "score": f"attention score: {', '.join(SCORES)}",
-    "attn_dim": "width of the concat score (default: that of the memory)",
+    "bridge": f"initial state of the decoder: {', '.join(BRIDGES)}",
+    "attn_dim": "width of the concat score (default: width of the encoder's output)",
     "local": f"local attention: {' or '.join(LOCALS)}",
-    "window": "half-width of local attention",
-    "max_source": "longest source, for the score location",
-    "coverage": "tell the concat score what has been looked at",
-    "input_feeding": "feed the attentional state into the next step",
-    "dropout": "probability of dropout",
-    "variational": "drop the same columns at every step",
+    "window": "half-width of the window of local attention",
+    "max_source": "longest source in symbols, for the score location",
+    "coverage": "give the concat score the sum of the earlier attention weights",
+    "variational": "use one dropout mask for all steps of a sequence",
 }
 TRAINING_HELP = {
     "epochs": "passes over the training pairs",
     "batch_size": "pairs in a batch",
-    "bucket": "put sources of one length into a batch: faster steps, of less variety",
-    "batch_tokens": "symbols in a batch, padding counted, in place of --batch-size",
-    "accumulate": "work on a batch in so many parts, to spare memory",
-    "precision": f"of the training: {', '.join(PRECISIONS)}",
-    "lr": "highest learning rate",
-    "lr_schedule": f"how the rate goes on after its rise: {', '.join(LR_SCHEDULES)}",
-    "warmup": "share of the steps in which the rate rises",
-    "patience": "stop after so many epochs without a best rate (default: go on)",
-    "clip": "largest norm of the gradient",
-    "label_smoothing": "share of the probability spread over all symbols",
+    "batch_tokens": "symbols in a batch, padding included",
+    "lr": "peak learning rate",
+    "label_smoothing": "probability spread over all symbols",
+    "patience": "stop after this many epochs without improvement",
+    "precision": f"{', '.join(PRECISIONS)}; the last two are mixed",
+    "seed": "random seed",
+    "max_steps": "stop after this many steps, and plan the schedules for them (default: no limit)",
+    "lr_schedule": f"learning rate after the warm-up: {', '.join(LR_SCHEDULES)}",
+    "warmup": "share of the steps in which the learning rate rises",
+    "bucket": "group sources of equal length into a batch: faster, with less variety",
+    "accumulate": "split every batch into this many parts, for memory",
+    "clip": "maximum norm of the gradient",
     "coverage_loss": "weight of the coverage loss",
     "guided": "weight of the guided alignment loss, for pairs with links",
-    "rdrop": "weight of R-Drop: two passes of a pair under different dropout agree",
-    "teacher_weight": "share of the loss that is the teachers', with --teacher",
+    "rdrop": "weight of R-Drop, which makes two passes under different dropout agree",
+    "teacher_weight": "share of the loss that comes from the teachers",
     "sampling": f"scheduled sampling: {', '.join(SCHEDULES)}",
-    "sampling_per": f"draw for each {' or '.join(SAMPLING_UNITS)}",
-    "sampling_max": "probability of the model's own symbols at the end",
-    "sampling_after": "begin with it once the first rate on the development set is at most this",
-    "seed": "seed of parameters, dropout and order",
-    "max_steps": "plan for at most so many steps (default: all epochs)",
+    "sampling_max": "final probability of feeding the model its own symbols",
+    "sampling_per": f"draw once per {' or '.join(SAMPLING_UNITS)}",
+    "sampling_after": "start scheduled sampling when the development error is at most this "
+    "(default: at once)",
 }
 SEARCH_HELP = {
-    "beam": "hypotheses followed at once",
-    "nbest": "targets for each source, a line each",
+    "beam": "beam size; 1 is greedy search",
+    "nbest": "targets for each source, at most --beam",
+    "max_length": "maximum length of a target (default: twice the source plus 10, or more where "
+    "training targets were longer)",
     "length_penalty": f"what the log-probability is divided by: {', '.join(LENGTH_PENALTIES)}",
-    "alpha": "exponent of the gnmt length penalty",
-    "coverage_penalty": "weight of the penalty for what of the source was not read",
-    "min_length": "symbols at least",
-    "max_length": "symbols at most (default: twice the source and 10 more)",
-    "block_ngrams": "let no sequence of so many symbols come twice",
-    "sample": "draw symbols instead of taking the likeliest",
-    "temperature": "of the draw; below 1 is sharper",
-    "top_k": "draw from so many symbols only",
-    "top_p": "draw from the likeliest symbols whose probabilities reach this",
-    "seed": "seed of the draw",
+    "sample": "draw at random instead of searching",
+    "alpha": "exponent of --length-penalty gnmt",
+    "coverage_penalty": "weight of the penalty on source positions that were not attended to",
+    "min_length": "minimum length of a target",
+    "block_ngrams": "never repeat an n-gram of this many symbols; 0 allows it",
+    "temperature": "temperature of --sample; below 1 is sharper",
+    "top_k": "let --sample draw from this many likeliest symbols; 0 for all",
+    "top_p": "let --sample draw from the likeliest symbols that reach this total probability",
+    "seed": "seed of --sample (default: a different one each time)",
 }
 TASK_SUMMARIES = {
-    "g2p": "words to phones",
-    "scan": "commands to actions",
-    "reverse": "sequences turned around",
-    "pairs": "your own lines, source TAB target",
-    "translate": "sentences, with subwords, judged by BLEU",
-    "chat": "utterances to the next ones",
+    "g2p": "words to phones (pronunciations), from the CMU dictionary",
+    "scan": "commands to actions, generated from the SCAN grammar",
+    "reverse": "sequences of numbers to the same in reverse order, generated",
+    "pairs": "your own lines: source TAB target",
+    "translate": "your own sentences in two languages, split into subwords, scored by BLEU",
+    "chat": "utterances to replies, from chatterbot-corpus or your dialogs",
+}
+_TEXT_HELP = {
+    "tokens": f"symbols are {', '.join(TOKENS)}",
+    "vocabulary": "number of subwords to learn",
+    "min_count": "symbols rarer than this are unknown",
+    "max_length": "maximum length of a line in symbols",
+    "skip_bad": "skip lines that cannot be used",
+}
+_PAIRS_HELP = {
+    "train": "file of lines SOURCE TAB TARGET, or SOURCES,TARGETS",
+    "dev": "development pairs (default: 2 %% of --train)",
+    **_TEXT_HELP,
+    "source_tokens": "symbols of sources (default: --tokens)",
+    "target_tokens": "symbols of targets (default: --tokens)",
 }
 TASK_HELP: dict[str, dict[str, str]] = {
     "g2p": {
-        "limit_words": "g2p: train on so many words only (default: all)",
-        "lexicon": "g2p: a file of more words to train on, lines WORD PHONE PHONE ...",
+        "limit_words": "train on only this many words (default: all)",
+        "lexicon": "more words to train on: lines WORD PHONE PHONE ...",
     },
-    "scan": {"split": f"scan: {', '.join(SPLITS)}"},
+    "scan": {"split": f"how to split the commands: {', '.join(SPLITS)}"},
     "reverse": {
-        "numbers": "reverse: different numbers",
-        "pairs": "reverse: training pairs",
-        "longest": "reverse: longest sequence in training",
-        "test_longest": "reverse: longest sequence in the test",
+        "numbers": "how many different numbers there are",
+        "pairs": "how many training pairs to generate",
+        "longest": "maximum length of a training sequence",
+        "test_longest": "maximum length of a test sequence",
     },
-    "pairs": {
-        "train": "pairs, translate: the file to train on, or SOURCES,TARGETS",
-        "dev": "pairs, translate: the file that chooses the best (default: 2 %% of train)",
-        "tokens": f"text: what a symbol is: {', '.join(TOKENS)}; translate and chat: subwords",
-        "source_tokens": "pairs, translate: what a symbol of sources is (default: as --tokens)",
-        "target_tokens": "pairs, translate: what a symbol of targets is (default: as --tokens)",
-        "vocabulary": "text: subwords to learn; chat: 4000",
-        "min_count": "text: rarer symbols are read as unknown",
-        "max_length": "text: longest source or target in symbols; translate: 100, chat: 80",
-        "skip_bad": "text: leave out lines that cannot be used, and count them; chat: yes",
-    },
-    "translate": {},
+    "pairs": _PAIRS_HELP,
+    "translate": _PAIRS_HELP,
     "chat": {
-        "corpus": "chat: language of chatterbot-corpus",
-        "dialogs": "chat: a file of utterances instead, a blank line between dialogs",
+        "corpus": "language of chatterbot-corpus",
+        "dialogs": "a file of your own dialogs instead: one utterance per line, a blank line "
+        "between dialogs",
+        **_TEXT_HELP,
     },
 }
+# --test sets a field of another name; the other tasks do not have it.
+TEST_HELP = {
+    "g2p": "words to hold out as the test set (default: by hash)",
+    "scan": "commands to hold out as the test set of --split simple (default: by hash)",
+    "pairs": "test pairs, for 'fused-attn evaluate'",
+    "translate": "test pairs, for 'fused-attn evaluate'",
+}
+
+# Fields that name files.
+FILES = frozenset({"train", "dev", "lexicon", "dialogs"})
+# What `train --help` shows while the task is not known.
+EVERY_TASK = frozenset(
+    {"output", "resume", "start_from", "hidden", "epochs", "lr", "seed", "device", "threads"}
+)
+# What --help leaves to --help-all.
+SELDOM_IN_TRAINING = frozenset(
+    {
+        *("teacher", "tensorboard", "on_disk", "backend"),
+        *("encoder_hidden", "encoder_layers", "residual", "share", "tie", "reverse_source"),
+        *("bridge", "attn_dim", "local", "window", "max_source", "coverage", "variational"),
+        *("bucket", "accumulate", "lr_schedule", "warmup", "clip", "coverage_loss", "guided"),
+        *("rdrop", "teacher_weight", "sampling", "sampling_max", "sampling_per", "sampling_after"),
+        "max_steps",
+    }
+)
+SELDOM_IN_SEARCH = frozenset(
+    {
+        *("alpha", "coverage_penalty", "min_length", "block_ngrams", "length_penalty"),
+        *("temperature", "top_k", "top_p", "seed", "backend"),
+    }
+)

@@ -1,10 +1,11 @@
-"""``fused-attn train``: a new run, or one that goes on."""
+"""``fused-attn train``: start a run, or resume one."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
+from fused_attn.seq2seq.commands.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
@@ -50,7 +52,7 @@ def _train(args: Namespace) -> bool:
         tell(f"{directory} is complete: all {trainer.position.step} steps are done")
     elif outcome.stopped:
         tell(
-            f"stopped at step {trainer.position.step} of {trainer.total_steps}; go on with: "
+            f"stopped at step {trainer.position.step} of {trainer.total_steps}; resume with: "
             f"fused-attn train {args.task} --output {shlex.quote(str(directory))} --resume",
             file=sys.stderr,
         )
@@ -67,18 +69,22 @@ def _machine(args: Namespace, recipe: Recipe) -> Machine:
 def _start(args: Namespace) -> Run:
     directory: Path = args.output
     if not is_new(directory):
-        raise InputError(f"{directory} is not an empty directory; --resume goes on with a run")
-    if args.teacher_weight is not None and not args.teacher:
-        raise InputError("--teacher-weight needs a --teacher")
+        raise InputError(f"{directory} is not an empty directory; --resume continues a run")
     kind = TASKS[args.task]
-    model, values = kind.model, {}
+    _refuse_options_of_other_tasks(kind, {**args.file, **args.line})
+    model, values = kind.model, {f.name: getattr(kind.kind, f.name) for f in fields(kind.kind)}
     if args.start_from is not None:
         origin = find_checkpoint(args.start_from)
         before = load_recipe(origin, files.load_metadata(origin))
         if before.task.name != args.task:
-            raise InputError(f"--start-from: {origin} is of the task {before.task.name}")
+            raise InputError(f"--start-from: the task of {origin} is {before.task.name}")
         model, values = before.model, asdict(before.task.config)
-    recipe = Recipe(_updated(model, args), _updated(kind.training, args), _task(kind, values, args))
+    defaults = {**asdict(model), **asdict(kind.training), **values}
+    defaults |= {"teacher": args.teacher, "start_from": args.start_from, "backend": args.backend}
+    given = settle(TRAINING_NEEDS, defaults, args.line, args.file)
+    recipe = Recipe(
+        _updated(model, given), _updated(kind.training, given), _task(kind, values, given)
+    )
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
@@ -92,53 +98,52 @@ def _resume(args: Namespace) -> Run:
     meta = files.load_metadata(last)
     recipe = load_recipe(last, meta)
     if recipe.task.name != args.task:
-        raise InputError(f"the run in {args.output} is of the task {recipe.task.name}")
-    asked = Recipe(
-        _updated(recipe.model, args),
-        _updated(recipe.training, args),
-        _task(type(recipe.task), asdict(recipe.task.config), args),
-    )
-    before = {START_FROM: meta.get(START_FROM), TEACHER: meta.get(TEACHER, [])}
-    given = dict(before)
+        raise InputError(f"the task of the run in {args.output} is {recipe.task.name}")
+    options = merged(args.file, args.line)
+    _refuse_options_of_other_tasks(type(recipe.task), options)
+    given = {**options, **_of_task(type(recipe.task), options)}
     if args.start_from is not None:
         given[START_FROM] = str(args.start_from)
     if args.teacher:
         given[TEACHER] = [str(teacher) for teacher in args.teacher]
-    parts = [before, *recipe.to_json().values()]
-    others = [given, *asked.to_json().values()]
-    for part, other in zip(parts, others, strict=True):
+    before = {START_FROM: meta.get(START_FROM), TEACHER: meta.get(TEACHER, [])}
+    for part in (before, *recipe.to_json().values()):
         for name, value in part.items():
-            if other[name] != value:
+            if name in given and given[name] != value:
                 raise InputError(
                     f"the run in {args.output} was not started with this "
-                    f"--{name.replace('_', '-')}; leave it out to go on, or start another run"
+                    f"{spelled(name, given[name])}; leave it out to resume, or start another run"
                 )
     return resume_run(args.output, make_progress(), _machine(args, recipe))
 
 
-def _updated(config: Config, args: Namespace) -> Config:
-    """Return ``config`` with the options that were given."""
-    options = vars(args)
-    given = {f.name: options[f.name] for f in fields(config) if options[f.name] is not None}
-    if given.get("score", "concat") != "concat":  # the width of a task's own score goes with it
-        given = {"attn_dim": None} | given
+def _updated(config: Config, options: Mapping[str, Any]) -> Config:
+    """Return ``config`` with the options that it has a field for."""
+    given = {f.name: options[f.name] for f in fields(config) if f.name in options}
     try:
         return replace(config, **given)
     except ValueError as error:
         raise as_option(error) from None
 
 
-def _task(kind: type[Task], values: dict[str, Any], args: Namespace) -> Task:
-    """Return the task with the options that were given; those of other tasks are refused."""
-    known = {field.name for task in TASKS.values() for field in fields(task.kind)} - {"test"}
-    given = {n: v for n, v in vars(args).items() if n in known and v is not None}
+def _refuse_options_of_other_tasks(kind: type[Task], options: Mapping[str, Any]) -> None:
+    names = {field.name for task in TASKS.values() for field in fields(task.kind)} - {"test"}
     own = {field.name for field in fields(kind.kind)}
-    if others := sorted(given.keys() - own):
-        option = others[0].replace("_", "-")
-        raise InputError(f"--{option} is no option of the task {kind.name}")
-    if args.test is not None:
-        given |= kind.test_option(args.test)
+    for name in sorted(options.keys() & names - own):
+        option = spelled(name, options[name])
+        raise InputError(f"{option} is not an option of the task {kind.name}")
+
+
+def _of_task(kind: type[Task], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the task's configuration that the options set."""
+    names = {field.name for field in fields(kind.kind)} - {"test"}
+    given = {name: value for name, value in options.items() if name in names}
+    return given | (kind.test_option(options["test"]) if "test" in options else {})
+
+
+def _task(kind: type[Task], values: Mapping[str, Any], options: Mapping[str, Any]) -> Task:
+    """Return the task with the options that it has a field for."""
     try:
-        return kind(kind.kind(**values | given))
+        return kind(kind.kind(**{**values, **_of_task(kind, options)}))
     except ValueError as error:
         raise as_option(error) from None
