@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Call, medians
-from benchmarks.table import duration, render
+from benchmarks.common.measure import Call, medians
+from benchmarks.common.table import duration, render
 from fused_attn import interop
 
 KINDS = ("dot", "general", "mlp")

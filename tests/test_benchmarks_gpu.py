@@ -26,15 +26,15 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[SimpleNamespace]:
+def gpu() -> Iterator[SimpleNamespace]:
     with benchmarks_package.imported() as found:
-        yield found
+        yield found.targets.gpu
 
 
 @pytest.fixture
-def rates(modules: SimpleNamespace) -> object:
+def rates(gpu: SimpleNamespace) -> object:
     """An H200 as measured by others: 4.3 TB/s, 790 TFLOP/s, 132 multiprocessors at 1.98 GHz."""
-    return modules.gpu_model.Rates(4.3e12, 790e12, 132, 1.98e9)
+    return gpu.limits.Rates(4.3e12, 790e12, 132, 1.98e9)
 
 
 # (score, B, T, S, D), backward, resource, microseconds. Computed by hand: bytes over 4.3 TB/s, 4 or
@@ -59,12 +59,12 @@ def test_limits(
     backward: bool,
     resource: str,
     microseconds: float,
-    modules: SimpleNamespace,
+    gpu: SimpleNamespace,
     rates: object,
 ) -> None:
     score, batch, queries, source, width = sizes
     problem = AttentionProblem(score, batch, queries, source, width, width, torch.bfloat16)
-    limit = modules.gpu_model.limit(problem, rates, backward)
+    limit = gpu.limits.limit(problem, rates, backward)
     assert getattr(limit, resource) * 1e6 == pytest.approx(microseconds, rel=0.01)
     assert limit.seconds == max(limit.memory, limit.products, limit.terms)
     assert getattr(limit, limit.bound_by) == limit.seconds
@@ -73,8 +73,8 @@ def test_limits(
 # Stands in for a stage: what an item does is its name.
 STAGE = """
 import os, signal, sys, time
-from benchmarks import gpu_lines
-from benchmarks.gpu_pool import Phase
+from benchmarks.targets.gpu import lines as gpu_lines
+from benchmarks.targets.gpu.pool import Phase
 
 PHASES = (Phase("first", jobs=2, limit_s=1.5, start_s=30.0), Phase("second", 1, 1.5, 30.0))
 ITEMS = {items!r}
@@ -124,22 +124,22 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def run_pool(modules: SimpleNamespace, target: Path, items: list[str], **options: Any) -> dict:
+def run_pool(gpu: SimpleNamespace, target: Path, items: list[str], **options: Any) -> dict:
     """The lines of the fake stage's first phase, by item."""
     blocks = options.pop("in_blocks", False)
-    phase = modules.gpu_pool.Phase("first", options.pop("jobs", 2), 1.5, 30.0, blocks)
+    phase = gpu.pool.Phase("first", options.pop("jobs", 2), 1.5, 30.0, blocks)
     end = time.monotonic() + options.pop("seconds", 60.0)
     name = options.pop("name", "fakes.stage")
-    pool = modules.gpu_pool.Pool(modules.gpu_pool.Job(name, phase, items, target, end, **options))
+    pool = gpu.pool.Pool(gpu.pool.Job(name, phase, items, target, end, **options))
     pool.run()
-    lines = modules.gpu_lines.items(modules.gpu_lines.read(target))
+    lines = gpu.lines.items(gpu.lines.read(target))
     return {item: line for (_, item), line in lines.items()}
 
 
-def test_each_accident_costs_one_line(modules: SimpleNamespace, stage: Any) -> None:
+def test_each_accident_costs_one_line(gpu: SimpleNamespace, stage: Any) -> None:
     bad = ["raise", "wrong", "abort", "exit", "hang", "half", "lost"]
     items = [x for number, name in enumerate(bad) for x in (name, f"ok {number}")]
-    found = run_pool(modules, stage(*items), items)
+    found = run_pool(gpu, stage(*items), items)
     assert sorted(found) == sorted(items)
     outcomes = {name: found[name]["outcome"] for name in bad}
     assert outcomes == {
@@ -156,35 +156,35 @@ def test_each_accident_costs_one_line(modules: SimpleNamespace, stage: Any) -> N
     assert found["lost"]["error"] == "RuntimeError: launch failure"
 
 
-def test_a_worker_goes_on_until_it_is_lost(modules: SimpleNamespace, stage: Any) -> None:
+def test_a_worker_goes_on_until_it_is_lost(gpu: SimpleNamespace, stage: Any) -> None:
     items = ["ok 1", "ok 2", "raise", "ok 3", "lost", "ok 4"]
-    found = run_pool(modules, stage(*items), items, jobs=1)
+    found = run_pool(gpu, stage(*items), items, jobs=1)
     pids = [found[f"ok {number}"]["pid"] for number in (1, 2, 3, 4)]
     assert pids[0] == pids[1] == pids[2] != pids[3]
 
 
-def test_two_workers_share_what_is_left(modules: SimpleNamespace, stage: Any) -> None:
+def test_two_workers_share_what_is_left(gpu: SimpleNamespace, stage: Any) -> None:
     items = ["hang", "ok 1", "ok 2", "ok 3", "ok 4", "ok 5"]
-    found = run_pool(modules, stage(*items), items, in_blocks=True)
+    found = run_pool(gpu, stage(*items), items, in_blocks=True)
     # The block of the one that hangs is taken over, but for what it hangs at.
     assert found["ok 1"]["pid"] == found["ok 5"]["pid"]
 
 
 def test_the_end_of_the_stage_leaves_no_line_of_what_it_stops(
-    modules: SimpleNamespace, stage: Any
+    gpu: SimpleNamespace, stage: Any
 ) -> None:
     items = [f"slow {number}" for number in range(100)]
     began = time.monotonic()
-    found = run_pool(modules, stage(*items), items, seconds=4.0)
+    found = run_pool(gpu, stage(*items), items, seconds=4.0)
     assert time.monotonic() - began < 15.0
     assert 0 < len(found) < 100
     assert {line["outcome"] for line in found.values()} == {"passed"}
 
 
-def test_workers_that_do_not_start_end_the_stage(modules: SimpleNamespace, stage: Any) -> None:
+def test_workers_that_do_not_start_end_the_stage(gpu: SimpleNamespace, stage: Any) -> None:
     target = stage("ok 1")
     items = [f"ok {number}" for number in range(50)]
-    found = run_pool(modules, target, items, name="fakes.nothing")
+    found = run_pool(gpu, target, items, name="fakes.nothing")
     assert list(found) == ["(start)"]
     assert found["(start)"]["outcome"] == "crashed"
     assert "No module named 'fakes.nothing'" in found["(start)"]["log"]
@@ -193,7 +193,7 @@ def test_workers_that_do_not_start_end_the_stage(modules: SimpleNamespace, stage
 DRIVER = """
 import sys, time
 from pathlib import Path
-from benchmarks import gpu_check
+from benchmarks.targets.gpu import check as gpu_check
 options = gpu_check.parser().parse_args(["--device", "cpu", "--output", sys.argv[1], *sys.argv[2:]])
 options.end = time.monotonic() + 100
 print(gpu_check.run_stage("fakes.stage", 60.0, options))
@@ -214,42 +214,42 @@ def workers_of(target: Path) -> list[str]:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_killed_is_resumed(
-    how: signal.Signals, modules: SimpleNamespace, stage: Any, tmp_path: Path
+    how: signal.Signals, gpu: SimpleNamespace, stage: Any, tmp_path: Path
 ) -> None:
     names = ["hang", *(f"slow {number}" for number in range(12))]
     target = stage(*names)
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
-    while len(modules.gpu_lines.read(target)) < 2 and time.monotonic() < end:
+    while len(gpu.lines.read(target)) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     assert len(workers_of(target)) == 2
     driver.send_signal(how)
     driver.communicate(timeout=20)
-    before = modules.gpu_lines.read(target)
+    before = gpu.lines.read(target)
     assert 2 <= len(before) < 12 and all("slow" in line["item"] for line in before)
     while workers_of(target) and time.monotonic() < end:
         time.sleep(0.05)
     assert not workers_of(target)
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
     assert "'items': 14, 'done': 14" in done.stdout
-    lines = modules.gpu_lines.read(target)
+    lines = gpu.lines.read(target)
     assert lines[: len(before)] == before
     assert sorted(line["item"] for line in lines) == sorted([*names, "last"])
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "'done': 14" in again.stdout and modules.gpu_lines.read(target) == lines
+    assert "'done': 14" in again.stdout and gpu.lines.read(target) == lines
     one = [*command, "--only", "slow 1$"]
     assert "'items': 1," in subprocess.run(one, capture_output=True, text=True, check=True).stdout
-    assert [line["item"] for line in modules.gpu_lines.read(target)] == ["slow 1"]
+    assert [line["item"] for line in gpu.lines.read(target)] == ["slow 1"]
 
 
 def test_a_lost_context_is_told_from_an_error(
-    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    worker = modules.gpu_worker
+    worker = gpu.worker
     assert worker.lost_context("cpu") is None
     cuda = SimpleNamespace(is_initialized=lambda: False, synchronize=synchronize)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
@@ -285,7 +285,7 @@ def test_aborts():
     os.abort()
 
 def test_loses():
-    sys.modules["benchmarks.gpu_contract"].lost_context = lambda device: "lost"
+    sys.modules["benchmarks.targets.gpu.contract"].lost_context = lambda device: "lost"
     raise RuntimeError("CUDA error: launch failure")
 
 def test_after():
@@ -293,21 +293,28 @@ def test_after():
 """
 
 
-def test_contract_tests_are_lines(modules: SimpleNamespace, stage: Any, tmp_path: Path) -> None:
+def test_contract_tests_are_lines(gpu: SimpleNamespace, stage: Any, tmp_path: Path) -> None:
     stage()
     (tmp_path / "test_some.py").write_text(TESTS, encoding="utf-8")
     (tmp_path / "test_broken.py").write_text("import no_such_package", encoding="utf-8")
     files = [str(tmp_path / f"test_{name}.py") for name in ("some", "broken")]
-    options = modules.gpu_worker.parser().parse_args(["contract", "--tests", *files])
-    command = [sys.executable, "-m", "benchmarks.gpu_worker", "contract", "--list", "--tests"]
+    options = gpu.worker.parser().parse_args(["contract", "--tests", *files])
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.targets.gpu.worker",
+        "contract",
+        "--list",
+        "--tests",
+    ]
     done = subprocess.run([*command, *options.tests], capture_output=True, text=True, check=True)
     names = json.loads(done.stdout.splitlines()[-1])["tests"]
     target = tmp_path / "contract.jsonl"
-    phase = modules.gpu_pool.Phase("tests", 1, 20.0, 60.0)
+    phase = gpu.pool.Phase("tests", 1, 20.0, 60.0)
     end, arguments = time.monotonic() + 60, ("--tests", *options.tests)
-    job = modules.gpu_pool.Job("contract", phase, names, target, end, arguments)
-    modules.gpu_pool.Pool(job).run()
-    lines = modules.gpu_lines.items(modules.gpu_lines.read(target))
+    job = gpu.pool.Job("contract", phase, names, target, end, arguments)
+    gpu.pool.Pool(job).run()
+    lines = gpu.lines.items(gpu.lines.read(target))
     found = {item.rpartition("::")[2]: line for (_, item), line in lines.items()}
     assert "no_such_package" in found.pop("(collection)")["error"]
     outcomes = {name: line["outcome"] for name, line in found.items()}
@@ -323,8 +330,8 @@ def test_contract_tests_are_lines(modules: SimpleNamespace, stage: Any, tmp_path
     assert found["test_loses"]["error"] == "RuntimeError: CUDA error: launch failure"
 
 
-def test_smoke_cases_reach_every_tile_variant(modules: SimpleNamespace) -> None:
-    cases, launch = modules.gpu_cases, modules.gpu_cases.launch
+def test_smoke_cases_reach_every_tile_variant(gpu: SimpleNamespace) -> None:
+    cases, launch = gpu.cases, gpu.cases.launch
     found = cases.triton()
     assert len({str(case) for case in found}) == len(found) < 300
     assert len({str(case) for case in cases.cuda()}) == len(cases.cuda()) < 300
@@ -351,14 +358,14 @@ def test_smoke_cases_reach_every_tile_variant(modules: SimpleNamespace) -> None:
 
 
 @pytest.fixture(scope="module")
-def options(modules: SimpleNamespace) -> Any:
-    return modules.gpu_worker.parser().parse_args(["smoke", "cases", "--device", "cpu"])
+def options(gpu: SimpleNamespace) -> Any:
+    return gpu.worker.parser().parse_args(["smoke", "cases", "--device", "cpu"])
 
 
-def small(modules: SimpleNamespace, **changes: Any) -> Any:
+def small(gpu: SimpleNamespace, **changes: Any) -> Any:
     given = {"dtype": torch.float32, "backends": ("eager",), "cold": False} | changes
     score, queries = given.pop("score", "dot"), given.pop("queries", 5)
-    return modules.gpu_rows.Row(score, 3, queries, 17, 16, **given)
+    return gpu.rows.Row(score, 3, queries, 17, 16, **given)
 
 
 KINDS = [
@@ -370,48 +377,48 @@ KINDS = [
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_side_of_a_row_computes_the_same(
-    score: str, kind: dict[str, Any], modules: SimpleNamespace
+    score: str, kind: dict[str, Any], gpu: SimpleNamespace
 ) -> None:
-    row = small(modules, score=score, **kind)
-    inputs = modules.gpu_rows.inputs_of(row, "cpu")
-    assert modules.gpu_measure.check(row, "eager", inputs).passed
+    row = small(gpu, score=score, **kind)
+    inputs = gpu.rows.inputs_of(row, "cpu")
+    assert gpu.measure.check(row, "eager", inputs).passed
     oracle = testing.oracle(inputs)
     assert ("sdpa" in row.sides()) == (score == "dot" and not row.weights)
     for side in row.sides():
-        attend = modules.gpu_rows.side(row, side, inputs)
-        context, weights = attend(modules.gpu_rows.prepared(row, inputs.tensors))
+        attend = gpu.rows.side(row, side, inputs)
+        context, weights = attend(gpu.rows.prepared(row, inputs.tensors))
         torch.testing.assert_close(context.double(), oracle["context"], rtol=1e-4, atol=1e-5)
         assert (weights is not None) == row.weights
-        times = modules.gpu_measure.time_of(modules.gpu_kernels.Host(), row, attend, inputs)
+        times = gpu.measure.time_of(gpu.kernels.Host(), row, attend, inputs)
         assert times == {"call": 1e-3, "kernel": 1e-3, "graph": True}
 
 
 @pytest.mark.parametrize("wrong", [1.01, math.nan])
 def test_a_wrong_result_is_found(
-    wrong: float, modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+    wrong: float, gpu: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = small(modules)
-    right = modules.gpu_rows.ours
+    row = small(gpu)
+    right = gpu.rows.ours
 
     def ours(*given: Any) -> Any:
         attend = right(*given)
         return lambda tensors: (wrong * attend(tensors)[0], None)
 
-    monkeypatch.setattr(modules.gpu_rows, "ours", ours)
-    monkeypatch.setattr(modules.gpu_kernels, "rows", lambda device: {str(row): row})
-    line = modules.gpu_kernels.run("checks", f"{row} | eager", options)
+    monkeypatch.setattr(gpu.rows, "ours", ours)
+    monkeypatch.setattr(gpu.kernels, "rows", lambda device: {str(row): row})
+    line = gpu.kernels.run("checks", f"{row} | eager", options)
     assert line["outcome"] == "failed" and line["error"] == "context exceeds its error budget"
 
 
-def test_what_no_graph_can_hold_is_timed_without(modules: SimpleNamespace) -> None:
-    class Device(modules.gpu_kernels.Host):
+def test_what_no_graph_can_hold_is_timed_without(gpu: SimpleNamespace) -> None:
+    class Device(gpu.kernels.Host):
         def replayed(self, runs: Any) -> float:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    row = small(modules)
-    inputs = modules.gpu_rows.inputs_of(row, "cpu")
-    attend = modules.gpu_rows.side(row, "eager", inputs)
-    times = modules.gpu_measure.time_of(Device(), row, attend, inputs)
+    row = small(gpu)
+    inputs = gpu.rows.inputs_of(row, "cpu")
+    attend = gpu.rows.side(row, "eager", inputs)
+    times = gpu.measure.time_of(Device(), row, attend, inputs)
     assert times["kernel"] == 1e-3 / 8
     assert times["graph"] == "RuntimeError: operation not permitted when stream is capturing"
 
@@ -419,10 +426,10 @@ def test_what_no_graph_can_hold_is_timed_without(modules: SimpleNamespace) -> No
 RATES = {"copy": 4.3e12, "matrix": 790e12, "multiprocessors": 132, "clock": 1.98e9}
 
 
-def written(modules: SimpleNamespace, directory: Path) -> list[Any]:
+def written(gpu: SimpleNamespace, directory: Path) -> list[Any]:
     """Lines of all rows, as a whole run on an H200 leaves them; the first backend's is wrong."""
-    rows = modules.gpu_rows.rows()
-    add = modules.gpu_lines.append
+    rows = gpu.rows.rows()
+    add = gpu.lines.append
     kinds = (torch.bfloat16, torch.float16, torch.float32)
     rates = {"gpu": "NVIDIA H200", "rates": {str(dtype): RATES for dtype in kinds}}
     passed = {"outcome": "passed", "seconds": 1.0}
@@ -435,7 +442,7 @@ def written(modules: SimpleNamespace, directory: Path) -> list[Any]:
                 first = wrong if number == 0 and side == "triton" else {}
                 check = {"phase": "checks", "error_share": 0.25, "worst": "context"}
                 add(directory / "kernels.jsonl", item | check | first)
-            phase = "compilers" if side in modules.gpu_rows.COMPILERS else "times"
+            phase = "compilers" if side in gpu.rows.COMPILERS else "times"
             slow = 1 if side in row.backends else 3
             times = {"call": 4e-4, "kernel": slow * 1e-4, "graph": True, "peak_bytes": 3 << 20}
             add(directory / "kernels.jsonl", item | {"phase": phase} | times)
@@ -456,15 +463,15 @@ def written(modules: SimpleNamespace, directory: Path) -> list[Any]:
     return rows
 
 
-def test_a_run_is_summed_up_in_4_kb(modules: SimpleNamespace, tmp_path: Path) -> None:
-    rows = written(modules, tmp_path)
-    text, passed = modules.gpu_summary.summary(tmp_path)
+def test_a_run_is_summed_up_in_4_kb(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    rows = written(gpu, tmp_path)
+    text, passed = gpu.summary.summary(tmp_path)
     assert not passed and text.endswith("gpu-check: FAILED")
     assert len(text.encode()) <= 4000
     assert "contract: 40 failed of 100 items in 60 s" in text
     assert "(and 39 more)" in text and "crashed: the end" in text
     assert "best against eager: 3.00x" in text
-    results = modules.gpu_summary.measured(modules.gpu_lines.read(tmp_path / "kernels.jsonl"), rows)
+    results = gpu.summary.measured(gpu.lines.read(tmp_path / "kernels.jsonl"), rows)
     assert len(results) == sum(len(row.backends) for row in rows)
     assert results[0] | {"error_share": 0.25} == {
         "case": str(rows[0]), "backend": "triton", "peers": {}, "error_share": 0.25,
@@ -477,23 +484,23 @@ def test_a_run_is_summed_up_in_4_kb(modules: SimpleNamespace, tmp_path: Path) ->
         {"eager": 3.0, "sdpa": 3.0, "compile": 3.0, "flex": 3.0}
     )
     assert results[1]["verdict"] == "limit short of 0.85"
-    shown = modules.gpu_summary.tables(tmp_path)
+    shown = gpu.summary.tables(tmp_path)
     assert "check: context exceeds" in shown and len(shown.splitlines()) == len(results) + 2
 
 
-def test_lengths_and_windows_lower_the_limit(modules: SimpleNamespace) -> None:
-    row = modules.gpu_rows.Row("dot", 64, 1, 1023, 512)
-    rates = modules.gpu_model.Rates(**RATES)
-    whole = modules.gpu_summary.limit_of(row, rates)[0]
+def test_lengths_and_windows_lower_the_limit(gpu: SimpleNamespace) -> None:
+    row = gpu.rows.Row("dot", 64, 1, 1023, 512)
+    rates = gpu.limits.Rates(**RATES)
+    whole = gpu.summary.limit_of(row, rates)[0]
     half = replace(row, lengths=True)
-    assert modules.gpu_summary.limit_of(half, rates)[0] == pytest.approx(whole * 512 / 1023)
+    assert gpu.summary.limit_of(half, rates)[0] == pytest.approx(whole * 512 / 1023)
     window = replace(row, half_width=5)
-    assert modules.gpu_summary.limit_of(window, rates)[0] == pytest.approx(whole * 11 / 1023)
+    assert gpu.summary.limit_of(window, rates)[0] == pytest.approx(whole * 11 / 1023)
 
 
-def test_results_are_kept_whole(modules: SimpleNamespace, tmp_path: Path) -> None:
-    written(modules, tmp_path)
-    first, *rest = modules.gpu_summary.write(tmp_path, tmp_path / "kept")
+def test_results_are_kept_whole(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    written(gpu, tmp_path)
+    first, *rest = gpu.summary.write(tmp_path, tmp_path / "kept")
     kept = json.loads(first.read_text(encoding="utf-8"))
     assert first.parent == tmp_path / "kept/nvidia-h200"
     assert first.name == f"{kept['date'][:10]}-gpu.json"
@@ -502,23 +509,26 @@ def test_results_are_kept_whole(modules: SimpleNamespace, tmp_path: Path) -> Non
     assert len(kept["failures"]) == 42 and kept["rates"]["torch.bfloat16"] == RATES
 
 
-def test_a_run_that_was_cut_off_has_not_passed(modules: SimpleNamespace, tmp_path: Path) -> None:
-    add = modules.gpu_lines.append
+def test_a_run_that_was_cut_off_has_not_passed(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    add = gpu.lines.append
     passed = {"phase": "cases", "item": "one", "outcome": "passed"}
     add(tmp_path / "smoke.jsonl", passed)
     add(tmp_path / "run.jsonl", {"stage": "smoke", "items": 2, "done": 1, "seconds": 1.0})
-    assert modules.gpu_summary.summary(tmp_path)[1] is False
+    assert gpu.summary.summary(tmp_path)[1] is False
     add(tmp_path / "run.jsonl", {"stage": "smoke", "items": 2, "done": 2, "seconds": 1.0})
-    assert modules.gpu_summary.summary(tmp_path)[1] is True
+    assert gpu.summary.summary(tmp_path)[1] is True
 
 
-def test_stages_have_limits(modules: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    parsed = modules.gpu_check.parsed_stages
-    assert parsed("smoke:40, sweep") == {"smoke": 40.0, "sweep": modules.gpu_check.LIMITS["sweep"]}
-    assert sum(parsed(modules.gpu_check.DEFAULT).values()) <= 420
+def test_stages_have_limits(gpu: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = gpu.check.parsed_stages
+    assert parsed("smoke:40, sweep") == {
+        "smoke": 40.0,
+        "sweep": gpu.check.LIMITS["sweep"],
+    }
+    assert sum(parsed(gpu.check.DEFAULT).values()) <= 420
     for wrong in ("smok", "smoke:x", "smoke:-1", "smoke:inf", ""):
         with pytest.raises(SystemExit):
-            modules.gpu_check.parser().parse_args(["--stages", wrong])
+            gpu.check.parser().parse_args(["--stages", wrong])
         assert "a stage is one of smoke, contract" in capsys.readouterr().err
 
 
@@ -537,9 +547,9 @@ def test_gpu_check_says_in_one_line_what_is_missing() -> None:
 
 
 def test_gpu_check_names_a_missing_package(
-    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = modules.gpu_check
+    check = gpu.check
     monkeypatch.setattr(check, "MODULES", ("torch", "no_such_package"))
     assert check.missing() == f"{sys.executable} has no no_such_package"
     monkeypatch.setattr(check, "MODULES", ())
@@ -548,10 +558,10 @@ def test_gpu_check_names_a_missing_package(
 
 
 def test_the_checkout_is_made_a_package_with_its_kernels(
-    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(modules.gpu_check, "SITE", tmp_path / "site")
-    modules.gpu_check.make_site()
+    monkeypatch.setattr(gpu.check, "SITE", tmp_path / "site")
+    gpu.check.make_site()
     code = "import fused_attn, fused_attn.kernels, benchmarks; print(fused_attn.__file__)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code]
@@ -559,10 +569,8 @@ def test_the_checkout_is_made_a_package_with_its_kernels(
     assert done.stdout.strip() == str(tmp_path / "site/fused_attn/__init__.py")
 
 
-def test_models_are_compared_and_candidates_ranked(
-    modules: SimpleNamespace, tmp_path: Path
-) -> None:
-    add, passed = modules.gpu_lines.append, {"outcome": "passed"}
+def test_models_are_compared_and_candidates_ranked(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    add, passed = gpu.lines.append, {"outcome": "passed"}
     for side, seconds in (("auto", 0.02), ("eager", 0.05)):
         item = {"phase": "work", "item": f"translate | {side}"}
         add(tmp_path / "models.jsonl", item | passed | {"work": seconds, "tokens_per_s": 9})
@@ -572,18 +580,18 @@ def test_models_are_compared_and_candidates_ranked(
         add(tmp_path / "sweep.jsonl", line)
     wrong = {"phase": "compile", "item": "forward dot | online t16", "outcome": "hung", "log": ""}
     add(tmp_path / "sweep.jsonl", wrong)
-    text, _ = modules.gpu_summary.summary(tmp_path)
+    text, _ = gpu.summary.summary(tmp_path)
     assert "translate: 2.50x eager" in text
     assert "forward dot: online t64 is 2.00x the table" in text
-    found = modules.gpu_tables.sweep_results(modules.gpu_lines.read(tmp_path / "sweep.jsonl"))
+    found = gpu.tables.sweep_results(gpu.lines.read(tmp_path / "sweep.jsonl"))
     ranked = [plan["plan"] for plan in found[0]["candidates"]]
     assert ranked == ["online t64", "table", "online t32"]
-    shown = modules.gpu_summary.tables(tmp_path)
+    shown = gpu.summary.tables(tmp_path)
     assert "0.50x" in shown and "20 us" in shown
 
 
-def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
-    sweep = modules.gpu_sweep
+def test_candidates_are_other_plans_that_fit(gpu: SimpleNamespace) -> None:
+    sweep = gpu.sweep
     items = sweep._items("cuda")
     assert len(items) * sweep.BUDGET_S < 75  # seconds of the device, when all are timed
     for target in sweep.TARGETS:
@@ -608,9 +616,9 @@ def test_candidates_are_other_plans_that_fit(modules: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("name", ["forward", "backward", "source_gradients", "concat_gradients"])
 def test_a_candidate_is_what_the_backend_launches(
-    name: str, modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, gpu: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, launch = modules.gpu_sweep, modules.gpu_sweep.launch
+    sweep, launch = gpu.sweep, gpu.sweep.launch
     target = next(target for target in sweep._small() if target.plan == name)
     plan = sweep.candidates(target)[0]
     seen = []
@@ -625,15 +633,15 @@ def test_a_candidate_is_what_the_backend_launches(
     assert getattr(launch, name) is before
     # Its outputs are those of the table, and of the call that plans it.
     monkeypatch.setattr(launch, name, asked)
-    inputs = modules.gpu_rows.inputs_of(target.row, "cpu")
+    inputs = gpu.rows.inputs_of(target.row, "cpu")
     sweep.call_of(target, inputs)()
     assert seen
 
 
 def test_a_wrong_candidate_is_a_line(
-    modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+    gpu: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = modules.gpu_sweep
+    sweep = gpu.sweep
     target = next(target for target in sweep._small() if target.plan == "forward")
     item = f"{target} | {sweep.label(sweep.candidates(target)[0])}"
     assert sweep.run("compile", item, options)["difference"] <= sweep.TOLERANCE
@@ -646,25 +654,25 @@ def test_a_wrong_candidate_is_a_line(
 
 
 def test_only_what_compiled_is_timed(
-    modules: SimpleNamespace, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: SimpleNamespace, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, lines = modules.gpu_sweep, tmp_path / "sweep.jsonl"
+    sweep, lines = gpu.sweep, tmp_path / "sweep.jsonl"
     monkeypatch.setattr(options, "lines", lines)
     target = next(target for target in sweep._small() if target.plan == "forward")
     item = f"{target} | table"
     assert sweep.run("times", item, options)["outcome"] == "deferred"
     failed = {"phase": "compile", "item": item, "outcome": "failed"}
-    modules.gpu_lines.append(lines, failed)
+    gpu.lines.append(lines, failed)
     assert sweep.run("times", item, options)["outcome"] == "skipped"
-    modules.gpu_lines.append(lines, failed | {"outcome": "passed"})
+    gpu.lines.append(lines, failed | {"outcome": "passed"})
     assert sweep.run("times", item, options)["kernel"] == 1e-3
 
 
 def test_what_the_sanitizer_says_is_a_line(
-    modules: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    gpu: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean = "========= COMPUTE-SANITIZER\ncalls made\n========= ERROR SUMMARY: 0 errors\n"
-    verdict = modules.gpu_sanitize.verdict
+    verdict = gpu.sanitize.verdict
     assert verdict(0, clean) == {"tool": "0 errors"}
     found = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n"
     line = verdict(9, found + "=========     at decode+0x10\n========= ERROR SUMMARY: 1 error\n")
@@ -673,9 +681,9 @@ def test_what_the_sanitizer_says_is_a_line(
     assert "decode+0x10" in line["text"]
     # The tool may end well though what it watched never got to the calls.
     assert verdict(0, "Device not supported")["outcome"] == "failed"
-    race = modules.gpu_sanitize.command("racecheck cuda-dot", "cuda")
+    race = gpu.sanitize.command("racecheck cuda-dot", "cuda")
     assert race[race.index("--kernel-regex") + 1] == "kns=decode"
-    assert modules.gpu_sanitize.call("triton-step", "cpu") == 0
+    assert gpu.sanitize.call("triton-step", "cpu") == 0
     assert capsys.readouterr().out == "calls made\n"
 
 
@@ -689,9 +697,9 @@ PROFILED = """==PROF== Connected to process 7
 
 
 def test_what_the_profiler_prints_is_read(
-    modules: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
+    gpu: SimpleNamespace, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = modules.gpu_profile
+    profile = gpu.profile
     assert profile.parsed(PROFILED) == [
         {"kernel": "online_forward", "time": "43.2 us", "registers": "168 register/thread"},
         {"kernel": "merge_forward", "time": "5.1 us", "registers": "40 register/thread"},
@@ -712,20 +720,20 @@ def test_what_the_profiler_prints_is_read(
     assert line["outcome"] == "failed" and "ERR_NVGPUCTRPERM" in line["error"]
 
 
-def test_the_slowest_calls_are_profiled(modules: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_slowest_calls_are_profiled(gpu: SimpleNamespace, tmp_path: Path) -> None:
     arguments = ["profile", "--lines", str(tmp_path / "profile.jsonl")]
-    options = modules.gpu_worker.parser().parse_args(arguments)
-    assert len(modules.gpu_profile.items("calls", options)) == 7  # none was measured
-    rows = written(modules, tmp_path)
+    options = gpu.worker.parser().parse_args(arguments)
+    assert len(gpu.profile.items("calls", options)) == 7  # none was measured
+    rows = written(gpu, tmp_path)
     known = {f"{row} | {name}" for row in rows for name in row.backends}
-    found = modules.gpu_profile.items("calls", options)
-    assert len(found) == modules.gpu_profile.MOST and set(found) <= known
+    found = gpu.profile.items("calls", options)
+    assert len(found) == gpu.profile.MOST and set(found) <= known
 
 
 @pytest.mark.parametrize("missing", [None, "nvcc was not found"])
 def test_a_native_module_with_cuda_is_not_built_again(
     missing: str | None,
-    modules: SimpleNamespace,
+    gpu: SimpleNamespace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -734,5 +742,5 @@ def test_a_native_module_with_cuda_is_not_built_again(
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "_C.py").write_text(f"def cuda_build():\n    return {{'missing': {missing!r}}}\n")
-    monkeypatch.setattr(modules.gpu_check, "SITE", tmp_path)
-    assert modules.gpu_check.built() == missing
+    monkeypatch.setattr(gpu.check, "SITE", tmp_path)
+    assert gpu.check.built() == missing

@@ -1,0 +1,21 @@
+"""The suite in two minutes: ours against what people use, the cases that matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.suite import compare
+from benchmarks.suite.run import finish, parser, run
+
+_SECONDS = 1.5  # for each case, about
+
+
+def main(arguments: Sequence[str]) -> int:
+    asked = parser("quick", __doc__ or "")
+    asked.add_argument(
+        "--check", action="store_true", help="say which ratios fell below the machine's baseline"
+    )
+    options = asked.parse_args(arguments)
+    found = run(options, quick=True, budget_s=_SECONDS)
+    code = finish(found, options)
+    return max(code, compare.check(found)) if options.check else code

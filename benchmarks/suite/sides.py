@@ -1,0 +1,223 @@
+"""Who is compared: our backends, and what people use in their place.
+
+A side makes a call from a case: tensors by name in, context out. It may say that it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from benchmarks.common.calls import Attend, eager, fused
+from benchmarks.targets.cpu.rows import Row
+from fused_attn import backends, testing
+from fused_attn.testing import Inputs, Tensors
+
+PRODUCTS = ("dot", "general")
+LARGE = 1e9  # what Keras takes from the scores of the padding
+
+
+class Unable(Exception):
+    """This side has no call for the case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute attention.
+
+    slow: it takes long to begin with, and stays out of the short suite.
+    """
+
+    name: str
+    make: Callable[[Row, Inputs], Attend]
+    ours: bool = False
+    slow: bool = False
+
+
+def sides(device: str) -> list[Side]:
+    """Ours first, one for each backend that this machine has for the device, then the others."""
+    found = []
+    for backend in backends.BACKENDS:
+        if backend == "eager":  # the reference, which nobody uses for its speed
+            continue
+        if not backends.unavailable_reasons(backend) and (backend == "cpu") == (device == "cpu"):
+            found.append(Side(f"fused ({backend})", partial(_fused, backend), ours=True))
+    return [*found, *OTHERS]
+
+
+def _fused(backend: str, row: Row, inputs: Inputs) -> Attend:
+    device = inputs.tensors["memory"].device.type
+    problem = replace(row.problem, device_type=device, backward=row.backward)
+    if reasons := backends.load(backend).not_supported_reasons(problem):
+        raise Unable(reasons[0])
+    return fused(row, inputs, backend)
+
+
+def _compiler(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for its shapes alone, and wholly: it would run as eager where that fails."""
+    return torch.compile(call, dynamic=False, fullgraph=True)
+
+
+def _compiled(row: Row, inputs: Inputs) -> Attend:
+    return _compiler(eager(row, inputs))
+
+
+def _keys(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Query and memory as a score that is a product takes them."""
+    if row.score not in PRODUCTS:
+        raise Unable("the score is no product of query and memory")
+    query = tensors["query"]
+    return (query @ tensors["weight"] if row.score == "general" else query), tensors["memory"]
+
+
+def _sdpa(row: Row, inputs: Inputs) -> Attend:
+    _keys(row, inputs.tensors)
+    mask = testing.counted(inputs)[:, None]
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
+        return scaled_dot_product_attention(query, memory, memory, mask, scale=1.0)[:, 0]
+
+    return attend
+
+
+def _flex(row: Row, inputs: Inputs) -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _keys(row, inputs.tensors)
+    device = inputs.tensors["memory"].device.type
+    if device == "cpu" and row.backward:
+        raise Unable("flex_attention has no backward on a CPU")
+    lengths = inputs.masking.memory_lengths
+    assert lengths is not None
+    call = _compiler(flex_attention)
+
+    def counts(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return torch.where(kv < lengths[b], score, -torch.inf)
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
+        return call(query, memory, memory, score_mod=counts, scale=1.0)[:, 0]
+
+    return attend
+
+
+def _flash(row: Row, inputs: Inputs) -> Attend:
+    memory = _keys(row, inputs.tensors)[1]
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Unable("flash-attn is not installed")
+    if memory.shape[-1] > 256 or memory.device.type != "cuda" or memory.dtype == torch.float32:
+        raise Unable("flash-attn takes heads of at most 256, in half precision, on a GPU")
+    from flash_attn import flash_attn_func
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, memory = (tensor[:, :, None] for tensor in _keys(row, tensors))
+        return flash_attn_func(query, memory, memory, softmax_scale=1.0)[:, :, 0]
+
+    return attend
+
+
+def _ffpa(row: Row, inputs: Inputs) -> Attend:
+    memory = _keys(row, inputs.tensors)[1]
+    if importlib.util.find_spec("ffpa_attn") is None:
+        raise Unable("ffpa-attn is not installed")
+    wide = 256 < memory.shape[-1] <= 1024  # it hands the rest to SDPA
+    if not wide or memory.device.type != "cuda" or memory.dtype == torch.float32:
+        raise Unable("ffpa-attn is for heads of 257 to 1024, in half precision, on a GPU")
+    from ffpa_attn import ffpa_attn_func
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
+        return ffpa_attn_func(query, memory, memory, scale=1.0)[:, 0]
+
+    return attend
+
+
+def _projections(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    if row.score == "concat":
+        query = linear(tensors["query"], tensors["query_weight"])
+        return query, linear(tensors["memory"], tensors["memory_weight"])
+    return tensors["query_proj"], tensors["memory_proj"]
+
+
+def _chunked(row: Row, inputs: Inputs) -> Attend:
+    """Concat one target step after another: (B, S, A) at a time, for memory."""
+    if row.score in PRODUCTS:
+        raise Unable("a product needs no chunks")
+    if row.sizes.queries == 1:
+        raise Unable("there is one target step only")
+    hidden = ~testing.counted(inputs)
+    lowest = torch.finfo(row.dtype).min
+
+    def attend(tensors: Tensors) -> Tensor:
+        query, keys = _projections(row, tensors)
+        steps = []
+        for t in range(query.shape[1]):
+            scores = torch.tanh(query[:, t : t + 1] + keys) @ tensors["v"]
+            weights = torch.softmax(scores[:, None].masked_fill(hidden, lowest), dim=-1)
+            steps.append(torch.bmm(weights, tensors["memory"]))
+        return torch.cat(steps, dim=1)
+
+    return attend
+
+
+def _keras(row: Row, inputs: Inputs) -> Attend:
+    """As Keras's Attention and AdditiveAttention write it down."""
+    padding = (~testing.counted(inputs)).to(row.dtype)
+    large = min(LARGE, torch.finfo(row.dtype).max / 2)
+
+    def attend(tensors: Tensors) -> Tensor:
+        if row.score in PRODUCTS:
+            query, memory = _keys(row, tensors)
+            scores = torch.matmul(query, memory.transpose(1, 2))
+        else:
+            query, keys = _projections(row, tensors)
+            scores = (tensors["v"] * torch.tanh(query[:, :, None] + keys[:, None])).sum(dim=-1)
+        weights = torch.softmax(scores - large * padding, dim=-1)
+        return torch.matmul(weights, tensors["memory"])
+
+    return attend
+
+
+def _opennmt(row: Row, inputs: Inputs) -> Attend:
+    """As OpenNMT-py's GlobalAttention: expanded, flattened for its linear layers."""
+    hidden = ~testing.counted(inputs)
+
+    def attend(tensors: Tensors) -> Tensor:
+        memory = tensors["memory"]
+        if row.score in PRODUCTS:
+            query, _ = _keys(row, tensors)
+            scores = torch.bmm(query, memory.transpose(1, 2))
+        else:
+            query, keys = _projections(row, tensors)
+            (batch, steps, width), source = query.shape, keys.shape[1]
+            wide = query.view(batch, steps, 1, width).expand(batch, steps, source, width)
+            deep = keys.view(batch, 1, source, width).expand(batch, steps, source, width)
+            both = torch.tanh(wide + deep)
+            scores = (both.view(-1, width) @ tensors["v"]).view(batch, steps, source)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        batch, steps, source = scores.shape
+        weights = torch.softmax(scores.view(batch * steps, source), dim=-1)
+        return torch.bmm(weights.view(batch, steps, source), memory)
+
+    return attend
+
+
+EAGER = "eager"
+OTHERS = (
+    Side(EAGER, eager),
+    Side("compiled eager", _compiled, slow=True),
+    Side("SDPA", _sdpa),
+    Side("flex_attention", _flex, slow=True),
+    Side("flash-attn", _flash),
+    Side("FFPA", _ffpa),
+    Side("in chunks", _chunked),
+    Side("as Keras", _keras),
+    Side("as OpenNMT", _opennmt),
+)
