@@ -23,7 +23,8 @@ def imported() -> Iterator[ModuleType]:
     before = dict(sys.modules)
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)
-    absent = set() if importlib.util.find_spec("triton") else {"benchmarks.aot.compile"}
+    needs_triton = {"benchmarks.aot.compile", "benchmarks.aot.promises"}
+    absent = set() if importlib.util.find_spec("triton") else needs_triton
     for path in sorted(LOCATION.rglob("*.py")):
         parts = path.relative_to(LOCATION.parent).with_suffix("").parts
         name = ".".join(parts).removesuffix(".__init__")

@@ -144,7 +144,7 @@ def test_claims_writes_tables_and_a_picture(bench: SimpleNamespace, tmp_path: Pa
     # The recurrence carries next to nothing over 80 steps, attention does.
     gradient = {name: sum(values["gradient"][name]["80"]) for name in ("no attention", "dot")}
     assert gradient["dot"] > 1e6 * gradient["no attention"] > 0
-    assert (tmp_path / "claims.svg").read_text().count("length of the source") == 1
+    assert (tmp_path / "claims.svg").read_text().count("source length") == 1
 
 
 def test_gradients_by_distance_are_those_of_the_embedding(bench: SimpleNamespace) -> None:

@@ -30,7 +30,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def row_of(bench: SimpleNamespace, case: str, sizes: tuple[int, ...] = (4, 6, 5, 16)) -> Any:
     row = next(row for row in bench.targets.cpu.rows.ROWS if row.case == case)
-    return replace(row, sizes=bench.targets.cpu.rows.Sizes(*sizes))
+    return replace(row, sizes=bench.common.problems.Sizes(*sizes))
 
 
 @pytest.mark.parametrize("case", KINDS)
@@ -39,8 +39,8 @@ def test_both_sides_compute_what_the_oracle_does(bench: SimpleNamespace, case: s
     inputs = bench.common.calls.inputs_of(row)
     assert inputs.masking.memory_lengths.tolist() == [5] * 4 and inputs.scale == 1.0
     right = testing.oracle(inputs)
-    for side in (bench.common.calls.fused, bench.common.calls.eager):
-        found = bench.common.calls.results(row, inputs, side(row, inputs))
+    for side in (bench.common.sides.fused, bench.common.sides.eager):
+        found = bench.common.judging.results(row, inputs, side(row, inputs))
         assert set(found) == (set(right) if row.backward else {"context"})
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, right[name], msg=name)
@@ -50,12 +50,12 @@ def test_both_sides_compute_what_the_oracle_does(bench: SimpleNamespace, case: s
 def test_what_is_timed_is_what_is_judged(bench: SimpleNamespace, case: str) -> None:
     row = row_of(bench, case)
     inputs = bench.common.calls.inputs_of(row)
-    attend = bench.common.calls.fused(row, inputs)
-    judged = bench.common.calls.results(row, inputs, attend)
+    attend = bench.common.sides.fused(row, inputs)
+    judged = bench.common.judging.results(row, inputs, attend)
     with torch.set_grad_enabled(row.backward):
         timed = bench.common.calls.call_of(row, inputs, attend)()
     names = [f"grad_{name}" for name in inputs.tensors] if row.backward else ["context"]
-    for name, tensor in zip(names, timed if row.backward else [timed], strict=True):
+    for name, tensor in zip(names, timed if row.backward else timed[:1], strict=True):
         assert torch.equal(tensor, judged[name]), name
 
 
@@ -78,7 +78,7 @@ def test_prepared_rows_pass_the_exponentials(
     prepared = row_of(bench, "concat, step, prepared")
     for row in (replace(prepared, prepared=False), prepared):
         inputs = bench.common.calls.inputs_of(row)
-        bench.common.calls.results(row, inputs, bench.common.calls.fused(row, inputs))
+        bench.common.judging.results(row, inputs, bench.common.sides.fused(row, inputs))
     first, second = passed
     assert first is None
     torch.testing.assert_close(second, torch.exp(2 * inputs.tensors["memory_proj"]))
@@ -97,8 +97,9 @@ def test_a_bandwidth_row_reads_as_much_as_no_cache_holds(
 
     monkeypatch.setattr(functional, "dot_attention", spy)
     inputs = bench.common.calls.inputs_of(row)
-    (call,) = bench.common.calls.timed(row, inputs, bench.common.calls.fused)
-    contexts = [call() for _ in range(8)]
+    timed, fused = bench.common.scaling.timed, bench.common.sides.fused
+    (call,) = timed(row, inputs, fused, read_bytes=bench.common.machine.READ_BYTES)
+    contexts = [call()[0] for _ in range(8)]
     assert read[:4] == read[4:] and len(set(read)) == 4
     assert all(torch.equal(context, contexts[0]) for context in contexts)
 
@@ -106,18 +107,18 @@ def test_a_bandwidth_row_reads_as_much_as_no_cache_holds(
 @pytest.fixture
 def small_oracle(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 2 rows of the batch and 2 of the 6 queries."""
-    monkeypatch.setattr(bench.common.calls, "JUDGED_ELEMENTS", 2 * 2 * 5 * 16)
+    monkeypatch.setattr(bench.common.judging, "JUDGED_ELEMENTS", 2 * 2 * 5 * 16)
 
 
 def test_a_large_concat_is_judged_in_part(bench: SimpleNamespace, small_oracle: None) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd")
-    part = bench.common.calls.Part.of(row).inputs(bench.common.calls.inputs_of(row))
+    part = bench.common.judging.Part.of(row).inputs(bench.common.calls.inputs_of(row))
     assert part.tensors["query"].shape == (2, 2, 16)
     assert part.tensors["memory"].shape == (2, 5, 16)
     assert part.tensors["query_weight"].shape == (16, 16)
     assert part.grad_context.shape == (2, 2, 16) and part.masking.memory_lengths.shape == (2,)
     dot = row_of(bench, "dot, fwd+bwd")
-    whole = bench.common.calls.Part.of(dot).inputs(bench.common.calls.inputs_of(dot))
+    whole = bench.common.judging.Part.of(dot).inputs(bench.common.calls.inputs_of(dot))
     assert whole.tensors["query"].shape == (4, 6, 16)
 
 
@@ -126,7 +127,7 @@ def test_a_part_fits_the_oracle_and_is_not_empty(
     bench: SimpleNamespace, sizes: tuple[int, ...], small_oracle: None
 ) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd", sizes)
-    part = bench.common.calls.Part.of(row).inputs(bench.common.calls.inputs_of(row))
+    part = bench.common.judging.Part.of(row).inputs(bench.common.calls.inputs_of(row))
     rows, queries, _ = part.tensors["query"].shape
     assert 1 <= rows <= 2 and 1 <= queries
     assert queries == 1 or rows * queries * sizes[2] * sizes[3] <= 2 * 2 * 5 * 16
@@ -135,7 +136,7 @@ def test_a_part_fits_the_oracle_and_is_not_empty(
 def test_a_part_is_judged_with_every_gradient(bench: SimpleNamespace, small_oracle: None) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd")
     inputs = bench.common.calls.inputs_of(row)
-    verdicts = bench.common.calls.judge(row, inputs)
+    verdicts = bench.common.judging.judge_fused(row, inputs)
     assert verdicts.keys() == {"context", *(f"grad_{name}" for name in inputs.tensors)}
     assert all(verdict.passed and verdict.largest > 0 for verdict in verdicts.values())
 
@@ -146,7 +147,7 @@ def test_a_wrong_part_is_found(
 ) -> None:
     """In a gradient, also one that arises where no gradient came back."""
     row = row_of(bench, "concat, projections, fwd+bwd")
-    right = bench.common.calls.results
+    right = bench.common.judging.results
 
     def broken(row: Any, inputs: Any, attend: Any) -> Any:
         found = right(row, inputs, attend)
@@ -155,8 +156,8 @@ def test_a_wrong_part_is_found(
             found[wrong][place] += 0.01 * found[wrong].abs().max()
         return found
 
-    monkeypatch.setattr(bench.common.calls, "results", broken)
-    verdicts = bench.common.calls.judge(row, bench.common.calls.inputs_of(row))
+    monkeypatch.setattr(bench.common.judging, "results", broken)
+    verdicts = bench.common.judging.judge_fused(row, bench.common.calls.inputs_of(row))
     assert [name for name, verdict in verdicts.items() if not verdict.passed] == [wrong]
 
 

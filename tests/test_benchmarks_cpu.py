@@ -42,7 +42,7 @@ def bench(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def tiny(bench: SimpleNamespace, row: Any) -> Any:
-    sizes = bench.targets.cpu.rows.Sizes(2, min(row.sizes.queries, 3), 5, 16)
+    sizes = bench.common.problems.Sizes(2, min(row.sizes.queries, 3), 5, 16)
     return replace(row, sizes=sizes)
 
 
@@ -187,7 +187,7 @@ def test_verdict_names_each_figure_that_falls_short(bench: SimpleNamespace) -> N
 
 def test_second_figures(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked by hand from made-up times."""
-    sizes = bench.targets.cpu.rows.Sizes(2, 10, 50, 100)
+    sizes = bench.common.problems.Sizes(2, 10, 50, 100)
     second = bench.targets.cpu.figures._second
 
     def figure(case: str, kind: str, seconds: dict[str, float], **rest: int) -> tuple[float, str]:
@@ -353,7 +353,7 @@ def test_threads_up_to_the_cores(
 
     monkeypatch.setattr(functional, "dot_attention", spy)
     monkeypatch.setattr(bench.common.machine, "cores", lambda: cores)
-    scaled = bench.targets.cpu.scaling.measure_threads(row_of(bench, "dot"), 0.0)
+    scaled = bench.common.scaling.measure_threads("dot", row_of(bench, "dot"), 0.0)
     assert scaled.passed and list(scaled.seconds) == counts and set(used) == set(counts)
     assert torch.get_num_threads() == 1
     table = bench.targets.cpu.scaling.threads_table([scaled])
@@ -361,14 +361,12 @@ def test_threads_up_to_the_cores(
 
 
 def test_ratios_of_the_scaling_tables(bench: SimpleNamespace) -> None:
-    row, scaled = row_of(bench, "dot"), bench.targets.cpu.scaling.Scaled
+    scaled = bench.common.scaling.Scaled
     growth = bench.targets.cpu.scaling.growth_table(
-        [scaled(row, "dot, S", True, {0: 1e-3, 1: 2e-3, 2: 5e-3, 3: 5e-3})]
+        [scaled("dot, S", True, {0: 1e-3, 1: 2e-3, 2: 5e-3, 3: 5e-3})]
     )
     assert growth.splitlines()[-1].split() == ["dot,", "S", "1", "ms", "2.00x", "2.50x", "1.00x"]
-    threads = bench.targets.cpu.scaling.threads_table(
-        [scaled(row, "dot", True, {1: 3e-3, 2: 2e-3})]
-    )
+    threads = bench.targets.cpu.scaling.threads_table([scaled("dot", True, {1: 3e-3, 2: 2e-3})])
     assert threads.splitlines()[-1].split() == ["dot", "3", "ms", "2", "ms", "1.50x"]
 
 
@@ -383,7 +381,7 @@ def test_growth_doubles_one_size(
         return right(query, memory, **rest)
 
     monkeypatch.setattr(functional, "dot_attention", spy)
-    bench.targets.cpu.scaling.measure_growth(row_of(bench, "dot"), axis, 1, 0.0)
+    bench.common.scaling.measure_growth("dot", row_of(bench, "dot"), axis, 1, 0.0)
     base, place = (5, 3, 2), "STB".index(axis)
     expected = {(*base[:place], base[place] << n, *base[place + 1 :]) for n in range(4)}
     assert set(seen) == expected

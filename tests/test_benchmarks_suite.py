@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks_package import ROOT, imported
+from benchmarks_package import LOCATION, ROOT, imported
 
 from fused_attn import functional
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
@@ -29,7 +29,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def tiny_cases(bench: SimpleNamespace) -> list[Any]:
     """One of each kind, so small that each takes no time."""
-    sizes = bench.targets.cpu.rows.Sizes
+    sizes = bench.common.problems.Sizes
     make = bench.suite.cases._case
     return [
         *make("a step", "here", sizes(3, 1, 7, 16), "dot general projected", quick="dot"),
@@ -296,6 +296,14 @@ def test_the_page_in_a_browser(bench: SimpleNamespace, tmp_path: Path) -> None:
         [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
     )
     assert "<title>true 3 true</title>" in done.stdout
+
+
+def test_cases_keep_the_ids_that_baselines_have(bench: SimpleNamespace) -> None:
+    path = LOCATION / "results/amd-epyc-2-cores/baseline.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["ratios"].keys()
+    cases, models = bench.suite.cases.cases(quick=False), bench.suite.models
+    known = {case.id for case in cases} | set(map(models.layer_id, models.LAYERS))
+    assert kept and kept <= known | set(map(models.model_id, models.MODELS))
 
 
 def test_slopes(bench: SimpleNamespace) -> None:

@@ -97,7 +97,7 @@ def test_a_broken_promise_is_seen(
     modules: SimpleNamespace,
 ) -> None:
     result, launch, gpu = sound
-    broken = modules.aot.command.promises(replace(result, **change), launch, gpu)
+    broken = modules.aot.promises.promises(replace(result, **change), launch, gpu)
     assert broken == ([] if reason is None else [reason])
 
 
@@ -117,11 +117,11 @@ def test_a_product_by_rows_or_columns_takes_matrix_instructions(
     launch, gpu = launched(modules, "dot", kernel)
     tiles = {"BLOCK_T": 64, "UNIT": 8, "CONCAT": 0}
     result = replace(sound[0], kernel=kernel, tiles=tiles)
-    assert modules.aot.command.promises(result, launch, gpu) == []
+    assert modules.aot.promises.promises(result, launch, gpu) == []
     plain = replace(result, matrix="")
-    assert modules.aot.command.promises(plain, launch, gpu) == ["no matrix instruction"]
+    assert modules.aot.promises.promises(plain, launch, gpu) == ["no matrix instruction"]
     few = replace(result, tiles=tiles | {"BLOCK_T": 32}, matrix="mma")
-    assert modules.aot.command.promises(few, launch, gpu) == []
+    assert modules.aot.promises.promises(few, launch, gpu) == []
 
 
 def test_half_a_reciprocal_is_counted(
@@ -136,15 +136,15 @@ def test_half_a_reciprocal_is_counted(
     tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "CONCAT": 1, "UNIT": 8}
     result = replace(sound[0], kernel="score_rows", tiles=tiles, num_warps=4, matrix="")
     paired = replace(result, loops=(loop(64, 600),))
-    assert modules.aot.command.promises(paired, launch, gpu) == []
-    (reason,) = modules.aot.command.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
+    assert modules.aot.promises.promises(paired, launch, gpu) == []
+    (reason,) = modules.aot.promises.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
     assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
-    (reason,) = modules.aot.command.promises(result, launch, gpu)
+    (reason,) = modules.aot.promises.promises(result, launch, gpu)
     assert reason == "0 loops with paired reciprocals, expected 1"
     narrow = replace(paired, wide_loads=0)
-    assert modules.aot.command.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
+    assert modules.aot.promises.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
     small = replace(narrow, tiles=tiles | {"BLOCK_T": 16})  # 8 scores a thread
-    assert modules.aot.command.promises(small, launch, gpu) == []
+    assert modules.aot.promises.promises(small, launch, gpu) == []
 
 
 def test_both_roles_of_the_gradients_are_counted(
@@ -158,11 +158,11 @@ def test_both_roles_of_the_gradients_are_counted(
     assert modules.aot.compile.loop_elements(launch) == (64, 32)
     result = replace(sound[0], kernel="concat_gradients", matrix="")
     paired = replace(result, loops=(loop(32, 500), loop(16, 350)))
-    assert modules.aot.command.promises(paired, launch, gpu) == []
+    assert modules.aot.promises.promises(paired, launch, gpu) == []
     second = replace(result, loops=(loop(32, 500), loop(32, 350)))
-    (reason,) = modules.aot.command.promises(second, launch, gpu)
+    (reason,) = modules.aot.promises.promises(second, launch, gpu)
     assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
-    (reason,) = modules.aot.command.promises(replace(result, loops=(loop(32, 500),)), launch, gpu)
+    (reason,) = modules.aot.promises.promises(replace(result, loops=(loop(32, 500),)), launch, gpu)
     assert reason == "1 loops with paired reciprocals, expected 2"
     # Without a gradient for the query there is one role.
     names = launch.kernel.arg_names

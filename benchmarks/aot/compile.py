@@ -22,6 +22,7 @@ from fused_attn.kernels.launch import Chip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.common.chips import H100
 from fused_attn.backends.triton import backward, call, forward
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -37,7 +38,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A target of the compiler, with the chip that the launch table is asked about."""
+    """A target of the compiler, and the chip that the launch table plans for."""
 
     name: str
     target: GPUTarget
@@ -48,11 +49,11 @@ class Gpu:
 GPUS = {
     "sm_80": Gpu("sm_80", GPUTarget("cuda", 80, 32), Chip(108, 166912)),
     "sm_89": Gpu("sm_89", GPUTarget("cuda", 89, 32), Chip(128, 101376)),
-    "sm_90": Gpu("sm_90", GPUTarget("cuda", 90, 32), Chip(132, 232448)),
+    "sm_90": Gpu("sm_90", GPUTarget("cuda", 90, 32), H100),
     "sm_120": Gpu("sm_120", GPUTarget("cuda", 120, 32), Chip(170, 101376)),
     "gfx942": Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Chip(304, 65536, False)),
 }
-# Kernels that compute a tile of concat scores, two columns with one reciprocal.
+# Kernels that compute a tile of concat scores, two columns per reciprocal.
 SCORED = ("rows_backward", "score_rows", "concat_scores_only")
 
 
@@ -60,7 +61,7 @@ SCORED = ("rows_backward", "score_rows", "concat_scores_only")
 class Case:
     """A call of the public operators, forward and backward."""
 
-    score: str  # "dot", "concat", or "scores": those of concat without a softmax
+    score: str  # "dot", "concat", or "scores": concat without a softmax
     dtype: torch.dtype
     queries: int
     source: int
@@ -103,7 +104,7 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
     saved = (empty(batch, queries, width), weights, empty(batch, queries, dtype=torch.float32))
     grads, masking = (empty(batch, queries, width), weights), _masking(case)
     wanted = (weights is not None, True)
-    # Of a frozen memory nobody wants the gradient.
+    # A frozen memory needs no gradient.
     gradients = [i == 0 or "frozen" not in case.flags for i in range(5)]
     with call.recording(chip) as forwards:
         if case.score == "scores":
@@ -127,9 +128,9 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
 
 
 def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel with its arguments' types, specialised as a call would, and its options.
+    """The kernel with its arguments' types, specialised as in a call, and its options.
 
-    Of numbers that the kernel does not specialise only the type matters, 32 or 64 bits.
+    A number that the kernel does not specialise matters by its type alone, 32 or 64 bits.
     """
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.arguments, strict=False))}
@@ -155,9 +156,9 @@ def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def loop_elements(launch: call.Launch) -> tuple[float, ...]:
-    """Terms of the concat score that a thread does in an iteration, of each of its paired loops.
+    """Terms of the concat score that a thread computes per iteration of each paired loop.
 
-    In the order of the kernel's source; empty where a kernel has no such loop.
+    In the order of the kernel's source; empty if the kernel has no such loop.
     """
     name, options = launch.kernel.__name__, launch.options
     block_t, block_s, block_a = (options.get(f"BLOCK_{size}", 0) for size in "TSA")
@@ -180,7 +181,7 @@ class Loop(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel."""
+    """One kernel as compiled."""
 
     kernel: str
     tiles: dict[str, int]
@@ -217,7 +218,7 @@ def _tool(name: str, *arguments: str | Path) -> str:
 
 
 def loops(sass: str) -> Iterator[Counter[str]]:
-    """The instructions of each loop (what a branch backwards encloses), counted by first word."""
+    """The instructions of each loop (enclosed by a backward branch), counted by first word."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", sass)
     code = [(int(address, 16), text) for address, text in lines]
     for address, text in code:
@@ -227,7 +228,7 @@ def loops(sass: str) -> Iterator[Counter[str]]:
 
 
 def paired_loops(sass: str) -> tuple[Loop, ...]:
-    """The concat loops of the usual range: reciprocals, and no exponential for each of them."""
+    """The concat loops of the usual range: more reciprocals than exponentials."""
     found = [c for c in loops(sass) if c["MUFU.RCP"] > c["MUFU.EX2"]]
     return tuple(Loop(c["MUFU.RCP"], sum(c.values())) for c in found)
 

@@ -1,14 +1,13 @@
 """What a call of the Triton backend costs in Python, and how many kernels random batches compile.
 
-The driver here launches nothing, and nothing is compiled: what is timed is all that happens before
-a launcher is called, allocation included. No GPU takes part.
+The driver here launches nothing and nothing is compiled. The time is that of everything before the
+launcher is called, including allocation. No GPU is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import table
+from benchmarks.common.problems import dtype_name
+from benchmarks.common.table import render
 
 HEADER = ["call", "launches", "us a call", "us a launch"]
 BATCHES = 600
-LONGEST, LARGEST = 100, 128  # lengths and batch of a random batch
+LONGEST, LARGEST = 100, 128  # greatest length and size of a random batch
 
 
 class Driver:
@@ -34,7 +34,7 @@ class Driver:
 
 
 class Launcher:
-    """Takes what Triton's launchers take, and counts."""
+    """Takes the arguments of Triton's launchers, and counts its calls."""
 
     launches = 0
 
@@ -56,9 +56,10 @@ class Launcher:
 
 @contextmanager
 def idle() -> Iterator[Launcher]:
-    """Within it Triton's kernels are launched on `Driver`, without being compiled."""
+    """Within it Triton launches kernels on `Driver`, without compiling them."""
     from triton.runtime import JITFunction, driver
 
+    from benchmarks.common.chips import H100
     from fused_attn.backends.triton import call
 
     launcher = Launcher()
@@ -69,7 +70,7 @@ def idle() -> Iterator[Launcher]:
     before = JITFunction.run, driver._active, call._facts
     JITFunction.run = lambda self, *args, **options: Compiled()
     driver.set_active(Driver())
-    call._facts = lambda device: call.launch.Chip(132, 232448)
+    call._facts = lambda device: H100
     try:
         yield launcher
     finally:
@@ -101,7 +102,7 @@ def calls(queries: int, source: int, width: int) -> Iterator[tuple[str, Callable
 
 
 def cost(call: Callable[[], object], launcher: Launcher, seconds: float) -> tuple[int, float]:
-    """Launches of a call, and its least time in us; of the thread, since others share the CPU."""
+    """Launches of a call, and its least CPU time in us: other processes share the processor."""
     call()
     launcher.launches = 0
     call()
@@ -115,9 +116,9 @@ def cost(call: Callable[[], object], launcher: Launcher, seconds: float) -> tupl
 
 
 def variants(score: str, dtype: torch.dtype, width: int = 512) -> int:
-    """How many kernels `BATCHES` random batches compile, forward and backward."""
-    from benchmarks.aot.command import distinct
+    """The number of kernels that `BATCHES` random batches compile, forward and backward."""
     from benchmarks.aot.compile import GPUS, Case
+    from benchmarks.aot.promises import distinct
 
     draw = random.Random(0)
     sizes = [(draw.randint(1, LONGEST), draw.randint(1, LONGEST)) for _ in range(BATCHES)]
@@ -130,7 +131,7 @@ def variants(score: str, dtype: torch.dtype, width: int = 512) -> int:
 def main(arguments: list[str]) -> int:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each call")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each call (default: 1)")
     options = parser.parse_args(arguments)
     try:
         import triton
@@ -145,13 +146,9 @@ def main(arguments: list[str]) -> int:
                 launches, us = cost(call, launcher, options.seconds)
                 case = f"{name} T={queries} S={source}"
                 lines.append([case, str(launches), f"{us:.1f}", f"{us / launches:.1f}"])
-    print(table.render(HEADER, lines, text_columns=1))
+    print(render(HEADER, lines, text_columns=1))
     print(f"\nkernels of {BATCHES} random batches, lengths to {LONGEST}, batch to {LARGEST}")
     for score in ("dot", "concat"):
         for dtype in (torch.bfloat16, torch.float32):
-            print(f"{score} {str(dtype).removeprefix('torch.')}: {variants(score, dtype)}")
+            print(f"{score} {dtype_name(dtype)}: {variants(score, dtype)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What attention is for, by experiment: the bottleneck, the vanishing gradient, alignments.
 
-Models that differ in their attention alone get the same data and the same number of steps. Each is
-trained from several seeds; the figures are means, with the lowest and the highest seed.
+Models that differ only in their attention get the same data and the same number of steps. Each is
+trained from several seeds. The figures are means, with the lowest and the highest seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DOCUMENT, PICTURE = "claims.md", "claims.svg"
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a run of a minute, as a check")
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
         help=f"write {DOCUMENT}, {PICTURE} and claims.json there (default: print the tables)",
@@ -73,21 +73,21 @@ def document(
     """Return the tables as Markdown."""
     lines = [
         *_head(budget, seconds),
-        "## The bottleneck: right symbols by length of the source, %",
+        "## The bottleneck: correct symbols by source length, %",
         "",
-        "Without attention one state has to hold the whole source. Reading it from its end brings "
-        "its first symbols near to where they are needed (Sutskever et al. 2014).",
+        "Without attention one state has to hold the whole source. Reading the source backwards "
+        "brings its first symbols close to where they are needed (Sutskever et al. 2014).",
         "",
         *_table("longest", right, lambda value: f"{100 * value:.1f}"),
         "",
         "## The vanishing gradient: its norm at the first source symbol",
         "",
-        "Of the first target symbol's loss, in models before training, by the length of the "
-        "source: without attention it has to come through every step between.",
+        "The gradient of the first target symbol's loss, in untrained models, by source length. "
+        "Without attention it has to pass through every step between the two.",
         "",
         *_table("length", norms, lambda value: f"{value:.1e}", spread=False),
         "",
-        "## Alignment: symbols that look most at their own source, %",
+        "## Alignment: symbols whose largest weight lies on their own source symbol, %",
         "",
         "| score | aligned |",
         "|---|---|",
@@ -96,13 +96,13 @@ def document(
             for name, spread in aligned.items()
         ),
         "",
-        "## Teacher forcing against the hybrid",
+        "## Teacher forcing against scheduled sampling",
         "",
-        "A task in which a wrong symbol makes all that follow wrong. Right symbols, %, where the "
-        "decoder is given the right symbols, and where it goes on from its own; the gap between is "
-        "the exposure bias.",
+        "A task in which one wrong symbol makes all later ones wrong. Correct symbols, %, where "
+        "the decoder is fed the correct symbols, and where it is fed its own. The gap is the "
+        "exposure bias.",
         "",
-        "| scheduled sampling | behind right ones | behind its own | gap |",
+        "| scheduled sampling | fed correct ones | fed its own | gap |",
         "|---|---|---|---|",
         *(
             f"| {name} | "
@@ -118,7 +118,7 @@ def document(
 
 
 def _head(budget: Budget, seconds: float) -> list[str]:
-    """What was run, and where."""
+    """The heading: what was run, and where."""
     seeds = len(budget.seeds)
     where = machine.provenance(0)["processor"]
     count = torch.get_num_threads()
@@ -130,10 +130,10 @@ def _head(budget: Budget, seconds: float) -> list[str]:
         f"on {threads} of {where}. Every model is a GRU of width 64 in one "
         f"direction, trained on {budget.pairs:,} sequences to copy, of 1 to {budget.longest} "
         "symbols, for "
-        f"{budget.epochs} epochs; they differ in their attention alone. Means over the seeds, the "
-        "lowest and the highest in brackets.",
+        f"{budget.epochs} epochs. They differ only in their attention. Figures are means over the "
+        "seeds, with the lowest and the highest in brackets.",
         "",
-        f"![Right symbols by length, and gradients by distance]({PICTURE})",
+        f"![Correct symbols by length, and gradients by distance]({PICTURE})",
         "",
     ]
 
@@ -158,11 +158,12 @@ def _cell(row: tuple[int, float, float, float], shown: Any) -> str:
 
 
 def draw(right: Mapping[str, Spread], norms: Mapping[str, Spread], path: Path) -> None:
-    """Write the picture: both tables as lines, with the seeds' range."""
-    from matplotlib import rc_context
+    """Write the picture: the first two tables as lines, with the range of the seeds."""
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):
+    from benchmarks.common.pictures import METADATA, reproducible
+
+    with reproducible():
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots(1, 2)
         for place, spreads in zip(axes, (right, norms), strict=True):
@@ -174,9 +175,9 @@ def draw(right: Mapping[str, Spread], norms: Mapping[str, Spread], path: Path) -
                     x, [factor * y for y in low], [factor * y for y in high], alpha=0.15
                 )
             place.grid(alpha=0.3)
-        axes[0].set(xlabel="length of the source", ylabel="right symbols, %", ylim=(0, 102))
+        axes[0].set(xlabel="source length", ylabel="correct symbols, %", ylim=(0, 102))
         axes[1].set(
             xlabel="distance to the first source symbol", ylabel="gradient norm", yscale="log"
         )
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata=METADATA)

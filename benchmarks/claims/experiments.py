@@ -1,4 +1,4 @@
-"""The experiments of `benchmarks.claims.command`: small models on generated sequences."""
+"""The experiments behind the claims: small models on generated sequences."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fused_attn.seq2seq.training import Trainer
 from fused_attn.seq2seq.vocabulary import PAD
 
 SYMBOLS = 20
-FIRST = 3  # number of the first symbol, behind the special ones
-BUCKET = 5  # lengths that are judged together
+FIRST = 3  # number of the first symbol, after the special ones
+BUCKET = 5  # lengths that are counted together
 
 Sequences = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much every model gets: the same for all."""
+    """What every model gets: the same for all."""
 
     pairs: int = 12_000
     epochs: int = 8
@@ -41,7 +41,7 @@ QUICK = Budget(pairs=1_000, epochs=1, longest=12, seeds=(1, 2), judged=60)
 
 @dataclass
 class Spread:
-    """A value of every seed, by place."""
+    """A value for every seed, by place."""
 
     values: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -54,7 +54,7 @@ class Spread:
 
 
 def copies(count: int, longest: int, seed: int) -> tuple[Sequences, Sequences]:
-    """Sequences of symbols, and the same again."""
+    """Sequences of symbols, and the same as targets."""
     generator = random.Random(seed)
     found = [
         [FIRST + generator.randrange(SYMBOLS) for _ in range(generator.randint(1, longest))]
@@ -64,9 +64,9 @@ def copies(count: int, longest: int, seed: int) -> tuple[Sequences, Sequences]:
 
 
 def walks(count: int, seed: int) -> tuple[Sequences, Sequences]:
-    """Targets of which every symbol follows from the one before and from the source.
+    """Targets in which every symbol follows from the one before and from the source.
 
-    a <- 3 a + x mod 10, twice for each x: a wrong symbol makes all that follow wrong.
+    a <- 3 a + x mod 10, twice for each x: one wrong symbol makes all later ones wrong.
     """
     generator = random.Random(seed)
     sources, targets = [], []
@@ -88,7 +88,7 @@ def train(
     recipe: TrainingConfig,
     rate: Callable[[Seq2Seq], float] | None = None,
 ) -> Seq2Seq:
-    """Return a model, trained; ``rate`` is the error that scheduled sampling may wait for."""
+    """Return a trained model. ``rate`` is the error that scheduled sampling may wait for."""
     torch.manual_seed(recipe.seed)
     size = FIRST + SYMBOLS
     trainer = Trainer(Seq2Seq(shape, size, size), Examples.of(*pairs), recipe)
@@ -99,7 +99,7 @@ def train(
 
 
 def shape_of(score: str, **options: Any) -> ModelConfig:
-    """The model of every experiment, but for its attention."""
+    """The model of every experiment, with the attention that ``score`` names."""
     common: dict[str, Any] = {
         "cell": "gru", "hidden": 64, "embedding": 32, "bidirectional": False, "dropout": 0.0,
     }  # fmt: skip
@@ -118,7 +118,7 @@ BOTTLENECK = {
 def bottleneck(
     budget: Budget, tell: Callable[[str], None]
 ) -> tuple[dict[str, Spread], dict[str, Spread]]:
-    """Symbols that are right by length of the source, and alignments that are."""
+    """Shares of correct symbols by source length, and of correct alignments."""
     right = {name: Spread() for name in BOTTLENECK}
     aligned = {name: Spread() for name, shape in BOTTLENECK.items() if shape.score != "none"}
     for seed in budget.seeds:
@@ -137,12 +137,12 @@ def bottleneck(
 
 
 def judge(model: Seq2Seq, pairs: tuple[Sequences, Sequences]) -> dict[int, float]:
-    """Share of right symbols by length of the source, of free decoding.
+    """Share of correct symbols by source length, when the model decodes freely.
 
-    A bucket is named by its longest length. A symbol is judged by its place.
+    A bucket is named by its longest length. A symbol is compared with that at the same place.
     """
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for sources, targets in _lots(*pairs):
+    for sources, targets in _batches(*pairs):
         found = search(model, *pad(sources))
         for (hypothesis,), target in zip(found, targets, strict=True):
             bucket = -(-len(target) // BUCKET) * BUCKET
@@ -156,10 +156,10 @@ def judge(model: Seq2Seq, pairs: tuple[Sequences, Sequences]) -> dict[int, float
 def aligned_share(model: Seq2Seq, pairs: tuple[Sequences, Sequences]) -> float:
     """Share of the symbols of a copy whose largest weight lies on the symbol itself.
 
-    Before symbol t is written the decoder has read t - 1; the right ones are given to it.
+    The decoder is fed the correct symbols: before it writes symbol t it has read symbol t - 1.
     """
     right = total = 0
-    for sources, targets in _lots(*pairs):
+    for sources, targets in _batches(*pairs):
         batch = Examples.of(sources, targets).batch(torch.arange(len(sources)))
         _, weights = model(
             batch.source, batch.source_lengths, batch.target[:, :-1], return_weights=True
@@ -172,15 +172,16 @@ def aligned_share(model: Seq2Seq, pairs: tuple[Sequences, Sequences]) -> float:
     return right / total
 
 
-def _lots(sources: Sequences, targets: Sequences) -> Iterator[tuple[Sequences, Sequences]]:
+def _batches(sources: Sequences, targets: Sequences) -> Iterator[tuple[Sequences, Sequences]]:
     for start in range(0, len(sources), 200):
         yield sources[start : start + 200], targets[start : start + 200]
 
 
 def gradient_norms(model: Seq2Seq, lengths: Sequence[int]) -> dict[int, float]:
-    """Norm of the gradient of a copy's first target symbol by its first source symbol's embedding,
-    by the length of the source: the recurrence carries it over the whole source and back, attention
-    straight there.
+    """Norm, by source length, of the gradient of a copy's first target symbol with respect to the
+    embedding of its first source symbol.
+
+    The recurrence carries it over the whole source and back; attention carries it directly.
     """
     found: dict[int, float] = {}
     for length in lengths:
@@ -200,7 +201,7 @@ def gradient_norms(model: Seq2Seq, lengths: Sequence[int]) -> dict[int, float]:
 
 
 def vanishing(budget: Budget, tell: Callable[[str], None]) -> dict[str, Spread]:
-    """`gradient_norms` of untrained models: what a training has to begin with."""
+    """`gradient_norms` of untrained models: what training starts from."""
     found = {name: Spread() for name in BOTTLENECK}
     for name, shape in BOTTLENECK.items():
         for seed in budget.seeds:
@@ -222,7 +223,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 
 
 def exposure(budget: Budget, tell: Callable[[str], None]) -> dict[str, dict[str, Spread]]:
-    """Right symbols behind right ones and behind the model's own, and the gap between them."""
+    """Shares of correct symbols fed correct ones and fed the model's own, and their gap."""
     found: dict[str, dict[str, Spread]] = {}
     fresh = Examples.of(*walks(budget.judged, seed=2))
     shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)

@@ -1,8 +1,9 @@
-"""The machine below the figures: what it is, what it can do at best, settings that come back."""
+"""The machine: what it is, what it does at best, and settings that are restored afterwards."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -42,14 +43,14 @@ def read_call() -> Call:
 
 
 def peak_call(threads: int) -> tuple[Call, int]:
-    """Multiply-adds in registers on ``threads`` threads, and how many operations that is."""
+    """Multiply-adds in registers on ``threads`` threads, and the number of operations done."""
     multiply_adds, rounds = native().multiply_adds, PEAK_ROUNDS * threads
     return lambda: multiply_adds(rounds, threads), rounds * multiply_adds(1, 1)
 
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Run torch and the native module with ``count`` threads; the number before comes back."""
+    """Run torch and the native module with ``count`` threads, and restore the number before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -60,7 +61,7 @@ def using_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def using_isa(name: str | None) -> Iterator[None]:
-    """Run the native module on another instruction set; None leaves it alone."""
+    """Run the native module with another instruction set; None leaves it alone."""
     if name is None:
         yield
         return
@@ -73,7 +74,7 @@ def using_isa(name: str | None) -> Iterator[None]:
 
 
 def provenance(threads: int) -> dict[str, Any]:
-    """What a figure has to carry with it: date, processor, threads, versions."""
+    """What every figure carries with it: date, processor, threads, versions."""
     facts = info.collect()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,3 +85,8 @@ def provenance(threads: int) -> dict[str, Any]:
         "system": facts["system"],
         "versions": facts["versions"],
     }
+
+
+def slug(name: str) -> str:
+    """The name of a machine or GPU as a directory: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

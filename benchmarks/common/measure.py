@@ -1,4 +1,4 @@
-"""Time of several calls, taken in turns: whatever the machine does meanwhile meets all of them."""
+"""Time of several calls, which take turns: what the machine does meanwhile affects them all."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def samples(
     window_s: float = 0.01,
     before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in at least 3 rounds and at most ``rounds`` or ``budget_s``.
+    """Seconds of each call in at least 3 rounds, and at most ``rounds`` or ``budget_s``.
 
-    In a round each call runs once, or as often as fills ``window_s``: less is noise of the clock.
-    ``before`` is told the name of the call whose turn comes, while the clock stands still.
+    In a round each call runs once, or as often as fills ``window_s``, below which the clock is too
+    coarse. ``before`` receives the name of the call whose turn it is, outside the measured time.
     """
     prepare = before or (lambda name: None)
     repeats = {}
     for name, call in calls.items():
         prepare(name)
-        first = _seconds(call, 1)  # caches, allocators and threads are warm in what follows
+        first = _seconds(call, 1)  # warms up caches, allocators and threads
         if first < window_s:
             first = _seconds(call, 1)
         repeats[name] = max(1, round(window_s / max(first, 1e-9)))

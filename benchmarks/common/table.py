@@ -1,8 +1,11 @@
-"""Plain text tables: columns as wide as their longest cell, numbers to the right."""
+"""Plain text on a terminal: tables, durations, and what is being measured."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+WITHHELD = "withheld"  # in place of a time: a result exceeded the error budget
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
@@ -25,3 +28,9 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def progress(text: str) -> None:
+    """Show what is being measured, on a terminal, in place of what was shown before."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

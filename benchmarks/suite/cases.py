@@ -1,4 +1,4 @@
-"""The cases of the suite: calls of attention as models make them, by where they come from."""
+"""The cases of the suite: calls of attention as models make them, each with its origin."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.targets.cpu.rows import Row, Sizes
+from benchmarks.common.problems import Row, Sizes, dtype_name
 
 
 @dataclass(frozen=True)
 class Case:
     """A call with its name and origin.
 
-    row: score, sizes, dtype, forward or both ways. quick: whether it is one of the short suite.
+    row: score, sizes, dtype, forward or both passes. quick: whether the short suite has it.
     """
 
     name: str
@@ -23,31 +23,30 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Of one case in all files of results."""
+        """Names the case in all files of results."""
         row = self.row
         way = "both" if row.backward else "forward"
-        dtype = str(row.dtype).removeprefix("torch.")
         sizes = "x".join(map(str, row.sizes))
-        return f"{self.name}/{row.score}/{dtype}/{sizes}/{way}"
+        return f"{self.name}/{row.score}/{dtype_name(row.dtype)}/{sizes}/{way}"
 
 
 def _case(
     name: str, origin: str, sizes: Sizes, scores: str, *, both: bool = False, quick: str = ""
 ) -> list[Case]:
-    """A case for each of the scores, and for those named in ``quick`` a quick one."""
+    """A case for each score in ``scores``; those in ``quick`` are in the short suite."""
     return [
         Case(
             name,
             origin,
-            Row(name, sizes, score, backward=both, prepared=score == "projected"),
+            Row(score, sizes, backward=both, prepared=score == "projected"),
             score in quick.split(),
         )
         for score in scores.split()
     ]
 
 
-# A step of decoding takes projections as finished, for concat ("projected"): they are made once for
-# each sentence.
+# For concat, a decoding step takes finished projections ("projected"): they are made once for each
+# sentence.
 OPERATORS: tuple[Case, ...] = (
     *_case(
         "IWSLT greedy step", "a batch of 32 TED sentences, one symbol each",
@@ -85,7 +84,7 @@ OPERATORS: tuple[Case, ...] = (
 
 
 def cases(*, quick: bool, only: str = "") -> list[Case]:
-    """The operator cases; with bfloat16 twins of the training steps in the full suite."""
+    """The operator cases; in the full suite, dot training steps in bfloat16 as well."""
     chosen = [case for case in OPERATORS if case.quick or not quick]
     if not quick:
         chosen += [

@@ -3,7 +3,7 @@
     python -m benchmarks compare A.json B.json     times of the same calls
     python -m benchmarks compare B.json            ratios to eager, against the machine's baseline
 
-A baseline holds ratios, because a shared machine has slower days: eager has them too.
+A baseline holds ratios to eager: on a slow day of a shared machine, eager is slow too.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.files import RESULTS, write_whole
+from benchmarks.common.sides import EAGER
 from benchmarks.common.table import render
 from benchmarks.suite.results import (
-    RESULTS,
     Run,
     best_of_ours,
     machine_name,
     speedup,
 )
-from benchmarks.suite.sides import EAGER
 
 BASELINE = "baseline.json"
-# A ratio is worse if it fell by more than this, and by more than twice the spread of both.
+# A ratio is worse if it fell by more than this, and by more than twice the combined spread.
 TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure in both runs; factor: above 1 the second is better. noise: of both, as a part."""
+    """A figure in both runs. factor: above 1 the second is better. noise: combined, a share."""
 
     name: str
     before: float
@@ -43,7 +43,7 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """Whether it fell beyond tolerance and noise."""
+        """Whether it fell by more than tolerance and noise."""
         return self.factor < 1 / (1 + max(TOLERANCE, 2 * self.noise))
 
     @property
@@ -56,7 +56,7 @@ class Change:
 
 
 def times(before: Run, after: Run) -> list[Change]:
-    """Every call that has a time in both runs."""
+    """The change of every call that has a time in both runs."""
     found = []
     theirs = {(record.id, record.side): record for record in before.records}
     for record in after.records:
@@ -71,7 +71,7 @@ def times(before: Run, after: Run) -> list[Change]:
 
 
 def ratios(run: Run) -> dict[str, tuple[float, float]]:
-    """Ours against eager by case, with the noise of the ratio."""
+    """The ratio of eager to ours by case, with the noise of the ratio."""
     found = {}
     for case, sides in run.by_case().items():
         ours, eager = best_of_ours(sides), sides.get(EAGER)
@@ -82,7 +82,7 @@ def ratios(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def against_baseline(baseline: dict[str, list[float]], run: Run) -> list[Change]:
-    """The ratios of a run and those of the baseline."""
+    """The change of every ratio that the baseline has too."""
     found = []
     for case, (ratio, noise) in ratios(run).items():
         if case in baseline:
@@ -92,27 +92,26 @@ def against_baseline(baseline: dict[str, list[float]], run: Run) -> list[Change]
 
 
 def baseline_path(run: Run) -> Path:
-    """Of the machine of a run."""
+    """The baseline of the machine of a run."""
     return RESULTS / machine_name(run.provenance) / BASELINE
 
 
 def load_baseline(path: Path) -> dict[str, list[float]]:
-    """The ratios of a baseline; none if there is no such file."""
+    """The ratios of a baseline; empty if there is no such file."""
     if not path.exists():
         return {}
     return dict(json.loads(path.read_text(encoding="utf-8"))["ratios"])
 
 
 def save_baseline(run: Run, path: Path) -> None:
-    """Make the ratios of a run the baseline; cases that it lacks stay."""
+    """Make the ratios of a run the baseline; cases that the run lacks are kept."""
     kept = load_baseline(path) | {case: list(found) for case, found in ratios(run).items()}
     document = {"provenance": run.provenance, "ratios": dict(sorted(kept.items()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
 def text_of(changes: Sequence[Change], *, seconds: bool) -> str:
-    """A table of what changed, the worst first."""
+    """A table of the changes, the worst first."""
     rows = []
     for change in sorted(changes, key=lambda change: change.factor):
         if change.verdict:
@@ -129,7 +128,7 @@ def text_of(changes: Sequence[Change], *, seconds: bool) -> str:
 
 
 def check(run: Run) -> int:
-    """Print how a run stands against its machine's baseline. Returns 1 if a ratio got worse."""
+    """Compare a run with its machine's baseline and print it. Returns 1 if a ratio got worse."""
     path = baseline_path(run)
     baseline = load_baseline(path)
     if not baseline:
@@ -141,7 +140,7 @@ def check(run: Run) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare; returns 1 if something got worse."""
+    """Compare, and return 1 if something got worse."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compare", description=(__doc__ or "").splitlines()[0]
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.suite.run import default_path, finish, parser, run
 
-_SECONDS = 4.0  # for each case, about
+_SECONDS = 4.0  # about, for each case
 
 
 def main(arguments: Sequence[str]) -> int:

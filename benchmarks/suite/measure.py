@@ -1,30 +1,29 @@
-"""One case of the suite: every side is judged first, and then those that are right take turns."""
+"""One case of the suite: every side is judged first, then those that are right take turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.calls import Attend, Part, call_of, eager, inputs_of, results, verdict_of
+from benchmarks.common.calls import Attend, call_of, inputs_of, on_device, synchronised
+from benchmarks.common.judging import Judge, relative_errors, wrong_names
 from benchmarks.common.measure import Call, samples
+from benchmarks.common.problems import Row, dtype_name
 from benchmarks.suite.cases import Case
 from benchmarks.suite.sides import Side, Unable
-from fused_attn import testing
-from fused_attn.testing import Inputs, Tensors
 
 ROUNDS = 60
-GIGA = 1e9
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call: the median of its runs, and the quarters beside it."""
+    """Seconds of a call: the median of its runs and the quartiles beside it."""
 
     median: float
     low: float
@@ -33,13 +32,13 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """Of at least three runs."""
+        """The timing of at least three runs."""
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, low, high, len(seconds))
 
     @property
     def spread(self) -> float:
-        """Half of what lies between the quarters, as a part of the median."""
+        """Half the distance between the quartiles, as a share of the median."""
         return (self.high - self.low) / 2 / self.median
 
 
@@ -47,14 +46,15 @@ class Timing:
 class Record:
     """What one side did in one case.
 
-    seconds: None if it is withheld, because a result was wrong, or the side cannot do it.
-    errors: of the context and each gradient against float64, as parts of the largest value.
+    seconds: None if a result was wrong, so that the time is withheld, or the side is unable.
+    errors: of the context and each gradient against float64, as shares of the largest value.
     wrong: the results that exceeded the error budget.
-    unable: why there is nothing, if this side has no such call.
-    first_call: seconds of the first call in this process, compilation included.
-    peak_bytes: what the process grew by over the call; None if that was not measured.
-    read_share, peak_share: of the machine's measured read bandwidth and multiply-adds, of a
-        forward call by its least traffic and least work.
+    unable: why this side cannot compute the case; empty if it can.
+    first_call: seconds of the first call in this process, including compilation.
+    peak_bytes: growth of the process over the call; None if it was not measured.
+    read_share, peak_share: what a forward call reads and computes at least, as a share of the
+        machine's measured read bandwidth and multiply-adds.
+    tokens: of a call, where tokens per second are the figure.
     """
 
     id: str
@@ -75,11 +75,11 @@ class Record:
     peak_bytes: int | None = None
     read_share: float | None = None
     peak_share: float | None = None
-    tokens: int | None = None  # of a call, where tokens a second are what counts
+    tokens: int | None = None
 
     @property
     def withheld(self) -> bool:
-        """Whether there is no speed because a result was wrong."""
+        """Whether the time is withheld because a result was wrong."""
         return bool(self.wrong)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
-        """The record of `to_json`."""
+        """The inverse of `to_json`; unknown fields are ignored."""
         known = {name: value for name, value in values.items() if name in cls.__annotations__}
         seconds = known.get("seconds")
         known["seconds"] = None if seconds is None else Timing(**seconds)
@@ -98,7 +98,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, measured: bytes read and operations, a second."""
+    """What the machine does at best, measured: bytes read and operations, per second."""
 
     read: float
     peak: float
@@ -122,29 +122,6 @@ def _gpu_limits() -> Limits:
     return Limits(large.nbytes / min(found["read"]), 2 * 4096**3 / min(found["peak"]))
 
 
-def synchronised(call: Callable[[], object]) -> Call:
-    """The call, and all that it has begun on the GPU."""
-
-    def wait() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    return wait
-
-
-def on_device(inputs: Inputs, device: str) -> Inputs:
-    """The same inputs there."""
-    if device == "cpu":
-        return inputs
-    tensors = {name: tensor.to(device) for name, tensor in inputs.tensors.items()}
-    lengths = inputs.masking.memory_lengths
-    masking = inputs.masking._replace(
-        memory_lengths=None if lengths is None else lengths.to(device)
-    )
-    grad = inputs.grad_context.to(device)
-    return replace(inputs, tensors=tensors, masking=masking, grad_context=grad)
-
-
 def measure_case(
     case: Case, sides: Sequence[Side], device: str, limits: Limits, budget_s: float
 ) -> list[Record]:
@@ -153,19 +130,19 @@ def measure_case(
     inputs = on_device(inputs_of(row), device)
     blank = Record(
         case.id, "operator", case.name, case.origin, row.score,
-        str(row.dtype).removeprefix("torch."), row.sizes._asdict(),
+        dtype_name(row.dtype), row.sizes._asdict(),
         "both" if row.backward else "forward", "", False,
     )  # fmt: skip
-    judge = Judge(case, inputs)
+    judge = Judge(row, inputs)
     if any(side.slow for side in sides):
-        torch.compiler.reset()  # it gives up on a function that it has compiled eight times
+        torch.compiler.reset()  # it stops compiling a function after eight times
     records: dict[str, Record] = {}
     attends: dict[str, Attend] = {}
     for side in sides:
         record = replace(blank, side=side.name, ours=side.ours)
         try:
             attend = side.make(row, inputs)
-            record = judge.judged(record, attend)
+            record = judged(record, judge, attend)
         except Unable as reason:
             records[side.name] = replace(record, unable=str(reason))
             continue
@@ -180,12 +157,11 @@ def measure_case(
     if calls:
         with torch.set_grad_enabled(row.backward):
             for name, seconds in samples(calls, budget_s, ROUNDS).items():
-                records[name] = _with_time(records[name], Timing.of(seconds), case, limits)
+                records[name] = _with_time(records[name], Timing.of(seconds), row, limits)
     return list(records.values())
 
 
-def _with_time(record: Record, timing: Timing, case: Case, limits: Limits) -> Record:
-    row = case.row
+def _with_time(record: Record, timing: Timing, row: Row, limits: Limits) -> Record:
     if row.backward:
         return replace(record, seconds=timing)
     least = row.read_bytes if row.sizes.queries == 1 else row.problem.bytes()
@@ -197,39 +173,22 @@ def _with_time(record: Record, timing: Timing, case: Case, limits: Limits) -> Re
     )
 
 
-class Judge:
-    """Holds what a side returns against float64, with the eager chain as the yardstick."""
+def judged(record: Record, judge: Judge, attend: Attend) -> Record:
+    """The record with its errors and the time of the first call.
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.row = case.row
-        self.at = Part.of(case.row)
-        part = self.at.inputs(inputs)
-        seed = torch.zeros_like(inputs.grad_context)
-        self.at.take("context", seed).copy_(part.grad_context)
-        self.whole = replace(inputs, grad_context=seed)
-        self.oracle = testing.oracle(part)
-        self.plain = results(case.row, part, eager(case.row, part))
-
-    def judged(self, record: Record, attend: Attend) -> Record:
-        """The record with its errors and the time of the first call.
-
-        Raises `Unable` if the side fails: what a compiler or a library refuses, it says itself.
-        """
-        start = time.perf_counter()
-        try:
-            got: Tensors = results(self.row, self.whole, attend)
-            if self.whole.grad_context.device.type == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:  # of whatever kind theirs are
-            if record.ours:
-                raise
-            text = str(error).strip() or type(error).__name__
-            raise Unable(f"it fails: {text.splitlines()[0][:120]}") from None
-        first = time.perf_counter() - start
-        verdicts = {
-            name: verdict_of(name, self.at, got, self.oracle, self.plain) for name in self.oracle
-            if name in got
-        }  # fmt: skip
-        errors = {name: v.error / (v.largest or 1.0) for name, v in verdicts.items()}
-        wrong = tuple(name for name, verdict in verdicts.items() if not verdict.passed)
-        return replace(record, errors=errors, wrong=wrong, first_call=first)
+    Raises `Unable`, with the first line of the error, if a side that is not ours fails.
+    """
+    start = time.perf_counter()
+    try:
+        got = judge.results(attend)
+        if judge.whole.grad_context.device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # compilers and libraries raise anything
+        if record.ours:
+            raise
+        text = str(error).strip() or type(error).__name__
+        raise Unable(f"it fails: {text.splitlines()[0][:120]}") from None
+    first = time.perf_counter() - start
+    verdicts = judge.verdicts(got)
+    errors, wrong = relative_errors(verdicts), wrong_names(verdicts)
+    return replace(record, errors=errors, wrong=wrong, first_call=first)

@@ -1,8 +1,8 @@
-"""Growth of a fresh process over one call of one side, in bytes: CASE SIDE DEVICE.
+"""Peak memory of one call of one side in a fresh process, in bytes: CASE SIDE DEVICE.
 
 CASE is the id of a case, or SCORE:BxTxSxD for a training step of those sizes. A process that did
-other things before has a peak of its own. On a CPU it reads /proc, so Linux only; what libraries
-allocate when they are first used counts too, some megabytes.
+other work before has a peak of its own. On a CPU it reads /proc, so it needs Linux; what libraries
+allocate on first use counts too, some megabytes.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import sys
 
 import torch
 
-from benchmarks.common.calls import call_of, inputs_of
-from benchmarks.common.peak_memory import memory_of_process
+from benchmarks.common.calls import call_of, inputs_of, on_device
+from benchmarks.common.peak_memory import allocated_growth, process_growth
+from benchmarks.common.problems import Row, Sizes
 from benchmarks.suite.cases import cases
-from benchmarks.suite.measure import on_device
 from benchmarks.suite.sides import sides
-from benchmarks.targets.cpu.rows import Row, Sizes
 
 
 def row_of(case_id: str) -> Row:
     """The call of a case."""
     score, separated, sizes = case_id.partition(":")
     if separated:
-        return Row(score, Sizes(*map(int, sizes.split("x"))), score, backward=True)
+        return Row(score, Sizes(*map(int, sizes.split("x"))), backward=True)
     (case,) = (case for case in cases(quick=False) if case.id == case_id)
     return case.row
 
@@ -36,16 +35,9 @@ def growth(case_id: str, side_name: str, device: str) -> int:
     call = call_of(row, inputs, side.make(row, inputs))
     with torch.set_grad_enabled(row.backward):
         if device == "cuda":
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        before = memory_of_process("VmRSS")
-        call()
-        return memory_of_process("VmHWM") - before
+            call()  # what is allocated once, by a compiler or a library
+            return allocated_growth(call)
+        return process_growth(call)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The other levels of the suite: the layer with its projections, and whole models.
 
 Both sides have the same parameters. A layer is `LuongAttention` against the formulas of the paper
-in tensor operations; a model is `Seq2Seq` with our backend against itself with the eager one. They
-are judged first: a layer by output and gradients, a training step by loss and gradients against a
-model in float64, decoding by the symbols that both find.
+in tensor operations. A model is `Seq2Seq` with our backend against itself with the eager one. Both
+are judged first: a layer by its output and gradients, a training step by its loss and gradients
+against a model in float64, decoding by whether both sides find the same symbols.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.calls import synchronised
+from benchmarks.common.judging import relative_errors, wrong_names
 from benchmarks.common.measure import Call, samples
-from benchmarks.suite.measure import ROUNDS, Record, Timing, synchronised
+from benchmarks.common.sides import EAGER
+from benchmarks.suite.measure import ROUNDS, Record, Timing
 from fused_attn import LuongAttention, testing
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
 
-OURS, EAGER = "fused", "eager"
-# Both backends' targets agree for nearly all sources: where two symbols are equally likely but for
-# rounding, they may not.
+OURS = "fused"
+# The targets of both backends agree for nearly all sources. They may differ where two symbols are
+# equally likely up to rounding.
 AGREEING = 0.95
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A `LuongAttention` and what goes through it; sizes as in `suite_cases`."""
+    """A `LuongAttention` and the sizes (B, T, S, D) of its inputs."""
 
     name: str
     origin: str
@@ -43,7 +46,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A `Seq2Seq` at work: "training" steps, "greedy" or "beam 5" decoding."""
+    """A `Seq2Seq` and what it does: "training" steps, "greedy" or "beam 5" decoding."""
 
     name: str
     origin: str
@@ -76,12 +79,12 @@ MODELS = tuple(
 
 
 def layer_id(case: LayerCase) -> str:
-    """Of one case in all files of results."""
+    """Names the case in all files of results."""
     return f"{case.name}/{case.score}/float32/{'x'.join(map(str, case.sizes))}/both"
 
 
 def model_id(case: ModelCase) -> str:
-    """Of one case in all files of results."""
+    """Names the case in all files of results."""
     return f"{case.name}/{case.config.score}/float32/{case.batch}x{case.target}x{case.source}"
 
 
@@ -180,7 +183,7 @@ def _decoding(
     device: str,
     budget_s: float,
 ) -> list[Record]:
-    """All targets have the same length, so that both sides make the same number of steps."""
+    """The records of both sides. All targets have the same length, hence as many steps."""
     length = case.target
     config = replace(case.search, min_length=length, max_length=length)
     calls: dict[str, Call] = {
@@ -223,8 +226,7 @@ def _timed(
     records = {}
     for side, got in results.items():
         verdicts = {name: testing.judge(got[name], oracle[name], beside[name]) for name in oracle}
-        errors = {name: v.error / (v.largest or 1.0) for name, v in verdicts.items()}
-        wrong = tuple(name for name, verdict in verdicts.items() if not verdict.passed)
+        errors, wrong = relative_errors(verdicts), wrong_names(verdicts)
         records[side] = replace(record, side=side, ours=side == OURS, errors=errors, wrong=wrong)
     right = {side: calls[side] for side, found in records.items() if not found.wrong}
     for side, seconds in samples(_on(right, device), budget_s, ROUNDS).items():

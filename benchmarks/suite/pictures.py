@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import math
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.common.pictures import svg
+from benchmarks.common.sides import EAGER
 from benchmarks.suite.memory import row_of
 from benchmarks.suite.results import Run, best_of_ours, rivals, score_of, speedup
-from benchmarks.suite.sides import EAGER
 
 _MARKS = {"dot": "o", "general": "s", "projected": "^", "concat": "D"}
 
 
 def roofline(run: Run) -> str:
-    """Achieved operations a second over operations for a byte, under the machine's roof."""
+    """Operations per second over operations per byte, under the machine's roof."""
     read, peak = run.limits.read / 1e9, run.limits.peak / 1e9
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -38,48 +37,48 @@ def roofline(run: Run) -> str:
             work / least, work / record.seconds.median / 1e9, label=label,
             marker=_MARKS.get(record.score, "o"), color="#1f6fb2", s=28,
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations for a byte", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     if seen:
         axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def memory_picture(run: Run) -> str:
-    """Peaks of a training step of concat by length of the source, one line for each side."""
+    """Peak memory of a training step of concat by source length, a line for each side."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     for side, peaks in run.memory.items():
         lengths = [int(length) for length in peaks]
         axes.plot(lengths, [peak / 1e6 for peak in peaks.values()], marker="o", label=side)
-    axes.set(xscale="log", yscale="log", xlabel="length of the source S", ylabel="MB")
+    axes.set(xscale="log", yscale="log", xlabel="source length S", ylabel="MB")
     lengths = sorted({int(length) for peaks in run.memory.values() for length in peaks})
     axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def growth_picture(run: Run) -> str:
-    """Time against each size, as multiples of the first: a slope of 1 doubles with it."""
+    """Time over size, both relative to the first: linear growth has slope 1."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, seconds in run.growth.items():
         times = [value / seconds[0] for value in seconds]
         axes.plot([1 << i for i in range(len(times))], times, marker="o", markersize=4, label=name)
     axes.plot([1, 8], [1, 8], color="#888888", linestyle="--", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="size, times the first", ylabel="time, the same")
+    axes.set(xscale="log", yscale="log", xlabel="relative size", ylabel="relative time")
     axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def speedup_picture(run: Run) -> str:
-    """Ours against eager, and the best other against eager, a bar for each case."""
+    """Speedups over eager, of ours and of the best other side, as bars for each case."""
     rows = []
     for sides in run.by_case().values():
         ours, eager = best_of_ours(sides), sides.get(EAGER)
@@ -103,17 +102,17 @@ def speedup_picture(run: Run) -> str:
         axes.text(row[1], i + 0.2, f" {row[1]:.1f}x", va="center", fontsize="small")
     axes.axvline(1.0, color="#444444", linewidth=1)
     axes.set_yticks(list(places), [row[0] for row in rows])
-    axes.set(xscale="log", xlabel="times as fast as eager")
+    axes.set(xscale="log", xlabel="speedup over eager")
     axes.margins(x=0.12)
     ticks = [n for n in (0.5, 1, 2, 5, 10, 20, 50, 100) if n <= 1.3 * max(r[1] for r in rows)]
     axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axes.minorticks_off()
     axes.legend(loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def growth_table(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Seconds after each doubling, and the slope: the exponent with which time grows."""
+    """Seconds after each doubling, and the exponent of the growth."""
     header = ["call, size", "1", "2", "4", "8", "exponent"]
     rows = []
     for name, seconds in run.growth.items():
@@ -128,11 +127,3 @@ def slope(seconds: list[float]) -> float:
     middle, mean = (len(logs) - 1) / 2, sum(logs) / len(logs)
     top = sum((i - middle) * (value - mean) for i, value in enumerate(logs))
     return top / sum((i - middle) ** 2 for i in range(len(logs)))
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from benchmarks.suite import compare
 from benchmarks.suite.run import finish, parser, run
 
-_SECONDS = 1.5  # for each case, about
+_SECONDS = 1.5  # about, for each case
 
 
 def main(arguments: Sequence[str]) -> int:
     asked = parser("quick", __doc__ or "")
     asked.add_argument(
-        "--check", action="store_true", help="say which ratios fell below the machine's baseline"
+        "--check",
+        action="store_true",
+        help="list ratios that fell below the machine's baseline",
     )
     options = asked.parse_args(arguments)
     found = run(options, quick=True, budget_s=_SECONDS)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.common.table import duration
+from benchmarks.common.files import write_whole
+from benchmarks.common.sides import EAGER
+from benchmarks.common.table import WITHHELD, duration
 from benchmarks.suite.measure import Record
 from benchmarks.suite.pictures import (
     growth_picture,
@@ -31,14 +33,13 @@ from benchmarks.suite.results import (
     speedup,
 )
 from benchmarks.suite.run import short_cases
-from benchmarks.suite.sides import EAGER
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BEGIN, END = "<!-- suite: written by `python -m benchmarks report` -->", "<!-- /suite -->"
 LEVELS = {
     "operator": "The operator: score, mask, softmax, weighted sum",
     "layer": "The layer: with projections and attentional state",
-    "model": "Whole models: symbols a second",
+    "model": "Whole models: symbols per second",
 }
 PICTURES = {
     "speedup": speedup_picture, "roofline": roofline, "memory": memory_picture,
@@ -48,7 +49,7 @@ WAYS = {"both": "forward + backward", "forward": "forward"}
 
 
 def page(run: Run) -> str:
-    """Return the HTML of a run; nothing of it comes from elsewhere."""
+    """Return the HTML of a run, which refers to no other file."""
     body = [_head(run)]
     cases = run.by_case()
     for level, title in LEVELS.items():
@@ -57,13 +58,13 @@ def page(run: Run) -> str:
             body += [f"<h2>{escape(title)}</h2>", *map(_case, chosen)]
     body += [
         "<h2>Against the machine</h2>",
-        "<p class=soft>Forward calls of ours by operations for a byte of least traffic; the roof "
-        "is what this machine reads and multiplies, measured in the same run.</p>",
+        "<p class=soft>Our forward calls by operations per byte of the least traffic. The roof is "
+        "what this machine reads and multiplies at best, measured in the same run.</p>",
         f"<figure>{roofline(run)}</figure>",
     ]
     if run.memory:
         body += [
-            "<h2>Memory against the length of the source</h2>",
+            "<h2>Memory by source length</h2>",
             "<p class=soft>Growth of a fresh process over a training step of concat, B=8, T=40, "
             "D=256.</p>",
             f"<figure>{memory_picture(run)}</figure>",
@@ -82,10 +83,10 @@ def _head(run: Run) -> str:
     wrong = [record for record in run.records if record.withheld]
     text = (
         f"<p>Fused Luong attention against what people use in its place: the same inputs, the same "
-        f"run, all sides taking turns. Every side is first held against float64; one whose error "
-        f"exceeds twice that of eager in the same dtype, plus rounding, has no speed here"
-        f"{' (' + str(len(wrong)) + ' withheld)' if wrong else ''}. Times are medians, ± half of "
-        f"what lies between the quarters. Tap a case for every side, with errors and memory.</p>"
+        f"run, all sides taking turns. Every side is first compared with float64. A side whose "
+        f"error exceeds twice that of eager in the same dtype, plus rounding, has no time here"
+        f"{' (' + str(len(wrong)) + ' withheld)' if wrong else ''}. Times are medians, ± half the "
+        f"distance between the quartiles. Tap a case for every side, with errors and memory.</p>"
         f"<p class=soft>{escape(where)}, {facts['threads']} threads; {escape(versions)}; commit "
         f"{escape(facts['commit'])}; {escape(facts['date'])}. Reads "
         f"{run.limits.read / 1e9:.0f} GB/s, multiplies {run.limits.peak / 1e9:.0f} GFLOP/s.</p>"
@@ -116,7 +117,7 @@ def _case(sides: dict[str, Record]) -> str:
 def _bar(record: Record, longest: float) -> str:
     name = f"<span>{escape(record.side)}</span>"
     if record.seconds is None:
-        return f"{name}<span class=wrong>withheld</span><span></span>"
+        return f"{name}<span class=wrong>{WITHHELD}</span><span></span>"
     width = 100 * record.seconds.median / longest
     kind = "bar ours" if record.ours else "bar"
     time = f"{duration(record.seconds.median)} ±{record.seconds.spread:.0%}"
@@ -138,7 +139,7 @@ def _details(sides: dict[str, Record]) -> str:
         rows.append(
             [
                 record.side,
-                "withheld" if time is None else f"{duration(time.median)} ±{time.spread:.0%}",
+                WITHHELD if time is None else f"{duration(time.median)} ±{time.spread:.0%}",
                 "" if time is None else str(time.runs),
                 "" if worst is None else f"{worst:.1e}",
                 "" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:,.0f} MB",
@@ -172,9 +173,9 @@ def _sizes(run: Run) -> str:
 
 
 def readme_table(run: Run) -> str:
-    """The table of the README: ours against eager and the best other, in Markdown.
+    """The table of the README: ours against eager and the best other side, in Markdown.
 
-    Of a full run it has the cases of the short suite.
+    It shows the cases of the short suite, also for a full run.
     """
     short = short_cases() & {record.id for record in run.records}
     facts = run.provenance
@@ -205,7 +206,7 @@ def readme_table(run: Run) -> str:
 
 
 def put_into(text: str, table: str) -> str:
-    """Return a document with the table between its marks. Raises ValueError if it has none."""
+    """Return a document with the table between its marks. Raises ValueError if it has no marks."""
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"there is no {BEGIN} ... {END}")
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page")
-    parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table into it")
+    parser.add_argument("--readme", type=Path, metavar="FILE.md", help="write the table into it")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures there")
     options = parser.parse_args(arguments)
     if options.output is options.readme is options.pictures is None:
@@ -232,12 +233,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
         for name, draw in PICTURES.items():
             if name in ("memory", "growth") and not getattr(run, name):
                 continue  # the short suite does not measure it
-            (options.pictures / f"{name}.svg").write_text(draw(run), encoding="utf-8")
+            write_whole(options.pictures / f"{name}.svg", draw(run))
     if options.output is not None:
-        options.output.write_text(page(run), encoding="utf-8")
+        write_whole(options.output, page(run))
         print(f"written: {options.output}")
     return 0

@@ -1,4 +1,4 @@
-"""A run of the suite: its records with where they come from, on the disk and on a terminal."""
+"""A run of the suite: its records and their provenance, in a file and on a terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-from benchmarks.common.table import duration, render
+from benchmarks.common.files import ROOT, write_whole
+from benchmarks.common.sides import EAGER
+from benchmarks.common.table import WITHHELD, duration, render
 from benchmarks.suite.measure import Limits, Record
-from benchmarks.suite.sides import EAGER
 
 FORMAT = 1
-RESULTS = Path(__file__).parent.parent / "results"
-WITHHELD = "withheld"
 _BAR = 20  # characters
 
 
@@ -26,9 +25,9 @@ _BAR = 20  # characters
 class Run:
     """Everything that one run measured.
 
-    provenance: date, processor, threads, versions, commit. limits: of the machine. growth: by the
-    name of a call and the size that was doubled, seconds after each doubling. memory: peaks by side
-    and length of the source. sizes: bytes of what is installed.
+    provenance: date, processor, threads, versions, commit. limits: of the machine. growth: seconds
+    after each doubling, by the name of a call and the size that was doubled. memory: peak bytes by
+    side and source length. sizes: bytes of what is installed.
     """
 
     provenance: dict[str, Any]
@@ -39,7 +38,7 @@ class Run:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the run; every row carries where it comes from."""
+        """Write the run; every row carries its provenance."""
         rows = [record.to_json() | {"provenance": self.provenance} for record in self.records]
         document = {
             "format": FORMAT,
@@ -50,12 +49,11 @@ class Run:
             "memory": self.memory,
             "sizes": self.sizes,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Read a run. Raises ValueError if the file is none."""
+        """Read a run. Raises ValueError if the file is not one."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != FORMAT:
@@ -68,7 +66,7 @@ class Run:
             raise ValueError(f"{path} is no result of the suite: {error!r}") from None
 
     def by_case(self) -> dict[str, dict[str, Record]]:
-        """Records by case and side, in the order of the run."""
+        """The records by case and side, in the order of the run."""
         found: dict[str, dict[str, Record]] = {}
         for record in self.records:
             found.setdefault(record.id, {})[record.side] = record
@@ -76,7 +74,7 @@ class Run:
 
 
 def provenance(threads: int, device: str) -> dict[str, Any]:
-    """Of this run: also the commit, and the GPU if there is one."""
+    """The provenance of this run: the machine's, with the commit and the GPU."""
     facts = machine.provenance(threads) | {"commit": _commit(), "device": device}
     if device == "cuda":
         import torch
@@ -86,11 +84,11 @@ def provenance(threads: int, device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the checkout, with a + if something has changed since."""
+    """The commit of the checkout, with a + if files differ from it."""
     try:
         commit, changed = (
             subprocess.run(
-                ["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout.strip()
             for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"])
         )
@@ -100,27 +98,26 @@ def _commit() -> str:
 
 
 def machine_name(facts: dict[str, Any]) -> str:
-    """A directory for the machine: processor and cores, or GPU."""
-    text = facts.get("gpu") or f"{facts['processor']} {facts['cores']} cores"
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    """The directory of the machine: GPU, or processor and cores."""
+    return machine.slug(facts.get("gpu") or f"{facts['processor']} {facts['cores']} cores")
 
 
 def best_of_ours(sides: dict[str, Record]) -> Record | None:
-    """The fastest of our sides that was right; or one that was not, so that it is seen."""
+    """The fastest of our sides that was right; if there is none, one that was wrong."""
     ours = [record for record in sides.values() if record.ours and not record.unable]
     found = _timed(ours) or ours
     return found[0] if found else None
 
 
 def speedup(ours: Record | None, other: Record | None) -> float | None:
-    """How many times as long the other takes; None where one has no time."""
+    """The time of the other over ours; None where one has no time."""
     if ours is None or other is None or ours.seconds is None or other.seconds is None:
         return None
     return other.seconds.median / ours.seconds.median
 
 
 def rivals(sides: dict[str, Record]) -> list[Record]:
-    """The others that have a time, the fastest first."""
+    """The sides that are not ours and have a time, the fastest first."""
     return _timed([record for record in sides.values() if not record.ours])
 
 
@@ -135,16 +132,13 @@ def sizes_of(record: Record) -> str:
 
 
 def score_of(record: Record) -> str:
-    """The score for people, and the dtype if it is not the usual one.
-
-    With finished projections it is concat of a prepared memory.
-    """
+    """The score as shown, with the dtype unless it is float32."""
     score = "concat, prepared" if record.score == "projected" else record.score
     return score if record.dtype == "float32" else f"{score}, {record.dtype}"
 
 
 def text_of(run: Run) -> str:
-    """The table for a terminal: our time, the next best, and a bar for eager and for that."""
+    """The table for a terminal: our time, eager's, the best other, error, and a bar."""
     facts = run.provenance
     lines = [
         f"{facts.get('gpu') or facts['processor']}, threads: {facts['threads']}, "
@@ -197,7 +191,7 @@ def _time(record: Record | None) -> str:
 
 
 def bar(ratio: float) -> str:
-    """Doublings against eager: four characters to each, to the left of the mark if slower."""
+    """The ratio to eager on a log scale, four characters for each doubling; ▒ if slower."""
     length = round(4 * math.log2(ratio))
     if length < 0:
         return "▒" * min(_BAR, -length) + "|"
@@ -205,5 +199,5 @@ def bar(ratio: float) -> str:
 
 
 def cases_that_are_wrong(records: Sequence[Record]) -> list[Record]:
-    """Ours that exceeded the error budget."""
+    """Our records that exceeded the error budget."""
     return [record for record in records if record.ours and record.wrong]

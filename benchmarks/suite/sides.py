@@ -1,6 +1,6 @@
-"""Who is compared: our backends, and what people use in their place.
+"""The sides that are compared: our backends, and what people use in their place.
 
-A side makes a call from a case: tensors by name in, context out. It may say that it cannot.
+A side turns a case into a function from tensors by name to the results, or raises `Unable`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,36 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
-from benchmarks.common.calls import Attend, eager, fused
-from benchmarks.targets.cpu.rows import Row
+from benchmarks.common.calls import Attend
+from benchmarks.common.problems import Row
+from benchmarks.common.sides import (
+    EAGER,
+    eager,
+    eager_context,
+    fused,
+    one_head,
+    query_of,
+    sdpa,
+    without_weights,
+)
 from fused_attn import backends, testing
 from fused_attn.testing import Inputs, Tensors
 
 PRODUCTS = ("dot", "general")
-LARGE = 1e9  # what Keras takes from the scores of the padding
+LARGE = 1e9  # Keras subtracts it from the scores of the padding
 
 
 class Unable(Exception):
-    """This side has no call for the case; the message says why."""
+    """This side cannot compute the case; the message says why."""
 
 
 @dataclass(frozen=True)
 class Side:
     """One way to compute attention.
 
-    slow: it takes long to begin with, and stays out of the short suite.
+    slow: it takes long to start, and stays out of the short suite.
     """
 
     name: str
@@ -41,10 +51,10 @@ class Side:
 
 
 def sides(device: str) -> list[Side]:
-    """Ours first, one for each backend that this machine has for the device, then the others."""
+    """Ours first, one for each backend that is available on the device, then the others."""
     found = []
     for backend in backends.BACKENDS:
-        if backend == "eager":  # the reference, which nobody uses for its speed
+        if backend == EAGER:  # the reference, which nobody uses for its speed
             continue
         if not backends.unavailable_reasons(backend) and (backend == "cpu") == (device == "cpu"):
             found.append(Side(f"fused ({backend})", partial(_fused, backend), ours=True))
@@ -60,56 +70,43 @@ def _fused(backend: str, row: Row, inputs: Inputs) -> Attend:
 
 
 def _compiler(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled for its shapes alone, and wholly: it would run as eager where that fails."""
+    """Compiled for these shapes alone, and as one graph: a broken one would run as eager."""
     return torch.compile(call, dynamic=False, fullgraph=True)
 
 
 def _compiled(row: Row, inputs: Inputs) -> Attend:
-    return _compiler(eager(row, inputs))
+    return without_weights(_compiler(eager_context(row, inputs)))
 
 
-def _keys(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Query and memory as a score that is a product takes them."""
+def _require_product(row: Row) -> None:
     if row.score not in PRODUCTS:
         raise Unable("the score is no product of query and memory")
-    query = tensors["query"]
-    return (query @ tensors["weight"] if row.score == "general" else query), tensors["memory"]
 
 
 def _sdpa(row: Row, inputs: Inputs) -> Attend:
-    _keys(row, inputs.tensors)
-    mask = testing.counted(inputs)[:, None]
-
-    def attend(tensors: Tensors) -> Tensor:
-        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
-        return scaled_dot_product_attention(query, memory, memory, mask, scale=1.0)[:, 0]
-
-    return attend
+    _require_product(row)
+    return sdpa(row, testing.counted(inputs))
 
 
 def _flex(row: Row, inputs: Inputs) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
-    _keys(row, inputs.tensors)
+    _require_product(row)
     device = inputs.tensors["memory"].device.type
     if device == "cpu" and row.backward:
         raise Unable("flex_attention has no backward on a CPU")
     lengths = inputs.masking.memory_lengths
     assert lengths is not None
-    call = _compiler(flex_attention)
 
     def counts(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return torch.where(kv < lengths[b], score, -torch.inf)
 
-    def attend(tensors: Tensors) -> Tensor:
-        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
-        return call(query, memory, memory, score_mod=counts, scale=1.0)[:, 0]
-
-    return attend
+    return one_head(row, _compiler(flex_attention), score_mod=counts)
 
 
 def _flash(row: Row, inputs: Inputs) -> Attend:
-    memory = _keys(row, inputs.tensors)[1]
+    _require_product(row)
+    memory = inputs.tensors["memory"]
     if importlib.util.find_spec("flash_attn") is None:
         raise Unable("flash-attn is not installed")
     if memory.shape[-1] > 256 or memory.device.type != "cuda" or memory.dtype == torch.float32:
@@ -117,26 +114,23 @@ def _flash(row: Row, inputs: Inputs) -> Attend:
     from flash_attn import flash_attn_func
 
     def attend(tensors: Tensors) -> Tensor:
-        query, memory = (tensor[:, :, None] for tensor in _keys(row, tensors))
+        query, memory = query_of(row, tensors)[:, :, None], tensors["memory"][:, :, None]
         return flash_attn_func(query, memory, memory, softmax_scale=1.0)[:, :, 0]
 
-    return attend
+    return without_weights(attend)
 
 
 def _ffpa(row: Row, inputs: Inputs) -> Attend:
-    memory = _keys(row, inputs.tensors)[1]
+    _require_product(row)
+    memory = inputs.tensors["memory"]
     if importlib.util.find_spec("ffpa_attn") is None:
         raise Unable("ffpa-attn is not installed")
-    wide = 256 < memory.shape[-1] <= 1024  # it hands the rest to SDPA
-    if not wide or memory.device.type != "cuda" or memory.dtype == torch.float32:
+    is_wide = 256 < memory.shape[-1] <= 1024  # it leaves other widths to SDPA
+    if not is_wide or memory.device.type != "cuda" or memory.dtype == torch.float32:
         raise Unable("ffpa-attn is for heads of 257 to 1024, in half precision, on a GPU")
     from ffpa_attn import ffpa_attn_func
 
-    def attend(tensors: Tensors) -> Tensor:
-        query, memory = (tensor[:, None] for tensor in _keys(row, tensors))
-        return ffpa_attn_func(query, memory, memory, scale=1.0)[:, 0]
-
-    return attend
+    return one_head(row, ffpa_attn_func)
 
 
 def _projections(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -147,7 +141,7 @@ def _projections(row: Row, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(row: Row, inputs: Inputs) -> Attend:
-    """Concat one target step after another: (B, S, A) at a time, for memory."""
+    """Concat one target step after another, with (B, S, A) in memory at a time."""
     if row.score in PRODUCTS:
         raise Unable("a product needs no chunks")
     if row.sizes.queries == 1:
@@ -164,36 +158,35 @@ def _chunked(row: Row, inputs: Inputs) -> Attend:
             steps.append(torch.bmm(weights, tensors["memory"]))
         return torch.cat(steps, dim=1)
 
-    return attend
+    return without_weights(attend)
 
 
 def _keras(row: Row, inputs: Inputs) -> Attend:
-    """As Keras's Attention and AdditiveAttention write it down."""
+    """The operations of Keras's Attention and AdditiveAttention."""
     padding = (~testing.counted(inputs)).to(row.dtype)
     large = min(LARGE, torch.finfo(row.dtype).max / 2)
 
     def attend(tensors: Tensors) -> Tensor:
         if row.score in PRODUCTS:
-            query, memory = _keys(row, tensors)
-            scores = torch.matmul(query, memory.transpose(1, 2))
+            memory = tensors["memory"]
+            scores = torch.matmul(query_of(row, tensors), memory.transpose(1, 2))
         else:
             query, keys = _projections(row, tensors)
             scores = (tensors["v"] * torch.tanh(query[:, :, None] + keys[:, None])).sum(dim=-1)
         weights = torch.softmax(scores - large * padding, dim=-1)
         return torch.matmul(weights, tensors["memory"])
 
-    return attend
+    return without_weights(attend)
 
 
 def _opennmt(row: Row, inputs: Inputs) -> Attend:
-    """As OpenNMT-py's GlobalAttention: expanded, flattened for its linear layers."""
+    """The operations of OpenNMT-py's GlobalAttention: expanded, and flattened for its layers."""
     hidden = ~testing.counted(inputs)
 
     def attend(tensors: Tensors) -> Tensor:
         memory = tensors["memory"]
         if row.score in PRODUCTS:
-            query, _ = _keys(row, tensors)
-            scores = torch.bmm(query, memory.transpose(1, 2))
+            scores = torch.bmm(query_of(row, tensors), memory.transpose(1, 2))
         else:
             query, keys = _projections(row, tensors)
             (batch, steps, width), source = query.shape, keys.shape[1]
@@ -206,10 +199,9 @@ def _opennmt(row: Row, inputs: Inputs) -> Attend:
         weights = torch.softmax(scores.view(batch * steps, source), dim=-1)
         return torch.bmm(weights.view(batch, steps, source), memory)
 
-    return attend
+    return without_weights(attend)
 
 
-EAGER = "eager"
 OTHERS = (
     Side(EAGER, eager),
     Side("compiled eager", _compiled, slow=True),

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.calls import call_of, inputs_of
+from benchmarks.common.calls import call_of, inputs_of, on_device, synchronised
+from benchmarks.common.judging import Judge
 from benchmarks.suite.cases import Case, cases
-from benchmarks.suite.measure import Judge, Record, on_device, synchronised
+from benchmarks.suite.measure import Record, judged
 from benchmarks.suite.sides import Side, Unable, sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,11 +30,11 @@ def test_operator(benchmark: Any, case: Case, side: Side) -> None:
     inputs = on_device(inputs_of(case.row), DEVICE)
     try:
         attend = side.make(case.row, inputs)
-        judged = Judge(case, inputs).judged(BLANK, attend)
+        found = judged(BLANK, Judge(case.row, inputs), attend)
     except Unable as reason:
         pytest.skip(str(reason))
-    assert not judged.wrong, f"{judged.wrong} exceeded the error budget: {judged.errors}"
-    benchmark.extra_info.update(judged.errors)
+    assert not found.wrong, f"{found.wrong} exceeded the error budget: {found.errors}"
+    benchmark.extra_info.update(found.errors)
     call = call_of(case.row, inputs, attend)
     with torch.set_grad_enabled(case.row.backward):
         benchmark(call if DEVICE == "cpu" else synchronised(call))

@@ -10,24 +10,27 @@ same total size. The peak is that of multiply-adds in registers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.table import duration, render
-from benchmarks.targets.cpu import figures as cpu_results
-from benchmarks.targets.cpu import scaling as cpu_scaling
+from benchmarks.common.files import write_whole
+from benchmarks.common.scaling import Scaled, measure_growth, measure_threads
+from benchmarks.common.table import duration, progress, render
+from benchmarks.targets.cpu import figures
 from benchmarks.targets.cpu.figures import Result
-from benchmarks.targets.cpu.rows import GROWTH_ROWS, ROWS, THREAD_ROWS, Row
-from benchmarks.targets.cpu.scaling import AXES, Scaled
+from benchmarks.targets.cpu.rows import GROWTH_ROWS, ROWS, THREAD_ROWS, CpuRow
+from benchmarks.targets.cpu.scaling import growth_table, threads_table
 from fused_attn import backends
 
+AXES = "STB"  # the sizes that are doubled
 HEADER = ["case", "B, T, S, D", "fused", "eager", "ratio", "target", "second", "target", "verdict"]
 
 
@@ -35,12 +38,12 @@ HEADER = ["case", "B, T, S, D", "fused", "eager", "ratio", "target", "second", "
 class Plan:
     """What to measure."""
 
-    rows: Sequence[Row] = ROWS
-    threads: Sequence[Row] = THREAD_ROWS
-    growth: Sequence[tuple[Row, str]] = tuple((row, axis) for row in GROWTH_ROWS for axis in AXES)
+    rows: Sequence[CpuRow] = ROWS
+    threads: Sequence[CpuRow] = THREAD_ROWS
+    growth: Sequence[tuple[CpuRow, str]] = tuple(itertools.product(GROWTH_ROWS, AXES))
 
     def only(self, text: str) -> Plan:
-        """The part whose labels hold ``text``."""
+        """The part whose labels contain ``text``, in any case."""
 
         def wanted(label: str) -> bool:
             return text.lower() in label.lower()
@@ -54,7 +57,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """What was measured, and on what."""
+    """What was measured, and its provenance."""
 
     provenance: dict[str, Any]
     rows: list[Result] = field(default_factory=list)
@@ -69,29 +72,25 @@ class Report:
         threads = self.provenance["threads"]
         return {
             "provenance": self.provenance,
-            "rows": [cpu_results.as_json(result, threads) for result in self.rows],
-            "threads": [cpu_scaling.as_json(scaled) for scaled in self.threads],
-            "growth": [cpu_scaling.as_json(scaled) for scaled in self.growth],
+            "rows": [figures.as_json(result, threads) for result in self.rows],
+            "threads": [asdict(scaled) for scaled in self.threads],
+            "growth": [asdict(scaled) for scaled in self.growth],
         }
 
 
 def run(plan: Plan, threads: int, budget_s: float) -> Report:
-    """Measure, and say on a terminal what is being measured."""
-
-    def progress(label: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{label}", end="", file=sys.stderr, flush=True)
-
+    """Measure everything in the plan, and show on a terminal what is being measured."""
     report = Report(machine.provenance(threads))
     for row in plan.rows:
         progress(row.label)
-        report.rows.append(cpu_results.measure(row, threads, budget_s))
+        report.rows.append(figures.measure(row, threads, budget_s))
     for row in plan.threads:
         progress(f"threads {row.label}")
-        report.threads.append(cpu_scaling.measure_threads(row, budget_s))
+        report.threads.append(measure_threads(row.label, row, budget_s))
     for row, axis in plan.growth:
-        progress(f"growth {row.label}, {axis}")
-        report.growth.append(cpu_scaling.measure_growth(row, axis, threads, budget_s))
+        name = f"{row.label}, {axis}"
+        progress(f"growth {name}")
+        report.growth.append(measure_growth(name, row, axis, threads, budget_s))
     progress("")
     return report
 
@@ -112,7 +111,7 @@ def table_row(result: Result) -> list[str]:
 
 
 def endings(report: Report) -> list[str]:
-    """What a reader must not overlook."""
+    """What a reader must not overlook: missed targets, wrong results, rows that did not run."""
     short = [
         f"  {result.row.label}: {figure.text}, target {figure.wanted}"
         for result in report.rows
@@ -136,7 +135,7 @@ def endings(report: Report) -> list[str]:
 
 
 def text_of(report: Report) -> str:
-    """The report for a person."""
+    """The report as text: tables and `endings`."""
     facts = report.provenance
     lines = [
         f"{facts['processor']}, {facts['instruction_set']}, threads: {facts['threads']}, "
@@ -146,9 +145,9 @@ def text_of(report: Report) -> str:
         table = render(HEADER, [table_row(result) for result in report.rows], text_columns=2)
         lines += ["", table]
     if report.threads:
-        lines += ["", cpu_scaling.threads_table(report.threads)]
+        lines += ["", threads_table(report.threads)]
     if report.growth:
-        lines += ["", cpu_scaling.growth_table(report.growth)]
+        lines += ["", growth_table(report.growth)]
     return "\n".join([*lines, *endings(report)])
 
 
@@ -163,14 +162,20 @@ def main(arguments: Sequence[str] = (), plan: Plan | None = None) -> int:
     """Print the tables. Returns 1 if a result exceeded the error budget, 2 without the backend."""
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=summary)
-    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose label holds it")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows that contain it")
     parser.add_argument(
-        "--seconds", type=float, default=1.5, help="time to spend on each row, about (default: 1.5)"
+        "--seconds",
+        type=float,
+        default=1.5,
+        help="about, for each row (default: 1.5)",
     )
     parser.add_argument(
-        "--threads", type=_positive, default=torch.get_num_threads(), help="default: as torch does"
+        "--threads",
+        type=_positive,
+        default=torch.get_num_threads(),
+        help="default: those of torch",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
     options = parser.parse_args(arguments)
     chosen = (plan or Plan()).only(options.rows)
     if not (chosen.rows or chosen.threads or chosen.growth):
@@ -181,7 +186,5 @@ def main(arguments: Sequence[str] = (), plan: Plan | None = None) -> int:
     report = run(chosen, options.threads, options.seconds)
     print(text_of(report))
     if options.json:
-        from fused_attn.seq2seq.checkpoint import write_atomically  # needs the seq2seq extra
-
-        write_atomically(options.json, (json.dumps(report.as_json(), indent=1) + "\n").encode())
+        write_whole(options.json, json.dumps(report.as_json(), indent=1) + "\n")
     return 0 if report.passed else 1

@@ -1,4 +1,4 @@
-"""One row of `python -m benchmarks cpu`, measured: judged first, then timed, then compared."""
+"""One row of `python -m benchmarks cpu`: judged, then timed, then compared with its targets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, peak_memory
-from benchmarks.common.calls import eager, fused, inputs_of, judge, timed
+from benchmarks.common.calls import inputs_of
+from benchmarks.common.judging import judge_fused
 from benchmarks.common.measure import medians
-from benchmarks.targets.cpu.rows import Row, Second
+from benchmarks.common.problems import dtype_name
+from benchmarks.common.scaling import ROUNDS, timed
+from benchmarks.common.sides import eager, fused
+from benchmarks.common.table import WITHHELD
+from benchmarks.targets.cpu.rows import CpuRow, Second
 from fused_attn.testing import Verdict
 
-ROUNDS = 100
 GIGA = 1e9
 
 
@@ -29,7 +33,7 @@ class Figure:
     target: float
     text: str  # of the number
     wanted: str  # of the target
-    most: bool = False  # the target is the most that it may be, not the least
+    most: bool = False  # the target is an upper limit, not a lower one
 
     @property
     def met(self) -> bool:
@@ -38,11 +42,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """A row with its figures. There are none if a result was wrong, or the row cannot run here."""
+    """A row with its figures; without, if a result was wrong or the row cannot run here."""
 
-    row: Row
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by result
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by what was timed
+    row: CpuRow
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by name of the result
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by name of the call
     speedup: Figure | None = None
     second: Figure | None = None
     unable: str = ""  # why it cannot run here
@@ -61,11 +65,11 @@ class Result:
         if self.unable:
             return "not here"
         if not self.passed:
-            return "withheld"
+            return WITHHELD
         return "SHORT" if self.short else "ok"
 
 
-def why_unable(row: Row) -> str:
+def why_unable(row: CpuRow) -> str:
     """Why this machine cannot run the row, in a few words; empty if it can."""
     if row.isa is not None and row.isa not in machine.native().cpu_isas_supported():
         return f"this machine has no {row.isa}"
@@ -74,32 +78,34 @@ def why_unable(row: Row) -> str:
     return ""
 
 
-def measure(row: Row, threads: int, budget_s: float) -> Result:
-    """Errors first; figures only if all of them lie within the budget."""
+def measure(row: CpuRow, threads: int, budget_s: float) -> Result:
+    """The errors of the row; its figures only if every error lies within its budget."""
     if unable := why_unable(row):
         return Result(row, unable=unable)
     threads = row.threads or threads
     with machine.using_threads(threads), machine.using_isa(row.isa):
         inputs = inputs_of(row)
-        verdicts = judge(row, inputs)
+        verdicts = judge_fused(row, inputs)
         beside = None
         if row.second is not None and row.second.kind == "fp32":
             wide = replace(row, dtype=torch.float32)
             beside = wide, inputs_of(wide)
-            verdicts |= {f"fp32 {name}": found for name, found in judge(*beside).items()}
+            verdicts |= {f"fp32 {name}": found for name, found in judge_fused(*beside).items()}
         judged = Result(row, verdicts)
         if not judged.passed:
             return judged
         if row.second is not None and row.second.kind == "memory":
             return replace(judged, second=_memory(row, row.second, threads))
         sides = [fused] if row.speedup is None else [fused, eager]
-        calls = dict(zip(("fused", "eager"), timed(row, inputs, *sides), strict=False))
+        is_read = row.second is not None and row.second.kind == "read"
+        every = timed(row, inputs, *sides, read_bytes=machine.READ_BYTES if is_read else 0)
+        calls = dict(zip(("fused", "eager"), every, strict=False))
         if beside:
             (calls["fp32"],) = timed(*beside, fused)
         operations = 0
         if row.second is not None and row.second.kind == "peak":
             calls["peak"], operations = machine.peak_call(threads)
-        if row.second is not None and row.second.kind == "read":
+        if is_read:
             calls["read"] = machine.read_call()
         with torch.set_grad_enabled(row.backward):
             seconds = medians(calls, budget_s, ROUNDS)
@@ -107,7 +113,7 @@ def measure(row: Row, threads: int, budget_s: float) -> Result:
 
 
 def _figures(
-    row: Row, seconds: Mapping[str, float], threads: int, operations: int
+    row: CpuRow, seconds: Mapping[str, float], threads: int, operations: int
 ) -> dict[str, Figure]:
     found = {}
     if row.speedup is not None:
@@ -120,9 +126,9 @@ def _figures(
 
 
 def _second(
-    row: Row, kind: str, seconds: Mapping[str, float], threads: int, operations: int
+    row: CpuRow, kind: str, seconds: Mapping[str, float], threads: int, operations: int
 ) -> tuple[float, str]:
-    """Value and text of the second figure."""
+    """The value and the text of the second figure."""
     ours = seconds["fused"]
     if kind == "elements":
         rate = row.problem.concat_elements / ours / threads / GIGA
@@ -138,7 +144,7 @@ def _second(
     return rate / limit, f"{rate:.1f} {unit} = {rate / limit:.1%} of {limit:.1f}"
 
 
-def _memory(row: Row, second: Second, threads: int) -> Figure:
+def _memory(row: CpuRow, second: Second, threads: int) -> Figure:
     script = Path(peak_memory.__file__)
     command = [sys.executable, str(script), *map(str, (*row.sizes, threads))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -150,12 +156,12 @@ def _memory(row: Row, second: Second, threads: int) -> Figure:
 
 
 def as_json(result: Result, threads: int) -> dict[str, Any]:
-    """The row as plain values, under the names of `Row` and `Result`."""
+    """The row as plain values, under the names of `CpuRow` and `Result`."""
     row = result.row
     return {
         "case": row.case,
         "sizes": row.sizes._asdict(),
-        "dtype": str(row.dtype).removeprefix("torch."),
+        "dtype": dtype_name(row.dtype),
         "backward": row.backward,
         "threads": row.threads or threads,
         "isa": row.isa,

@@ -1,6 +1,6 @@
-"""Small cases that together reach every tile variant of the launch table, and the cuda backend's.
+"""Small cases that together reach every tile variant of the launch table and the cuda backend.
 
-Pure functions: which cases there are depends on the table alone, for an H100 or H200.
+Pure functions: the cases depend on the table alone, for an H100 or H200.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 from fused_attn.kernels import launch
 
+from benchmarks.common.chips import H100
 from fused_attn.testing import Case
 
-CHIP = launch.Chip(multiprocessors=132, shared_memory=232448)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 BATCH = 3
 
-# Regimes by what reaches them. The most telling come first: a stage may end early.
+# Cases by the regime that they reach. The most telling come first: a stage may end early.
 _ONLINE = itertools.product(("dot",), (64, 20, 5), (300,), (512, 1024, 2048, 128, 200, 640), (0, 1))
 _STEPS = itertools.product(
     ("dot", "concat"), (1, 8, 4), (300, 2100), (512, 1024, 37, 128, 2048, 640), (0,)
@@ -25,8 +25,8 @@ _STEPS = itertools.product(
 _ROWS = itertools.product(("dot", "concat"), (64, 20, 5), (300, 100, 20), (512, 37, 1024), (0, 1))
 
 
-def variants(case: Case, chip: launch.Chip = CHIP) -> frozenset[tuple[object, ...]]:
-    """The kernels with their tiles that a call forward and backward launches."""
+def variants(case: Case, chip: launch.Chip = H100) -> frozenset[tuple[object, ...]]:
+    """The kernels, with their tiles, that a forward and backward call launches."""
     is_wide = case.dtype == F32
     width = case.memory_dim
     is_aligned = width % (4 if is_wide else 8) == 0
@@ -36,7 +36,7 @@ def variants(case: Case, chip: launch.Chip = CHIP) -> frozenset[tuple[object, ..
     found: set[tuple[object, ...]] = set()
     for name, choose in (("forward", launch.forward), ("backward", launch.backward)):
         plan = choose(chip, score, sizes, kind)
-        # Rows write their weights on the way; the others leave that to a merge.
+        # The rows regime writes its weights itself; the others leave that to a merge.
         found.add((name, score, *_tiles(plan), case.weights and plan.regime != "rows"))
     if launch.backward(chip, score, sizes, kind).regime != "step":
         plan = launch.source_gradients(width, kind)
@@ -70,12 +70,12 @@ _ONLINE_SIZES, _STEP_SIZES, _ROW_SIZES = tuple(_ONLINE), tuple(_STEPS), tuple(_R
 
 
 def triton() -> list[Case]:
-    """A case for every variant, forward and backward; none that only repeats others'."""
+    """A case for every variant, forward and backward; none that adds no variant."""
     found: list[Case] = []
     seen: set[tuple[object, ...]] = set()
     for case in _candidates():
         missing = variants(case) - seen
-        # float16 differs from bfloat16 in the type of the operands alone: not again for each size.
+        # float16 differs from bfloat16 only in the operands' type, so not every size is repeated.
         is_short = case.memory_dim != 512 or case.mask == "cube" or case.queries == 20
         if case.dtype == F16 and is_short and case.memory_dim != 1024:
             continue
@@ -98,7 +98,7 @@ def cuda() -> list[Case]:
     for number, (width, dtype) in enumerate(itertools.product(widths, (BF16, F32, F16))):
         for score, queries in itertools.product(("dot", "projected"), (1, 2, 3, 4, 5, 8)):
             if (number + queries) % 2 and queries not in (1, 8):
-                continue  # every width and every number, not all pairs
+                continue  # every width and every number of queries, but not all pairs
             source = (300, 1, 64, 2100)[(number + queries) % 4]
             mask = ("none", "row", "shared", "cube")[(number // 3 + queries) % 4]
             sizes = (dtype, BATCH, queries, source, width, width, width)

@@ -1,8 +1,8 @@
 """`make gpu-check`: build, test and measure on a machine with an NVIDIA GPU, stage by stage.
 
 Runs with any interpreter that has torch with CUDA, Triton, numpy and pytest; makes no environment
-and downloads nothing. Every result is a line of JSON in DIR/STAGE.jsonl as soon as it is there: a
-kernel that crashes or hangs costs one line, and ``--resume`` goes on where a run was cut off.
+and downloads nothing. Every result is written at once, as a line of JSON in DIR/STAGE.jsonl: a
+kernel that crashes or hangs costs one line, and ``--resume`` continues a run that was cut off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
+from benchmarks.common.files import ROOT
+
 SITE = ROOT / "build/gpu-check/site"
 CUDA_TOOLS = "/usr/local/cuda/bin"
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
@@ -30,7 +31,7 @@ MODULES = ("torch", "triton", "numpy", "pytest")
 BUILD_MODULES = ("cmake", "ninja", "pybind11", "setuptools")
 BUILD_S, LIST_S = 240.0, 90.0
 
-# Seconds that a stage may take, in the order they run in.
+# Seconds that each stage may take. Stages run in the order in which they are asked for.
 LIMITS = {
     "smoke": 100.0, "contract": 180.0, "kernels": 150.0, "models": 60.0, "sanitize": 90.0,
     "sweep": 150.0, "profile": 60.0,
@@ -59,15 +60,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stages", type=parsed_stages, default=DEFAULT, metavar="STAGE[:SECONDS],..")
     made.add_argument("--output", type=Path, default=ROOT / "build/gpu-check/results")
     made.add_argument("--budget", type=float, default=float("inf"), help="seconds in all")
-    made.add_argument("--only", default="", metavar="REGEX", help="the items that it is found in")
-    made.add_argument("--resume", action="store_true", help="skip what has a line already")
-    made.add_argument("--no-build", action="store_true", help="take the native module as it is")
+    made.add_argument("--only", default="", metavar="REGEX", help="only items in which it is found")
+    made.add_argument("--resume", action="store_true", help="skip items that have a line already")
+    made.add_argument("--no-build", action="store_true", help="use the native module as it is")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for tests")
     made.add_argument("--list", action="store_true", help="print the items of the stages")
-    made.add_argument("--summary", type=Path, metavar="DIR", help="of a run's files, and no run")
+    made.add_argument("--summary", type=Path, metavar="DIR", help="sum up a run instead of running")
     made.add_argument("--tables", action="store_true", help="with --summary: all that was timed")
     made.add_argument(
-        "--results", type=Path, metavar="DIR", help="with --summary: write them there"
+        "--results", type=Path, metavar="DIR", help="with --summary: write the results below DIR"
     )
     return made
 
@@ -93,7 +94,7 @@ def missing(device: str = "cuda") -> str | None:
 
 
 def make_site() -> None:
-    """A package as it is installed: the checkout's files, and kernels/ inside of it."""
+    """Link the checkout's files as the installed package has them, with kernels/ inside."""
     package = SITE / "fused_attn"
     shutil.rmtree(SITE, ignore_errors=True)
     package.mkdir(parents=True)
@@ -105,12 +106,12 @@ def make_site() -> None:
 
 
 def environment(device: str) -> dict[str, str]:
-    """In which the site is imported, and the kernels are interpreted on a CPU alone."""
+    """Variables with which the site is imported; on a CPU, Triton interprets the kernels."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path]
     kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys((str(SITE), *paths)))
     kept["PYTHONSAFEPATH"] = "1"
-    # Tools of CUDA, for whom the path has none.
+    # CUDA's tools, where the path lacks them.
     kept["PATH"] = os.pathsep.join((kept.get("PATH", os.defpath), CUDA_TOOLS))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the processes are the parallelism
         kept.setdefault(name, "1")
@@ -120,7 +121,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def built() -> str | None:
-    """Why the native module must be built; None for one that is there and has CUDA."""
+    """Why the native module must be built; None if it is there and has CUDA."""
     code = (
         "import torch; from fused_attn import _C; "
         "print('CUDA:' + (_C.cuda_build()['missing'] or ''))"  # None where nothing is
@@ -134,13 +135,13 @@ def built() -> str | None:
 
 
 def build(limit_s: float) -> tuple[bool, str]:
-    """Build the native module with CUDA or not at all; whether it is there, and the log's end."""
+    """Build the native module with CUDA. Returns whether it is there, and the end of the log."""
     absent = [name for name in BUILD_MODULES if importlib.util.find_spec(name) is None]
     kept = environment("cuda")
     if absent or not shutil.which("nvcc", path=kept["PATH"]):
         return False, f"to build it there is no {', '.join(absent) or 'nvcc on the path'}"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    # setup.py gives FUSED_ATTN_CUDA=AUTO first, and what comes later holds.
+    # setup.py passes FUSED_ATTN_CUDA=AUTO first, and the last value holds.
     arguments = f"-DFUSED_ATTN_CUDA=ON {os.environ.get('CMAKE_ARGS', '')}"
     kept |= {"FUSED_ATTN_REQUIRE_NATIVE": "1", "CMAKE_ARGS": arguments.strip()}
     with tempfile.TemporaryFile() as log:
@@ -153,10 +154,10 @@ def build(limit_s: float) -> tuple[bool, str]:
             os.killpg(process.pid, signal.SIGKILL)
             code = f"stopped after {limit_s:.0f} s, {process.wait()}"
         log.seek(0)
-        said = log.read().decode(errors="replace")[-3000:]
+        text = log.read().decode(errors="replace")[-3000:]
     make_site()
     why = built() if code == 0 else f"the build failed: {code}"
-    return why is None, said if why is None else f"{why}\n{said}"
+    return why is None, text if why is None else f"{why}\n{text}"
 
 
 def listed(stage: str, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -173,15 +174,15 @@ def listed(stage: str, options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def done_of(target: Path) -> set[tuple[str, str]]:
-    """The items of a stage's file, by phase, but for those that were put off."""
-    from benchmarks.targets.gpu import lines as gpu_lines
+    """The items that have a line in a stage's file, except deferred ones, with their phase."""
+    from benchmarks.targets.gpu import jsonl
 
-    lines = gpu_lines.items(gpu_lines.read(target))
+    lines = jsonl.items(jsonl.read(target))
     return {key for key, line in lines.items() if line["outcome"] != "deferred"}
 
 
 def _run_pool(pool: Any) -> None:
-    """Run it; a signal that ends this process ends its workers first."""
+    """Run it. A signal that ends this process ends its workers first."""
 
     def stop(*_: object) -> None:
         pool.stop()
@@ -198,7 +199,7 @@ def _run_pool(pool: Any) -> None:
 
 
 def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the phases of a stage; what there is to say of it."""
+    """Run the phases of a stage. Returns its line of run.jsonl."""
     from dataclasses import replace
 
     from benchmarks.targets.gpu.pool import Job, Pool
@@ -231,7 +232,7 @@ def run_stage(stage: str, limit_s: float, options: argparse.Namespace) -> dict[s
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """The site and the native module: the first line of run.jsonl."""
+    """Make the site and the native module. Returns the first line of run.jsonl."""
     began = time.monotonic()
     make_site()
     why = built()
@@ -242,30 +243,29 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         line |= {"done": 0, "error": f"not built, as asked: {why}"}
     else:
         limit = min(BUILD_S, options.end - time.monotonic())
-        passed, said = build(limit)
-        line |= {"note": f"built: {why}"} if passed else {"done": 0, "error": said[:3000]}
+        passed, text = build(limit)
+        line |= {"note": f"built: {why}"} if passed else {"done": 0, "error": text[:3000]}
     return line | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def run(options: argparse.Namespace) -> int:
-    from benchmarks.targets.gpu import lines as gpu_lines
-    from benchmarks.targets.gpu import summary as gpu_summary
+    from benchmarks.targets.gpu import jsonl, summary
 
     options.output.mkdir(parents=True, exist_ok=True)
     record = options.output / "run.jsonl"
     for stage, limit_s in options.stages.items():
         print(f"== {stage}", flush=True)
         line = run_stage(stage, limit_s, options)
-        gpu_lines.append(record, line)
+        jsonl.append(record, line)
         rest = line.get("error") or f"{line['done']} of {line['items']} items"
         print(f"== {stage}: {rest}, {line.get('seconds', 0):.0f} s", flush=True)
-    text, passed = gpu_summary.summary(options.output)
+    text, passed = summary.summary(options.output)
     print(text)
     return 0 if passed else 1
 
 
 def main(arguments: list[str]) -> int:
-    """Build, then go on inside the site, in the same process."""
+    """Build, then run inside the site, in the same process."""
     options = parser().parse_args(arguments)
     if isinstance(options.stages, str):
         options.stages = parsed_stages(options.stages)
@@ -279,13 +279,13 @@ def main(arguments: list[str]) -> int:
         if not is_inside:
             return _enter(options, arguments)
     if options.summary is not None:
-        from benchmarks.targets.gpu import summary as gpu_summary
+        from benchmarks.targets.gpu import summary
 
-        text, passed = gpu_summary.summary(options.summary)
+        text, passed = summary.summary(options.summary)
         print(text)
         if options.tables:
-            print(gpu_summary.tables(options.summary))
-        for path in gpu_summary.write(options.summary, options.results) if options.results else ():
+            print(summary.everything(options.summary))
+        for path in summary.write(options.summary, options.results) if options.results else ():
             print(path)
         return 0 if passed else 1
     if options.list:

@@ -1,6 +1,6 @@
-"""The stage "contract": the tests of the GPU backends, handed one at a time to pytest processes.
+"""The stage "contract": the tests of the GPU backends, given one at a time to pytest processes.
 
-A process that meets a CUDA error ends, since every later test of it would fail too.
+A process ends after a CUDA error, since every later test in it would fail too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.files import ROOT
 from benchmarks.targets.gpu.pool import Phase
 from benchmarks.targets.gpu.worker import Channel, lost_context
 
 PHASES = (Phase("tests", jobs=14, limit_s=100.0, start_s=120.0, in_blocks=True),)
-# Resolved: the package is a link in a site, and the tests lie beside what it leads to.
-ROOT = Path(__file__).resolve().parents[3]
 FILES = (
     "test_backends*.py", "test_scores.py", "test_triton_call.py", "test_lifecycle.py",
 )  # fmt: skip
@@ -31,7 +30,7 @@ SELECT = "triton_cuda or cuda_cuda or test_triton_call or test_a_cuda_graph"
 def _arguments(options: argparse.Namespace) -> list[str]:
     found = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", f"--rootdir={ROOT}"]
     found += ["-p", "no:benchmark"] if importlib.util.find_spec("pytest_benchmark") else []
-    if importlib.util.find_spec("pytest_timeout") is None:  # then its setting is not known either
+    if importlib.util.find_spec("pytest_timeout") is None:  # its setting would be an error
         found += ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
     named = [path for name in FILES for path in sorted((ROOT / "tests").glob(name))]
     if options.tests:
@@ -40,7 +39,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 
 class _Listed:
-    """Keeps the names of what is collected, and of files that are not, with their errors."""
+    """Keeps the names of collected tests, and the errors of files that cannot be collected."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -55,17 +54,17 @@ class _Listed:
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
-    listed, said = _Listed(), io.StringIO()
-    with _in_root(), contextlib.redirect_stdout(said):
+    listed, printed = _Listed(), io.StringIO()
+    with _in_root(), contextlib.redirect_stdout(printed):
         pytest.main([*_arguments(options), "--collect-only"], plugins=[listed])
     found = [*listed.errors, *listed.names]
     if not found and options.device == "cuda":
-        raise RuntimeError(f"pytest collects no tests: {said.getvalue()[-1500:]}")
+        raise RuntimeError(f"pytest collects no tests: {printed.getvalue()[-1500:]}")
     return found
 
 
 class Plugin(_Listed):
-    """Runs what the channel asks for in place of all that was collected."""
+    """Runs the tests that the channel names, instead of everything collected."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
@@ -120,6 +119,6 @@ def _in_root() -> Iterator[None]:
 
 
 def serve(channel: Channel) -> None:
-    """A session of pytest that lasts as long as the channel has items."""
+    """Run a pytest session until the channel has no more items."""
     with _in_root():
         pytest.main(_arguments(channel.options), plugins=[Plugin(channel)])

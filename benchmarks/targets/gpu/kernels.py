@@ -1,23 +1,21 @@
 """The stage "kernels": every row is checked, then timed beside its rivals.
 
-Checks run side by side, and leave the compiled kernels on the disk; times are taken alone, one side
+Checks run in parallel and leave the compiled kernels on the disk. Times are taken alone, one side
 of a row after the other, those of torch's compilers last.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
-from benchmarks.targets.gpu import measure as gpu_measure
-from benchmarks.targets.gpu import rows as gpu_rows
+from benchmarks.targets.gpu import measure
 from benchmarks.targets.gpu.pool import Phase
-from benchmarks.targets.gpu.rows import Row
+from benchmarks.targets.gpu.rows import COMPILERS, GpuRow, all_rows, inputs_of, side
 from fused_attn.testing import Inputs
 
 PHASES = (
@@ -28,94 +26,64 @@ PHASES = (
 RATES = "rates"
 
 
-class Host:
-    """Stands in for the GPU where there is none: it runs everything, and reads no clock."""
-
-    name = "cpu"
-
-    def once(self, run: gpu_measure.Run) -> float:
-        run()
-        return 1e-3
-
-    def replayed(self, runs: Sequence[gpu_measure.Run], budget_s: float = 0.3) -> float:
-        for run in runs:
-            run()
-        return 1e-3
-
-    def peak(self, run: gpu_measure.Run) -> int:
-        run()
-        return 0
-
-    def release(self) -> None: ...
-
-
-def device_of(options: argparse.Namespace) -> Any:
-    return Host() if options.device == "cpu" else gpu_measure.Device()
-
-
 @cache
-def rows(device: str) -> dict[str, Row]:
-    """By name. On a CPU the same kinds, small."""
+def rows(device: str) -> dict[str, GpuRow]:
+    """The rows by name. On a CPU a few of the same kinds, small."""
     if device == "cuda":
-        return {str(row): row for row in gpu_rows.rows()}
+        return {str(row): row for row in all_rows()}
     small = []
-    for row in gpu_rows.rows():
-        queries, half = min(row.queries, 5), min(row.half_width, 3)
-        sizes: dict[str, Any] = {
-            "batch": 2,
-            "queries": queries,
-            "source": 20,
-            "width": 16,
-            "half_width": half,
-        }
+    for row in all_rows():
+        sizes = row.sizes._replace(batch=2, queries=min(row.queries, 5), source=20, width=16)
+        window = None if row.window is None else min(row.window, 3)
         backends = tuple(name for name in row.backends if name != "cuda")
-        small.append(replace(row, **sizes, cold=False, with_compilers=False, backends=backends))
+        off = {"cold": False, "with_compilers": False}
+        small.append(replace(row, sizes=sizes, window=window, backends=backends, **off))
     return {str(row): row for row in small[:70:6]}
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
     found = [] if phase != "times" or options.device == "cpu" else [RATES]
     for name, row in rows(options.device).items():
-        for side in row.sides():
-            kind = "compilers" if side in gpu_rows.COMPILERS else "times"
-            if kind == phase or (phase == "checks" and side in row.backends):
-                found.append(f"{name} | {side}")
+        for who in row.sides():
+            kind = "compilers" if who in COMPILERS else "times"
+            if kind == phase or (phase == "checks" and who in row.backends):
+                found.append(f"{name} | {who}")
     return found
 
 
-_inputs: dict[str, Inputs] = {}  # of the row that was last
+_inputs: dict[str, Inputs] = {}  # of the last row
 
 
-def _inputs_of(row: Row, device: str) -> Inputs:
+def _inputs_of(row: GpuRow, device: str) -> Inputs:
     if str(row) not in _inputs:
         _inputs.clear()
-        _inputs[str(row)] = gpu_rows.inputs_of(row, device)
+        _inputs[str(row)] = inputs_of(row, device)
     return _inputs[str(row)]
 
 
 def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
-    device = device_of(options)
+    device = measure.device_named(options.device)
     if item == RATES:
         rates = device.rates()
         gpu = torch.cuda.get_device_name(0)
         return {"gpu": gpu, "rates": {str(dtype): vars(rate) for dtype, rate in rates.items()}}
-    name, side = item.split(" | ")
+    name, who = item.split(" | ")
     row = rows(options.device)[name]
     try:
         inputs = _inputs_of(row, options.device)
         if phase == "checks":
-            found = gpu_measure.check(row, side, inputs)
+            found = measure.check(row, who, inputs)
             wrong = {"outcome": "failed", "error": f"{found.worst} exceeds its error budget"}
             fields = {"error_share": round(found.share, 4), "worst": found.worst}
             return fields if found.passed else fields | wrong
-        attend = gpu_rows.side(row, side, inputs)
-        times = gpu_measure.time_of(device, row, attend, inputs)
-        return times | {"peak_bytes": device.peak(gpu_measure.call_of(row, attend, inputs))}
+        attend = side(row, who, inputs)
+        times = measure.time_of(device, row, attend, inputs)
+        return times | {"peak_bytes": device.peak(measure.call_of(row, attend, inputs))}
     except torch.cuda.OutOfMemoryError:
         _inputs.clear()
         return {"outcome": "failed", "error": "out of memory"}
     finally:
         try:
             device.release()
-        except Exception:  # of a context that is lost: whoever calls asks for it
+        except Exception:  # of a lost context, which the caller looks for itself
             _inputs.clear()

@@ -1,4 +1,4 @@
-"""Time, error and memory of a call on a GPU. The device is an argument: tests have none."""
+"""Time, error and memory of a call on a GPU. The device is an argument, so tests need none."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.targets.gpu import lines as gpu_lines
-from benchmarks.targets.gpu import rows as gpu_rows
+from benchmarks.common import calls
+from benchmarks.common.calls import Attend, copies_of
+from benchmarks.common.judging import Part, results
+from benchmarks.common.peak_memory import allocated_growth
+from benchmarks.common.sides import fused
+from benchmarks.targets.gpu import jsonl
 from benchmarks.targets.gpu.limits import Rates
-from benchmarks.targets.gpu.rows import Attend, Row, Tensors
+from benchmarks.targets.gpu.rows import GpuRow
 from fused_attn import testing
 from fused_attn.testing import Inputs
 
 Run = Callable[[], object]
-SLOW_S = 3e-3  # a call from Python that takes longer hides its own launch
-COPIES_BYTES = 256 << 20  # inputs that are rotated fill this much, more than any L2 cache
+SLOW_S = 3e-3  # a longer call hides its own launch
+COPIES_BYTES = 256 << 20  # rotated inputs fill this much, more than any L2 cache
 
 
 class Device:
@@ -50,7 +53,7 @@ class Device:
         """Seconds of a call in a CUDA graph of all of ``runs``, in turns."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what compiles or allocates does so before the capture
+        with torch.cuda.stream(stream):  # compile and allocate before the capture
             for run in runs:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -61,13 +64,8 @@ class Device:
         return self.once(graph.replay, budget_s=budget_s) / len(runs)
 
     def peak(self, run: Run) -> int:
-        """Bytes allocated at most during the call, above what was there before it."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        """Bytes allocated at most during the call, above what was allocated before it."""
+        return allocated_growth(run)
 
     def release(self) -> None:
         torch.cuda.empty_cache()
@@ -90,7 +88,7 @@ class Device:
 
 
 def highest_clock() -> float:
-    """Hz, as the driver tells; that of an H200 where it does not."""
+    """Hz, from the driver; that of an H200 where it gives none."""
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -99,28 +97,48 @@ def highest_clock() -> float:
         return 1.98e9
 
 
-def call_of(row: Row, attend: Attend, inputs: Inputs) -> Run:
+class Host:
+    """Stands in for the GPU where there is none: it runs everything and reads no clock."""
+
+    name = "cpu"
+
+    def once(self, run: Run) -> float:
+        run()
+        return 1e-3
+
+    def replayed(self, runs: Sequence[Run], budget_s: float = 0.3) -> float:
+        for run in runs:
+            run()
+        return 1e-3
+
+    def peak(self, run: Run) -> int:
+        run()
+        return 0
+
+    def release(self) -> None: ...
+
+
+def device_named(name: str) -> Any:
+    """The `Device`, or a `Host` for "cpu"."""
+    return Host() if name == "cpu" else Device()
+
+
+def call_of(row: GpuRow, attend: Attend, inputs: Inputs) -> Run:
     """A call without arguments: forward, or forward and backward."""
-    if not row.backward:
-        tensors = gpu_rows.prepared(row, inputs.tensors)
+    run = calls.call_of(row, inputs, attend)
+    if row.backward:
+        return run
 
-        def forward() -> object:
-            with torch.no_grad():
-                return attend(tensors)
+    def forward() -> object:
+        with torch.no_grad():
+            return run()
 
-        return forward
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
-    wanted = list(leaves.values())
-
-    def both() -> object:
-        return torch.autograd.grad(attend(leaves)[0], wanted, inputs.grad_context)
-
-    return both
+    return forward
 
 
 @dataclass(frozen=True)
 class Check:
-    """The largest error of a result against fp64, as a share of what it may be."""
+    """The largest error of a result against fp64, as a share of its budget."""
 
     share: float
     worst: str
@@ -130,16 +148,15 @@ class Check:
         return self.share <= 1.0  # False for NaN
 
 
-def check(row: Row, backend: str, inputs: Inputs) -> Check:
-    """Run the whole problem on poisoned outputs, and hold two of its batch rows against fp64."""
-    attend = gpu_rows.ours(row, backend, inputs.masking)
+def check(row: GpuRow, backend: str, inputs: Inputs) -> Check:
+    """Run the whole problem on poisoned outputs, and judge two of its batch rows against fp64."""
     with testing.poisoned_empty():
-        got = _results(row, attend, inputs)
+        got = results(row, inputs, fused(row, inputs, backend))
     per_row = [name for name in got if name.removeprefix("grad_") not in ("weight", "v")]
-    chosen = torch.tensor([0, row.batch - 1], device=inputs.grad_context.device)
-    few = few_of(inputs, chosen)
+    part = Part(slice(0, None, max(1, row.batch - 1)), slice(None))
+    few = part.inputs(inputs)
     oracle, plain = testing.oracle(few), testing.plain(few)
-    verdicts = {n: testing.judge(got[n][chosen], oracle[n], plain[n]) for n in per_row}
+    verdicts = {n: testing.judge(part.take(n, got[n]), oracle[n], plain[n]) for n in per_row}
     shares = {
         n: v.error / v.budget if v.error == v.error else float("nan") for n, v in verdicts.items()
     }
@@ -147,52 +164,19 @@ def check(row: Row, backend: str, inputs: Inputs) -> Check:
     return Check(shares[worst], worst)
 
 
-def _results(row: Row, attend: Attend, inputs: Inputs) -> Tensors:
-    """Context, weights if the row has them, and for a backward row the gradients."""
-    if row.backward:
-        leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
-        context, _ = attend(leaves)
-        grads = torch.autograd.grad(context, list(leaves.values()), inputs.grad_context)
-        named = {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
-        return {"context": context.detach()} | named
-    with torch.no_grad():
-        context, weights = attend(gpu_rows.prepared(row, inputs.tensors))
-    return {"context": context} | ({} if weights is None else {"weights": weights})
-
-
-def few_of(inputs: Inputs, chosen: Tensor) -> Inputs:
-    """The inputs of some rows of the batch."""
-    masking, window = inputs.masking, inputs.masking.window
-    if masking.memory_lengths is not None:
-        masking = masking._replace(memory_lengths=masking.memory_lengths[chosen])
-    if window is not None:
-        masking = masking._replace(window=window._replace(centers=window.centers[chosen]))
-    tensors = inputs.tensors.items()
-    return replace(
-        inputs,
-        tensors={k: t if k in ("weight", "v") else t[chosen] for k, t in tensors},
-        masking=masking,
-        grad_context=inputs.grad_context[chosen],
-        grad_weights=None if inputs.grad_weights is None else inputs.grad_weights[chosen],
-    )
-
-
-def time_of(device: Any, row: Row, attend: Attend, inputs: Inputs) -> dict[str, Any]:
+def time_of(device: Any, row: GpuRow, attend: Attend, inputs: Inputs) -> dict[str, Any]:
     """Seconds: "kernel" in a graph, over rotated inputs if the row is cold; "call" from Python.
 
-    A call of milliseconds needs no graph, and what cannot be captured has none: then "graph" is
-    False or says why, and "kernel" is the time of a call, one straight after the other.
+    A call of milliseconds needs no graph, and some calls cannot be captured. Then "graph" is False
+    or gives the reason, and "kernel" is the time of a call, one straight after the other.
     """
     run = call_of(row, attend, inputs)
     found: dict[str, Any] = {"call": device.once(run)}
     if found["call"] > SLOW_S:
         return found | {"kernel": found["call"], "graph": False}
     size = sum(tensor.nbytes for tensor in inputs.tensors.values())
-    copies = max(1, min(64, -(-COPIES_BYTES // size))) if row.cold else 1
-    runs = [run]
-    for _ in range(copies - 1):
-        tensors = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
-        runs.append(call_of(row, attend, replace(inputs, tensors=tensors)))
+    count = max(1, min(64, -(-COPIES_BYTES // size))) if row.cold else 1
+    runs = [run, *(call_of(row, attend, each) for each in copies_of(inputs, count)[1:])]
     runs *= max(1, 8 // len(runs))
     try:
         return found | {"kernel": device.replayed(runs), "graph": True}
@@ -200,4 +184,4 @@ def time_of(device: Any, row: Row, attend: Attend, inputs: Inputs) -> dict[str, 
         raise
     except Exception as error:
         in_turns = device.once(lambda: [run() for run in runs]) / len(runs)
-        return found | {"kernel": in_turns, "graph": gpu_lines.short(error)}
+        return found | {"kernel": in_turns, "graph": jsonl.short(error)}

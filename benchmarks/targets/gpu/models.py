@@ -1,6 +1,6 @@
 """The stage "models": whole models at work on the GPU, ours beside the eager backend.
 
-Of the size of the bundled recipes, with random weights: what is drawn does not change the work,
+They have the sizes of the bundled recipes and random weights. The weights do not change the work,
 since every target has the same length.
 """
 
@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.problems import short_dtype_name
 from benchmarks.targets.gpu.pool import Phase
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.model import Seq2Seq
 from fused_attn.seq2seq.search import search
 
 PHASES = (Phase("work", jobs=1, limit_s=60.0),)
-# Of a search: ours, which replays captured steps, eager attention in steps from Python, as people
-# have it, and eager attention in captured steps.
+# Sides of a search: ours, which replays captured steps; eager attention in steps from Python, as
+# people run it; and eager attention in captured steps.
 SIDES = {"training": ("auto", "eager"), "search": ("auto", "eager", "eager captured")}
 BUDGET_S, ROUNDS = 0.5, 20
 
@@ -45,7 +46,7 @@ class Work:
         return SIDES["training" if self.what == "training" else "search"]
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.").replace("float", "f")
+        dtype = short_dtype_name(self.dtype)
         fed = " fed" if self.config.input_feeding else ""
         return f"{self.recipe} {self.config.score}{fed} {dtype} {self.what} batch {self.batch}"
 
@@ -89,7 +90,7 @@ def items(phase: str, options: argparse.Namespace) -> list[str]:
 
 
 def call_of(work: Work, side: str, device: str) -> Callable[[], object]:
-    """A training step with its update, or a search."""
+    """A call without arguments: a training step with its update, or a search."""
     torch.manual_seed(0)
     backend, _, captured = side.partition(" ")
     model = Seq2Seq(work.config, work.symbols, work.symbols, backend=backend)
@@ -115,7 +116,7 @@ def call_of(work: Work, side: str, device: str) -> Callable[[], object]:
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """The median of some calls, each with what it leaves to the GPU."""
+    """The median seconds of a call, including what it launches on the GPU."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -124,7 +125,7 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    for _ in range(3):  # what compiles or is looked up once
+    for _ in range(3):  # compile, and look up once
         once()
     found: list[float] = []
     end = time.perf_counter() + BUDGET_S

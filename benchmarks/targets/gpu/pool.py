@@ -1,7 +1,7 @@
-"""Worker processes that are handed one item at a time, and what becomes of an item that kills one.
+"""Worker processes that receive one item at a time; an item that kills its worker is a line too.
 
-A worker writes the result of an item itself, and then answers on a pipe. One that dies or hangs
-costs its item alone: the pool writes the line for it, and starts another worker for the next.
+A worker writes the line of an item itself and then answers on a pipe. If it dies or hangs, only
+that item is lost: the pool writes a line for it and starts another worker for the next.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets.gpu import lines as gpu_lines
+from benchmarks.targets.gpu import jsonl
 
-MOST_FAILED_STARTS = 3  # in a row; then the stage is over
+MOST_FAILED_STARTS = 3  # in a row; then the stage ends
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Items that run in the same way: so many at a time, each in so many seconds."""
+    """Items that run in the same way: ``jobs`` at a time, each for at most ``limit_s`` seconds."""
 
     name: str
     jobs: int
     limit_s: float
-    start_s: float = 90.0  # that a worker may take until it is ready
-    share: float = 1.0  # most that it may take of the time that the stage has left
-    in_blocks: bool = False  # neighbours go to the same worker, which has compiled for them
+    start_s: float = 90.0  # seconds until a worker must be ready
+    share: float = 1.0  # of the time that the stage has left, at most
+    in_blocks: bool = False  # neighbours share a worker, and what it has compiled
 
 
 @dataclass
 class Job:
-    """What a pool runs, and where the lines go."""
+    """What a pool runs, and where its lines are written."""
 
     stage: str
     phase: Phase
@@ -53,7 +53,7 @@ class Job:
 
 
 class Worker:
-    """A process that answers a line for each item, and all of its children."""
+    """A process that answers each item with a line, together with its children."""
 
     def __init__(self, job: Job) -> None:
         self.log = tempfile.TemporaryFile()
@@ -67,7 +67,7 @@ class Worker:
             stderr=subprocess.STDOUT,
             pass_fds=(theirs,),
             env=os.environ | job.environment,
-            process_group=0,  # and not a session: what ends ours ends it too
+            process_group=0,  # not a session of its own: what ends this process ends it too
         )
         os.close(theirs)
         self.answers = answers
@@ -79,7 +79,7 @@ class Worker:
         self.process.stdin.flush()
 
     def answer(self, end: float) -> str | None:
-        """The next answer; "" from one that is gone, None after ``end``."""
+        """The next answer; "" from a worker that has died, None after ``end``."""
         while b"\n" not in self._pending:
             left = end - time.monotonic()
             if left <= 0 or not select.select([self.answers], [], [], left)[0]:
@@ -92,7 +92,7 @@ class Worker:
         return line.decode()
 
     def close(self, grace: float = 0.0) -> int:
-        """End it and its children; the exit code, minus the signal for one that was killed."""
+        """End it and its children. Returns the exit code, negative the signal if it was killed."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -103,7 +103,7 @@ class Worker:
         os.close(self.answers)
         return self.process.wait()
 
-    def said(self, size: int = 600) -> str:
+    def tail(self, size: int = 600) -> str:
         """The end of what it printed."""
         end = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, end - size))
@@ -111,7 +111,7 @@ class Worker:
 
 
 class Pool:
-    """Hands the items of a job to its workers: in their order, or each from a block of its own."""
+    """Hands the items of a job to its workers: in order, or to each worker from its own block."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -126,7 +126,7 @@ class Pool:
         self.stopped = False
 
     def run(self) -> None:
-        """Until all items have a line, the time is over, or workers do not even start."""
+        """Run until all items have a line, time is up, or workers fail to start."""
         threads = [threading.Thread(target=self._serve, args=(i,)) for i in range(self.jobs)]
         for thread in threads:
             thread.start()
@@ -134,7 +134,7 @@ class Pool:
             thread.join()
 
     def stop(self) -> None:
-        """From a signal handler: no new item, and no worker stays."""
+        """For a signal handler: start no new item, and kill all workers."""
         self.stopped = True
         for worker in tuple(self.workers):
             with contextlib.suppress(ProcessLookupError):
@@ -154,10 +154,10 @@ class Pool:
 
     def _line(self, item: str, outcome: str, worker: Worker, **rest: Any) -> None:
         line = {"phase": self.job.phase.name, "item": item, "outcome": outcome}
-        gpu_lines.append(self.job.target, line | rest | {"log": worker.said()})
+        jsonl.append(self.job.target, line | rest | {"log": worker.tail()})
 
     def _start(self) -> Worker | None:
-        """A worker that is ready, or None if it did not become so."""
+        """A worker that is ready, or None if it did not start."""
         worker = Worker(self.job)
         self.workers.add(worker)
         limit = min(time.monotonic() + self.job.phase.start_s, self.job.end)
@@ -195,7 +195,7 @@ class Pool:
             worker.log.close()
 
     def _do(self, worker: Worker, item: str) -> bool:
-        """Have an item done; whether the worker can take another."""
+        """Let the worker do an item. Returns whether it can take another."""
         began = time.monotonic()
         limit = min(began + self.job.phase.limit_s, self.job.end)
         try:
@@ -206,7 +206,7 @@ class Pool:
         if answer == "done":
             return True
         code = self._end(worker, grace=0.0 if answer is None else 5.0)
-        # One that the end of the stage has stopped may be run again.
+        # An item that the end of the stage has interrupted gets no line, so that it is run again.
         if answer == "lost" or self.stopped or (answer is None and limit == self.job.end):
             return False
         outcome = "hung" if answer is None else "crashed"

@@ -19,7 +19,7 @@ from benchmarks.targets.gpu.worker import die_with_parent
 
 PHASES = (Phase("calls", jobs=1, limit_s=45.0, start_s=60.0),)
 MOST = 8
-# What tells a bound by memory from one by tensor cores, latency or occupancy.
+# These tell whether memory, tensor cores, latency or occupancy is the bound.
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
@@ -30,7 +30,7 @@ METRICS = {
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "programs",
 }
-# Not every version knows these by that name, and one that does not measures nothing at all.
+# Some versions do not know these names, and then measure nothing at all.
 MORE = {
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor %",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue %",
@@ -39,16 +39,15 @@ OURS = "regex:^(decode|step_|rows_|online_|merge_|source_|concat_|weight_|window
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
-    """Of the kernels stage that was run into the same folder; the headline calls if none was."""
-    from benchmarks.targets.gpu import lines as gpu_lines
-    from benchmarks.targets.gpu import rows as gpu_rows
-    from benchmarks.targets.gpu import summary as gpu_summary
+    """The slowest calls of a "kernels" stage in the same folder; without one, headline calls."""
+    from benchmarks.targets.gpu import jsonl, summary
+    from benchmarks.targets.gpu.rows import all_rows
 
     if options.device == "cpu":
         return []
-    rows = gpu_rows.rows()
-    lines = gpu_lines.read(options.lines.parent / "kernels.jsonl") if options.lines else []
-    timed = [line for line in gpu_summary.measured(lines, rows) if "share" in line]
+    rows = all_rows()
+    lines = jsonl.read(options.lines.parent / "kernels.jsonl") if options.lines else []
+    timed = [line for line in summary.measured(lines, rows) if "share" in line]
     worst = sorted(timed, key=lambda line: line["share"])[:MOST]
     found = [f"{line['case']} | {line['backend']}" for line in worst]
     headline = (rows[0], rows[5], rows[6], rows[10], rows[11], rows[15], rows[16])
@@ -58,7 +57,7 @@ def items(phase: str, options: argparse.Namespace) -> list[str]:
 def command(item: str, metrics: Iterable[str]) -> list[str]:
     profiler = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
     options = ["--clock-control", "none", "--metrics", ",".join(metrics), "--csv", "--page", "raw"]
-    # The calls before the last compile, and are not looked at.
+    # The calls before the last one compile, and are not profiled.
     options += ["--profile-from-start", "off", "--kernel-name-base", "function"]
     options += ["--kernel-name", OURS, "--launch-count", "12"]
     return [profiler, *options, sys.executable, "-m", "benchmarks.targets.gpu.profile", item]
@@ -73,14 +72,14 @@ def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         if kernels := parsed(done.stdout):
             return {"kernels": kernels}
-        said = done.stdout.strip()[-600:]
-        found = {"outcome": "failed", "error": said, "code": done.returncode}
+        printed = done.stdout.strip()[-600:]
+        found = {"outcome": "failed", "error": printed, "code": done.returncode}
     return found
 
 
-def parsed(said: str) -> list[dict[str, str]]:
-    """A kernel's name and metrics for each launch, from what ncu prints as CSV."""
-    lines = said.splitlines()
+def parsed(printed: str) -> list[dict[str, str]]:
+    """The name and metrics of each launch, from the CSV that ncu prints."""
+    lines = printed.splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith('"ID"')]
     if not starts:
         return []
@@ -101,16 +100,16 @@ def parsed(said: str) -> list[dict[str, str]]:
 
 
 def call(item: str) -> int:
-    """Make the call some times, the last of them under the profiler."""
+    """Make the call four times, the last one under the profiler."""
     import torch
 
-    from benchmarks.targets.gpu import measure as gpu_measure
-    from benchmarks.targets.gpu import rows as gpu_rows
+    from benchmarks.targets.gpu.measure import call_of
+    from benchmarks.targets.gpu.rows import all_rows, inputs_of, side
 
-    name, side = item.split(" | ")
-    row = {str(row): row for row in gpu_rows.rows()}[name]
-    inputs = gpu_rows.inputs_of(row, "cuda")
-    run = gpu_measure.call_of(row, gpu_rows.side(row, side, inputs), inputs)
+    name, who = item.split(" | ")
+    row = {str(row): row for row in all_rows()}[name]
+    inputs = inputs_of(row, "cuda")
+    run = call_of(row, side(row, who, inputs), inputs)
     for _ in range(3):
         run()
     torch.cuda.synchronize()

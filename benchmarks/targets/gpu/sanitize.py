@@ -19,14 +19,14 @@ from benchmarks.targets.gpu.worker import die_with_parent
 
 PHASES = (Phase("tools", jobs=4, limit_s=80.0, start_s=30.0),)
 CALLS = ("cuda-dot", "cuda-concat", "triton-step", "triton-online", "triton-rows", "triton-concat")
-# By the mangled name: of a triton kernel that is its own, of the cuda backend's one has `decode`.
+# Filters of racecheck by mangled name: the cuda backend's kernels have `decode` in theirs.
 RACED = {"cuda-dot": "decode", "cuda-concat": "decode"}
 OPTIONS = ("--error-exitcode", "9", "--print-limit", "5")
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
     if options.device == "cpu":
-        return ["none triton-step"]  # the calls, and no tool
+        return ["none triton-step"]  # the calls without a tool
     return [*(f"memcheck {calls}" for calls in CALLS), *(f"racecheck {calls}" for calls in RACED)]
 
 
@@ -41,7 +41,7 @@ def command(item: str, device: str) -> list[str]:
 
 
 def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
-    # Without the caching allocator's blocks, inside of which nothing is out of bounds.
+    # Without the caching allocator, inside whose blocks nothing is out of bounds.
     kept = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         command(item, options.device),
@@ -51,25 +51,25 @@ def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
     return verdict(done.returncode, done.stdout)
 
 
-def verdict(code: int, said: str) -> dict[str, Any]:
-    """The fields of a line: it passed if the calls were made, and the tool found nothing."""
-    tool = [line for line in said.splitlines() if line.startswith("=========")]
+def verdict(code: int, output: str) -> dict[str, Any]:
+    """The fields of a line: it passed if the calls were made and the tool found nothing."""
+    tool = [line for line in output.splitlines() if line.startswith("=========")]
     errors = [line.removeprefix("=========").strip() for line in tool]
-    told = [line for line in errors if line and "COMPUTE-SANITIZER" not in line]
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
-    if code == 0 and "calls made" in said:
+    found = [line for line in errors if line and "COMPUTE-SANITIZER" not in line]
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+    if code == 0 and "calls made" in output:
         return {"tool": summary[-1] if summary else "no summary"}
-    shown = (told or said.strip().splitlines()[-1:] or [f"exit code {code}"])[0]
-    text = "\n".join(told[:12]) if told else said[-600:]
+    shown = (found or output.strip().splitlines()[-1:] or [f"exit code {code}"])[0]
+    text = "\n".join(found[:12]) if found else output[-600:]
     return {"outcome": "failed", "error": shown[:300], "code": code, "text": text[:900]}
 
 
 def call(calls: str, device: str) -> int:
-    """Make the calls of a group; the exit code."""
+    """Make the calls of a group. Returns the exit code."""
     import torch
 
-    from benchmarks.targets.gpu import cases as gpu_cases
-    from benchmarks.targets.gpu import smoke as gpu_smoke
+    from benchmarks.targets.gpu.cases import cuda
+    from benchmarks.targets.gpu.smoke import step
     from fused_attn import testing
     from fused_attn.testing import Case
 
@@ -77,7 +77,7 @@ def call(calls: str, device: str) -> int:
     cases: Sequence[Case]
     if backend == "cuda":
         score = "projected" if kind == "concat" else "dot"
-        cases = [case for case in gpu_cases.cuda() if case.score == score and case.source < 1000]
+        cases = [case for case in cuda() if case.score == score and case.source < 1000]
         cases = cases[::4]
     else:
         sizes = {"step": ("dot", 1, 200, 96), "online": ("dot", 20, 200, 256),
@@ -89,7 +89,7 @@ def call(calls: str, device: str) -> int:
             cases = [Case(score, torch.bfloat16, 2, 1, 9, 16, 16, 16, lengths=True)]
     for case in cases:
         inputs = testing.make_inputs(case, device=device)
-        got = gpu_smoke.step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
+        got = step(inputs) if backend == "cuda" else testing.fused(inputs, backend)
         float(got["context"].float().sum())
     print("calls made")
     return 0

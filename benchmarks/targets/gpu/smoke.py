@@ -1,4 +1,4 @@
-"""The stage "smoke": one small case for every kernel variant, held against the fp64 oracle."""
+"""The stage "smoke": one small case for every kernel variant, judged against fp64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.targets.gpu import cases as gpu_cases
+from benchmarks.targets.gpu import cases
 from benchmarks.targets.gpu.pool import Phase
 from fused_attn import functional, testing
 from fused_attn.prepared import exponentials
@@ -21,14 +21,14 @@ PHASES = (Phase("cases", jobs=14, limit_s=45.0),)
 
 @cache
 def _cases(device: str) -> dict[str, tuple[str, Case]]:
-    """By item: the backend and the case. On a CPU a few, which Triton interprets."""
+    """Backend and case by item. On a CPU a few cases, which Triton interprets."""
     if device == "cpu":
-        few = (*gpu_cases.triton()[:200:67], *gpu_cases.triton()[-3:-1])
+        few = (*cases.triton()[:200:67], *cases.triton()[-3:-1])
         sizes = {"queries": 5, "source": 20, "memory_dim": 24, "attn_dim": 24}
         small = [replace(c, **{k: min(getattr(c, k), v) for k, v in sizes.items()}) for c in few]
         return {f"triton {case}": ("triton", case) for case in small}
-    # In turns, so that neither has to wait for the other where there is little time.
-    pairs = itertools.zip_longest(gpu_cases.cuda(), gpu_cases.triton())
+    # In turns, so that neither backend waits for the other where time is short.
+    pairs = itertools.zip_longest(cases.cuda(), cases.triton())
     named = (zip(("cuda", "triton"), pair, strict=True) for pair in pairs)
     both = itertools.chain.from_iterable(named)
     return {f"{backend} {case}": (backend, case) for backend, case in both if case is not None}
@@ -39,7 +39,7 @@ def items(phase: str, options: argparse.Namespace) -> list[str]:
 
 
 def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
-    """An error is larger than its budget: the line says which, by how much and where."""
+    """The worst error as a share of its budget; if it exceeds that, where and by how much."""
     backend, case = _cases(options.device)[item]
     inputs = testing.make_inputs(case, device=options.device)
     with testing.poisoned_empty():
@@ -63,7 +63,7 @@ def _share(got: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> floa
 
 @torch.no_grad()
 def step(inputs: Inputs) -> Tensors:
-    """A decoding step of the cuda backend, which has no backward."""
+    """The results of a decoding step of the cuda backend, which has no backward."""
     tensors, mask = inputs.tensors, inputs.masking.memory_mask
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What the lines of a run say: a page for the terminal, and the results that are kept."""
+"""The lines of a run summed up: a page for the terminal, and the results that are kept."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import table
-from benchmarks.targets.gpu import limits as gpu_model
-from benchmarks.targets.gpu import lines as gpu_lines
-from benchmarks.targets.gpu import rows as gpu_rows
-from benchmarks.targets.gpu import tables as gpu_tables
-from benchmarks.targets.gpu.lines import Line
-from benchmarks.targets.gpu.rows import Row
+from benchmarks.common.files import write_whole
+from benchmarks.common.machine import slug
+from benchmarks.common.table import duration
+from benchmarks.targets.gpu import jsonl, tables
+from benchmarks.targets.gpu.jsonl import Line
+from benchmarks.targets.gpu.limits import Rates, limit
+from benchmarks.targets.gpu.rows import COMPILERS, GpuRow, all_rows
 
 STAGES = ("smoke", "contract", "kernels", "models", "sanitize", "sweep", "profile")
 GOOD = ("passed", "skipped", "deferred")
 MOST_BYTES, MOST_FAILURES, MOST_SHARES = 4000, 15, 15
 
-# On an H200: least share of the limit, and least ratio to a rival.
+# On an H200, by formula, queries or width, and backward: share of the limit, ratio to a rival.
 TARGETS = {
     ("dot", 1, False): {"limit": 0.85},
     ("dot", 512, False): {"limit": 0.70},
@@ -34,45 +34,45 @@ TARGETS = {
 
 def lines_of(directory: Path) -> dict[str, list[Line]]:
     """The lines of each stage that was run."""
-    found = {name: gpu_lines.read(directory / f"{name}.jsonl") for name in STAGES}
+    found = {name: jsonl.read(directory / f"{name}.jsonl") for name in STAGES}
     return {name: lines for name, lines in found.items() if lines}
 
 
 def failures(lines: Iterable[Line]) -> list[Line]:
-    """Of each item that failed its last line, and what is of no item."""
+    """The last line of each item that failed, and workers that did not start."""
     lines = list(lines)
     starts = [line for line in lines if line.get("item") == "(start)"]
-    rest = [line for key, line in gpu_lines.items(lines).items() if key[1] != "(start)"]
+    rest = [line for key, line in jsonl.items(lines).items() if key[1] != "(start)"]
     return starts[:3] + [line for line in rest if line["outcome"] not in GOOD]
 
 
-def rates_of(lines: Iterable[Line]) -> dict[str, gpu_model.Rates]:
-    """What the GPU does at best, by dtype; empty if that was not measured."""
+def rates_of(lines: Iterable[Line]) -> dict[str, Rates]:
+    """What the GPU does at best, by dtype; empty if it was not measured."""
     for line in lines:
         if "rates" in line:
-            return {dtype: gpu_model.Rates(**fields) for dtype, fields in line["rates"].items()}
+            return {dtype: Rates(**fields) for dtype, fields in line["rates"].items()}
     return {}
 
 
-def limit_of(row: Row, rates: gpu_model.Rates) -> tuple[float, str]:
-    """The least seconds of a row, and what makes them."""
-    problem = row.problem()
-    least = gpu_model.limit(problem, rates)
+def limit_of(row: GpuRow, rates: Rates) -> tuple[float, str]:
+    """The least seconds of a row, and the resource that bounds it."""
+    problem = row.problem
+    least = limit(problem, rates)
     seconds = least.seconds
     if row.backward:
-        seconds += gpu_model.limit(problem, rates, backward=True).seconds
+        seconds += limit(problem, rates, backward=True).seconds
     return seconds * row.read, least.bound_by
 
 
-def measured(lines: Iterable[Line], rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """A result for every row and backend with a line; no speed without a passed check."""
+def measured(lines: Iterable[Line], rows: Iterable[GpuRow]) -> list[dict[str, Any]]:
+    """A result for every row and backend with a line; no time without a passed check."""
     lines = list(lines)
-    known = gpu_lines.items(lines)
+    known = jsonl.items(lines)
     rates, found = rates_of(lines), []
     for row in rows:
         rivals = {}
         for side in row.sides():
-            phase = "compilers" if side in gpu_rows.COMPILERS else "times"
+            phase = "compilers" if side in COMPILERS else "times"
             line = known.get((phase, f"{row} | {side}"))
             if side not in row.backends and line is not None:
                 rivals[side] = line
@@ -86,12 +86,12 @@ def measured(lines: Iterable[Line], rows: Iterable[Row]) -> list[dict[str, Any]]
 
 
 def _result(
-    row: Row,
+    row: GpuRow,
     backend: str,
     checked: Line | None,
     timed: Line | None,
     rivals: dict[str, Line],
-    rates: gpu_model.Rates | None,
+    rates: Rates | None,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"case": str(row), "backend": backend, "peers": {}}
     for name, line in (("check", checked), ("time", timed)):
@@ -99,21 +99,21 @@ def _result(
             return result | {"failed": f"no {name}"}
         result |= {k: line[k] for k in ("error_share", "worst") if k in line}
         if line["outcome"] != "passed":
-            return result | {"failed": f"{name}: {said(line)}"}
+            return result | {"failed": f"{name}: {reason(line)}"}
     assert timed is not None
     result |= {name: timed[name] for name in ("kernel", "call", "graph", "peak_bytes")}
     for name, line in rivals.items():
         is_timed = line["outcome"] == "passed"
-        result["peers"][name] = line["kernel"] / timed["kernel"] if is_timed else said(line)[:60]
+        result["peers"][name] = line["kernel"] / timed["kernel"] if is_timed else reason(line)[:60]
     if rates is not None:
-        limit, bound_by = limit_of(row, rates)
-        result |= {"limit": limit, "bound_by": bound_by, "share": limit / timed["kernel"]}
+        least, bound_by = limit_of(row, rates)
+        result |= {"limit": least, "bound_by": bound_by, "share": least / timed["kernel"]}
         result["verdict"] = verdict(row, result)
     return result
 
 
-def said(line: Line) -> str:
-    """What a line that failed says, in one."""
+def reason(line: Line) -> str:
+    """Why a line failed, in one line."""
     error = str(line.get("error") or line.get("cuda") or "").strip()
     if not error:
         error = (str(line.get("log", "")).strip().splitlines() or [""])[-1]
@@ -121,11 +121,11 @@ def said(line: Line) -> str:
     return word + (error.splitlines() or [""])[0]
 
 
-def verdict(row: Row, line: dict[str, Any]) -> str:
-    """Which targets of the kind are met; nothing where there is none."""
-    wanted = TARGETS.get((row.score, 1 if row.queries == 1 else row.width, row.backward), {})
-    if row != Row(row.score, row.batch, row.queries, row.source, row.width, backward=row.backward,
-                  backends=row.backends, with_compilers=row.with_compilers):  # fmt: skip
+def verdict(row: GpuRow, line: dict[str, Any]) -> str:
+    """Which targets of the row are met; empty where it has none."""
+    wanted = TARGETS.get((row.formula, 1 if row.queries == 1 else row.width, row.backward), {})
+    if row != GpuRow(row.score, row.sizes, backward=row.backward, backends=row.backends,
+                     with_compilers=row.with_compilers):  # fmt: skip
         return ""
     words = []
     for name, least in wanted.items():
@@ -136,10 +136,10 @@ def verdict(row: Row, line: dict[str, Any]) -> str:
 
 
 def _counts(directory: Path, found: dict[str, list[Line]]) -> list[str]:
-    last = {str(line.get("stage")): line for line in gpu_lines.read(directory / "run.jsonl")}
+    last = {str(line.get("stage")): line for line in jsonl.read(directory / "run.jsonl")}
     words = []
     for name in dict.fromkeys((*last, *found)):
-        lines = gpu_lines.items(found.get(name, [])).values()
+        lines = jsonl.items(found.get(name, [])).values()
         outcomes = Counter(line["outcome"] for line in lines)
         counted = ", ".join(f"{number} {word}" for word, number in sorted(outcomes.items()))
         run = last.get(name, {})
@@ -152,17 +152,17 @@ def _counts(directory: Path, found: dict[str, list[Line]]) -> list[str]:
 
 
 def _failures(found: dict[str, list[Line]]) -> list[str]:
-    """One line for each, of those that say the same only the first."""
+    """One line for each kind of failure."""
     failed = [(name, line) for name, lines in found.items() for line in failures(lines)]
     kinds: dict[tuple[str, str], list[Line]] = {}
     for name, line in failed:
-        alike = re.sub(r"[-\d.e+]+", "#", said(line))[:60]
+        alike = re.sub(r"[-\d.e+]+", "#", reason(line))[:60]
         kinds.setdefault((name, alike), []).append(line)
     words = []
     for (name, _), lines in list(kinds.items())[:MOST_FAILURES]:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         item = lines[0]["item"].rpartition("/")[2]
-        words.append(f"{name} {item[:70]}: {said(lines[0])[:90]}{more}")
+        words.append(f"{name} {item[:70]}: {reason(lines[0])[:90]}{more}")
     if len(kinds) > MOST_FAILURES:
         words.append(f"... and {len(kinds) - MOST_FAILURES} other kinds of failure")
     return words
@@ -177,7 +177,7 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
             for name, value in line["peers"].items()
             if isinstance(value, float)
         )
-        kernel, call = table.duration(line["kernel"]), table.duration(line["call"])
+        kernel, call = duration(line["kernel"]), duration(line["call"])
         shown = f"  {100 * line['share']:.0f} % {line['case']} {line['backend']}"
         words.append(f"{shown}: {kernel}, call {call}; {ratios}"[:120])
     best: dict[str, tuple[float, str]] = {}
@@ -191,13 +191,13 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
 
 
 def summary(directory: Path) -> tuple[str, bool]:
-    """A text of under 4 KB, and whether all that was run passed."""
+    """A text of under 4 KB, and whether everything that was run passed."""
     found = lines_of(directory)
-    last = {str(line.get("stage")): line for line in gpu_lines.read(directory / "run.jsonl")}
+    last = {str(line.get("stage")): line for line in jsonl.read(directory / "run.jsonl")}
     failed = _failures(found)
     words = [*_counts(directory, found)]
     words += ["failures:", *(f"  {line}" for line in failed)] if failed else []
-    words += _speeds(measured(found.get("kernels", []), gpu_rows.rows()))
+    words += _speeds(measured(found.get("kernels", []), all_rows()))
     words += _others(found)
     incomplete = any(line.get("done", 0) < line.get("items", 1) for line in last.values())
     passed = bool(last) and not failed and not incomplete
@@ -211,11 +211,11 @@ def summary(directory: Path) -> tuple[str, bool]:
 
 
 def _others(found: dict[str, list[Line]]) -> list[str]:
-    """Models against eager, and where a candidate is faster than the launch table."""
+    """Models against eager, and candidates that are faster than the launch table."""
     words = []
-    for line in gpu_tables.model_results(found.get("models", [])):
+    for line in tables.model_results(found.get("models", [])):
         words.append(f"{line['work']}: {line['eager'] / line['ours']:.2f}x eager")
-    for line in gpu_tables.sweep_results(found.get("sweep", [])):
+    for line in tables.sweep_results(found.get("sweep", [])):
         best = line["candidates"][0]
         if best["plan"] != "table":
             faster = line["table"] / best["kernel"]
@@ -223,17 +223,13 @@ def _others(found: dict[str, list[Line]]) -> list[str]:
     return words
 
 
-def tables(directory: Path) -> str:
-    """All that was timed, however long that is."""
+def everything(directory: Path) -> str:
+    """Tables of everything that was timed."""
     found = lines_of(directory)
-    shown = [gpu_tables.kernels(measured(found.get("kernels", []), gpu_rows.rows()))]
-    shown += [gpu_tables.models(found["models"])] if "models" in found else []
-    shown += [gpu_tables.sweep(found["sweep"])] if "sweep" in found else []
+    shown = [tables.kernels(measured(found.get("kernels", []), all_rows()))]
+    shown += [tables.models(found["models"])] if "models" in found else []
+    shown += [tables.sweep(found["sweep"])] if "sweep" in found else []
     return "\n\n".join(shown)
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def results_of(directory: Path) -> dict[str, Any]:
@@ -245,32 +241,29 @@ def results_of(directory: Path) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(newest)),
         "gpu": gpu,
-        "run": gpu_lines.read(directory / "run.jsonl"),
+        "run": jsonl.read(directory / "run.jsonl"),
         "rates": {dtype: vars(rate) for dtype, rate in rates_of(kernels).items()},
         "counts": {
-            name: dict(Counter(line["outcome"] for line in gpu_lines.items(lines).values()))
+            name: dict(Counter(line["outcome"] for line in jsonl.items(lines).values()))
             for name, lines in found.items()
         },
-        "rows": measured(kernels, gpu_rows.rows()),
-        "models": gpu_tables.model_results(found.get("models", [])),
-        "sweep": gpu_tables.sweep_results(found.get("sweep", [])),
-        "profile": list(gpu_lines.items(found.get("profile", [])).values()),
+        "rows": measured(kernels, all_rows()),
+        "models": tables.model_results(found.get("models", [])),
+        "sweep": tables.sweep_results(found.get("sweep", [])),
+        "profile": list(jsonl.items(found.get("profile", [])).values()),
         "failures": [line for lines in found.values() for line in failures(lines)],
     }
 
 
 def write(directory: Path, target: Path) -> list[Path]:
-    """Write the results of a run below ``target``/GPU: JSON, and a plot where matplotlib is there.
+    """Write the results of a run below ``target``/GPU: JSON, and a plot if matplotlib is installed.
 
-    Each file appears whole or not at all.
+    Each file appears complete or not at all.
     """
     results = results_of(directory)
     where = target / slug(results["gpu"])
-    where.mkdir(parents=True, exist_ok=True)
     path = where / f"{results['date'][:10]}-gpu.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(results, indent=1) + "\n")
     return [path, *_plots(where, results)]
 
 

@@ -1,7 +1,7 @@
 """The stage "sweep": candidates for the launch table, each compiled and checked, then timed.
 
-A candidate is a plan in place of the table's. What fails to compile, needs too much shared memory
-or computes something else is a line like any other, and is not timed.
+A candidate is a plan in place of the table's. One that fails to compile, needs too much shared
+memory or computes something else is a line like any other, and is not timed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from fused_attn.kernels import launch
 from torch import Tensor
 
-from benchmarks.targets.gpu import kernels as gpu_kernels
-from benchmarks.targets.gpu import lines as gpu_lines
-from benchmarks.targets.gpu import measure as gpu_measure
-from benchmarks.targets.gpu import rows as gpu_rows
-from benchmarks.targets.gpu.cases import CHIP
+from benchmarks.common.calls import copies_of, prepared
+from benchmarks.common.chips import H100
+from benchmarks.common.problems import Sizes
+from benchmarks.targets.gpu import jsonl
+from benchmarks.targets.gpu.measure import COPIES_BYTES, device_named
 from benchmarks.targets.gpu.pool import Phase
-from benchmarks.targets.gpu.rows import Row
+from benchmarks.targets.gpu.rows import GpuRow, inputs_of
 from fused_attn import backends
 from fused_attn.testing import Inputs
 
@@ -33,39 +33,39 @@ PHASES = (
     Phase("times", jobs=1, limit_s=20.0),
 )
 TABLE = "table"
-BUDGET_S = 0.03  # of the clock for a candidate
-TOLERANCE = 0.02  # of the largest value, between two orders of summing in bfloat16
-REGISTERS = 200  # of a thread for its part of the accumulator, at most
+BUDGET_S = 0.03  # that a candidate is timed for
+TOLERANCE = 0.02  # of the largest value: two plans sum in different orders, in bfloat16
+REGISTERS = 200  # at most, of a thread for its part of the accumulator
 
 
 @dataclass(frozen=True)
 class Target:
-    """A call of one plan function, whose plan is replaced."""
+    """A plan function, and the call in which its plan is replaced."""
 
     plan: str  # "forward", "backward", "context_columns", "source_gradients", "concat_gradients"
-    row: Row
+    row: GpuRow
 
     def __str__(self) -> str:
         return f"{self.plan} {self.row}"
 
     @property
     def wanted(self) -> list[bool]:
-        """The gradients: those that the planned kernel makes, alone where that is possible."""
-        if self.row.score == "concat":
+        """Which gradients are asked for: only the planned kernel's, where that is possible."""
+        if self.row.score == "projected":
             return [self.plan == "concat_gradients"] * 3 + [self.plan != "concat_gradients", False]
         return [True, self.plan == "source_gradients", False]
 
     @property
     def name(self) -> str:
-        """Of the backend's function."""
+        """The backend's function: "forward" or "backward"."""
         return "forward" if self.plan in ("forward", "context_columns") else "backward"
 
 
 def _target(plan: str, score: str, batch: int, queries: int, source: int, width: int) -> Target:
-    return Target(plan, Row(score, batch, queries, source, width))
+    return Target(plan, GpuRow(score, Sizes(batch, queries, source, width)))
 
 
-# In the order of how much hangs on them.
+# The most important ones first.
 TARGETS = (
     _target("forward", "dot", 64, 64, 1024, 512),
     _target("backward", "dot", 64, 64, 1024, 512),
@@ -73,13 +73,13 @@ TARGETS = (
     _target("context_columns", "dot", 64, 64, 1024, 1024),
     _target("backward", "dot", 64, 64, 1024, 1024),
     _target("forward", "dot", 64, 1, 1024, 512),
-    _target("forward", "concat", 64, 64, 1024, 512),
-    _target("backward", "concat", 64, 64, 1024, 512),
-    _target("concat_gradients", "concat", 64, 64, 1024, 512),
+    _target("forward", "projected", 64, 64, 1024, 512),
+    _target("backward", "projected", 64, 64, 1024, 512),
+    _target("concat_gradients", "projected", 64, 64, 1024, 512),
     _target("source_gradients", "dot", 64, 64, 1024, 512),
     _target("forward", "dot", 64, 5, 1024, 512),
     _target("forward", "dot", 64, 5, 1024, 1024),
-    _target("forward", "concat", 64, 1, 1024, 512),
+    _target("forward", "projected", 64, 1, 1024, 512),
     _target("forward", "dot", 128, 10, 128, 1024),
     _target("backward", "dot", 128, 10, 128, 1024),
     _target("forward", "dot", 64, 50, 50, 512),
@@ -100,13 +100,13 @@ TARGETS = (
 
 
 def _cut(source: int, block: int, wanted: int) -> tuple[int, int]:
-    """Splits of whole blocks and their segment, as the table cuts."""
+    """The number of splits and their length in whole blocks, as the table cuts."""
     segment = block * max(1, launch.cdiv(launch.cdiv(source, block), wanted))
     return launch.cdiv(source, segment), segment
 
 
-def _online(row: Row, is_backward: bool) -> Iterator[launch.Plan]:
-    """What fits into shared memory and registers."""
+def _online(row: GpuRow, is_backward: bool) -> Iterator[launch.Plan]:
+    """Plans that fit into shared memory and registers."""
     width = launch.power_of_2(row.width, 16)
     longest = min(launch.power_of_2(row.queries, 16), 64)
     all_t = sorted({longest, max(longest // 2, 16), 16 if width >= 1024 else longest})
@@ -115,21 +115,21 @@ def _online(row: Row, is_backward: bool) -> Iterator[launch.Plan]:
     for block_t, block_s, warps, stages in itertools.product(all_t, all_s, (4, 8), all_stages):
         held = block_t * (2 if is_backward else 1) + stages * block_s
         registers = block_t * max(width, block_s) / (32 * warps)
-        if 2 * width * held > CHIP.shared_memory - 8192 or not 16 <= registers <= REGISTERS:
+        if 2 * width * held > H100.shared_memory - 8192 or not 16 <= registers <= REGISTERS:
             continue
         if block_s > launch.power_of_2(row.source, 16):
             continue
         tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": width}
         programs = row.batch * launch.cdiv(row.queries, block_t)
-        wanted = (1, 2, 4) if programs <= CHIP.multiprocessors // 4 else (1, 2)
-        for number in wanted if programs < CHIP.multiprocessors else (1,):
+        wanted = (1, 2, 4) if programs <= H100.multiprocessors // 4 else (1, 2)
+        for number in wanted if programs < H100.multiprocessors else (1,):
             splits, segment = _cut(row.source, block_s, number)
             if splits == number:
                 yield launch.Plan("online", splits, segment, tiles, warps, stages)
 
 
-def _rows(row: Row) -> Iterator[launch.Plan]:
-    is_concat = row.score == "concat"
+def _rows(row: GpuRow) -> Iterator[launch.Plan]:
+    is_concat = row.score == "projected"
     longest_t = launch.power_of_2(row.queries, 16)
     longest_s = launch.power_of_2(row.source, 16)
     all_e = (32, 64) if is_concat else (64, 128)
@@ -151,19 +151,19 @@ def _rows(row: Row) -> Iterator[launch.Plan]:
         yield launch.Plan(regime, splits, block_s, tiles, warps, stages)
 
 
-def _columns(row: Row) -> Iterator[launch.Plan]:
+def _columns(row: GpuRow) -> Iterator[launch.Plan]:
     longest_t = launch.power_of_2(row.queries, 16)
     blocks = itertools.product((32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))
     for block_t, block_s, block_e, warps, stages in blocks:
         held = stages * block_s * (2 * block_e + 2 * block_t)
-        if block_t > longest_t or held > CHIP.shared_memory - 16384:
+        if block_t > longest_t or held > H100.shared_memory - 16384:
             continue
         if 16 <= block_t * block_e / (32 * warps) <= 128 and block_t * block_s / warps <= 1024:
             tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
             yield launch.Plan("columns", 1, block_s, tiles, warps, stages)
 
 
-def _steps(row: Row) -> Iterator[launch.Plan]:
+def _steps(row: GpuRow) -> Iterator[launch.Plan]:
     width = launch.power_of_2(row.width, 16)
     own = plan_of(Target("forward", row)).splits
     blocks = itertools.product((2, 4, 8, 16), (2, 4, 8), (1, 2, 3, 4), (0.25, 0.5, 1, 2))
@@ -175,17 +175,17 @@ def _steps(row: Row) -> Iterator[launch.Plan]:
         yield launch.Plan("step", splits, segment, tiles, warps)
 
 
-def _source(row: Row) -> Iterator[launch.Plan]:
+def _source(row: GpuRow) -> Iterator[launch.Plan]:
     blocks = itertools.product((32, 64), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3))
     for block_t, block_s, block_e, warps, stages in blocks:
         tile = block_s * block_e / (32 * warps)
         held = stages * 2 * 2 * block_t * (block_s + block_e)
-        if 32 <= tile <= 128 and held < CHIP.shared_memory:
+        if 32 <= tile <= 128 and held < H100.shared_memory:
             tiles = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_E": block_e}
             yield launch.Plan("source", 1, block_s, tiles, warps, stages)
 
 
-def _gradients(row: Row) -> Iterator[launch.Plan]:
+def _gradients(row: GpuRow) -> Iterator[launch.Plan]:
     blocks = itertools.product((16, 32), (16, 32, 64), (32, 64, 128), (2, 4, 8), (1,))
     for block_t, block_s, block_a, warps, stages in blocks:
         each = [block * block_a / (32 * warps) for block in (block_t, block_s)]
@@ -195,7 +195,7 @@ def _gradients(row: Row) -> Iterator[launch.Plan]:
 
 
 def plan_of(target: Target) -> launch.Plan:
-    """The table's own, on an H100 or H200."""
+    """The table's own plan, on an H100 or H200."""
     row = target.row
     kind = launch.Kind(row.dtype == torch.float32, True, False)
     if target.plan == "source_gradients":
@@ -203,13 +203,13 @@ def plan_of(target: Target) -> launch.Plan:
     if target.plan == "concat_gradients":
         return launch.concat_gradients(row.width, kind)
     if target.plan == "context_columns":
-        return launch.context_columns(CHIP, (row.batch, row.queries, row.source, row.width), kind)
-    sizes = (row.batch, row.queries, row.source, row.width, row.width)
-    return getattr(launch, target.plan)(CHIP, row.score, sizes, kind)
+        return launch.context_columns(H100, tuple(row.sizes), kind)
+    sizes = (*row.sizes, row.width)
+    return getattr(launch, target.plan)(H100, row.formula, sizes, kind)
 
 
 def candidates(target: Target) -> list[launch.Plan]:
-    """Plans in place of the table's, which is not among them."""
+    """Plans to try in place of the table's, without the table's."""
     row = target.row
     if target.plan == "source_gradients":
         found = list(_source(row))
@@ -219,7 +219,7 @@ def candidates(target: Target) -> list[launch.Plan]:
         found = list(_columns(row))
     elif plan_of(target).regime == "step":
         found = list(_steps(row))
-    elif row.score == "concat":
+    elif row.score == "projected":
         found = list(_rows(row))
     else:
         found = list(_online(row, target.plan == "backward"))
@@ -236,7 +236,7 @@ def label(plan: launch.Plan) -> str:
 
 @cache
 def _items(device: str) -> dict[str, tuple[Target, launch.Plan | None]]:
-    """By item. The table's plan comes first of each target; on a CPU small targets, and few."""
+    """Target and plan by item, None for the table's, which comes first. On a CPU few and small."""
     found: dict[str, tuple[Target, launch.Plan | None]] = {}
     for target in TARGETS if device == "cuda" else _small():
         found[f"{target} | {TABLE}"] = (target, None)
@@ -248,8 +248,11 @@ def _items(device: str) -> dict[str, tuple[Target, launch.Plan | None]]:
 
 def _small() -> list[Target]:
     kinds = {(x.plan, x.row.score, x.row.queries == 1): x for x in TARGETS}.values()
-    sizes: dict[str, Any] = {"batch": 2, "source": 140, "width": 32, "cold": False}
-    return [replace(x, row=replace(x.row, queries=min(x.row.queries, 5), **sizes)) for x in kinds]
+    found = []
+    for target in kinds:
+        sizes = Sizes(2, min(target.row.queries, 5), 140, 32)
+        found.append(replace(target, row=replace(target.row, sizes=sizes, cold=False)))
+    return found
 
 
 def items(phase: str, options: argparse.Namespace) -> list[str]:
@@ -258,7 +261,7 @@ def items(phase: str, options: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def overriding(name: str, plan: launch.Plan | None) -> Iterator[None]:
-    """Within it a function of the launch table returns this plan, whatever it is asked for."""
+    """Within it a function of the launch table returns this plan for every call."""
     before = getattr(launch, name)
     if plan is not None:
         setattr(launch, name, lambda *_: plan)
@@ -272,11 +275,11 @@ Call = Callable[[], tuple[Tensor | None, ...]]
 
 
 def call_of(target: Target, inputs: Inputs) -> Call:
-    """The kernel as the backend calls it: no operator, no autograd between."""
+    """The kernel as the backend calls it, without operator or autograd."""
     backend: Any = backends.load("triton")
-    row, tensors = target.row, gpu_rows.prepared(target.row, inputs.tensors)
+    row, tensors = target.row, prepared(target.row, inputs.tensors)
     memory, masking = tensors["memory"], inputs.masking
-    name = "concat" if row.score == "concat" else "dot"
+    name = "concat" if row.score == "projected" else "dot"
     given: tuple[Any, ...] = (tensors.get("query"), memory, 1.0, masking)
     if name == "concat":
         concat = (tensors["query_proj"], tensors["memory_proj"], tensors.get("memory_exp"))
@@ -289,27 +292,24 @@ def call_of(target: Target, inputs: Inputs) -> Call:
     return partial(getattr(backend, f"{name}_backward"), *seeds, *given, saved, target.wanted)
 
 
-_kept: dict[str, Any] = {}  # of the target that was last
+_kept: dict[str, Any] = {}  # of the last target
 
 
 def _of(target: Target, device: Any, is_timed: bool) -> dict[str, Any]:
-    """Its inputs, as many copies as the caches do not hold, and what the table's plan computes."""
+    """Its calls, on copies that no cache holds together, and what the table's plan computes."""
     if _kept.get("target") != target:
         _kept.clear()
-        inputs = gpu_rows.inputs_of(target.row, device.name)
+        inputs = inputs_of(target.row, device.name)
         size = sum(tensor.nbytes for tensor in inputs.tensors.values())
-        copies = -(-gpu_measure.COPIES_BYTES // size) if target.row.cold and is_timed else 1
-        calls = [call_of(target, inputs)]
-        for _ in range(min(copies, 16) - 1):
-            tensors = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
-            calls.append(call_of(target, replace(inputs, tensors=tensors)))
+        count = -(-COPIES_BYTES // size) if target.row.cold and is_timed else 1
+        calls = [call_of(target, each) for each in copies_of(inputs, min(count, 16))]
         right = [x for x in calls[0]() if x is not None]
         _kept.update(target=target, calls=calls, right=right)
     return _kept
 
 
 def _differs(got: Tensor, right: Tensor) -> float:
-    """The largest difference, as a share of the largest value; NaN counts as all of it."""
+    """The largest difference as a share of the largest value; 1 if there is a NaN."""
     largest = float(right.abs().max()) or 1.0
     found = float((got.float() - right.float()).abs().max()) / largest
     return found if found == found else 1.0
@@ -317,14 +317,14 @@ def _differs(got: Tensor, right: Tensor) -> float:
 
 def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
     target, plan = _items(options.device)[item]
-    device = gpu_kernels.device_of(options)
+    device = device_named(options.device)
     shown = plan or plan_of(target)
     fields: dict[str, Any] = {
         "target": str(target), "plan": vars(shown) | {"tiles": dict(shown.tiles)},
         "is_table": plan is None,
     }  # fmt: skip
     if phase == "times":
-        line = gpu_lines.items(gpu_lines.read(options.lines)).get(("compile", item))
+        line = jsonl.items(jsonl.read(options.lines)).get(("compile", item))
         if line is None:
             return fields | {"outcome": "deferred"}
         if line["outcome"] != "passed":

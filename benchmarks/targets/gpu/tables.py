@@ -1,23 +1,23 @@
-"""The lines of a run as tables: kernels beside their rivals, models, candidates for the table."""
+"""The lines of a run as tables: kernels beside rivals, models, candidates for the launch table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.common import table
-from benchmarks.targets.gpu import lines as gpu_lines
-from benchmarks.targets.gpu.lines import Line
+from benchmarks.common.table import duration, render
+from benchmarks.targets.gpu import jsonl
+from benchmarks.targets.gpu.jsonl import Line
 
 KERNELS = ["case", "backend", "kernel", "of limit", "by", "call", "eager", "compile", "sdpa",
            "flex", "peak", "error", "target"]  # fmt: skip
 MODELS = ["work", "ours", "eager", "times as fast", "tokens/s"]
 SWEEP = ["target", "plan", "kernel", "times as fast"]
-MOST_CANDIDATES = 5  # of a target
+MOST_CANDIDATES = 5  # shown for a target
 
 
 def kernels(results: Iterable[dict[str, Any]]) -> str:
-    return table.render(KERNELS, [kernel_cells(line) for line in results], 2)
+    return render(KERNELS, [kernel_cells(line) for line in results], 2)
 
 
 def kernel_cells(line: dict[str, Any]) -> list[str]:
@@ -27,16 +27,16 @@ def kernel_cells(line: dict[str, Any]) -> list[str]:
     ratios = [line["peers"].get(name, "") for name in ("eager", "compile", "sdpa", "flex")]
     shown = [f"{x:.2f}x" if isinstance(x, float) else x.split(":")[0][:14] for x in ratios]
     return [
-        *(line["case"], line["backend"], table.duration(line["kernel"])),
-        *(f"{100 * line['share']:.0f} %", line["bound_by"], table.duration(line["call"])),
+        *(line["case"], line["backend"], duration(line["kernel"])),
+        *(f"{100 * line['share']:.0f} %", line["bound_by"], duration(line["call"])),
         *(*shown, f"{line['peak_bytes'] / 2**20:.0f} MiB", f"{line['error_share']:.2f}"),
         line.get("verdict", ""),
     ]
 
 
 def model_results(lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """Of each work that both sides did: seconds of ours and of eager, tokens a second of ours."""
-    known = {item: line for (_, item), line in gpu_lines.items(lines).items() if "work" in line}
+    """Seconds of ours and of eager, and our tokens per second, of work that both sides did."""
+    known = {item: line for (_, item), line in jsonl.items(lines).items() if "work" in line}
     found = []
     for item, line in known.items():
         work, side = item.split(" | ")
@@ -49,18 +49,18 @@ def model_results(lines: Iterable[Line]) -> list[dict[str, Any]]:
 def models(lines: Iterable[Line]) -> str:
     rows = [
         [
-            *(line["work"], table.duration(line["ours"]), table.duration(line["eager"])),
+            *(line["work"], duration(line["ours"]), duration(line["eager"])),
             *(f"{line['eager'] / line['ours']:.2f}x", str(line["tokens_per_s"])),
         ]
         for line in model_results(lines)
     ]
-    return table.render(MODELS, rows, 1)
+    return render(MODELS, rows, 1)
 
 
 def sweep_results(lines: Iterable[Line]) -> list[dict[str, Any]]:
-    """Of each target whose own plan was timed: that, and the candidates, the fastest first."""
+    """Each target whose own plan was timed, with its candidates, the fastest first."""
     timed: dict[str, list[Line]] = {}
-    for (phase, _), line in gpu_lines.items(lines).items():
+    for (phase, _), line in jsonl.items(lines).items():
         if phase == "times" and "kernel" in line:
             timed.setdefault(line["target"], []).append(line)
     found = []
@@ -83,6 +83,6 @@ def sweep(lines: Iterable[Line]) -> str:
             best = [*best, {"plan": "table", "kernel": found["table"]}]
         for line in best:
             faster = f"{found['table'] / line['kernel']:.2f}x"
-            shown = [line["plan"], table.duration(line["kernel"]), faster]
+            shown = [line["plan"], duration(line["kernel"]), faster]
             rows.append([found["target"], *shown])
-    return table.render(SWEEP, rows, 2)
+    return render(SWEEP, rows, 2)

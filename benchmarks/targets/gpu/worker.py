@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.targets.gpu import lines as gpu_lines
+from benchmarks.targets.gpu import jsonl
 from benchmarks.targets.gpu.pool import Phase
 
 _PR_SET_PDEATHSIG = 1
@@ -30,31 +30,31 @@ class Stage(Protocol):
     PHASES: Sequence[Phase]
 
     def items(self, phase: str, options: argparse.Namespace) -> list[str]:
-        """The items of a phase; the same ones in every process."""
+        """The items of a phase; the same in every process."""
 
     def run(self, phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
-        """The fields of an item's line. An error is a line too."""
+        """The fields of an item's line. An exception becomes a line too."""
 
 
 def module_of(stage: str) -> Any:
-    """Of a stage by its name; one with a dot in it is a module's."""
+    """The module of a stage; a name with a dot is that of a module."""
     return import_module(stage if "." in stage else f"benchmarks.targets.gpu.{stage}")
 
 
 class Channel:
-    """The items that come, and where the lines and the answers go."""
+    """Receives items, writes their lines and answers the pool."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.began = 0.0
-        # Of its own: pytest takes the standard input away from what it runs.
+        # A descriptor of its own: pytest replaces the standard input of what it runs.
         self.source = os.fdopen(os.dup(0), encoding="utf-8")
 
     def answer(self, word: str) -> None:
         os.write(self.options.answers, f"{word}\n".encode())
 
     def received(self) -> Iterator[str]:
-        """The items, until the parent has no more of them, or is gone."""
+        """The items, until the parent sends no more or has ended."""
         self.answer("ready")
         for line in self.source:
             self.began = time.monotonic()
@@ -63,10 +63,10 @@ class Channel:
     def write(self, item: str, **fields: Any) -> None:
         line = {"phase": self.options.phase, "item": item}
         seconds = round(time.monotonic() - self.began, 3)
-        gpu_lines.append(self.options.lines, line | {"seconds": seconds} | fields)
+        jsonl.append(self.options.lines, line | {"seconds": seconds} | fields)
 
     def finish(self, item: str, lost: str | None, **fields: Any) -> None:
-        """Write a line and answer. A CUDA context that is lost takes the process with it."""
+        """Write a line and answer. If the CUDA context is lost, the process ends."""
         if lost is None:
             self.write(item, **fields)
             self.answer("done")
@@ -77,7 +77,7 @@ class Channel:
 
 
 def lost_context(device: str) -> str | None:
-    """What CUDA says once an earlier call has broken its context; None while all is well."""
+    """CUDA's error, if an earlier call has broken the context; None otherwise."""
     torch = sys.modules.get("torch")
     if device != "cuda" or torch is None or not torch.cuda.is_initialized():
         return None
@@ -85,7 +85,7 @@ def lost_context(device: str) -> str | None:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").add_(1).item()
     except Exception as error:
-        return gpu_lines.short(error)
+        return jsonl.short(error)
     return None
 
 
@@ -93,7 +93,7 @@ def serve(stage: Stage, channel: Channel) -> None:
     """Run items until there are no more."""
     options = channel.options
     gc.collect()
-    gc.freeze()  # before it captures a graph torch looks through all that there is
+    gc.freeze()  # torch collects garbage before it captures a graph, over all objects
     for item in channel.received():
         fields: dict[str, Any] = {"outcome": "passed"}
         try:
@@ -106,7 +106,7 @@ def serve(stage: Stage, channel: Channel) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when its parent has ended, however that came."""
+    """Let the kernel kill this process when its parent ends, for whatever reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--answers", type=int)
     made.add_argument("--list", action="store_true")
     made.add_argument(
-        "--tests", nargs="*", default=[], help="files, in place of the contract tests"
+        "--tests", nargs="*", default=[], help="test files to run instead of the contract tests"
     )
     return made
 

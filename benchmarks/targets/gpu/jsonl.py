@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each on the disk before the next call can lose it."""
+"""Results as lines of JSON, each on the disk before the next call can crash."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Line = dict[str, Any]
 
 
 def append(path: Path, line: Line) -> None:
-    """Add a line whole, whoever else writes to the file at the same time."""
+    """Append a complete line, whatever other processes write to the file at the same time."""
     data = (json.dumps(line) + "\n").encode()
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a writer was killed half-way
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a writer was killed midway
             data = b"\n" + data
         view = memoryview(data)
         while view:
@@ -30,7 +30,7 @@ def append(path: Path, line: Line) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file; what a killed writer left half is no line."""
+    """The lines of a file, without those that a killed writer left incomplete."""
     if not path.exists():
         return []
     found = []
@@ -45,7 +45,7 @@ def read(path: Path) -> list[Line]:
 
 
 def items(lines: Iterable[Line], phase: str | None = None) -> dict[tuple[str, str], Line]:
-    """The lines of items, by phase and item; of two for one item the later."""
+    """The lines by phase and item; the last one where an item has several."""
     return {
         (line["phase"], line["item"]): line
         for line in lines
@@ -54,6 +54,6 @@ def items(lines: Iterable[Line], phase: str | None = None) -> dict[tuple[str, st
 
 
 def short(error: BaseException, size: int = 200) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:size]
