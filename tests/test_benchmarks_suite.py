@@ -249,7 +249,7 @@ def test_the_baseline_of_a_machine(
     assert "3.00x  2.00x" in capsys.readouterr().out
     (tmp_path / "bad.json").write_text("{}")
     assert bench.suite.compare.main([str(tmp_path / "bad.json")]) == 2
-    assert "is no result of the suite" in capsys.readouterr().err
+    assert "is not a result of the suite" in capsys.readouterr().err
 
 
 def test_the_page_and_the_table_of_the_readme(bench: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the Triton kernels become on GPUs that are not here: registers, spills, instructions.
+"""What the Triton kernels compile to for absent GPUs: registers, spills, instructions.
 
 Every row of the launch table is compiled ahead of time and checked against its promises: little
 stack, shared memory that the chip has, matrix instructions, loads of 16 bytes, half a reciprocal

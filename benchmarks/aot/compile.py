@@ -1,4 +1,4 @@
-"""Compile what the Triton backend would launch, for GPUs that are not here, and read the result.
+"""Compile what the Triton backend would launch, for absent GPUs, and read the result.
 
 The backend itself is called on meta tensors, so what is compiled is what a GPU would run: the same
 plan of the launch table, the same specialisation on strides and sizes.

@@ -1,4 +1,4 @@
-"""What a call of the Triton backend costs in Python, and how many kernels random batches compile.
+"""The cost of a Triton call in Python, and the number of kernels that random batches compile.
 
 The driver here launches nothing and nothing is compiled. The time is that of everything before the
 launcher is called, including allocation. No GPU is needed.

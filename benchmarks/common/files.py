@@ -1,4 +1,4 @@
-"""Where results lie, and how they are written."""
+"""Where results are kept, and how files are written."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def query_of(row: Row, tensors: Tensors) -> Tensor:
 
 
 def one_head(row: Row, function: Callable[..., Tensor], **options: Any) -> Attend:
-    """A function of torch for many heads, with one: its keys and values are the memory."""
+    """An attention of torch, called with one head, whose keys and values are the memory."""
 
     def attend(tensors: Tensors) -> Results:
         query, memory = query_of(row, tensors)[:, None], tensors["memory"][:, None]

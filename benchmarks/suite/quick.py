@@ -1,4 +1,4 @@
-"""The suite in two minutes: ours against what people use, the cases that matter most."""
+"""The suite in two minutes: the most important cases, ours against what people use."""
 
 from __future__ import annotations
 

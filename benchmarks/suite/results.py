@@ -63,7 +63,7 @@ class Run:
             parts = (document[name] for name in ("growth", "memory", "sizes"))
             return cls(document["provenance"], limits, records, *parts)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no result of the suite: {error!r}") from None
+            raise ValueError(f"{path} is not a result of the suite: {error!r}") from None
 
     def by_case(self) -> dict[str, dict[str, Record]]:
         """The records by case and side, in the order of the run."""

@@ -80,7 +80,7 @@ def _compiled(row: Row, inputs: Inputs) -> Attend:
 
 def _require_product(row: Row) -> None:
     if row.score not in PRODUCTS:
-        raise Unable("the score is no product of query and memory")
+        raise Unable("the score is not a product of query and memory")
 
 
 def _sdpa(row: Row, inputs: Inputs) -> Attend:

@@ -1,1 +1,1 @@
-"""Each backend against targets of its own: `cpu` here, `gpu` on a machine with a GPU."""
+"""Each backend against targets of its own: `cpu` anywhere, `gpu` on a machine with an NVIDIA GPU."""

@@ -124,7 +124,7 @@ def built() -> str | None:
     """Why the native module must be built; None if it is there and has CUDA."""
     code = (
         "import torch; from fused_attn import _C; "
-        "print('CUDA:' + (_C.cuda_build()['missing'] or ''))"  # None where nothing is
+        "print('CUDA:' + (_C.cuda_build()['missing'] or ''))"  # None where nothing is missing
     )
     command = [sys.executable, "-c", code]
     kept = environment("cuda")

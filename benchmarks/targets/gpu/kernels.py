@@ -85,5 +85,5 @@ def run(phase: str, item: str, options: argparse.Namespace) -> dict[str, Any]:
     finally:
         try:
             device.release()
-        except Exception:  # of a lost context, which the caller looks for itself
+        except Exception:  # the context is lost, which the worker finds out itself
             _inputs.clear()

@@ -31,6 +31,7 @@ class GpuRow(Row):
     with_compilers: bool = False  # also against torch.compile and flex_attention
 
     def __post_init__(self) -> None:
+        # It follows from score and sizes, also where `dataclasses.replace` changes those.
         is_step = self.score == "projected" and self.queries <= STEPS
         object.__setattr__(self, "prepared", is_step)
 
