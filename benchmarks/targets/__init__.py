@@ -1,1 +1,1 @@
-"""Each backend against targets of its own: `cpu` anywhere, `gpu` on a machine with an NVIDIA GPU."""
+"""Each backend against its own targets: `cpu` anywhere, `gpu` on a machine with an NVIDIA GPU."""
