@@ -1,8 +1,8 @@
 """A model with another toolkit's attention, before and after `fused_attn.interop.swap(model)`.
 
-The model is what people have: embedding, bidirectional LSTM, decoder LSTM, vocabulary, and between
+The model is a typical one: embedding, bidirectional LSTM, decoder LSTM, vocabulary, and between
 them a `GlobalAttention` with OpenNMT-py's constructor, parameters and forward, in plain tensor
-operations. Outputs and gradients are compared first; a time is printed only if they agree.
+operations. Outputs and gradients are compared first. A time is printed only if they agree.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Call, medians
-from benchmarks.table import duration, render
+from benchmarks.common.measure import Call, medians
+from benchmarks.common.table import WITHHELD, duration, render
 from fused_attn import interop
 
 KINDS = ("dot", "general", "mlp")
@@ -94,7 +94,7 @@ def training_step(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Te
 
 
 def differences(one: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, ...]:
-    """The largest differences of the logits and of any gradient, by the largest value there."""
+    """The largest difference of the logits and of any gradient, relative to the largest value."""
     logits = [training_step(model, inputs) for model in (one, other)]
     pairs = [logits, *zip(*([p.grad for p in m.parameters()] for m in (one, other)), strict=True)]
     parts = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs]
@@ -118,7 +118,7 @@ def measure(kind: str, sizes: dict[str, int], seconds: float) -> tuple[list[str]
     found = differences(eager, fused, inputs)
     cells = [kind, *(f"{part:.0e}" for part in found)]
     if max(found) > 1e-4:
-        return [*cells, *["withheld"] * 4], False
+        return [*cells, *[WITHHELD] * 4], False
     shape = (sizes["batch"], sizes["target"], sizes["dim"])
     query, seed = torch.randn(shape).requires_grad_(), torch.randn(shape)
     memory = torch.randn(sizes["batch"], sizes["source"], sizes["dim"]).requires_grad_()

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCATION = ROOT / "benchmarks"
 
 
 @contextmanager
-def imported() -> Iterator[SimpleNamespace]:
-    """Yield its modules by name, `__main__` as ``main``, and the package itself as ``package``."""
+def imported() -> Iterator[ModuleType]:
+    """The package with all of its modules: ``package.suite.cases`` is `benchmarks.suite.cases`."""
     spec = importlib.util.spec_from_file_location(
         "benchmarks", LOCATION / "__init__.py", submodule_search_locations=[str(LOCATION)]
     )
@@ -23,11 +23,14 @@ def imported() -> Iterator[SimpleNamespace]:
     before = dict(sys.modules)
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)
-    absent = {"__init__"} | (set() if importlib.util.find_spec("triton") else {"aot_compile"})
-    files = [path for path in LOCATION.glob("*.py") if not path.stem.startswith("test_")]
-    names = [path.stem for path in files if path.stem not in absent]
-    loaded = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-    yield SimpleNamespace(package=package, main=loaded.pop("__main__"), **loaded)
+    needs_triton = {"benchmarks.aot.compile", "benchmarks.aot.promises"}
+    absent = set() if importlib.util.find_spec("triton") else needs_triton
+    for path in sorted(LOCATION.rglob("*.py")):
+        parts = path.relative_to(LOCATION.parent).with_suffix("").parts
+        name = ".".join(parts).removesuffix(".__init__")
+        if name not in absent and not path.stem.startswith("test_"):
+            importlib.import_module(name)
+    yield package
     for name in set(sys.modules) - set(before):
         if name.split(".")[0] == "benchmarks":
             del sys.modules[name]

@@ -47,15 +47,15 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 def test_every_listed_benchmark_can_be_run(bench: SimpleNamespace) -> None:
-    for name in bench.package.BENCHMARKS:
-        module = importlib.import_module(f"benchmarks.{name}")
+    for name in bench.BENCHMARKS.values():
+        module = importlib.import_module(name)
         assert callable(module.main) and module.__doc__
 
 
 def test_calls_take_turns(bench: SimpleNamespace) -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    bench.measure.medians(calls, budget_s=10.0, rounds=4, window_s=0.0)
+    bench.common.measure.medians(calls, budget_s=10.0, rounds=4, window_s=0.0)
     assert "".join(order) == "ab" * 5  # one to warm up, and four rounds
 
 
@@ -63,12 +63,12 @@ def test_a_turn_is_announced_before_it(bench: SimpleNamespace) -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     announce = lambda name: order.append(name.upper())  # noqa: E731
-    bench.measure.medians(calls, budget_s=10.0, rounds=3, window_s=0.0, before=announce)
+    bench.common.measure.medians(calls, budget_s=10.0, rounds=3, window_s=0.0, before=announce)
     assert "".join(order) == "AaBb" * 4
 
 
 def test_median_seconds_of_a_call(bench: SimpleNamespace) -> None:
-    found = bench.measure.medians(
+    found = bench.common.measure.medians(
         {"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.001)}, 0.2, window_s=0.005
     )
     # Sleeping takes at least as long as asked for; a busy machine may add to it.
@@ -78,12 +78,14 @@ def test_median_seconds_of_a_call(bench: SimpleNamespace) -> None:
 
 def test_few_rounds_when_time_is_short(bench: SimpleNamespace) -> None:
     calls = []
-    bench.measure.medians({"slow": lambda: (calls.append(1), time.sleep(0.02))}, budget_s=0.0)
+    bench.common.measure.medians(
+        {"slow": lambda: (calls.append(1), time.sleep(0.02))}, budget_s=0.0
+    )
     assert len(calls) == 4  # one to warm up, and the least number of rounds
 
 
 def test_columns_line_up(bench: SimpleNamespace) -> None:
-    text = bench.table.render(["name", "n"], [["a", "1000"], ["longer", "7"]])
+    text = bench.common.table.render(["name", "n"], [["a", "1000"], ["longer", "7"]])
     assert text.splitlines() == [
         "name       n",
         "------  ----",
@@ -97,7 +99,7 @@ def test_columns_line_up(bench: SimpleNamespace) -> None:
     [(2.5, "2.5 s"), (0.01234, "12.3 ms"), (4.5e-6, "4.5 us"), (3e-9, "3 ns")],
 )
 def test_durations(bench: SimpleNamespace, seconds: float, text: str) -> None:
-    assert bench.table.duration(seconds) == text
+    assert bench.common.table.duration(seconds) == text
 
 
 TINY = {"vocab": 11, "dim": 8, "batch": 3, "source": 5, "target": 4}
@@ -125,7 +127,7 @@ def test_a_model_that_computes_something_else_has_no_speed(
 
 def test_claims_writes_tables_and_a_picture(bench: SimpleNamespace, tmp_path: Path) -> None:
     """Of models that have learned little: what the figures say is for the whole run."""
-    assert bench.claims.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert bench.claims.command.main(["--quick", "--output", str(tmp_path)]) == 0
     text = (tmp_path / "claims.md").read_text()
     tables = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     for name in (
@@ -142,12 +144,12 @@ def test_claims_writes_tables_and_a_picture(bench: SimpleNamespace, tmp_path: Pa
     # The recurrence carries next to nothing over 80 steps, attention does.
     gradient = {name: sum(values["gradient"][name]["80"]) for name in ("no attention", "dot")}
     assert gradient["dot"] > 1e6 * gradient["no attention"] > 0
-    assert (tmp_path / "claims.svg").read_text().count("length of the source") == 1
+    assert (tmp_path / "claims.svg").read_text().count("source length") == 1
 
 
 def test_gradients_by_distance_are_those_of_the_embedding(bench: SimpleNamespace) -> None:
     """Against a finite difference of the loss, for one sentence of the batch."""
-    experiments = bench.claims_experiments
+    experiments = bench.claims.experiments
     torch.manual_seed(0)
     model = Seq2Seq(experiments.shape_of("dot", hidden=8, embedding=4), 23, 23).double()
     (norm,) = experiments.gradient_norms(model, [5]).values()

@@ -29,18 +29,18 @@ def bench() -> Iterator[SimpleNamespace]:
 
 
 def row_of(bench: SimpleNamespace, case: str, sizes: tuple[int, ...] = (4, 6, 5, 16)) -> Any:
-    row = next(row for row in bench.cpu_rows.ROWS if row.case == case)
-    return replace(row, sizes=bench.cpu_rows.Sizes(*sizes))
+    row = next(row for row in bench.targets.cpu.rows.ROWS if row.case == case)
+    return replace(row, sizes=bench.common.problems.Sizes(*sizes))
 
 
 @pytest.mark.parametrize("case", KINDS)
 def test_both_sides_compute_what_the_oracle_does(bench: SimpleNamespace, case: str) -> None:
     row = replace(row_of(bench, case), dtype=torch.float64)
-    inputs = bench.cpu_calls.inputs_of(row)
+    inputs = bench.common.calls.inputs_of(row)
     assert inputs.masking.memory_lengths.tolist() == [5] * 4 and inputs.scale == 1.0
     right = testing.oracle(inputs)
-    for side in (bench.cpu_calls.fused, bench.cpu_calls.eager):
-        found = bench.cpu_calls.results(row, inputs, side(row, inputs))
+    for side in (bench.common.sides.fused, bench.common.sides.eager):
+        found = bench.common.judging.results(row, inputs, side(row, inputs))
         assert set(found) == (set(right) if row.backward else {"context"})
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, right[name], msg=name)
@@ -49,19 +49,19 @@ def test_both_sides_compute_what_the_oracle_does(bench: SimpleNamespace, case: s
 @pytest.mark.parametrize("case", KINDS)
 def test_what_is_timed_is_what_is_judged(bench: SimpleNamespace, case: str) -> None:
     row = row_of(bench, case)
-    inputs = bench.cpu_calls.inputs_of(row)
-    attend = bench.cpu_calls.fused(row, inputs)
-    judged = bench.cpu_calls.results(row, inputs, attend)
+    inputs = bench.common.calls.inputs_of(row)
+    attend = bench.common.sides.fused(row, inputs)
+    judged = bench.common.judging.results(row, inputs, attend)
     with torch.set_grad_enabled(row.backward):
-        timed = bench.cpu_calls.call_of(row, inputs, attend)()
+        timed = bench.common.calls.call_of(row, inputs, attend)()
     names = [f"grad_{name}" for name in inputs.tensors] if row.backward else ["context"]
-    for name, tensor in zip(names, timed if row.backward else [timed], strict=True):
+    for name, tensor in zip(names, timed if row.backward else timed[:1], strict=True):
         assert torch.equal(tensor, judged[name]), name
 
 
 def test_no_gradient_is_kept_for_a_forward(bench: SimpleNamespace) -> None:
     row = row_of(bench, "dot, step")
-    inputs = bench.cpu_calls.inputs_of(row)
+    inputs = bench.common.calls.inputs_of(row)
     assert not any(tensor.requires_grad for tensor in inputs.tensors.values())
 
 
@@ -77,8 +77,8 @@ def test_prepared_rows_pass_the_exponentials(
     monkeypatch.setattr(functional, "attend_concat", spy)
     prepared = row_of(bench, "concat, step, prepared")
     for row in (replace(prepared, prepared=False), prepared):
-        inputs = bench.cpu_calls.inputs_of(row)
-        bench.cpu_calls.results(row, inputs, bench.cpu_calls.fused(row, inputs))
+        inputs = bench.common.calls.inputs_of(row)
+        bench.common.judging.results(row, inputs, bench.common.sides.fused(row, inputs))
     first, second = passed
     assert first is None
     torch.testing.assert_close(second, torch.exp(2 * inputs.tensors["memory_proj"]))
@@ -88,7 +88,7 @@ def test_a_bandwidth_row_reads_as_much_as_no_cache_holds(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = row_of(bench, "dot, step")
-    monkeypatch.setattr(bench.machine, "READ_BYTES", 3 * row.read_bytes)
+    monkeypatch.setattr(bench.common.machine, "READ_BYTES", 3 * row.read_bytes)
     right, read = functional.dot_attention, []
 
     def spy(query: torch.Tensor, memory: torch.Tensor, **rest: Any) -> Any:
@@ -96,9 +96,10 @@ def test_a_bandwidth_row_reads_as_much_as_no_cache_holds(
         return right(query, memory, **rest)
 
     monkeypatch.setattr(functional, "dot_attention", spy)
-    inputs = bench.cpu_calls.inputs_of(row)
-    (call,) = bench.cpu_calls.timed(row, inputs, bench.cpu_calls.fused)
-    contexts = [call() for _ in range(8)]
+    inputs = bench.common.calls.inputs_of(row)
+    timed, fused = bench.common.scaling.timed, bench.common.sides.fused
+    (call,) = timed(row, inputs, fused, read_bytes=bench.common.machine.READ_BYTES)
+    contexts = [call()[0] for _ in range(8)]
     assert read[:4] == read[4:] and len(set(read)) == 4
     assert all(torch.equal(context, contexts[0]) for context in contexts)
 
@@ -106,18 +107,18 @@ def test_a_bandwidth_row_reads_as_much_as_no_cache_holds(
 @pytest.fixture
 def small_oracle(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 2 rows of the batch and 2 of the 6 queries."""
-    monkeypatch.setattr(bench.cpu_calls, "JUDGED_ELEMENTS", 2 * 2 * 5 * 16)
+    monkeypatch.setattr(bench.common.judging, "JUDGED_ELEMENTS", 2 * 2 * 5 * 16)
 
 
 def test_a_large_concat_is_judged_in_part(bench: SimpleNamespace, small_oracle: None) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd")
-    part = bench.cpu_calls.Part.of(row).inputs(bench.cpu_calls.inputs_of(row))
+    part = bench.common.judging.Part.of(row).inputs(bench.common.calls.inputs_of(row))
     assert part.tensors["query"].shape == (2, 2, 16)
     assert part.tensors["memory"].shape == (2, 5, 16)
     assert part.tensors["query_weight"].shape == (16, 16)
     assert part.grad_context.shape == (2, 2, 16) and part.masking.memory_lengths.shape == (2,)
     dot = row_of(bench, "dot, fwd+bwd")
-    whole = bench.cpu_calls.Part.of(dot).inputs(bench.cpu_calls.inputs_of(dot))
+    whole = bench.common.judging.Part.of(dot).inputs(bench.common.calls.inputs_of(dot))
     assert whole.tensors["query"].shape == (4, 6, 16)
 
 
@@ -126,7 +127,7 @@ def test_a_part_fits_the_oracle_and_is_not_empty(
     bench: SimpleNamespace, sizes: tuple[int, ...], small_oracle: None
 ) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd", sizes)
-    part = bench.cpu_calls.Part.of(row).inputs(bench.cpu_calls.inputs_of(row))
+    part = bench.common.judging.Part.of(row).inputs(bench.common.calls.inputs_of(row))
     rows, queries, _ = part.tensors["query"].shape
     assert 1 <= rows <= 2 and 1 <= queries
     assert queries == 1 or rows * queries * sizes[2] * sizes[3] <= 2 * 2 * 5 * 16
@@ -134,8 +135,8 @@ def test_a_part_fits_the_oracle_and_is_not_empty(
 
 def test_a_part_is_judged_with_every_gradient(bench: SimpleNamespace, small_oracle: None) -> None:
     row = row_of(bench, "concat, projections, fwd+bwd")
-    inputs = bench.cpu_calls.inputs_of(row)
-    verdicts = bench.cpu_calls.judge(row, inputs)
+    inputs = bench.common.calls.inputs_of(row)
+    verdicts = bench.common.judging.judge_fused(row, inputs)
     assert verdicts.keys() == {"context", *(f"grad_{name}" for name in inputs.tensors)}
     assert all(verdict.passed and verdict.largest > 0 for verdict in verdicts.values())
 
@@ -146,7 +147,7 @@ def test_a_wrong_part_is_found(
 ) -> None:
     """In a gradient, also one that arises where no gradient came back."""
     row = row_of(bench, "concat, projections, fwd+bwd")
-    right = bench.cpu_calls.results
+    right = bench.common.judging.results
 
     def broken(row: Any, inputs: Any, attend: Any) -> Any:
         found = right(row, inputs, attend)
@@ -155,8 +156,8 @@ def test_a_wrong_part_is_found(
             found[wrong][place] += 0.01 * found[wrong].abs().max()
         return found
 
-    monkeypatch.setattr(bench.cpu_calls, "results", broken)
-    verdicts = bench.cpu_calls.judge(row, bench.cpu_calls.inputs_of(row))
+    monkeypatch.setattr(bench.common.judging, "results", broken)
+    verdicts = bench.common.judging.judge_fused(row, bench.common.calls.inputs_of(row))
     assert [name for name, verdict in verdicts.items() if not verdict.passed] == [wrong]
 
 
@@ -179,29 +180,29 @@ def test_multiply_adds_says_how_many_it_did() -> None:
 
 def test_peak_counts_the_operations_of_its_call(bench: SimpleNamespace) -> None:
     for threads in (1, 2):
-        call, operations = bench.machine.peak_call(threads)
+        call, operations = bench.common.machine.peak_call(threads)
         assert call() == operations > 0
 
 
 def test_read_call_reads_all_of_it(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.machine, "READ_BYTES", 1 << 16)
-    bench.machine._large.cache_clear()
-    assert float(bench.machine.read_call()()) == (1 << 16) / 4
-    bench.machine._large.cache_clear()
+    monkeypatch.setattr(bench.common.machine, "READ_BYTES", 1 << 16)
+    bench.common.machine._large.cache_clear()
+    assert float(bench.common.machine.read_call()()) == (1 << 16) / 4
+    bench.common.machine._large.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_the_process_grows_with_what_it_holds(bench: SimpleNamespace) -> None:
-    before = bench.peak_memory.memory_of_process("VmRSS")
+    before = bench.common.peak_memory.memory_of_process("VmRSS")
     held = torch.ones(16 << 20)
-    grown = bench.peak_memory.memory_of_process("VmRSS") - before
+    grown = bench.common.peak_memory.memory_of_process("VmRSS") - before
     assert 60 << 20 < grown < 120 << 20 and len(held)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_grows_with_the_problem(bench: SimpleNamespace) -> None:
     def grown(*sizes: int) -> int:
-        command = [sys.executable, bench.peak_memory.__file__, *map(str, (*sizes, 1))]
+        command = [sys.executable, bench.common.peak_memory.__file__, *map(str, (*sizes, 1))]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     # The gradient of the memory alone is 64 MiB in the larger one; all pairs by width, 1 GiB.

@@ -34,36 +34,36 @@ def modules() -> Iterator[SimpleNamespace]:
 @pytest.fixture
 def bench(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The modules, with a machine that is small and quickly read."""
-    monkeypatch.setattr(modules.machine, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(modules.machine, "PEAK_ROUNDS", 1)
-    modules.machine._large.cache_clear()
+    monkeypatch.setattr(modules.common.machine, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(modules.common.machine, "PEAK_ROUNDS", 1)
+    modules.common.machine._large.cache_clear()
     yield modules
-    modules.machine._large.cache_clear()
+    modules.common.machine._large.cache_clear()
 
 
 def tiny(bench: SimpleNamespace, row: Any) -> Any:
-    sizes = bench.cpu_rows.Sizes(2, min(row.sizes.queries, 3), 5, 16)
+    sizes = bench.common.problems.Sizes(2, min(row.sizes.queries, 3), 5, 16)
     return replace(row, sizes=sizes)
 
 
 def tiny_rows(bench: SimpleNamespace) -> list[Any]:
     """One row of every case, except those for instruction sets that are not here."""
-    rows = {row.case: tiny(bench, row) for row in bench.cpu_rows.ROWS}
+    rows = {row.case: tiny(bench, row) for row in bench.targets.cpu.rows.ROWS}
     supported = backends.load("cpu").native.cpu_isas_supported()
     return [row for row in rows.values() if row.isa is None or row.isa in supported]
 
 
 def row_of(bench: SimpleNamespace, case: str) -> Any:
-    return next(tiny(bench, row) for row in bench.cpu_rows.ROWS if row.case == case)
+    return next(tiny(bench, row) for row in bench.targets.cpu.rows.ROWS if row.case == case)
 
 
 def tiny_plan(bench: SimpleNamespace) -> Any:
     row = row_of(bench, "dot")
-    return bench.cpu.Plan(tiny_rows(bench), [row], [(row, "S")])
+    return bench.targets.cpu.command.Plan(tiny_rows(bench), [row], [(row, "S")])
 
 
 def run(bench: SimpleNamespace, plan: Any, *arguments: str) -> int:
-    return bench.cpu.main(["--seconds", "0", *arguments], plan)
+    return bench.targets.cpu.command.main(["--seconds", "0", *arguments], plan)
 
 
 def cells_of(text: str, label: str) -> list[list[str]]:
@@ -108,7 +108,7 @@ def test_a_wrong_result_has_no_speed(
 
     monkeypatch.setattr(functional, "dot_attention", broken)
     rows = [row_of(bench, "dot, fwd+bwd"), row_of(bench, "general, tiny")]
-    assert run(bench, bench.cpu.Plan(rows, [], [])) == 1
+    assert run(bench, bench.targets.cpu.command.Plan(rows, [], [])) == 1
     text = capsys.readouterr().out
     assert cells_of(text, "dot, fwd+bwd") == [
         ["dot, fwd+bwd", "(2, 3, 5, 16)", ">= 1.6x", "withheld"]
@@ -128,7 +128,7 @@ def test_scaling_of_a_wrong_result_is_withheld(
         lambda *tensors, **rest: (right(*tensors, **rest)[0] * 1.001, None),
     )
     row = row_of(bench, "dot")
-    assert run(bench, bench.cpu.Plan([], [row], [(row, "T")])) == 1
+    assert run(bench, bench.targets.cpu.command.Plan([], [row], [(row, "T")])) == 1
     text = capsys.readouterr().out
     assert cells_of(text, row.label) == [[row.label, "withheld"]]
     assert cells_of(text, f"{row.label}, T") == [[f"{row.label}, T", "withheld"]]
@@ -146,9 +146,9 @@ def test_a_wrong_float32_side_is_withheld_too(
         return context * (1.001 if context.dtype == torch.float32 else 1.0), weights
 
     row = row_of(bench, "dot, bf16")
-    assert bench.cpu_results.measure(row, 1, 0.0).passed
+    assert bench.targets.cpu.figures.measure(row, 1, 0.0).passed
     monkeypatch.setattr(functional, "dot_attention", broken)
-    result = bench.cpu_results.measure(row, 1, 0.0)
+    result = bench.targets.cpu.figures.measure(row, 1, 0.0)
     wrong = [name for name, verdict in result.verdicts.items() if not verdict.passed]
     assert wrong == ["fp32 context"] and result.verdict == "withheld" and not result.seconds
 
@@ -160,20 +160,22 @@ def test_a_wrong_float32_side_is_withheld_too(
 def test_a_figure_meets_its_target(
     bench: SimpleNamespace, value: float, most: bool, met: bool
 ) -> None:
-    figure = bench.cpu_results.Figure(value, 2.0, "", "", most)
+    figure = bench.targets.cpu.figures.Figure(value, 2.0, "", "", most)
     assert figure.met == met
 
 
 def test_verdict_names_each_figure_that_falls_short(bench: SimpleNamespace) -> None:
-    figure, row = bench.cpu_results.Figure, row_of(bench, "dot")
+    figure, row = bench.targets.cpu.figures.Figure, row_of(bench, "dot")
     good, bad = figure(3.0, 2.0, "3x", ">= 2x"), figure(0.4, 0.5, "40%", ">= 50%")
-    result = bench.cpu_results.Result(row, seconds={"fused": 1e-3}, speedup=good, second=bad)
+    result = bench.targets.cpu.figures.Result(
+        row, seconds={"fused": 1e-3}, speedup=good, second=bad
+    )
     assert result.verdict == "SHORT" and result.short == [bad]
-    assert bench.cpu.table_row(result)[2:] == [
+    assert bench.targets.cpu.command.table_row(result)[2:] == [
         "1 ms", "", "3x", ">= 1.8x", "40%!", ">= 50% of peak", "SHORT",
     ]  # fmt: skip
-    report = bench.cpu.Report({}, [result])
-    assert bench.cpu.endings(report)[1:] == [
+    report = bench.targets.cpu.command.Report({}, [result])
+    assert bench.targets.cpu.command.endings(report)[1:] == [
         "SHORT of the target (!)",
         f"  {row.label}: 40%, target >= 50%",
     ]
@@ -185,14 +187,14 @@ def test_verdict_names_each_figure_that_falls_short(bench: SimpleNamespace) -> N
 
 def test_second_figures(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked by hand from made-up times."""
-    sizes = bench.cpu_rows.Sizes(2, 10, 50, 100)
-    second = bench.cpu_results._second
+    sizes = bench.common.problems.Sizes(2, 10, 50, 100)
+    second = bench.targets.cpu.figures._second
 
     def figure(case: str, kind: str, seconds: dict[str, float], **rest: int) -> tuple[float, str]:
         row = replace(row_of(bench, case), sizes=sizes, memory_dim=None)
         return second(row, kind, seconds, rest.get("threads", 1), rest.get("operations", 0))
 
-    monkeypatch.setattr(bench.machine, "READ_BYTES", 10**6)
+    monkeypatch.setattr(bench.common.machine, "READ_BYTES", 10**6)
     # 2 x 50 x 100 floats of 4 bytes in 1 us, against a megabyte in 20 us.
     read = {"fused": 1e-6, "read": 20e-6}
     value, text = figure("dot, step", "read", read)
@@ -216,7 +218,7 @@ def test_rows_for_other_instruction_sets_say_so(
     native = backends.load("cpu").native
     monkeypatch.setattr(native, "cpu_isas_supported", lambda: ["generic"])
     row = row_of(bench, "concat score, prepared, avx512")
-    assert run(bench, bench.cpu.Plan([row], [], [])) == 0
+    assert run(bench, bench.targets.cpu.command.Plan([row], [], [])) == 0
     text = capsys.readouterr().out
     assert cells_of(text, row.case)[0][-1] == "not here"
     assert f"  {row.label}: this machine has no avx512" in text
@@ -235,9 +237,9 @@ def test_a_row_runs_on_its_instruction_set(
     monkeypatch.setattr(functional, "attend_concat", spy)
     before, other = native.cpu_isa(), native.cpu_isas_supported()[-1]
     row = replace(row_of(bench, "concat score, prepared, avx2"), isa=other)
-    assert bench.cpu_results.measure(row, 1, 0.0).verdict in ("ok", "SHORT")
+    assert bench.targets.cpu.figures.measure(row, 1, 0.0).verdict in ("ok", "SHORT")
     assert set(used) == {other} and native.cpu_isa() == before
-    with pytest.raises(KeyError), bench.machine.using_isa(other):
+    with pytest.raises(KeyError), bench.common.machine.using_isa(other):
         raise KeyError
     assert native.cpu_isa() == before
 
@@ -273,7 +275,7 @@ def test_options_that_make_no_sense_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench.cpu.main(arguments)
+        bench.targets.cpu.command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -299,7 +301,9 @@ def test_threads_of_the_run_and_of_a_row(
 
     monkeypatch.setattr(functional, "dot_attention", spy)
     path = tmp_path / "figures.json"
-    plan = bench.cpu.Plan([row_of(bench, "dot"), row_of(bench, "dot, tiny")], [], [])
+    plan = bench.targets.cpu.command.Plan(
+        [row_of(bench, "dot"), row_of(bench, "dot, tiny")], [], []
+    )
     assert run(bench, plan, "--threads", "2", "--json", str(path)) == 0
     assert set(used) == {(3, 2), (1, 1)}  # T tells the rows apart
     assert torch.get_num_threads() == 1
@@ -348,21 +352,21 @@ def test_threads_up_to_the_cores(
         return right(*tensors, **rest)
 
     monkeypatch.setattr(functional, "dot_attention", spy)
-    monkeypatch.setattr(bench.machine, "cores", lambda: cores)
-    scaled = bench.cpu_scaling.measure_threads(row_of(bench, "dot"), 0.0)
+    monkeypatch.setattr(bench.common.machine, "cores", lambda: cores)
+    scaled = bench.common.scaling.measure_threads("dot", row_of(bench, "dot"), 0.0)
     assert scaled.passed and list(scaled.seconds) == counts and set(used) == set(counts)
     assert torch.get_num_threads() == 1
-    table = bench.cpu_scaling.threads_table([scaled])
+    table = bench.targets.cpu.scaling.threads_table([scaled])
     assert table.rstrip().endswith("x") == (len(counts) == 2)
 
 
 def test_ratios_of_the_scaling_tables(bench: SimpleNamespace) -> None:
-    row, scaled = row_of(bench, "dot"), bench.cpu_scaling.Scaled
-    growth = bench.cpu_scaling.growth_table(
-        [scaled(row, "dot, S", True, {0: 1e-3, 1: 2e-3, 2: 5e-3, 3: 5e-3})]
+    scaled = bench.common.scaling.Scaled
+    growth = bench.targets.cpu.scaling.growth_table(
+        [scaled("dot, S", True, {0: 1e-3, 1: 2e-3, 2: 5e-3, 3: 5e-3})]
     )
     assert growth.splitlines()[-1].split() == ["dot,", "S", "1", "ms", "2.00x", "2.50x", "1.00x"]
-    threads = bench.cpu_scaling.threads_table([scaled(row, "dot", True, {1: 3e-3, 2: 2e-3})])
+    threads = bench.targets.cpu.scaling.threads_table([scaled("dot", True, {1: 3e-3, 2: 2e-3})])
     assert threads.splitlines()[-1].split() == ["dot", "3", "ms", "2", "ms", "1.50x"]
 
 
@@ -377,14 +381,14 @@ def test_growth_doubles_one_size(
         return right(query, memory, **rest)
 
     monkeypatch.setattr(functional, "dot_attention", spy)
-    bench.cpu_scaling.measure_growth(row_of(bench, "dot"), axis, 1, 0.0)
+    bench.common.scaling.measure_growth("dot", row_of(bench, "dot"), axis, 1, 0.0)
     base, place = (5, 3, 2), "STB".index(axis)
     expected = {(*base[:place], base[place] << n, *base[place + 1 :]) for n in range(4)}
     assert set(seen) == expected
 
 
 def test_rows_know_their_targets(bench: SimpleNamespace) -> None:
-    rows = bench.cpu_rows.ROWS
+    rows = bench.targets.cpu.rows.ROWS
     assert len({row.label for row in rows}) == len(rows)
     assert all(row.speedup is not None or row.second is not None for row in rows)
     assert all(str(row.second) for row in rows if row.second is not None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks_package import ROOT, imported
+from benchmarks_package import LOCATION, ROOT, imported
 
 from fused_attn import functional
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
@@ -29,8 +29,8 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def tiny_cases(bench: SimpleNamespace) -> list[Any]:
     """One of each kind, so small that each takes no time."""
-    sizes = bench.cpu_rows.Sizes
-    make = bench.suite_cases._case
+    sizes = bench.common.problems.Sizes
+    make = bench.suite.cases._case
     return [
         *make("a step", "here", sizes(3, 1, 7, 16), "dot general projected", quick="dot"),
         *make("training", "here", sizes(2, 3, 5, 16), "dot general concat", both=True),
@@ -38,17 +38,17 @@ def tiny_cases(bench: SimpleNamespace) -> list[Any]:
 
 
 def quick_sides(bench: SimpleNamespace) -> list[Any]:
-    return [side for side in bench.suite_sides.sides("cpu") if not side.slow]
+    return [side for side in bench.suite.sides.sides("cpu") if not side.slow]
 
 
 @pytest.fixture
 def small(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The suite with tiny cases, a layer and a model of each kind."""
     every = tiny_cases(bench)
-    monkeypatch.setattr(bench.suite_cases, "OPERATORS", tuple(every))
-    monkeypatch.setattr(bench.machine, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(bench.machine, "PEAK_ROUNDS", 1)
-    models = bench.suite_models
+    monkeypatch.setattr(bench.suite.cases, "OPERATORS", tuple(every))
+    monkeypatch.setattr(bench.common.machine, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(bench.common.machine, "PEAK_ROUNDS", 1)
+    models = bench.suite.models
     layers = [models.LayerCase("layer", "here", s, (2, 3, 5, 16), True) for s in ("dot", "concat")]
     monkeypatch.setattr(models, "LAYERS", layers)
     config = ModelConfig(hidden=16, embedding=8, dropout=0.0, score="concat")
@@ -68,8 +68,8 @@ def small(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleName
 
 
 def measure(bench: SimpleNamespace, case: Any) -> dict[str, Any]:
-    limits = bench.suite_measure.Limits(1e9, 1e9)
-    records = bench.suite_measure.measure_case(case, quick_sides(bench), "cpu", limits, 0.01)
+    limits = bench.suite.measure.Limits(1e9, 1e9)
+    records = bench.suite.measure.measure_case(case, quick_sides(bench), "cpu", limits, 0.01)
     return {record.side: record for record in records}
 
 
@@ -111,17 +111,17 @@ def test_a_wrong_kernel_has_no_speed(
     assert ours.seconds is None and ours.withheld
     assert ("context" in ours.wrong) == (wrong != "gradient")
     assert found["eager"].seconds is not None
-    run = bench.suite_results.Run(
-        bench.suite_results.provenance(1, "cpu"), bench.suite_measure.Limits(1e9, 1e9),
+    run = bench.suite.results.Run(
+        bench.suite.results.provenance(1, "cpu"), bench.suite.measure.Limits(1e9, 1e9),
         list(found.values()),
     )  # fmt: skip
-    text = bench.suite_results.text_of(run)
+    text = bench.suite.results.text_of(run)
     (row,) = (line for line in text.splitlines() if line.startswith("training"))
     assert "withheld" in row and not re.search(r"\d x|\d\.\d\dx", row)
     assert "WITHHELD: fused (cpu), training/dot" in text
-    page = bench.report.page(run)
+    page = bench.suite.report.page(run)
     assert "<span class=wrong>withheld</span>" in page and "(1 withheld)" in page
-    assert "training" not in bench.report.readme_table(run)
+    assert "training" not in bench.suite.report.readme_table(run)
 
 
 def test_a_side_that_fails_says_so(bench: SimpleNamespace) -> None:
@@ -131,22 +131,22 @@ def test_a_side_that_fails_says_so(bench: SimpleNamespace) -> None:
 
         return attend
 
-    side = bench.suite_sides.Side("theirs", fails)
-    limits = bench.suite_measure.Limits(1e9, 1e9)
+    side = bench.suite.sides.Side("theirs", fails)
+    limits = bench.suite.measure.Limits(1e9, 1e9)
     case = tiny_cases(bench)[0]
-    (record,) = bench.suite_measure.measure_case(case, [side], "cpu", limits, 0.01)
+    (record,) = bench.suite.measure.measure_case(case, [side], "cpu", limits, 0.01)
     assert record.unable == "it fails: no such kernel"
     with pytest.raises(RuntimeError):  # ours must not
-        bench.suite_measure.measure_case(case, [replace(side, ours=True)], "cpu", limits, 0.01)
+        bench.suite.measure.measure_case(case, [replace(side, ours=True)], "cpu", limits, 0.01)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler uses
 def test_the_compiled_sides_are_right(bench: SimpleNamespace) -> None:
     """Of one small case: compiling takes seconds."""
     (case,) = (c for c in tiny_cases(bench) if c.row.score == "dot" and not c.row.backward)
-    chosen = [s for s in bench.suite_sides.sides("cpu") if s.slow or s.name == "eager"]
-    limits = bench.suite_measure.Limits(1e9, 1e9)
-    records = bench.suite_measure.measure_case(case, chosen, "cpu", limits, 0.01)
+    chosen = [s for s in bench.suite.sides.sides("cpu") if s.slow or s.name == "eager"]
+    limits = bench.suite.measure.Limits(1e9, 1e9)
+    records = bench.suite.measure.measure_case(case, chosen, "cpu", limits, 0.01)
     found = {record.side: record for record in records}
     assert set(found) == {"eager", "compiled eager", "flex_attention"}
     assert found["compiled eager"].seconds and found["compiled eager"].first_call > 0.1
@@ -156,14 +156,14 @@ def test_the_compiled_sides_are_right(bench: SimpleNamespace) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_compiler_does_not_give_up(bench: SimpleNamespace) -> None:
     """It compiles a function for so many shapes, and runs it as it is after that."""
-    chosen = [s for s in bench.suite_sides.sides("cpu") if s.name == "compiled eager"]
-    limits = bench.suite_measure.Limits(1e9, 1e9)
+    chosen = [s for s in bench.suite.sides.sides("cpu") if s.name == "compiled eager"]
+    limits = bench.suite.measure.Limits(1e9, 1e9)
     (case,) = (c for c in tiny_cases(bench) if c.row.score == "dot" and not c.row.backward)
     for source in (3, 5, 7):
         sizes = case.row.sizes._replace(source=source)
         longer = replace(case, row=replace(case.row, sizes=sizes))
         with torch._dynamo.config.patch(recompile_limit=1):
-            (record,) = bench.suite_measure.measure_case(longer, chosen, "cpu", limits, 0.01)
+            (record,) = bench.suite.measure.measure_case(longer, chosen, "cpu", limits, 0.01)
         assert record.seconds is not None and not record.unable
 
 
@@ -171,7 +171,7 @@ def test_the_suite_writes_what_it_measured(
     small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run.json"
-    assert small.quick.main(["--output", str(output), "--threads", "1"]) == 0
+    assert small.suite.quick.main(["--output", str(output), "--threads", "1"]) == 0
     text = capsys.readouterr().out
     for name in ("a step", "layer", "model, training", "model, greedy", "model, beam 5"):
         assert re.search(rf"^{name}  .*\d\.\d\dx", text, re.MULTILINE), name
@@ -180,7 +180,7 @@ def test_the_suite_writes_what_it_measured(
         facts = row["provenance"]
         assert facts["processor"] and facts["threads"] == 1 and facts["date"]
         assert facts["versions"]["torch"] == torch.__version__ and facts["commit"]
-    run = small.suite_results.Run.load(output)
+    run = small.suite.results.Run.load(output)
     assert {record.level for record in run.records} == {"operator", "layer", "model"}
     assert run.sizes["native module"] > 1e5
     again = tmp_path / "again.json"
@@ -190,9 +190,9 @@ def test_the_suite_writes_what_it_measured(
 
 def make_run(bench: SimpleNamespace, times: dict[str, tuple[float, float]]) -> Any:
     """A run in which a call of each side took so long, with quarters so far from it."""
-    timing = bench.suite_measure.Timing
+    timing = bench.suite.measure.Timing
     records = [
-        bench.suite_measure.Record(
+        bench.suite.measure.Record(
             "case/dot", "operator", "case", "here", "dot", "float32",
             {"batch": 1, "queries": 2, "source": 3, "width": 4}, "both", side,
             side.startswith("fused"),
@@ -204,9 +204,9 @@ def make_run(bench: SimpleNamespace, times: dict[str, tuple[float, float]]) -> A
         "processor": "Some CPU", "instruction_set": "avx2", "cores": 2, "threads": 2,
         "versions": {"torch": "2.13"}, "commit": "abc", "date": "2026-01-02T03:04:05",
     }  # fmt: skip
-    limits = bench.suite_measure.Limits(1e10, 1e11)
+    limits = bench.suite.measure.Limits(1e10, 1e11)
     growth, memory = {"dot, S": [1.0, 2.0, 4.0, 8.0]}, {"eager": {"128": 10, "256": 20}}
-    return bench.suite_results.Run(facts, limits, records, growth, memory, {"package": 5})
+    return bench.suite.results.Run(facts, limits, records, growth, memory, {"package": 5})
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_what_counts_as_worse(
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     make_run(bench, {"fused (cpu)": (1.0, spread), "eager": (3.0, 0.01)}).save(first)
     make_run(bench, {"fused (cpu)": (after, spread), "eager": (3.0, 0.01)}).save(second)
-    assert bench.compare.main([str(first), str(second)]) == (verdict == "WORSE")
+    assert bench.suite.compare.main([str(first), str(second)]) == (verdict == "WORSE")
     text = capsys.readouterr().out
     assert ("WORSE" in text, "better" in text) == (verdict == "WORSE", verdict == "better")
 
@@ -235,30 +235,30 @@ def test_the_baseline_of_a_machine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Ratios, not times: a machine that is slower as a whole has not got worse."""
-    monkeypatch.setattr(bench.compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench.suite.compare, "RESULTS", tmp_path)
     first, slower, worse = (tmp_path / f"{name}.json" for name in "abc")
     make_run(bench, {"fused (cpu)": (1.0, 0.01), "eager": (3.0, 0.01)}).save(first)
     make_run(bench, {"fused (cpu)": (5.0, 0.01), "eager": (15.0, 0.01)}).save(slower)
     make_run(bench, {"fused (cpu)": (1.5, 0.01), "eager": (3.0, 0.01)}).save(worse)
-    assert bench.compare.main([str(first)]) == 0
+    assert bench.suite.compare.main([str(first)]) == 0
     assert "no baseline for this machine" in capsys.readouterr().out
-    assert bench.compare.main([str(first), "--baseline"]) == 0
+    assert bench.suite.compare.main([str(first), "--baseline"]) == 0
     assert (tmp_path / "some-cpu-2-cores" / "baseline.json").exists()
-    assert bench.compare.main([str(slower)]) == 0
-    assert bench.compare.main([str(worse)]) == 1
+    assert bench.suite.compare.main([str(slower)]) == 0
+    assert bench.suite.compare.main([str(worse)]) == 1
     assert "3.00x  2.00x" in capsys.readouterr().out
     (tmp_path / "bad.json").write_text("{}")
-    assert bench.compare.main([str(tmp_path / "bad.json")]) == 2
-    assert "is no result of the suite" in capsys.readouterr().err
+    assert bench.suite.compare.main([str(tmp_path / "bad.json")]) == 2
+    assert "is not a result of the suite" in capsys.readouterr().err
 
 
 def test_the_page_and_the_table_of_the_readme(bench: SimpleNamespace, tmp_path: Path) -> None:
     times = {"fused (cpu)": (2e-3, 0.01), "eager": (6e-3, 0.01), "SDPA": (5e-3, 0.02)}
     results, page, readme = (tmp_path / name for name in ("r.json", "page.html", "README.md"))
     make_run(bench, times).save(results)
-    readme.write_text(f"before\n{bench.report.BEGIN}\nold\n{bench.report.END}\nafter\n")
+    readme.write_text(f"before\n{bench.suite.report.BEGIN}\nold\n{bench.suite.report.END}\nafter\n")
     options = ["--output", str(page), "--readme", str(readme), "--pictures", str(tmp_path / "svg")]
-    assert bench.report.main([str(results), *options]) == 0
+    assert bench.suite.report.main([str(results), *options]) == 0
     text = page.read_text()
     for part in ("3.00x vs eager", "Some CPU", "commit abc", "2 ms ±1%", "5 ms ±2%"):
         assert part in text, part
@@ -271,7 +271,7 @@ def test_the_page_and_the_table_of_the_readme(bench: SimpleNamespace, tmp_path: 
     assert set(pictures) == {"speedup.svg", "roofline.svg", "memory.svg", "growth.svg"}
     assert " 3.0x" in pictures["speedup.svg"] and "dot, S" in pictures["growth.svg"]
     readme.write_text("without marks")
-    assert bench.report.main([str(results), *options]) == 2
+    assert bench.suite.report.main([str(results), *options]) == 2
     assert readme.read_text() == "without marks"
 
 
@@ -290,7 +290,7 @@ def test_the_page_in_a_browser(bench: SimpleNamespace, tmp_path: Path) -> None:
         "document.querySelectorAll('details tr').length,"
         "document.querySelector('details table').offsetHeight > 0].join(' ');</script>"
     )
-    page.write_text(bench.report.page(make_run(bench, times)).replace("</html>", script))
+    page.write_text(bench.suite.report.page(make_run(bench, times)).replace("</html>", script))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800"]
     done = subprocess.run(
         [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
@@ -298,13 +298,21 @@ def test_the_page_in_a_browser(bench: SimpleNamespace, tmp_path: Path) -> None:
     assert "<title>true 3 true</title>" in done.stdout
 
 
+def test_cases_keep_the_ids_that_baselines_have(bench: SimpleNamespace) -> None:
+    path = LOCATION / "results/amd-epyc-2-cores/baseline.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["ratios"].keys()
+    cases, models = bench.suite.cases.cases(quick=False), bench.suite.models
+    known = {case.id for case in cases} | set(map(models.layer_id, models.LAYERS))
+    assert kept and kept <= known | set(map(models.model_id, models.MODELS))
+
+
 def test_slopes(bench: SimpleNamespace) -> None:
-    assert bench.suite_pictures.slope([1.0, 2.0, 4.0, 8.0]) == pytest.approx(1.0)
-    assert bench.suite_pictures.slope([3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
+    assert bench.suite.pictures.slope([1.0, 2.0, 4.0, 8.0]) == pytest.approx(1.0)
+    assert bench.suite.pictures.slope([3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
 
 
 def test_bars_double(bench: SimpleNamespace) -> None:
-    bar = bench.suite_results.bar
+    bar = bench.suite.results.bar
     assert [bar(ratio).strip() for ratio in (1.0, 2.0, 16.0)] == ["|", "|████", "|" + "█" * 16]
     assert bar(0.5) == "▒▒▒▒|" and bar(1e9).strip().endswith("+")
 
@@ -313,7 +321,7 @@ def test_memory_of_a_side(bench: SimpleNamespace) -> None:
     """In a process of its own; eager concat holds (B, T, S, A) more than once, ours does not."""
     found = {}
     for side in ("fused (cpu)", "eager"):
-        command = [sys.executable, "-m", "benchmarks.suite_memory", "concat:4x64x512x256", side]
+        command = [sys.executable, "-m", "benchmarks.suite.memory", "concat:4x64x512x256", side]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
         done = subprocess.run(
             [*command, "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

@@ -58,7 +58,7 @@ def modules() -> Iterator[SimpleNamespace]:
 @pytest.fixture(scope="module")
 def sound(modules: SimpleNamespace) -> tuple[object, object, object]:
     """What a kernel that keeps its promises looks like: (result, launch, GPU)."""
-    aot_compile = modules.aot_compile
+    aot_compile = modules.aot.compile
     case = aot_compile.Case("dot", torch.bfloat16, 64, 1024, 512)
     gpu = aot_compile.GPUS["sm_90"]
     forwards, _ = aot_compile.launches(case, gpu.chip)
@@ -97,13 +97,13 @@ def test_a_broken_promise_is_seen(
     modules: SimpleNamespace,
 ) -> None:
     result, launch, gpu = sound
-    broken = modules.aot.promises(replace(result, **change), launch, gpu)
+    broken = modules.aot.promises.promises(replace(result, **change), launch, gpu)
     assert broken == ([] if reason is None else [reason])
 
 
 def launched(modules: SimpleNamespace, score: str, kernel: str) -> tuple[object, object]:
     """(launch of that kernel in a call of 64 queries and 1000 columns, GPU)."""
-    aot_compile = modules.aot_compile
+    aot_compile = modules.aot.compile
     gpu = aot_compile.GPUS["sm_90"]
     case = aot_compile.Case(score, torch.bfloat16, 64, 1024, 1000)
     both = itertools.chain(*aot_compile.launches(case, gpu.chip))
@@ -117,62 +117,62 @@ def test_a_product_by_rows_or_columns_takes_matrix_instructions(
     launch, gpu = launched(modules, "dot", kernel)
     tiles = {"BLOCK_T": 64, "UNIT": 8, "CONCAT": 0}
     result = replace(sound[0], kernel=kernel, tiles=tiles)
-    assert modules.aot.promises(result, launch, gpu) == []
+    assert modules.aot.promises.promises(result, launch, gpu) == []
     plain = replace(result, matrix="")
-    assert modules.aot.promises(plain, launch, gpu) == ["no matrix instruction"]
+    assert modules.aot.promises.promises(plain, launch, gpu) == ["no matrix instruction"]
     few = replace(result, tiles=tiles | {"BLOCK_T": 32}, matrix="mma")
-    assert modules.aot.promises(few, launch, gpu) == []
+    assert modules.aot.promises.promises(few, launch, gpu) == []
 
 
 def test_half_a_reciprocal_is_counted(
     sound: tuple[object, object, object], modules: SimpleNamespace
 ) -> None:
     """32 x 64 scores on 128 threads are 16 a thread, and 8 columns an iteration: 128 terms."""
-    loop = modules.aot_compile.Loop
+    loop = modules.aot.compile.Loop
     launch, gpu = launched(modules, "concat", "score_rows")
     options = launch.options | {"BLOCK_T": 32, "BLOCK_S": 64, "num_warps": 4}
     launch = launch._replace(options=options)
-    assert modules.aot_compile.loop_elements(launch) == (128,)
+    assert modules.aot.compile.loop_elements(launch) == (128,)
     tiles = {"BLOCK_T": 32, "BLOCK_S": 64, "CONCAT": 1, "UNIT": 8}
     result = replace(sound[0], kernel="score_rows", tiles=tiles, num_warps=4, matrix="")
     paired = replace(result, loops=(loop(64, 600),))
-    assert modules.aot.promises(paired, launch, gpu) == []
-    (reason,) = modules.aot.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
+    assert modules.aot.promises.promises(paired, launch, gpu) == []
+    (reason,) = modules.aot.promises.promises(replace(result, loops=(loop(128, 600),)), launch, gpu)
     assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
-    (reason,) = modules.aot.promises(result, launch, gpu)
+    (reason,) = modules.aot.promises.promises(result, launch, gpu)
     assert reason == "0 loops with paired reciprocals, expected 1"
     narrow = replace(paired, wide_loads=0)
-    assert modules.aot.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
+    assert modules.aot.promises.promises(narrow, launch, gpu) == ["no load of 16 bytes"]
     small = replace(narrow, tiles=tiles | {"BLOCK_T": 16})  # 8 scores a thread
-    assert modules.aot.promises(small, launch, gpu) == []
+    assert modules.aot.promises.promises(small, launch, gpu) == []
 
 
 def test_both_roles_of_the_gradients_are_counted(
     sound: tuple[object, object, object], modules: SimpleNamespace
 ) -> None:
     """Four rows of the other side meet 32 x 64 terms on 128 threads, or 16 x 64."""
-    loop = modules.aot_compile.Loop
+    loop = modules.aot.compile.Loop
     launch, gpu = launched(modules, "concat", "concat_gradients")
     options = {"BLOCK_T": 32, "BLOCK_S": 16, "BLOCK_A": 64, "num_warps": 4}
     launch = launch._replace(options=launch.options | options)
-    assert modules.aot_compile.loop_elements(launch) == (64, 32)
+    assert modules.aot.compile.loop_elements(launch) == (64, 32)
     result = replace(sound[0], kernel="concat_gradients", matrix="")
     paired = replace(result, loops=(loop(32, 500), loop(16, 350)))
-    assert modules.aot.promises(paired, launch, gpu) == []
+    assert modules.aot.promises.promises(paired, launch, gpu) == []
     second = replace(result, loops=(loop(32, 500), loop(32, 350)))
-    (reason,) = modules.aot.promises(second, launch, gpu)
+    (reason,) = modules.aot.promises.promises(second, launch, gpu)
     assert reason == "1.00 reciprocals for an element of a concat loop, expected .5"
-    (reason,) = modules.aot.promises(replace(result, loops=(loop(32, 500),)), launch, gpu)
+    (reason,) = modules.aot.promises.promises(replace(result, loops=(loop(32, 500),)), launch, gpu)
     assert reason == "1 loops with paired reciprocals, expected 2"
     # Without a gradient for the query there is one role.
     names = launch.kernel.arg_names
     given = dict(zip(names, launch.arguments, strict=False)) | {"grad_query_proj": None}
     alone = launch._replace(arguments=tuple(given.values()))
-    assert modules.aot_compile.loop_elements(alone) == (32,)
+    assert modules.aot.compile.loop_elements(alone) == (32,)
 
 
 def test_loops_are_read_from_machine_code(modules: SimpleNamespace) -> None:
-    aot_compile = modules.aot_compile
+    aot_compile = modules.aot.compile
     code = """
         /*0010*/                   MOV R1, c[0x0][0x28] ;
         /*0020*/                   FFMA R2, R3, R4, R5 ;

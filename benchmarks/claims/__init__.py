@@ -1,0 +1,1 @@
+"""What attention is for, by experiment: `python -m benchmarks claims`."""

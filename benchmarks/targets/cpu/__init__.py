@@ -1,0 +1,1 @@
+"""The cpu backend against its targets: `python -m benchmarks cpu`."""

@@ -1,0 +1,1 @@
+"""The GPU backends, stage by stage: `make gpu-check`."""
