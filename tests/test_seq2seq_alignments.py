@@ -30,7 +30,7 @@ def test_links_are_read_back() -> None:
     links = hard_links(WEIGHTS)
     assert parse_pharaoh(pharaoh(links))[0] == set(links)
     for bad in ("0", "0-", "-1-2", "a-1", "0-1-2", "0.5-1"):
-        with pytest.raises(ValueError, match=f"{re.escape(repr(bad))} is no link"):
+        with pytest.raises(ValueError, match=f"{re.escape(repr(bad))} is not a link"):
             parse_pharaoh(f"0-0 {bad}")
 
 
@@ -42,7 +42,7 @@ def test_the_error_rate_by_hand() -> None:
     perfect = [sure for sure, _ in gold]
     assert alignment_error_rate(perfect, gold) == 0.0
     assert alignment_error_rate([{(5, 5)}, {(6, 6)}], gold) == 1.0
-    with pytest.raises(ValueError, match="no link to judge"):
+    with pytest.raises(ValueError, match="there are no links"):
         alignment_error_rate([set()], [(set(), set())])
 
 
@@ -104,7 +104,7 @@ def test_links_and_their_error_rate(
     assert "has 3 lines and" in capfd.readouterr().err
     gold.write_text("0-0\n0=0\n0-0\n")
     assert main(["aer", str(links), str(gold)]) == 2
-    assert f"{gold}, line 2: '0=0' is no link" in capfd.readouterr().err
+    assert f"{gold}, line 2: '0=0' is not a link" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "share"), [("float32", 1.0), ("float16", 0.6), ("int8", 0.35)])

@@ -75,7 +75,7 @@ def test_what_is_judged_is_not_trained_on(tmp_path: Path) -> None:
     data = load(file)
     cat = ("K", "AE", "T")
     assert new_pairs(data) == [Pair(tuple(known), cat), Pair(tuple("zorble"), cat)]
-    assert data.notes == (f"{file}: 5 words are kept for development and test",)
+    assert data.notes == (f"{file}: skipped 5 words of the development and test sets",)
     assert (data.dev, data.test) == (before.dev, before.test)
     listed = load(file, test_words=("zorble", judged[-1]))
     assert Pair(tuple("zorble"), cat) not in list(listed.train)
@@ -91,10 +91,10 @@ def test_a_pair_of_the_dictionary_counts_once(tmp_path: Path, dictionary: cmudic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"cat K AE T\ncaf\xc3\xa9 K AE F EY\n", "line 2: the word 'café' has other letters than"),
-        (b"cat K AE T\n\ncat K A T\n", "line 3: unknown phone 'A'; known are AA AE"),
+        (b"cat K AE T\ncaf\xc3\xa9 K AE F EY\n", "line 2: the word 'café' has characters other"),
+        (b"cat K AE T\n\ncat K A T\n", "line 3: unknown phone 'A'; known phones: AA AE"),
         (b"cat\n", "line 1: the word 'cat' has no phones"),
-        (b"cat K AE T\nh\xff K\n", "line 2: it is not UTF-8 text (byte 2)"),
+        (b"cat K AE T\nh\xff K\n", "line 2: not UTF-8 text (byte 2)"),
         (b"# nothing\n\n", "has no words"),
         (b"", "has no words"),
     ],

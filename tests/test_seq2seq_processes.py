@@ -135,7 +135,7 @@ def test_devices() -> None:
         with pytest.raises(InputError, match=f"device must be auto, cpu, .* got '{name}'"):
             choose_device(name)
     missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(InputError, match=f"device {missing} is not there"):
+    with pytest.raises(InputError, match=f"device {missing} is not available"):
         choose_device(missing)
 
 
@@ -156,10 +156,10 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
         "cuda:0",
     ]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(InputError, match="cuda:2 is not there: torch finds 2 CUDA devices"):
+    with pytest.raises(InputError, match="cuda:2 is not available: torch finds 2 CUDA devices"):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match="cuda:2 is not there: this torch is built without CUDA"):
+    with pytest.raises(InputError, match="cuda:2 is not available: this build of torch does not"):
         choose_device("cuda:2")
 
 
@@ -179,7 +179,7 @@ def test_every_command_says_that_a_device_is_not_there(
     missing = f"cuda:{torch.cuda.device_count()}"
     output = [str(tmp_path / "out")] if command.endswith("--output") else []
     assert main([*command.split(), *output, "--device", missing]) != 0
-    assert f"--device {missing} is not there: " in capsys.readouterr().err
+    assert f"--device {missing} is not available: " in capsys.readouterr().err
 
 
 def test_a_batch_on_a_device_leaves_its_lengths_on_the_host() -> None:

@@ -335,7 +335,7 @@ def test_in_a_thread(tmp_path: Path, fitted: Path) -> None:
         ([("a", "A"), ("b",)], r"pairs, pair 2: expected a source and a target, got \('b',\)"),
         (["ab"], "pairs, pair 1: expected a source and a target, got 'ab'"),
         ([("a", 3)], "pairs, pair 1: the target must be a str or a sequence of str, got 3"),
-        ([("a" * 300, "A")], "the source has 300 symbols, more than 200"),
+        ([("a" * 300, "A")], "the source has 300 symbols, more than the 200"),
         ([], "pairs is empty"),
         (7, "pairs must be pairs or the path of a file, got int"),
         ("nowhere.tsv", "cannot read nowhere.tsv: No such file"),
@@ -373,7 +373,7 @@ def test_skipped_pairs_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str
     options = {"model": SHAPE, "training": RECIPE, "tokens": ("chars", "words")}
     seq2seq.fit(pairs, dev=spelled(5), output=tmp_path / "run", skip_bad=True, **options)
     captured = capfd.readouterr()
-    assert "note: pairs: 1 bad pairs were left out" in captured.err
+    assert "note: pairs: skipped 1 bad pair\n" in captured.err
     assert captured.out.count("epoch") == 3
 
 
