@@ -164,7 +164,7 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*train, run], "is not an empty directory", "--resume")
     fails([*train, run, "--resume", "--lr", "0.5"], "was not started with this --lr")
     fails([*train, tmp_path / "none", "--resume"], "nothing to resume", "no such directory")
-    fails([*train, tmp_path, "--resume"], "holds no checkpoint")
+    fails([*train, tmp_path, "--resume"], "contains no checkpoint")
     new = [*train, tmp_path / "new"]
     fails([*new, "--hidden", "0"], "--hidden must be a positive whole number, got 0")
     fails([*new, "--hidden", "wide"], "--hidden", "invalid int value: 'wide'")
@@ -341,7 +341,7 @@ def test_predict_draws(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_predict_refuses(run: Path, fails: Fails, tmp_path: Path) -> None:
     fails(["predict"], "required: MODEL")
     fails(["predict", tmp_path / "none", "a"], "no checkpoint at", "no such directory")
-    fails(["predict", tmp_path, "a"], "no checkpoint at", "holds no checkpoint")
+    fails(["predict", tmp_path, "a"], "no checkpoint at", "contains no checkpoint")
     fails(["predict", run, "a", "--backend", "gpu"], "backend must be one of")
     fails(["predict", run, "a", "--alignments", tmp_path / "map.jpg"], ".png")
     fails(["predict", run, "a", "--alignments", tmp_path / "none" / "map.png"], "no directory")
@@ -370,7 +370,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
     (copy / files.METADATA).write_text(json.dumps({"format_version": 2}))
-    fails(["predict", copy, "a"], "is damaged: it lacks 'model'")
+    fails(["predict", copy, "a"], "is damaged: 'model' is missing")
     (copy / files.METADATA).write_text("{")
     fails(["predict", copy, "a"], "is damaged")
 

@@ -135,4 +135,4 @@ def test_an_exported_model_predicts_the_same(
     assert main(["predict", "greeter", "bye clara"]) == 0
     assert capfd.readouterr().out.splitlines() == expected
     assert main(["export", str(greeter), "--output", str(exported)]) == 2
-    assert "is already there" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err

@@ -94,7 +94,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
             files.load_tensors(path, files.MODEL)
         assert "\n" not in str(caught.value)
 
-    fails(tmp_path / "none", "no checkpoint at .*none: no such place")
+    fails(tmp_path / "none", "no checkpoint at .*none: there is no such directory")
     fails(tmp_path, "checkpoint.json is missing")
     (tmp_path / "file").touch()
     fails(tmp_path / "file", "Not a directory")
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         (one / files.METADATA).write_text(text)
         fails(one, "is damaged: ")
     (one / files.METADATA).write_text(json.dumps({"format_version": 99}))
-    fails(one, "has format version 99; this version of fused-attn reads 2")
+    fails(one, "has format version 99; this version of fused-attn reads format version 2")
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def run(args: Namespace) -> int:
     """``fused-attn export``: write the model of a checkpoint, to be used and not trained on."""
     directory: Path = args.output
     if directory.exists():
-        raise InputError(f"--output: {directory} is already there")
+        raise InputError(f"--output: {directory} already exists")
     meta, parameters = averaged([find_checkpoint(model) for model in (args.model, *args.average)])
     if args.average:  # nothing has been measured of a mean
         meta.pop("dev", None)
