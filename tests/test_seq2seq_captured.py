@@ -369,15 +369,15 @@ def test_when_a_model_is_not_captured(
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make()
-    assert step_cache.not_captured_reasons([model]) == ["gradients are on"]
+    assert step_cache.not_captured_reasons([model]) == ["gradients are enabled"]
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            assert step_cache.not_captured_reasons([model]) == ["autocast is on"]
+            assert step_cache.not_captured_reasons([model]) == ["autocast is enabled"]
         with FlopCounterMode(display=False):
             found = step_cache.not_captured_reasons([model])
         assert any("dispatch mode" in each for each in found)
         handle = nn.modules.module.register_module_forward_hook(lambda *call: None)
-        assert "hooks of every module" in step_cache.not_captured_reasons([model])[0]
+        assert "global module hooks" in step_cache.not_captured_reasons([model])[0]
         handle.remove()
         monkeypatch.delitem(graphs.RECORDERS, "cpu")
         assert "no graphs on the device type cpu" in step_cache.not_captured_reasons([model])[0]
