@@ -318,7 +318,7 @@ def test_predict_refuses_lines_after_printing_those_before(
     lines_in(b"hello\n\nworld\n")
     fails(predict, "line 2: the source is empty")
     lines_in(b"hello\nna\xc3\xafve\n")
-    fails(predict, "line 2: unknown symbol 'ï'; known are ' a b c")
+    fails(predict, "line 2: unknown symbol 'ï'; known symbols: ' a b c")
     lines_in(b"\xff\n")
     fails(predict, "line 1 is not UTF-8 text")
     fails([*predict, "hello", "two words"], "argument 2: unknown symbol ' '")

@@ -136,7 +136,7 @@ def test_alignments_are_weights(model: Predictor) -> None:
 
 
 def test_messages_name_the_text(model: Predictor) -> None:
-    with pytest.raises(InputError, match=r"^'he11o': unknown symbol '1'; known are ' a b"):
+    with pytest.raises(InputError, match=r"^'he11o': unknown symbol '1'; known symbols: ' a b"):
         model("he11o")
     with pytest.raises(InputError, match=r"^'': the source is empty"):
         model("")
@@ -203,7 +203,7 @@ def test_names_and_paths(fitted: Path, model: Predictor, tmp_path: Path) -> None
         seq2seq.load("g2p", backend="none")
     both = seq2seq.load(fitted, fitted)
     assert "2 models" in repr(both) and both("abc").text in texts
-    with pytest.raises(InputError, match="an ensemble of 2 models has no one checkpoint"):
+    with pytest.raises(InputError, match="cannot save an ensemble of 2 models as one checkpoint"):
         both.save(tmp_path / "both")
 
 

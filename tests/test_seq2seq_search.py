@@ -383,6 +383,6 @@ def test_predictions_in_the_order_of_the_sources() -> None:
             assert "".join(prediction.tokens).startswith(prefix)
             assert prediction.alignment is not None
             assert prediction.alignment.shape == (len(prediction.tokens), len(source))
-    with pytest.raises(InputError, match="unknown symbol 'x'; known are a b c"):
+    with pytest.raises(InputError, match="unknown symbol 'x'; known symbols: a b c"):
         predictor.predict([("a", "x", "b")])
     assert predictor.predict([]) == []
