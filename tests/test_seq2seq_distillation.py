@@ -195,7 +195,7 @@ def test_a_run_with_teachers_can_be_resumed_without_them(
     run, again = tmp_path / "run", tmp_path / "again"
     options = [*SIZE, "--epochs", "2", "--seed", "3", "--dropout", "0.2"]
     assert command(run, *options, *teachers) == 0
-    assert "note: 2 teachers first read 300 pairs" in capfd.readouterr().err
+    assert "note: running 2 teachers over 300 pairs first" in capfd.readouterr().err
     shutil.copytree(run, again)
     shutil.rmtree(checkpoints(again)[-1])
     assert command(again, "--resume", *teachers[:2]) == 2
@@ -227,7 +227,7 @@ def test_what_cannot_work_is_refused(
     run = tmp_path / "run"
     more = ["--numbers", "10", *SIZE[2:]]
     for options, message in (
-        ([*more, *teachers], "--teacher: .* has another source vocabulary"),
+        ([*more, *teachers], "--teacher: the source vocabulary of .* differs"),
         ([*SIZE, "--teacher", str(tmp_path / "none")], "no checkpoint at .*no such directory"),
         ([*SIZE, "--teacher-weight", "0.3"], "--teacher-weight needs a --teacher"),
         ([*SIZE, *teachers, "--teacher-weight", "0"], "--teacher-weight must be above 0"),

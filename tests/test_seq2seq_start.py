@@ -124,8 +124,8 @@ def test_what_does_not_fit_is_refused(
     run, start = tmp_path / "run", ["--start-from", str(base)]
     strange = write(tmp_path / "strange.tsv", ["two two\tzwei zwei", "six\tsechs"])
     cases = [
-        (few, [*start, "--hidden", "23"], "--start-from: .* is not of this shape: .*size mismatch"),
-        (few, [*start, "--cell", "lstm"], "--start-from: .* is not of this shape"),
+        (few, [*start, "--hidden", "23"], "--start-from: .* has another shape: .*size mismatch"),
+        (few, [*start, "--cell", "lstm"], "--start-from: .* has another shape"),
         (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
     ]
@@ -152,7 +152,7 @@ def test_a_symbol_that_the_model_does_not_have(
     assert reverse(tmp_path / "five", 5) == 0
     assert reverse(tmp_path / "more", 9, "--start-from", str(tmp_path / "five")) == 2
     error = capfd.readouterr().err
-    assert re.search("the training pairs have the symbol '[5-8]', which the model does not", error)
+    assert re.search("the training pairs contain the symbol '[5-8]', which is not in", error)
     assert not (tmp_path / "more").exists()
 
 

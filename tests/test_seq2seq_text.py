@@ -179,7 +179,7 @@ def test_guided_needs_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     train = write(tmp_path / "train.tsv", [line.rpartition("\t")[0] for line in sentences(20)])
     argv = ["train", "pairs", "--train", str(train), "--output", str(tmp_path / "run")]
     assert main([*argv, "--guided", "0.1"]) == 2
-    assert "--guided needs links, and no pair has any" in capfd.readouterr().err
+    assert "--guided needs alignment links, and no training pair has any" in capfd.readouterr().err
 
 
 def test_pairs_on_the_disk_train_the_same(tmp_path: Path) -> None:

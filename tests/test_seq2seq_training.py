@@ -158,7 +158,7 @@ def test_sampling_schedules() -> None:
     for name in ("linear", "exponential", "inverse-sigmoid"):
         assert found[name] == sorted(found[name]) and found[name][-1] == pytest.approx(0.4)
     assert sampling_probability("linear", 7.0, 0.4) == 0.4
-    with pytest.raises(ValueError, match="schedule is not known: 'often'"):
+    with pytest.raises(ValueError, match="unknown schedule 'often'"):
         sampling_probability("often", 0.5, 0.4)
 
 

@@ -36,7 +36,7 @@ class Group:
 
     @classmethod
     def of_environment(cls) -> Group:
-        """Return the group that the environment of ``torchrun`` describes, else a single process."""
+        """Return the group that ``torchrun`` set in the environment, by default one process."""
         return cls(*(int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE"))))
 
     def gather(self, value: Any) -> list[Any]:
