@@ -283,7 +283,7 @@ def test_a_model_without_attention(
     assert main(["predict", str(directory), "hello"]) == 0
     capfd.readouterr()
     picture = tmp_path / "a.png"
-    fails(["predict", directory, "a", "--alignments", picture], "no attention to draw")
+    fails(["predict", directory, "a", "--alignments", picture], "needs a model with attention")
 
 
 def test_explain(

@@ -91,7 +91,7 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     dom = rendered(tmp_path, page(FOUND))
     assert [text for text, _, _ in symbols(dom)] == [*ESCAPED, "le", "&lt;!-- chat", "un"]
     assert all(shade == "0" and number == "" for _, shade, number in symbols(dom))
-    assert "(nothing)" in dom
+    assert "(empty)" in dom
     cells = re.findall(r'<td title[^>]*--weight: ([\d.]+);"', dom)
     assert [float(cell) for cell in cells] == WEIGHTS.flatten().tolist()
 

@@ -159,8 +159,8 @@ def test_what_a_model_has_seen_is_told(tmp_path: Path, capfd: pytest.CaptureFixt
         notes.append(capfd.readouterr().err.splitlines())
     assert notes == [
         [
-            "note: the model was trained on 1 of these words",
-            "note: the model was chosen by 2 of these words",
+            "note: 1 of these words is in the training set of the model",
+            "note: 2 of these words are in the development set of the model",
         ],
         [],
     ]

@@ -298,7 +298,7 @@ def test_a_stopped_fit_goes_on_to_the_same_model(
         patch.setattr(Trainer, "_step", stopping)
         with pytest.raises(KeyboardInterrupt, match="resume=True"):
             seq2seq.fit(pairs, dev=dev, output=run, progress=False, **options)
-    with pytest.raises(InputError, match="is not an empty directory; .* pass resume=True"):
+    with pytest.raises(InputError, match=r"is not an empty directory; .* pass resume=True"):
         seq2seq.fit(pairs, dev=dev, output=run, progress=False, **options)
     with pytest.raises(InputError, match="the training pairs have changed"):
         seq2seq.fit(pairs[1:], dev=dev, output=run, resume=True, progress=False)

@@ -210,9 +210,9 @@ def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert main(["evaluate", str(output), "--test", str(test), "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["lines wrong"] == 0
-    assert "the model was trained on 4 of these lines" in captured.err
+    assert "4 of these lines are in the training set of the model" in captured.err
     assert main(["evaluate", str(output)]) == 2
-    assert "there is no test data: name a file with --test" in capfd.readouterr().err
+    assert "the model has no test set: name a file with --test" in capfd.readouterr().err
 
 
 def test_every_task_is_documented_for_the_command_line() -> None:

@@ -157,7 +157,7 @@ class Trainer:
         return StepReport(position.step, position.epoch + 1, value, lr, tokens, sampling)
 
     def _gradient(self, rows: Tensor, tokens: int, sampling: float) -> Tensor:
-        """Accumulate the gradient of this process's share of a batch; return its part of the loss."""
+        """Accumulate the gradient of this process's share of a batch, and return its loss."""
         config, fabric = self.config, self.fabric
         summed = torch.zeros((), device=fabric.device)
         for last, share, batch in self._parts(rows):
