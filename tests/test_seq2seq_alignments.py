@@ -1,4 +1,4 @@
-"""Alignments as links and rows, the error rate by hand, and symbols copied by them."""
+"""Alignments as links and as weights, the error rate by hand, and copied symbols."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ NAMES = ["anna", "boris", "clara", "dora", "emil", "frida", "gustav", "hanna"]
 
 @pytest.fixture(scope="module")
 def greeter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of lines ``hello NAME`` to ``hallo NAME``, which has not met every name."""
+    """A model trained on ``hello NAME`` -> ``hallo NAME``; rare names are unknown symbols."""
     directory = tmp_path_factory.mktemp("greeter")
     pairs = (("hello", "hallo"), ("bye", "tschüss"))
     lines = [f"{a} {name}\t{b} {name}" for name in NAMES for a, b in pairs]
@@ -69,7 +69,8 @@ def greeter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options += ["--lr", "0.01", "--dropout", "0", "--min-count", "8", "--dev", str(file)]
     output = directory / "run"
     assert main(["train", "pairs", "--output", str(output), "--train", str(file), *options]) == 0
-    return max((output / "checkpoints").iterdir())  # the last: unknown names are always wrong
+    # The last one: unknown names are wrong in all checkpoints, so the best one says little.
+    return max((output / "checkpoints").iterdir())
 
 
 def test_a_name_that_was_never_seen_is_copied(
@@ -116,7 +117,7 @@ def test_an_exported_model_predicts_the_same(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In less space, without what training needs, and by name where the package has it."""
+    """The export is smaller, has no training state, and loads by name if the package has it."""
     from fused_attn.seq2seq.checkpoints import find
 
     exported = tmp_path / "models" / "greeter"

@@ -1,4 +1,4 @@
-"""Parameters stored in fewer bytes."""
+"""Parameters stored in float16 and int8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_attn.seq2seq.errors import InputError
 def make_parameters() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(37, 17, generator=generator)
-    matrix *= torch.logspace(-6, 3, 37)[:, None]  # rows of very different sizes
+    matrix *= torch.logspace(-6, 3, 37)[:, None]  # rows of very different magnitudes
     matrix[5] = 0
     return {"matrix": matrix, "cube": matrix.view(37, 1, 17).clone(), "bias": matrix[1].clone()}
 

@@ -1,4 +1,4 @@
-"""Words beside the dictionary's: a lexicon of one's own, or what a model said of new words."""
+"""Training words besides those of the dictionary, from a lexicon file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = ["--hidden", "8", "--embedding", "8", "--max-steps", "2"]
 
 @pytest.fixture(autouse=True)
 def dictionary(monkeypatch: pytest.MonkeyPatch) -> cmudict.Lexicon:
-    """A few words of it."""
+    """A dictionary of a few words."""
     whole = cmudict.load_dictionary()
     few = {word: whole[word] for word in cmudict.by_hash(whole)[:600]}
     monkeypatch.setattr(cmudict, "load_dictionary", lambda: few)
@@ -32,7 +32,7 @@ def load(lexicon: Path | None, test_words: tuple[str, ...] | None = None) -> Dat
 
 
 def new_pairs(data: Data) -> list[Pair]:
-    """Those that come with the lexicon."""
+    """The training pairs that come from the lexicon."""
     before = list(load(None).train)
     found = list(data.train)
     assert found[: len(before)] == before
@@ -40,7 +40,7 @@ def new_pairs(data: Data) -> list[Pair]:
 
 
 def test_new_words_are_trained_on(tmp_path: Path) -> None:
-    """In the formats that people have: tabs or blanks, stress, variants, comments, capitals."""
+    """In all usual formats: tabs or blanks, stress, variants, comments, capitals."""
     file = tmp_path / "own.dict"
     file.write_text(
         "zorble\tZ AO R B AH L\n"
@@ -66,7 +66,7 @@ def test_new_words_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_is_judged_is_not_trained_on(tmp_path: Path) -> None:
-    """Neither the words for development nor those for the test, in the dictionary or not."""
+    """Words of the development and test sets are skipped, whether in the dictionary or not."""
     before = load(None)
     judged = ["".join(item.source) for item in (*before.dev[:2], *before.test[:3])]
     known = "".join(next(iter(before.train)).source)
@@ -108,7 +108,7 @@ def test_what_cannot_be_used(tmp_path: Path, text: bytes, message: str) -> None:
 
 
 def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run goes on with its lexicon only; an exported model needs it no more."""
+    """A run resumes only with its lexicon; an exported model does not need it."""
     words = tmp_path / "words.txt"
     words.write_text("zorble\nquuxian\n")
     teacher, run = tmp_path / "teacher", tmp_path / "run"
@@ -141,7 +141,7 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_what_a_model_has_seen_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of a list to judge it on: words of its training, those that chose it, those of a lexicon."""
+    """A note counts the test words that are in the training or the development set."""
     file = tmp_path / "own.dict"
     data = load(None)
     trained, dev, test = (

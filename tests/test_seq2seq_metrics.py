@@ -1,4 +1,4 @@
-"""Error rates on cases worked by hand."""
+"""Error rates on examples computed by hand."""
 
 from __future__ import annotations
 

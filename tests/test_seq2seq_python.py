@@ -1,4 +1,4 @@
-"""The toolkit from Python: load, predict, fit, save, and what the errors say."""
+"""The toolkit from Python: load, predict, fit, save, and the error messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model() -> Predictor:
 
 
 def spelled(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Words of three letters, and their letters in capitals, from the last to the first."""
+    """Words of three letters, with the reversed letters in capitals as targets."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcde", k=draw.randint(1, 5))) for _ in range(count)]
     return [(word, " ".join(reversed(word.upper()))) for word in words]
@@ -84,7 +84,7 @@ def test_one_text_a_list_and_an_iterator(model: Predictor) -> None:
     assert many[1].tokens == one.tokens and many[1].score == pytest.approx(one.score, abs=1e-5)
     assert [p.text for p in model(tuple(WORDS))] == [p.text for p in many]
     assert model([]) == []
-    # What the command does to a text is done here too; tokens are taken as they are.
+    # Texts are processed as by the command; tokens are used as they are.
     assert model("HELLO") == one == model([tuple("hello")])[0]
     asked: list[str] = []
 
@@ -105,7 +105,7 @@ def test_one_text_a_list_and_an_iterator(model: Predictor) -> None:
     ids=str,
 )
 def test_scores_are_those_of_the_model(model: Predictor, search: dict[str, object]) -> None:
-    """Against the probabilities that the model gives to the target when it is fed with it."""
+    """They equal the probabilities of the target under teacher forcing."""
     (network,) = model.models
     for found in model(WORDS, **search):
         assert len(found.alternatives) == search.get("nbest", 1)
@@ -258,7 +258,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def test_pairs_of_every_kind_train_the_same_model(tmp_path: Path) -> None:
-    """Texts, tokens, a generator and a file; and as the command trains it. Torch's state stays."""
+    """Texts, tokens, a generator, a file, and the command. Torch's random state is restored."""
     pairs = spelled(60)
     options = {"model": SHAPE, "training": RECIPE, "progress": False, "device": "cpu"}
     tokens = {"tokens": ("chars", "words")}
@@ -305,13 +305,13 @@ def test_a_stopped_fit_goes_on_to_the_same_model(
     seq2seq.fit(pairs, dev=dev, output=run, resume=True, progress=False, device="cpu")
     assert same(run, fitted)
     assert (run / "steps.csv").read_bytes() == (fitted / "steps.csv").read_bytes()
-    # Nothing is left to do.
+    # The run is complete.
     again = seq2seq.fit(pairs, dev=dev, output=run, resume=True, progress=False, device="cpu")
     assert again("abc") == seq2seq.load(run, device="cpu")("abc")
 
 
 def test_in_a_thread(tmp_path: Path, fitted: Path) -> None:
-    """Where Python delivers no signals: `fit`, and the command."""
+    """`fit` and the command work in a thread, where Python does not deliver signals."""
     found: list[object] = []
 
     def work() -> None:
@@ -384,7 +384,7 @@ def test_from_a_model_and_from_teachers(fitted: Path, tmp_path: Path) -> None:
     assert started.source.symbols == seq2seq.load(fitted).source.symbols
     assert started.task.to_json()["source_tokens"] == "chars"
     taught = {"tokens": ("chars", "words"), "model": SHAPE, "teachers": [fitted]}
-    symbols = [("abcde", "A B C D E")] * 3  # so that the vocabularies are the same
+    symbols = [("abcde", "A B C D E")] * 3  # so that the vocabularies agree
     file = Path(tmp_path, "t.tsv")
     file.write_text("".join(f"{s}\t{t}\n" for s, t in [*spelled(120), *symbols]))
     found = seq2seq.fit(spelled(120), dev=dev, output=tmp_path / "b", **taught, **options)
@@ -393,14 +393,14 @@ def test_from_a_model_and_from_teachers(fitted: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    """Without a task or a checkpoint; predictions in the middle of a training change nothing."""
+    """Without a task or a checkpoint. Predictions do not disturb training."""
     torch.manual_seed(1)
     source, target = Vocabulary("abc"), Vocabulary(["A", "B"])
     network = Seq2Seq(ModelConfig(hidden=8, embedding=4, score="concat"), len(source), len(target))
     model = Predictor(network, source, target)
     assert network.training
     first = model("a b c")
-    assert first == model("a b c") and network.training  # no dropout, and its mode is back
+    assert first == model("a b c") and network.training  # no dropout, and training mode is restored
     model.save(tmp_path / "own")
     again = seq2seq.load(tmp_path / "own", device="cpu")
     assert again("a b c") == first and again.task.name == "pairs"

@@ -1,4 +1,4 @@
-"""The tasks: the grammar of SCAN against the paper, numbers to reverse, people's own lines."""
+"""The tasks: the SCAN grammar against the paper, reversed numbers, and the user's own pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/scan/simple_test_commands.txt"
 
-# Figure 1 of Lake & Baroni 2018, and what its appendix says of "around" and "opposite".
+# Figure 1 of Lake & Baroni 2018, and "around" and "opposite" from its appendix.
 EXAMPLES = {
     "jump": "I_JUMP",
     "jump left": "I_TURN_LEFT I_JUMP",
@@ -192,7 +192,7 @@ def test_targets_of_one_source_are_its_references(tmp_path: Path) -> None:
 
 
 def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From a file to a model that gives the lines back, in every script; bad lines are counted."""
+    """A model trained on a file reproduces its lines, in every script; bad lines are counted."""
     file = write(tmp_path / "own.tsv", [*LINES, "no tab here"] * 30)
     output = tmp_path / "run"
     options = ["--hidden", "32", "--embedding", "16", "--epochs", "30", "--batch-size", "16"]
@@ -204,7 +204,7 @@ def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert f"note: {file}: skipped 30 bad lines" in capfd.readouterr().err
     assert main(["predict", str(output), "the dog", "고양이 한 마리", "שלום עולם"]) == 0
     assert capfd.readouterr().out.splitlines() == ["le chien", "une chatte", "bonjour 👋🏽"]
-    assert main(["predict", str(output), "unheard-of"]) == 0  # one symbol stands for all of these
+    assert main(["predict", str(output), "unheard-of"]) == 0  # all unknown words are one symbol
     capfd.readouterr()
     test = write(tmp_path / "test.tsv", LINES)
     assert main(["evaluate", str(output), "--test", str(test), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Tasks on text: subwords, translation, dialog, links, data on the disk, configuration files."""
+"""Tasks on texts: subwords, translation, dialogs, links, data on disk, configuration files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fused_attn.seq2seq.tasks import chat
 from fused_attn.seq2seq.tasks.chat import Chat, ChatConfig
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 
-# Words of one language and of another, in which a sentence's order is turned around.
+# The words of two languages. A translation reverses the order of the words.
 LEXICON = {
     "the": "le", "cat": "고양이", "dog": "חתול", "sees": "voit", "house": "maison", "red": "rouge",
     "old": "ancien", "and": "et", "bird": "oiseau", "walks": "marche",
@@ -32,7 +32,7 @@ LEXICON = {
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Lines of source, target and links."""
+    """Lines with a source, a target and links."""
     generator = random.Random(seed)
     lines = []
     for _ in range(count):
@@ -56,15 +56,17 @@ def test_subwords_bring_every_script_back() -> None:
     for text in texts:
         assert tokenizer.join(tokenizer.split(text)) == text
         assert set(tokenizer.split(text)) <= set(tokenizer.pieces)
-    assert len(tokenizer.split("the cat sees the dog")) < 12  # of 20 characters
-    assert learn_subwords(iter(corpus), 200) == model  # a resumed run learns the same
+    assert len(tokenizer.split("the cat sees the dog")) < 12  # the text has 20 characters
+    assert (
+        learn_subwords(iter(corpus), 200) == model
+    )  # deterministic: a resumed run learns the same model
     with pytest.raises(InputError, match="vocabulary 5: cannot learn subwords"):
         learn_subwords(iter(texts), 5)
 
 
 @pytest.fixture(scope="module")
 def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model that translates, and its test."""
+    """A trained translation model, and its test file."""
     place = tmp_path_factory.mktemp("translation")
     lines = [line.rpartition("\t")[0] for line in sentences(900)]
     columns = [write(place / name, [line.split("\t")[i] for line in lines]) for i, name in
@@ -89,13 +91,13 @@ def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     # The command line overrides the file.
     assert main(["train", str(config), "--output", str(run), "--lr", "0.01"]) == 0
     for path in columns:
-        path.unlink()  # a checkpoint has all that predicting needs
+        path.unlink()  # a checkpoint has everything needed for prediction
     return run, test
 
 
 def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     run, test = translation
-    # A sentence that comes twice is judged once.
+    # A sentence that occurs twice is evaluated once.
     pairs = list(dict(line.split("\t") for line in test.read_text().splitlines()).items())
     capfd.readouterr()
     assert main(["predict", str(run), *(source for source, _ in pairs)]) == 0
@@ -123,7 +125,7 @@ def test_columns_of_different_length_are_refused(tmp_path: Path) -> None:
 
 
 def test_links_guide_the_alignment(tmp_path: Path) -> None:
-    """With them the weights lie where the links say, after as much training."""
+    """With links, the weights agree with them after the same amount of training."""
     train = write(tmp_path / "train.tsv", sentences(400))
     data = Pairs(PairsConfig(train=str(train), dev=str(train))).load()
     pair = next(iter(data.train))
@@ -145,7 +147,7 @@ def test_links_guide_the_alignment(tmp_path: Path) -> None:
 
 
 def agreement(found: Path, gold: Path) -> float:
-    """Share of the links that are right."""
+    """The share of correct links."""
     right = total = 0
     for line, expected in zip(*(p.read_text().splitlines() for p in (found, gold)), strict=True):
         links = set(line.split())
@@ -195,7 +197,7 @@ def test_pairs_on_the_disk_train_the_same(tmp_path: Path) -> None:
 
 
 def test_pairs_on_the_disk_do_not_fill_the_memory(tmp_path: Path) -> None:
-    """Long pairs: 40 bytes of each stay, of 1,600 and more."""
+    """40 bytes per pair stay in memory, of 1,600 and more."""
     count, length = 4_000, 200
 
     def pairs() -> object:
@@ -234,7 +236,7 @@ def test_the_corpus_has_dialogs_in_english_and_korean() -> None:
 def test_chat(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dialogs of one's own are learned by heart; each utterance answers the one before."""
+    """A model learns the user's own dialogs by heart: each utterance answers the last one."""
     lines = ["hello", "good morning", "how are you?", "fine", "", "안녕하세요", "반갑습니다"]
     file = write(tmp_path / "dialogs.txt", lines)
     run = tmp_path / "run"
@@ -306,7 +308,7 @@ def test_curves(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) ->
 def test_a_start_that_fails_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """So that it can be tried again with the same directory."""
+    """So the user can try again with the same directory."""
     train = write(tmp_path / "train.tsv", [*sentences(50), "no tab"])
     run = tmp_path / "new" / "run"
     argv = ["train", "pairs", "--train", str(train), "--output", str(run), "--on-disk"]
