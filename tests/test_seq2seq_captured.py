@@ -456,12 +456,12 @@ def test_a_training_step_waits_once_for_the_gpu() -> None:
     trainer.finish_epoch()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.run_epoch(lambda report: None, lambda: False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [each for each in told if "synchroniz" in str(each.message)]
+    waits = [each for each in caught if "synchroniz" in str(each.message)]
     assert len(waits) == trainer.batches_per_epoch == 2, [str(each.message) for each in waits]
 
 

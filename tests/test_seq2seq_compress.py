@@ -51,9 +51,9 @@ def test_what_is_no_matrix_stays_as_it_is() -> None:
 def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
     change: str, problem: str, tmp_path: Path
 ) -> None:
-    place = find_checkpoint(Path("g2p"))
-    meta = files.load_metadata(place)
-    tensors = load_file(place / files.MODEL)
+    path = find_checkpoint(Path("g2p"))
+    meta = files.load_metadata(path)
+    tensors = load_file(path / files.MODEL)
     scale = next(name for name in tensors if name.endswith(".int8-scale"))
     whole = tensors.pop(scale)
     if change == "short":

@@ -182,10 +182,10 @@ def command(output: Path, *options: str) -> int:
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Command line options with two teachers. Do not modify."""
-    place = tmp_path_factory.mktemp("teachers")
+    path = tmp_path_factory.mktemp("teachers")
     for name in ("1", "2"):
-        assert command(place / name, *SIZE, "--seed", name, "--max-steps", "6") == 0
-    return ["--teacher", str(place / "1"), "--teacher", str(place / "2")]
+        assert command(path / name, *SIZE, "--seed", name, "--max-steps", "6") == 0
+    return ["--teacher", str(path / "1"), "--teacher", str(path / "2")]
 
 
 def test_a_run_with_teachers_can_be_resumed_without_them(
@@ -202,8 +202,8 @@ def test_a_run_with_teachers_can_be_resumed_without_them(
     assert "was not started with this --teacher; leave it out" in capfd.readouterr().err
     assert command(again, "--resume", *teachers) == 0
     expected, found, without = (
-        files.load_tensors(checkpoints(place)[-1], files.MODEL)
-        for place in (run, again, _trained(tmp_path / "without", options))
+        files.load_tensors(checkpoints(path)[-1], files.MODEL)
+        for path in (run, again, _trained(tmp_path / "without", options))
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not all(torch.equal(without[name], tensor) for name, tensor in expected.items())

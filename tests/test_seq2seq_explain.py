@@ -104,9 +104,9 @@ def test_pointing_shades_what_was_read(tmp_path: Path) -> None:
     assert [number for _, _, number in by_link] == ["0.00", "0.13", "0.50", "0.38", "", "", ""]
     assert [float(shade) for _, shade, _ in by_link[:4]] == WEIGHTS[1].tolist()
 
-    def after(place: int) -> list[tuple[str, str, str]]:
+    def after(index: int) -> list[tuple[str, str, str]]:
         script = (
-            f"<script>document.querySelectorAll('button.symbol')[{place}]"
+            f"<script>document.querySelectorAll('button.symbol')[{index}]"
             ".dispatchEvent(new PointerEvent('pointerenter'))</script>"
         )
         return symbols(rendered(tmp_path, text.replace("</body>", f"{script}</body>")))

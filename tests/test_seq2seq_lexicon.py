@@ -113,10 +113,10 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     words.write_text("zorble\nquuxian\n")
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     assert main(["train", "g2p", "--output", str(teacher), *TINY]) == 0
-    said = tmp_path / "phones.txt"
-    assert main(["predict", str(teacher), "--input", str(words), "--output", str(said),
+    phones = tmp_path / "phones.txt"
+    assert main(["predict", str(teacher), "--input", str(words), "--output", str(phones),
                  "--min-length", "1"]) == 0  # fmt: skip
-    both = zip(words.read_text().splitlines(), said.read_text().splitlines(), strict=True)
+    both = zip(words.read_text().splitlines(), phones.read_text().splitlines(), strict=True)
     file = tmp_path / "lexicon.tsv"
     file.write_text("".join(f"{word}\t{phones}\n" for word, phones in both))
     train = ["train", "g2p", "--output", str(run)]

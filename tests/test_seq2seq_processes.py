@@ -295,7 +295,7 @@ REFUSED = {
     "no output": (["--input", "x"], "--input and --output must be given together"),
     "text": (["hello", "--input", "x", "--output", "y"], "--input cannot be combined with TEXT"),
     "no file": (["--input", "nowhere", "--output", "y"], "cannot read nowhere: No such file"),
-    "no place": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),
+    "no directory": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),
 }
 
 

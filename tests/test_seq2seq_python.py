@@ -188,7 +188,7 @@ def test_a_notebook_shows_what_was_looked_at(model: Predictor) -> None:
 
 def test_names_and_paths(fitted: Path, model: Predictor, tmp_path: Path) -> None:
     checkpoint = find_checkpoint(fitted)
-    texts = {str(seq2seq.load(place)("abc")) for place in (fitted, str(fitted), checkpoint)}
+    texts = {str(seq2seq.load(path)("abc")) for path in (fitted, str(fitted), checkpoint)}
     assert len(texts) == 1
     assert str(Predictor.load(str(fitted))("abc")) in texts
     with pytest.raises(InputError, match="no checkpoint at nowhere: there is no such directory"):

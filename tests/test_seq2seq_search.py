@@ -322,8 +322,8 @@ def test_draws_follow_the_probabilities() -> None:
         wanted = torch.softmax(scores, dim=-1)
         ranked = wanted.argsort(descending=True).tolist()
         kept, mass = [], 0.0
-        for place, symbol in enumerate(ranked):
-            if place < options.get("top_k", SIZE) and mass < options.get("top_p", 1.0):
+        for rank, symbol in enumerate(ranked):
+            if rank < options.get("top_k", SIZE) and mass < options.get("top_p", 1.0):
                 kept.append(symbol)
             mass += float(wanted[symbol])
         wanted = wanted / wanted[kept].sum()

@@ -27,21 +27,21 @@ def test_it_pronounces(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
-    place = find_checkpoint(Path("g2p"))
-    assert place == SHIPPED / "g2p"
-    assert sum(file.stat().st_size for file in place.iterdir()) < 9e6
-    assert not (place / files.TRAINING).exists()
+    path = find_checkpoint(Path("g2p"))
+    assert path == SHIPPED / "g2p"
+    assert sum(file.stat().st_size for file in path.iterdir()) < 9e6
+    assert not (path / files.TRAINING).exists()
 
 
 @pytest.mark.threads(1)
 def test_it_is_as_good_as_is_claimed() -> None:
     """On 600 words of the held-out test set, within three standard deviations of 0.017."""
-    place = find_checkpoint(Path("g2p"))
-    task = load_recipe(place, files.load_metadata(place)).task
+    path = find_checkpoint(Path("g2p"))
+    task = load_recipe(path, files.load_metadata(path)).task
     lexicon = cmudict.load_dictionary()
     words = [word for word in cmudict.by_hash(task.config.test_words) if word in lexicon][:600]
     items = [Item(tuple(word), lexicon[word]) for word in words]
-    found = evaluate.targets(Predictor.load(place), items, SearchConfig(beam=5))
+    found = evaluate.targets(Predictor.load(path), items, SearchConfig(beam=5))
     errors = evaluate.judge(found, items)
     claimed = 0.2269  # README, beam 5, all 11,994 words
     assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.052)

@@ -40,8 +40,8 @@ def train(output: Path, data: Path, *options: str) -> int:
     return main([*command, "--dev", str(data), *options])
 
 
-def parameters(place: Path) -> dict[str, Tensor]:
-    return files.load_tensors(find_checkpoint(place), files.MODEL)
+def parameters(path: Path) -> dict[str, Tensor]:
+    return files.load_tensors(find_checkpoint(path), files.MODEL)
 
 
 def first_loss(run: Path) -> float:
@@ -52,11 +52,11 @@ def first_loss(run: Path) -> float:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose vocabulary has all the words."""
-    place = tmp_path_factory.mktemp("base")
-    data = write(place / "base.tsv", lines(list(WORDS), 400))
+    directory = tmp_path_factory.mktemp("base")
+    data = write(directory / "base.tsv", lines(list(WORDS), 400))
     shape = ["--hidden", "24", "--embedding", "8", "--cell", "gru"]
-    assert train(place / "run", data, *shape, "--epochs", "6", "--lr", "0.01") == 0
-    return place / "run"
+    assert train(directory / "run", data, *shape, "--epochs", "6", "--lr", "0.01") == 0
+    return directory / "run"
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_training_begins_with_the_model(
     found = files.load_tensors(start, files.MODEL)
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
-    meta, known = (files.load_metadata(place) for place in (start, find_checkpoint(base)))
+    meta, known = (files.load_metadata(path) for path in (start, find_checkpoint(base)))
     assert (meta["source"], meta["target"]) == (known["source"], known["target"])
     assert set(WORDS) < set(meta["source"])
     assert meta["model"] == known["model"] | {"dropout": 0.1}
@@ -113,7 +113,7 @@ def test_it_can_be_resumed(
     assert "was not started with this --start-from; leave it out" in capfd.readouterr().err
     assert train(again, few, "--resume", "--start-from", str(base)) == 0
     expected, found = (
-        files.load_tensors(checkpoints(place)[-1], files.MODEL) for place in (run, again)
+        files.load_tensors(checkpoints(path)[-1], files.MODEL) for path in (run, again)
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -67,13 +67,15 @@ def test_subwords_bring_every_script_back() -> None:
 @pytest.fixture(scope="module")
 def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A trained translation model, and its test file."""
-    place = tmp_path_factory.mktemp("translation")
+    directory = tmp_path_factory.mktemp("translation")
     lines = [line.rpartition("\t")[0] for line in sentences(900)]
-    columns = [write(place / name, [line.split("\t")[i] for line in lines]) for i, name in
+    columns = [write(directory / name, [line.split("\t")[i] for line in lines]) for i, name in
                enumerate(("source.txt", "target.txt"))]  # fmt: skip
-    test = write(place / "test.tsv", [line.rpartition("\t")[0] for line in sentences(60, seed=1)])
+    test = write(
+        directory / "test.tsv", [line.rpartition("\t")[0] for line in sentences(60, seed=1)]
+    )
     config = write(
-        place / "config.yaml",
+        directory / "config.yaml",
         [
             "task: translate",
             f"train: {columns[0]},{columns[1]}  # two files",
@@ -87,7 +89,7 @@ def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             "vocabulary: 60",
         ],
     )
-    run = place / "run"
+    run = directory / "run"
     # The command line overrides the file.
     assert main(["train", str(config), "--output", str(run), "--lr", "0.01"]) == 0
     for path in columns:
@@ -206,9 +208,9 @@ def test_pairs_on_the_disk_do_not_fill_the_memory(tmp_path: Path) -> None:
             yield numbers, numbers, ()
 
     peaks = {}
-    for name, place in (("memory", None), ("disk", tmp_path)):
+    for name, directory in (("memory", None), ("disk", tmp_path)):
         tracemalloc.start()
-        examples = Examples.collect(pairs(), place)  # type: ignore[arg-type]
+        examples = Examples.collect(pairs(), directory)  # type: ignore[arg-type]
         peaks[name] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         rows = torch.tensor([0, 17, count - 1])

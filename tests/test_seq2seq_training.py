@@ -221,7 +221,7 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
 def walks(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
     """Targets in which every symbol depends on the one before it and on the source.
 
-    a <- (3 a + x) mod 10, twice for each source symbol x. A wrong symbol makes all later ones wrong.
+    a <- (3 a + x) mod 10, twice per source symbol x. A wrong symbol makes all later ones wrong.
     """
     generator = torch.Generator().manual_seed(seed)
     sources, targets = [], []

@@ -128,9 +128,9 @@ def test_a_damaged_narrower_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     common += ["--test-longest", "4", "--max-steps", "1", "--threads", "1"]
     run = tmp_path / "run"
     assert main([*common, "--output", str(run), "--hidden", "8"]) == 0
-    place = checkpoints(run)[-1]
-    meta = files.load_metadata(place)
-    parameters = files.load_tensors(place, files.MODEL)
+    path = checkpoints(run)[-1]
+    meta = files.load_metadata(path)
+    parameters = files.load_tensors(path, files.MODEL)
     odd = parameters | {"output.weight": parameters["output.weight"][:, :-1]}
     few = {name: tensor for name, tensor in parameters.items() if name != "output.weight"}
     for name, tensors in (("odd", odd), ("few", few)):

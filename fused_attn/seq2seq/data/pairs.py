@@ -71,7 +71,7 @@ def grouped(pairs: Iterable[Pair]) -> list[Item]:
     return [Item(source, tuple(dict.fromkeys(found))) for source, found in targets.items()]
 
 
-def place(symbols: Iterable[str]) -> float:
+def unit_hash(symbols: Iterable[str]) -> float:
     """Hash symbols to a number in [0, 1), for splits that do not depend on the other pairs."""
     digest = hashlib.sha256("\0".join(symbols).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

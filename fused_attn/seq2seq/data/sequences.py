@@ -42,10 +42,10 @@ class Sequences:
         lengths = self.lengths[rows]
         positions = torch.arange(int(lengths.max()) if len(lengths) else 0)
         inside = positions < lengths[:, None]
-        places = (self._starts[rows][:, None] + positions).where(inside, 0)
-        if not places.numel():
-            return places, lengths
-        return self._values[places].long().where(inside, PAD), lengths
+        indices = (self._starts[rows][:, None] + positions).where(inside, 0)
+        if not indices.numel():
+            return indices, lengths
+        return self._values[indices].long().where(inside, PAD), lengths
 
 
 class SequenceWriter:

@@ -65,17 +65,17 @@ class SoftTargetTable:
 
         symbols, probabilities: (B, longest target of these, K), on any device.
         """
-        inside, places = self._places(rows, symbols.shape[1])
-        self.symbols[places[inside]] = symbols.cpu()[inside].int()
-        self.probabilities[places[inside]] = probabilities.cpu()[inside].half()
+        inside, indices = self._indices(rows, symbols.shape[1])
+        self.symbols[indices[inside]] = symbols.cpu()[inside].int()
+        self.probabilities[indices[inside]] = probabilities.cpu()[inside].half()
 
     def rows(self, rows: Tensor) -> SoftTargets:
         """Return the soft targets of the pairs with the indices ``rows``, int64 (B,)."""
-        inside, places = self._places(rows, int(self._lengths[rows].max()))
-        probabilities = self.probabilities[places].float() * inside[..., None]
-        return SoftTargets(self.symbols[places].long(), probabilities)
+        inside, indices = self._indices(rows, int(self._lengths[rows].max()))
+        probabilities = self.probabilities[indices].float() * inside[..., None]
+        return SoftTargets(self.symbols[indices].long(), probabilities)
 
-    def _places(self, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def _indices(self, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Bool (B, longest), whether a position is inside its target, and int64 (B, longest), its
         index in the table.
         """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, place
+from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, unit_hash
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.text import TextConfig, TextTask
 
@@ -91,7 +91,7 @@ class Chat(TextTask):
             found, where = read_dialogs(Path(config.dialogs)), config.dialogs
         self.learn((utterance, "") for dialog in found for utterance in dialog)
         pairs, skipped = self._pairs(found, where)
-        held = {pair.source for pair in pairs if place(pair.source) < DEV_SHARE}
+        held = {pair.source for pair in pairs if unit_hash(pair.source) < DEV_SHARE}
         train = [pair for pair in pairs if pair.source not in held]
         dev = [pair for pair in pairs if pair.source in held] or pairs[:1]
         if not train:

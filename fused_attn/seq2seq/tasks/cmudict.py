@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fused_attn.seq2seq.data.pair_files import read_lines, read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, place
+from fused_attn.seq2seq.data.pairs import DEV_SHARE, unit_hash
 from fused_attn.seq2seq.errors import InputError
 
 Pronunciation = tuple[str, ...]
@@ -137,7 +137,7 @@ def split_words(
     and development.
     """
     if test_words is None:
-        test = {word for word in lexicon if place((word,)) < TEST_SHARE}
+        test = {word for word in lexicon if unit_hash((word,)) < TEST_SHARE}
     else:
         test = lexicon.keys() & set(test_words)
         if not test:
@@ -146,8 +146,8 @@ def split_words(
     if limit is not None:
         others = sorted(by_hash(others)[:limit])
     dev_end = TEST_SHARE + DEV_SHARE
-    dev = tuple(word for word in others if TEST_SHARE <= place((word,)) < dev_end)
-    train = tuple(word for word in others if not TEST_SHARE <= place((word,)) < dev_end)
+    dev = tuple(word for word in others if TEST_SHARE <= unit_hash((word,)) < dev_end)
+    train = tuple(word for word in others if not TEST_SHARE <= unit_hash((word,)) < dev_end)
     if not dev or not train:
         raise InputError(f"{len(others)} words are too few for training and development")
     return Split(train, dev, tuple(sorted(test)))

@@ -10,7 +10,15 @@ from typing import Any
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Item, Pair, Symbols, fingerprint, place
+from fused_attn.seq2seq.data.pairs import (
+    DEV_SHARE,
+    Data,
+    Item,
+    Pair,
+    Symbols,
+    fingerprint,
+    unit_hash,
+)
 from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.tasks import scan_grammar
 from fused_attn.seq2seq.tasks.base import Task
@@ -57,7 +65,7 @@ class Scan(Task):
             train, test = scan_grammar.split_commands(self.config.split)
         copies = Counter(source for source, _ in train)
         # A command that a split repeats must stay in the training set.
-        held = {s for s, count in copies.items() if count == 1 and place(s) < DEV_SHARE}
+        held = {s for s, count in copies.items() if count == 1 and unit_hash(s) < DEV_SHARE}
         dev = [pair for pair in every if pair[0] in held]
         words = sorted({word for source, _ in every for word in source})
         actions = sorted({action for _, target in every for action in target})
@@ -87,7 +95,7 @@ class Scan(Task):
         self, every: Sequence[scan_grammar.Pair]
     ) -> tuple[list[scan_grammar.Pair], list[scan_grammar.Pair]]:
         if self.config.test_commands is None:
-            kept = {source for source, _ in every if place(("test", *source)) < TEST_SHARE}
+            kept = {source for source, _ in every if unit_hash(("test", *source)) < TEST_SHARE}
         else:
             kept = {tuple(line.split()) for line in self.config.test_commands}
             if unknown := kept - {source for source, _ in every}:

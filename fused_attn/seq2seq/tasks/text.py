@@ -19,7 +19,7 @@ from fused_attn.seq2seq.data.pairs import (
     Symbols,
     fingerprint,
     grouped,
-    place,
+    unit_hash,
 )
 from fused_attn.seq2seq.data.tokenizers import TOKENS, Subwords, learn_subwords, make_tokenizer
 from fused_attn.seq2seq.errors import InputError, OptionError
@@ -186,7 +186,7 @@ class Pairs(TextTask):
         notes: list[str] = []
         dev = self._items("dev", notes)
         if dev is None:
-            chosen = (pair for pair in train if place(pair.source) < DEV_SHARE)
+            chosen = (pair for pair in train if unit_hash(pair.source) < DEV_SHARE)
             dev = grouped(list(islice(chosen, _DEV_PAIRS)) or islice(train, 1))
             test = self._items("test", notes)
             train.without = {item.source for item in dev}
