@@ -46,7 +46,7 @@ def test_what_is_no_matrix_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [("lost", "{}.* is missing"), ("short", "{} has shape .*, expected")]
+    ("change", "problem"), [("lost", "'{}' is missing"), ("short", "{} has shape .*, expected")]
 )
 def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
     change: str, problem: str, tmp_path: Path
