@@ -170,6 +170,6 @@ def test_splits_that_cannot_be() -> None:
 
 def test_the_published_test_words_are_all_known(dictionary: cmudict.Lexicon) -> None:
     if not TEST_WORDS.exists():
-        pytest.skip("the published test words are not beside this checkout")
+        pytest.skip("the published test words were not found next to this checkout")
     split = cmudict.split_words(dictionary, cmudict.read_words(TEST_WORDS))
     assert len(split.test) == 11_994

@@ -69,7 +69,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 def rendered(tmp_path: Path, text: str, fragment: str = "") -> str:
     """The DOM of a page, as a browser renders it."""
     if BROWSER is None:
-        pytest.skip("there is no chromium to show a page in")
+        pytest.skip("chromium is not installed")
     file = tmp_path / "page.html"
     file.write_text(text, encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]

@@ -130,16 +130,16 @@ def test_training_with_it_brings_the_passes_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ("--rdrop -1", "rdrop must be at least 0, got -1.0"),
         ("--rdrop 5 --dropout 0", "--rdrop needs a dropout above 0"),
     ],
 )
 def test_what_cannot_work_is_refused(
-    options: str, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    options: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     assert main(["train", "reverse", "--output", str(output), *options.split()]) == 2
-    assert says in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not output.exists()

@@ -90,7 +90,7 @@ def test_scan_loads(split: str) -> None:
 
 def test_scan_takes_the_published_test(tmp_path: Path) -> None:
     if not PUBLISHED.exists():
-        pytest.skip("the published test commands are not beside this checkout")
+        pytest.skip("the published test commands were not found next to this checkout")
     config = ScanConfig(**Scan.test_option(PUBLISHED))
     data = Scan(config).load()
     assert len(data.test) == 4_182

@@ -117,9 +117,9 @@ _COLUMNS = ("source", "target", "links")
 
 
 def _alignment(links: Tensor, counts: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Links as target attention weights: each target symbol's weight, shared over its links."""
-    row, number = (torch.arange(links.shape[1]) < counts[:, None])[:, ::2].nonzero(as_tuple=True)
-    source, target = links[:, ::2][row, number], links[:, 1::2][row, number]
+    """Links as attention weights (B, T, S): equal weights on the linked source symbols."""
+    row, link = (torch.arange(links.shape[1]) < counts[:, None])[:, ::2].nonzero(as_tuple=True)
+    source, target = links[:, ::2][row, link], links[:, 1::2][row, link]
     linked = torch.zeros(shape)
     linked[row, target, source] = 1.0
     return linked / linked.sum(dim=2, keepdim=True).clamp(min=1.0)

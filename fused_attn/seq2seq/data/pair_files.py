@@ -88,7 +88,7 @@ class PairSource(ABC, Iterable[Pair]):
     known: known target symbols. A target must have at least one of them; None accepts any target.
 
     Iterating raises `InputError` with the name and the number of the first entry that cannot be
-    used, or if there are no entries.
+    used, unless the reader skips those, and if there are no usable entries.
     """
 
     unit: ClassVar[str]  # what error messages call an entry

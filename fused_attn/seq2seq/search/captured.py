@@ -74,7 +74,7 @@ class CapturedStepper:
         self._models = [weakref.ref(model) for model in models]
         rows = room.sentences * room.beams
         device = decoders.states[0].hidden[0].device
-        with torch.inference_mode(False):  # buffers that may be written in any mode
+        with torch.inference_mode(False):  # so that the buffers may be written in any mode
             self._buffers = Decoders(
                 [_state_buffer(state, rows, room.source) for state in decoders.states],
                 [_memory_buffer(memory, room) for memory in decoders.prepared],

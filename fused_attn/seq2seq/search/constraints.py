@@ -27,7 +27,11 @@ class LengthBound:
     longest: int = 0
 
     def limits(self, lengths: Tensor) -> Tensor:
-        """Return the largest target lengths, int64 (B,), for source lengths int64 (B,)."""
+        """Return the largest target lengths, int64 (B,), for source lengths int64 (B,).
+
+        For a source of n symbols that is ratio * n + 10, but at least 2 n + 10, and if more than
+        that, at most longest + 10.
+        """
         usual = 2 * lengths + _MARGIN
         by_ratio = (self.ratio * lengths).ceil().long() + _MARGIN
         return torch.minimum(by_ratio, usual.clamp(min=self.longest + _MARGIN)).maximum(usual)

@@ -54,11 +54,11 @@ def search(
     ) as ensemble:
         if config.beam > 1:
             return beam_search(ensemble, *rest)
-        found = _walk(ensemble, *rest)
+        found = _decode(ensemble, *rest)
     return [[hypothesis] for hypothesis in found]
 
 
-def _walk(
+def _decode(
     ensemble: Ensemble,
     source: Tensor,
     lengths: Tensor,

@@ -78,8 +78,8 @@ class Trainer:
         self.model = model
         self.examples = examples
         self.config = config
-        samples_at_once = config.sampling != "none" and config.sampling_after is None
-        self.position = Position(sampling_from=0 if samples_at_once else None)
+        samples_from_start = config.sampling != "none" and config.sampling_after is None
+        self.position = Position(sampling_from=0 if samples_from_start else None)
         # With float16 the gradient must be unscaled and clipped before the update, which a fused
         # optimizer does not allow.
         fused = config.precision != "16"
