@@ -411,7 +411,7 @@ def test_evaluate_on_given_words(
     assert main([*evaluate, "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == 3
-    assert "1 words are not in the dictionary" in captured.err
+    assert "1 word is not in the dictionary" in captured.err
     assert "trained on 2 of these words" in captured.err
     (tmp_path / "words").write_text("nosuchword")
     fails(evaluate, "none of the words")

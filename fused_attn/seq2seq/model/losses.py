@@ -11,7 +11,7 @@ from fused_attn.seq2seq.vocabulary import PAD
 
 
 def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits (B, T, V) and symbols int64 (B, T), padding excluded."""
+    """Return the summed cross-entropy of logits (B, T, V) and symbols int64 (B, T), no padding."""
     return cross_entropy(
         logits.flatten(0, 1),
         expected.flatten(),

@@ -14,7 +14,7 @@ from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 @dataclass(frozen=True)
 class LengthBound:
-    """Bounds the length of a target when ``config.max_length`` is None.
+    """Bounds the length of a target when `SearchConfig.max_length` is None.
 
     ratio: target symbols per source symbol.
     longest: symbols of the longest target in the training set.
@@ -98,5 +98,5 @@ def _repeats(tokens: Tensor, size: int, vocabulary: int) -> Tensor:
     windows = tokens.unfold(1, size, 1)
     tail = tokens[:, tokens.shape[1] - size + 1 :]
     matches = (windows[..., :-1] == tail[:, None]).all(dim=-1)
-    # Windows that do not match bar PAD, which is never allowed anyway.
+    # Windows without a match mask PAD, which is never allowed anyway.
     return found.scatter(1, torch.where(matches, windows[..., -1], PAD), True)

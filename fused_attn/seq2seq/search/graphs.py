@@ -65,9 +65,8 @@ class CudaRecorder:
     """Captures CUDA graphs that share one memory pool, so only one of them may run at a time."""
 
     _lock = Lock()  # one capture at a time in a process
-    _failed: ClassVar[
-        list[torch.cuda.CUDAGraph]
-    ] = []  # kept: the allocator may still refer to them
+    # Failed captures are kept, because the allocator may still refer to them.
+    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

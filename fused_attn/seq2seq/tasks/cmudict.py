@@ -128,7 +128,7 @@ def split_words(
 ) -> Split:
     """Split a lexicon by word.
 
-    Words are split by hash, so the split of a word does not depend on the other words.
+    Words are split by hash, so which set a word is in does not depend on the other words.
 
     test_words: words for the test set; those not in the lexicon are ignored. None chooses by hash.
     limit: number of other words to use, chosen by hash; None uses all.

@@ -66,7 +66,8 @@ class G2P(Task):
         more = cmudict.read_lexicon(path, phones)
         judged = set(self.config.test_words or ()).union(split.dev, split.test)
         if left_out := len(more.keys() & judged):
-            notes.append(f"{path}: skipped {left_out} words of the development and test sets")
+            words = "word" if left_out == 1 else "words"
+            notes.append(f"{path}: skipped {left_out} {words} of the development and test sets")
         found = [
             Pair(tuple(w), v) for w, variants in more.items() if w not in judged for v in variants
         ]
@@ -89,5 +90,6 @@ class G2P(Task):
         if not words:
             raise InputError(f"none of the words in {path} is in the dictionary")
         unknown = len(listed) - len(words)
-        notes = [f"{path}: {unknown} words are not in the dictionary"] if unknown else []
+        found = "word is" if unknown == 1 else "words are"
+        notes = [f"{path}: {unknown} {found} not in the dictionary"] if unknown else []
         return [Item(tuple(word), lexicon[word]) for word in words], notes

@@ -59,7 +59,7 @@ class Trainer:
 
     Each process handles its share of every batch, in ``config.accumulate`` parts (gradient
     accumulation). The loss is divided by the number of target symbols of the whole batch, so
-    neither changes it.
+    neither changes the result, except for rounding.
 
     fabric: of this process, launched; None for a single process on the device of the model.
 
