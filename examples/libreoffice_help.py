@@ -1,4 +1,6 @@
-"""A parallel corpus from the help pages of LibreOffice in many languages (Debian, MPL-2.0).
+"""Build a parallel corpus from the help pages of LibreOffice, which exist in many languages.
+
+The pages come from Debian packages (MPL-2.0):
 
     apt-get download libreoffice-help-en-us libreoffice-help-fr
     for package in libreoffice-help-*.deb; do dpkg-deb --extract "$package" help; done
@@ -8,9 +10,9 @@
         --no-input-feeding --vocabulary 4000 --epochs 8 --lr 3e-3 --batch-tokens 4000
     fused-attn evaluate runs/en-fr --beam 5
 
-A paragraph has one id in all languages. Pairs that are equal on both sides are not translated, and
-of each English paragraph one translation is kept. Whole paragraphs go to training, development or
-test by a hash of the English text, so that every run gives the same split.
+A paragraph has the same id in all languages. Pairs with equal sides are skipped, as they are not
+translated. One translation of each English paragraph is kept. A hash of the English text assigns
+each paragraph to the training, development or test set, so every run gives the same split.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from pathlib import Path
 ENGLISH = "en-US"
 BLOCKS = {"p", "h1", "h2", "h3", "h4", "h5", "h6"}
 
-HELD = 1_000  # pairs for development, and for the test
+HELD = 1_000  # pairs in each of the development and test sets
 
 
 class Paragraphs(HTMLParser):
-    """Collects the text of headings and paragraphs by their id."""
+    """Collects the texts of headings and paragraphs by id."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -56,7 +58,7 @@ class Paragraphs(HTMLParser):
 
 
 def paragraphs(page: Path) -> dict[str, str]:
-    """The paragraphs of a page by id."""
+    """Return the paragraphs of a page by id."""
     parser = Paragraphs()
     parser.feed(page.read_text(encoding="utf-8"))
     parser.close()
@@ -64,7 +66,7 @@ def paragraphs(page: Path) -> dict[str, str]:
 
 
 def corpus(root: Path, language: str) -> dict[str, str]:
-    """English paragraphs with their translations."""
+    """Return the English paragraphs below ``root`` with their translations."""
     pairs: dict[str, str] = {}
     for page in sorted((root / ENGLISH).rglob("*.html")):
         other = root / language / page.relative_to(root / ENGLISH)
@@ -85,9 +87,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for train.tsv, dev.tsv and test.tsv")
     args = parser.parse_args()
     root = args.root / "usr/share/libreoffice/help"
-    for place in (root / ENGLISH, root / args.language):
-        if not place.is_dir():
-            parser.error(f"{place} is missing: extract the packages first")
+    for directory in (root / ENGLISH, root / args.language):
+        if not directory.is_dir():
+            parser.error(f"{directory} is missing: extract the packages first")
     pairs = corpus(root, args.language)
     order = sorted(pairs, key=lambda source: hashlib.sha256(source.encode()).digest())
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A training loop of your own, in plain PyTorch, around the toolkit's model.
+"""Train the toolkit's model with your own training loop in plain PyTorch.
 
-The task: spell a number from 0 to 999 in English words, digit by digit ("705" -> "seven hundred
-five"). The data set, the batches, the optimizer and the loop are yours; the model and the
+The task: spell a number from 0 to 999, given by its digits, in English words ("705" -> "seven
+hundred five"). The data set, the batches, the optimizer and the loop are yours; the model and the
 prediction come from fused_attn. Training takes about ten seconds on one core:
 
     python examples/own_training_loop.py runs/numbers
@@ -27,7 +27,7 @@ TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def spell(number: int) -> list[str]:
-    """The words of a number below 1,000."""
+    """Return the words of a number below 1,000."""
     if number < 20:
         return [UNITS[number]]
     if number < 100:
@@ -36,7 +36,7 @@ def spell(number: int) -> list[str]:
 
 
 class Numbers(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of digits and words, as tensors of symbol numbers."""
+    """Pairs of digits and words, as int64 tensors of symbol ids."""
 
     def __init__(self, numbers: list[int], source: Vocabulary, target: Vocabulary) -> None:
         self.pairs = [
@@ -55,7 +55,7 @@ class Numbers(Dataset[tuple[Tensor, Tensor]]):
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sources (B, S), their lengths (B,) and targets (B, T), padded at the end."""
+    """Return sources (B, S), their lengths (B,) and targets (B, T + 1), padded at the end."""
     sources, targets = zip(*pairs, strict=True)
     lengths = torch.tensor([len(source) for source in sources])
     padded = (pad_sequence(list(each), True, PAD) for each in (sources, targets))
@@ -64,7 +64,7 @@ def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def train(epochs: int = 10) -> tuple[Predictor, list[int]]:
-    """Return a trained model and the numbers that it has not seen."""
+    """Return a trained model and the held-out numbers."""
     torch.manual_seed(0)
     numbers = torch.randperm(1000).tolist()
     held_out, seen = numbers[:100], numbers[100:]
@@ -80,7 +80,7 @@ def train(epochs: int = 10) -> tuple[Predictor, list[int]]:
         total = 0.0
         for batch in loader:
             optimizer.zero_grad()
-            loss = model.loss(*batch)  # cross-entropy in nats a symbol
+            loss = model.loss(*batch)  # mean cross-entropy per target symbol, in nats
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -91,7 +91,7 @@ def train(epochs: int = 10) -> tuple[Predictor, list[int]]:
 
 def main() -> None:
     predictor, held_out = train()
-    # Tokens, not texts: the digits of a number are its symbols.
+    # Sources are tuples of digits. As a text, "705" would be a single word.
     pairs = [(tuple(str(number)), spell(number)) for number in held_out]
     measures = evaluate(predictor, pairs)
     print({name: f"{100 * value:.1f} %" for name, value in measures.items()})

@@ -1,8 +1,8 @@
-"""A stand-in for CUDA graphs on the CPU, which checks that replays could run on a device.
+"""A stand-in for CUDA graphs on the CPU, which checks that work could be replayed on a device.
 
-A CUDA graph reads and writes the addresses that it was captured with, and sees no number that
-Python computes later. Here a replay runs the work again in Python, and every operator must get the
-same numbers and the same outside tensors as at the capture.
+A CUDA graph reads and writes the addresses of its capture, and does not see numbers that Python
+computes later. Here a replay runs the work again in Python and checks that every operator gets the
+same numbers and the same outside tensors as in the capture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.seq2seq.search.graphs import Work
 
-# Operators whose result or its size is needed on the host, so that they cannot be captured.
+# Operators whose result, or its size, the host needs. They cannot be captured.
 _WAITS = {
     getattr(torch.ops.aten, name).default
     for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select")
@@ -30,7 +30,7 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
-        self._made: list[Tensor] = []  # kept alive, so that no address is used twice
+        self._made: list[Tensor] = []  # kept alive, so that no address is reused
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -77,10 +77,10 @@ class FakeGraph:
 
 
 class FakeRecorder:
-    """Counts captures and replays, and keeps all graphs that a test does not delete.
+    """Counts captures and replays, and keeps all graphs until a test deletes them.
 
-    checks: whether replays are compared with the capture. Comparing makes torch use other code
-        paths in some operators, whose results differ in the last bit.
+    checks: whether replays are compared with the capture. The comparison makes torch use other code
+        paths for some operators, and their results may differ in the last bit.
     """
 
     def __init__(self, device: torch.device) -> None:

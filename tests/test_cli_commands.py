@@ -164,7 +164,7 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*train, run], "is not an empty directory", "--resume")
     fails([*train, run, "--resume", "--lr", "0.5"], "was not started with this --lr")
     fails([*train, tmp_path / "none", "--resume"], "nothing to resume", "no such directory")
-    fails([*train, tmp_path, "--resume"], "holds no checkpoint")
+    fails([*train, tmp_path, "--resume"], "contains no checkpoint")
     new = [*train, tmp_path / "new"]
     fails([*new, "--hidden", "0"], "--hidden must be a positive whole number, got 0")
     fails([*new, "--hidden", "wide"], "--hidden", "invalid int value: 'wide'")
@@ -292,7 +292,7 @@ def test_a_model_without_attention(
     assert main(["predict", str(directory), "hello"]) == 0
     capfd.readouterr()
     picture = tmp_path / "a.png"
-    fails(["predict", directory, "a", "--alignments", picture], "no attention to draw")
+    fails(["predict", directory, "a", "--alignments", picture], "needs a model with attention")
 
 
 def test_explain(
@@ -327,7 +327,7 @@ def test_predict_refuses_lines_after_printing_those_before(
     lines_in(b"hello\n\nworld\n")
     fails(predict, "line 2: the source is empty")
     lines_in(b"hello\nna\xc3\xafve\n")
-    fails(predict, "line 2: unknown symbol 'ï'; known are ' a b c")
+    fails(predict, "line 2: unknown symbol 'ï'; known symbols: ' a b c")
     lines_in(b"\xff\n")
     fails(predict, "line 1 is not UTF-8 text")
     fails([*predict, "hello", "two words"], "argument 2: unknown symbol ' '")
@@ -350,7 +350,7 @@ def test_predict_draws(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_predict_refuses(run: Path, fails: Fails, tmp_path: Path) -> None:
     fails(["predict"], "required: MODEL")
     fails(["predict", tmp_path / "none", "a"], "no checkpoint at", "no such directory")
-    fails(["predict", tmp_path, "a"], "no checkpoint at", "holds no checkpoint")
+    fails(["predict", tmp_path, "a"], "no checkpoint at", "contains no checkpoint")
     fails(["predict", run, "a", "--backend", "gpu"], "backend must be one of")
     fails(["predict", run, "a", "--alignments", tmp_path / "map.jpg"], ".png")
     fails(["predict", run, "a", "--alignments", tmp_path / "none" / "map.png"], "no directory")
@@ -379,7 +379,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
     (copy / files.METADATA).write_text(json.dumps({"format_version": 2}))
-    fails(["predict", copy, "a"], "is damaged: it lacks 'model'")
+    fails(["predict", copy, "a"], "is damaged: 'model' is missing")
     (copy / files.METADATA).write_text("{")
     fails(["predict", copy, "a"], "is damaged")
 
@@ -420,7 +420,7 @@ def test_evaluate_on_given_words(
     assert main([*evaluate, "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == 3
-    assert "1 listed words are not in the dictionary" in captured.err
+    assert "1 word is not in the dictionary" in captured.err
     assert "trained on 2 of these words" in captured.err
     (tmp_path / "words").write_text("nosuchword")
     fails(evaluate, "none of the words")

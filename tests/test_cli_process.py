@@ -131,7 +131,7 @@ def test_a_missing_package_is_named(run: Path) -> None:
     [
         ("</dev/null >/dev/full", None),  # nothing to write
         ("<<<hello >/dev/full", "No space left on device"),
-        ("<&-", "neither a TEXT nor a standard input"),
+        ("<&-", "there is no TEXT, and standard input is closed"),
     ],
 )
 def test_streams_that_do_not_work(run: Path, redirection: str, reason: str | None) -> None:

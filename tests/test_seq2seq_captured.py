@@ -1,4 +1,4 @@
-"""Searches whose steps are replays find what searches step by step find."""
+"""Searches with replayed steps find the same targets as eager searches."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def assert_same(found: list[list[Hypothesis]], expected: list[list[Hypothesis]])
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_replays_find_what_steps_find(shape: str, name: str, recorder: FakeRecorder) -> None:
-    """Batch after batch of other sizes, in the buffers that the batch before has left."""
+    """Batches of different sizes, one after another, in the same buffers."""
     model, config = make(**SHAPES[shape]), SEARCHES[name]
     for count, longest in ((6, 7), (8, 5), (1, 33), (5, 9)):
         batch = draw(count, longest, seed=count)
@@ -91,7 +91,7 @@ def test_replays_find_what_steps_find(shape: str, name: str, recorder: FakeRecor
         found = search(model, *batch, config, return_weights=True)
         assert recorder.replays > before
         assert_same(found, search(model, *batch, config, return_weights=True, graphs=False))
-    # Room for 8 sentences, twice used again, and for one.
+    # Two graphs: room for 8 sentences, reused twice, and room for one.
     assert recorder.tries == len(recorder.graphs) == 2
 
 
@@ -110,7 +110,7 @@ def test_an_ensemble(beam: int, recorder: FakeRecorder) -> None:
         found = search(models, *draw(count), config, return_weights=True)
         assert_same(found, search(models, *draw(count), config, return_weights=True, graphs=False))
     assert len(recorder.graphs) == 1
-    # Another member in the place of one: none of these graphs is of it.
+    # With another model in the ensemble, no cached graph may be used.
     models[1] = make(4)
     assert_same(search(models, *draw(5), config), search(models, *draw(5), config, graphs=False))
     assert len(recorder.graphs) == 2 and recorder.graphs[1].replays > 0
@@ -123,7 +123,7 @@ def test_an_ensemble(beam: int, recorder: FakeRecorder) -> None:
 def test_the_same_bits_in_the_same_room(
     shape: str, dtype: torch.dtype, beam: int, recorder: FakeRecorder
 ) -> None:
-    """4 sentences of 32 positions, whose beams go on from one another, and of which two leave."""
+    """4 sentences of 32 positions. Their beams are reordered, and two sentences leave."""
     recorder.checks, near = False, 1e-5 if dtype == torch.float32 else 0.05
     model, (source, lengths) = make(**SHAPES[shape]).to(dtype), draw(4, 32)
     rows = 4 * beam
@@ -146,7 +146,7 @@ def test_the_same_bits_in_the_same_room(
                 if beam > 1 and step != 1:
                     parents = torch.arange(rows).view(-1, beam)[:, [1, 1]].flatten()
                     each.reorder(parents)
-                    if step == 4:  # and once more before the next step
+                    if step == 4:  # a second reordering before the next step
                         each.reorder(torch.arange(rows).flip(0))
                 if step == 3:
                     each.keep(torch.tensor([1, 3]))
@@ -164,7 +164,7 @@ def test_a_graph_is_made_after_some_steps_and_used_from_the_first(recorder: Fake
     short = SearchConfig(max_length=STEPS_BEFORE_CAPTURE - 1, min_length=STEPS_BEFORE_CAPTURE - 1)
     search(model, *batch, short)
     assert recorder.tries == 0
-    steps = SearchConfig(max_length=9, min_length=9)  # and the end
+    steps = SearchConfig(max_length=9, min_length=9)  # and EOS
     search(model, *batch, steps)
     assert recorder.tries == 1 and recorder.replays == 10 - STEPS_BEFORE_CAPTURE
     search(model, *batch, steps)
@@ -189,7 +189,7 @@ def test_what_is_not_used_goes(recorder: FakeRecorder, monkeypatch: pytest.Monke
         search(model, *draw(count))
     cache = step_cache.cache_of(model)
     assert len(cache) == 2 and recorder.tries == 3
-    search(model, *draw(2))  # is there, and is the last one used now
+    search(model, *draw(2))  # cached; now the one used last
     search(model, *draw(1))
     assert recorder.tries == 4
     search(model, *draw(2))
@@ -215,7 +215,7 @@ def test_two_searches_at_once_have_graphs_of_their_own(recorder: FakeRecorder) -
 
 
 def test_a_capture_that_fails(recorder: FakeRecorder, caplog: pytest.LogCaptureFixture) -> None:
-    """A layer that waits for a number: once tried, then steps go through Python."""
+    """A layer that synchronizes: capture is tried once, then steps run eagerly."""
 
     class Waiting(nn.Identity):
         def forward(self, input: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def test_graphs_are_used_in_every_mode_without_gradients(recorder: FakeRecorder)
 def test_an_address_that_comes_again(
     recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model may be made where another one was."""
+    """A new model may get the address of a deleted one."""
     monkeypatch.setattr(step_cache, "_key", lambda models, room: (None, None, room))
     models = [make(1), make(2)]
     search(models, *draw(4))
@@ -263,7 +263,7 @@ def test_an_address_that_comes_again(
 
 
 def test_a_state_of_another_dtype_is_not_captured(recorder: FakeRecorder) -> None:
-    """The buffers would round it."""
+    """Copying it into the buffers would round it."""
 
     model = make(input_feeding=True)
     with torch.inference_mode(), Ensemble([model], *draw(2)) as ensemble:
@@ -309,7 +309,7 @@ def test_nothing_stays_alive(recorder: FakeRecorder) -> None:
         weakref.ref(step),
         weakref.ref(step._symbols),
     ]
-    twin = copy.deepcopy(model)  # graphs are no part of a model
+    twin = copy.deepcopy(model)  # graphs are not part of a model
     assert twin not in step_cache._CACHES
     recorder.graphs.clear()
     del model, step, kept
@@ -369,18 +369,21 @@ def test_when_a_model_is_not_captured(
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make()
-    assert step_cache.not_captured_reasons([model]) == ["gradients are on"]
+    assert step_cache.not_captured_reasons([model]) == ["gradients are enabled"]
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            assert step_cache.not_captured_reasons([model]) == ["autocast is on"]
+            assert step_cache.not_captured_reasons([model]) == ["autocast is enabled"]
         with FlopCounterMode(display=False):
             found = step_cache.not_captured_reasons([model])
         assert any("dispatch mode" in each for each in found)
         handle = nn.modules.module.register_module_forward_hook(lambda *call: None)
-        assert "hooks of every module" in step_cache.not_captured_reasons([model])[0]
+        assert "global module hooks" in step_cache.not_captured_reasons([model])[0]
         handle.remove()
         monkeypatch.delitem(graphs.RECORDERS, "cpu")
-        assert "no graphs on the device type cpu" in step_cache.not_captured_reasons([model])[0]
+        assert (
+            "the device type cpu does not support graphs"
+            in step_cache.not_captured_reasons([model])[0]
+        )
         with Ensemble([model], *draw(2)) as ensemble:
             assert not ensemble.capture()
 
@@ -446,24 +449,28 @@ def test_lengths_may_be_on_either_side(reverse: bool, bridge: str) -> None:
 def test_a_training_step_waits_once_for_the_gpu() -> None:
     model = Seq2Seq(ModelConfig(hidden=16, embedding=8), SIZE, SIZE).cuda()
     source, _ = draw(64, 6)
-    sources = [row[:6].tolist() for row in source.clamp(min=3)]  # of one length: nothing is packed
+    sources = [
+        row[:6].tolist() for row in source.clamp(min=3)
+    ]  # of equal length: nothing is packed
     trainer = Trainer(model, Examples.of(sources, sources), TrainingConfig(batch_size=32, epochs=3))
-    trainer.run_epoch(lambda report: None, lambda: False)  # compiles, loads and chooses
+    trainer.run_epoch(
+        lambda report: None, lambda: False
+    )  # compiles and loads kernels, chooses algorithms
     trainer.finish_epoch()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.run_epoch(lambda report: None, lambda: False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [each for each in told if "synchroniz" in str(each.message)]
+    waits = [each for each in caught if "synchroniz" in str(each.message)]
     assert len(waits) == trainer.batches_per_epoch == 2, [str(each.message) for each in waits]
 
 
 @needs_gpu
 def test_a_capture_that_fails_on_a_gpu() -> None:
-    """Nothing of it is left: the device draws, allocates and captures as before."""
+    """It leaves no trace: random numbers, allocation and captures work as before."""
 
     class Waiting(nn.Identity):
         def forward(self, input: Tensor) -> Tensor:

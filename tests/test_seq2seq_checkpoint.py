@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happens while one is written."""
+"""Checkpoints are complete or absent, whatever happens while one is written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
         assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])  # three files and their directory
+@pytest.mark.parametrize("call", [1, 2, 3, 4])  # three files and the directory
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -67,7 +67,7 @@ tensors, calls, sync = {"weight": torch.zeros(1000)}, 0, os.fsync
 def fsync(descriptor):
     global calls
     calls += 1
-    if calls == 5 + int(sys.argv[2]):  # a save has five
+    if calls == 5 + int(sys.argv[2]):  # five calls in a save
         os.kill(os.getpid(), signal.SIGKILL)
     sync(descriptor)
 os.fsync = fsync
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
             files.load_tensors(path, files.MODEL)
         assert "\n" not in str(caught.value)
 
-    fails(tmp_path / "none", "no checkpoint at .*none: no such place")
+    fails(tmp_path / "none", "no checkpoint at .*none: there is no such directory")
     fails(tmp_path, "checkpoint.json is missing")
     (tmp_path / "file").touch()
     fails(tmp_path / "file", "Not a directory")
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         (one / files.METADATA).write_text(text)
         fails(one, "is damaged: ")
     (one / files.METADATA).write_text(json.dumps({"format_version": 99}))
-    fails(one, "has format version 99; this version of fused-attn reads 2")
+    fails(one, "has format version 99; this version of fused-attn reads format version 2")
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""What earlier versions wrote still works: runs resume, models predict, options stay.
+"""Files of earlier versions still work: runs resume, models predict, options are unchanged.
 
-``data/before_rooms`` was written by version c4ccd64, before the modules of the toolkit moved: two
-runs stopped in the middle of an epoch, the logs of the same runs without a break, an exported
-model, what the command line printed, and the options of every command.
+Version c4ccd64, from before the modules of the toolkit moved, wrote ``data/before_rooms``: two runs
+stopped in the middle of an epoch, the logs of the same runs without a stop, an exported model, the
+output of the command line, and the options of every command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from fused_attn.cli import main, make_parser
 
 BEFORE = Path(__file__).parent / "data" / "before_rooms"
-# Rounding differs between machines; on one machine the numbers are the same to the bit.
+# Rounding differs between machines; on one machine the results are equal bit for bit.
 CLOSE = 2e-3
 
 pytestmark = pytest.mark.threads(1)

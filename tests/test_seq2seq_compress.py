@@ -1,4 +1,4 @@
-"""Parameters stored in fewer bytes."""
+"""Parameters stored in float16 and int8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_attn.seq2seq.errors import InputError
 def make_parameters() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(37, 17, generator=generator)
-    matrix *= torch.logspace(-6, 3, 37)[:, None]  # rows of very different sizes
+    matrix *= torch.logspace(-6, 3, 37)[:, None]  # rows of very different magnitudes
     matrix[5] = 0
     return {"matrix": matrix, "cube": matrix.view(37, 1, 17).clone(), "bias": matrix[1].clone()}
 
@@ -46,14 +46,14 @@ def test_what_is_no_matrix_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [("lost", "it lacks .*{}"), ("short", "{} has shape .*, for rows")]
+    ("change", "problem"), [("lost", "'{}' is missing"), ("short", "{} has shape .*, expected")]
 )
 def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
     change: str, problem: str, tmp_path: Path
 ) -> None:
-    place = find_checkpoint(Path("g2p"))
-    meta = files.load_metadata(place)
-    tensors = load_file(place / files.MODEL)
+    path = find_checkpoint(Path("g2p"))
+    meta = files.load_metadata(path)
+    tensors = load_file(path / files.MODEL)
     scale = next(name for name in tensors if name.endswith(".int8-scale"))
     whole = tensors.pop(scale)
     if change == "short":

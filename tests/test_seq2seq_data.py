@@ -1,4 +1,4 @@
-"""Symbols, batches, the dictionary and its split."""
+"""Vocabularies, batches, and the pronouncing dictionary with its split."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_an_epoch_has_every_pair_once_and_hardly_pads() -> None:
     assert torch.cat(batches).sort().values.tolist() == list(range(1000))
     assert all(len(rows) == 16 for rows in batches) or sum(len(r) < 16 for r in batches) == 1
     mixed = [rows for rows in batches if len(examples.source_lengths[rows].unique()) > 1]
-    assert len(mixed) * 16 < 11 * 16  # at most one batch's worth left over of each length
+    assert len(mixed) * 16 < 11 * 16  # each length leaves over less than one batch
 
 
 def test_targets_of_a_batch_are_of_mixed_lengths() -> None:
-    """As mixed as those of all pairs with such a source: by the spread within and over batches."""
+    """Target lengths vary within a batch as among all pairs with the same source length."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(1, 9, (640,), generator=generator).tolist()
     examples = Examples.of([[3] * 5] * 640, [[3] * n for n in targets])
@@ -101,7 +101,7 @@ def test_parsing() -> None:
         [
             "read R EH1 D # past",
             "read(2) R IY1 D",
-            "read(3) R IY0 D",  # without the stress, the second again
+            "read(3) R IY0 D",  # without stress, the same as the second
             "o'clock AH0 K L AA1 K",
             "a.m. EY2 EH1 M",  # not plain
             "3d TH R IY1 D IY2",
@@ -138,9 +138,9 @@ def test_split_is_by_word_complete_and_stable(dictionary: cmudict.Lexicon) -> No
     assert sum(map(len, parts)) == len(dictionary)
     assert len(split.test) / len(dictionary) == pytest.approx(0.05, rel=0.05)
     assert len(split.dev) / len(dictionary) == pytest.approx(0.02, rel=0.05)
-    # Fixed for good: a model's test words must not change under it.
+    # Fixed forever: the test words of a trained model must not change.
     assert split.test[:4] == ("'round", "abandonments", "abbe", "abdallah")
-    # A word keeps its place in a smaller dictionary, in whatever order it comes.
+    # In a smaller dictionary, in any order, each word stays in its set.
     fewer = dict(sorted(dictionary.items(), reverse=True)[::2])
     assert set(cmudict.split_words(fewer).test) == parts[2] & fewer.keys()
 
@@ -170,6 +170,6 @@ def test_splits_that_cannot_be() -> None:
 
 def test_the_published_test_words_are_all_known(dictionary: cmudict.Lexicon) -> None:
     if not TEST_WORDS.exists():
-        pytest.skip("the published test words are not beside this checkout")
+        pytest.skip("the published test words were not found next to this checkout")
     split = cmudict.split_words(dictionary, cmudict.read_words(TEST_WORDS))
     assert len(split.test) == 11_994

@@ -1,4 +1,4 @@
-"""Models that learn from models: what the teachers say, and what it does to a training."""
+"""Distillation: the soft targets of teachers, and training with them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fused_attn.seq2seq.training.distillation import FILE, KEPT, soft_targets
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import EOS, PAD
 
-SYMBOLS = 17  # more than are kept
+SYMBOLS = 17  # more than `KEPT`
 
 
 def pairs(count: int, seed: int = 0, noise: float = 0.0) -> Examples:
-    """Sources of 1 to 7 symbols, and the same turned around, of which some become any other."""
+    """Sources of 1 to 7 symbols, reversed as targets, with a share of random target symbols."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for length in torch.randint(1, 8, (count,), generator=generator).tolist():
@@ -43,7 +43,7 @@ def pairs(count: int, seed: int = 0, noise: float = 0.0) -> Examples:
 def small(seed: int = 1) -> Seq2Seq:
     torch.manual_seed(seed)
     model = Seq2Seq(ModelConfig(hidden=24, embedding=12, dropout=0.0), SYMBOLS, SYMBOLS)
-    model.output.weight.data *= 20.0  # as sure of itself as a trained one
+    model.output.weight.data *= 20.0  # as confident as a trained model
     return model
 
 
@@ -51,8 +51,8 @@ def batch_of(examples: Examples) -> Batch:
     return examples.batch(torch.arange(len(examples)))
 
 
-def said(models: list[Seq2Seq], source: Tensor, target: Tensor) -> Tensor:
-    """What they say of one pair, (T, V): in float64, with nothing but the likeliest left."""
+def mean_probabilities(models: list[Seq2Seq], source: Tensor, target: Tensor) -> Tensor:
+    """Their mean probabilities for one pair, (T, V), in float64; 0 except for the most probable."""
     lengths = torch.tensor([len(source)])
     with torch.no_grad():
         each = [
@@ -72,8 +72,8 @@ def dense(soft: SoftTargets) -> Tensor:
 
 @pytest.mark.parametrize("teachers", [1, 3])
 def test_what_the_teachers_say(teachers: int) -> None:
-    """Of every pair, wherever it is asked for: their mean, by an oracle that asks pair by pair."""
-    examples = pairs(700)  # several batches
+    """For pairs in any order, the mean of the teachers, as computed pair by pair."""
+    examples = pairs(700)  # more than one batch
     models = [small(seed).eval() for seed in range(teachers)]
     table = soft_targets(models, examples)
     generator = torch.Generator().manual_seed(3)
@@ -85,7 +85,7 @@ def test_what_the_teachers_say(teachers: int) -> None:
         length = int((batch.target[n] == EOS).nonzero()[0])
         pair = batch.source[n, : batch.source_lengths[n]], batch.target[n, : length + 1]
         torch.testing.assert_close(
-            found[n, :length].double(), said(models, *pair), atol=1e-3, rtol=0
+            found[n, :length].double(), mean_probabilities(models, *pair), atol=1e-3, rtol=0
         )
         assert not found[n, length:].any()
     assert (found.sum(dim=-1)[batch.target[:, 1:] != PAD] - 1.0).abs().max() < 2e-3
@@ -118,14 +118,14 @@ def test_the_loss_is_a_mean_of_both_cross_entropies() -> None:
     torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=0.0)
     (right_gradient,) = torch.autograd.grad(right, model.output.weight)
     torch.testing.assert_close(gradient, right_gradient, rtol=1e-3, atol=1e-5)
-    # Two passes of a pair have the same teachers.
+    # With R-Drop both passes of a pair have the same soft targets.
     twice = model.loss(*arguments, soft_targets=batch.soft_targets, teacher_weight=0.3, rdrop=2.0)
     once = model.loss(*arguments, soft_targets=batch.soft_targets, teacher_weight=0.3)
     torch.testing.assert_close(twice, once)  # no dropout here
 
 
 def train(examples: Examples, **options: Any) -> tuple[Seq2Seq, list[float]]:
-    """A model after a whole training, and the losses of its steps."""
+    """A trained model, and the losses of its steps."""
     torch.manual_seed(1)
     model = Seq2Seq(ModelConfig(hidden=32, embedding=16, dropout=0.0), SYMBOLS, SYMBOLS)
     losses: list[float] = []
@@ -137,7 +137,7 @@ def train(examples: Examples, **options: Any) -> tuple[Seq2Seq, list[float]]:
 
 
 def test_a_student_comes_to_say_what_its_teacher_says() -> None:
-    """On pairs that it has not seen, nearer than from the same noisy labels alone."""
+    """On held-out pairs it is closer to the teacher than a model trained on noisy labels alone."""
     teacher, _ = train(pairs(1500), epochs=4)
     unseen = batch_of(pairs(300, seed=1))
     given = unseen.source, unseen.source_lengths, unseen.target[:, :-1]
@@ -164,7 +164,7 @@ def test_a_batch_in_parts_has_the_loss_of_the_whole() -> None:
 
 def test_a_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
     distillation.save(soft_targets([small().eval()], pairs(30)), tmp_path)
-    with pytest.raises(InputError, match="damaged: the soft targets belong to other pairs"):
+    with pytest.raises(InputError, match="damaged: soft targets for"):
         distillation.load(tmp_path, pairs(31))
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(InputError, match="is damaged"):
@@ -181,29 +181,29 @@ def command(output: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options with two of them; do not change them."""
-    place = tmp_path_factory.mktemp("teachers")
+    """Command line options with two teachers. Do not modify."""
+    path = tmp_path_factory.mktemp("teachers")
     for name in ("1", "2"):
-        assert command(place / name, *SIZE, "--seed", name, "--max-steps", "6") == 0
-    return ["--teacher", str(place / "1"), "--teacher", str(place / "2")]
+        assert command(path / name, *SIZE, "--seed", name, "--max-steps", "6") == 0
+    return ["--teacher", str(path / "1"), "--teacher", str(path / "2")]
 
 
 def test_a_run_with_teachers_can_be_resumed_without_them(
     teachers: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """To the same numbers; what they said is in the run."""
+    """The results are the same, as the run holds the soft targets."""
     run, again = tmp_path / "run", tmp_path / "again"
     options = [*SIZE, "--epochs", "2", "--seed", "3", "--dropout", "0.2"]
     assert command(run, *options, *teachers) == 0
-    assert "note: 2 teachers first read 300 pairs" in capfd.readouterr().err
+    assert "note: running 2 teachers over 300 pairs first" in capfd.readouterr().err
     shutil.copytree(run, again)
     shutil.rmtree(checkpoints(again)[-1])
     assert command(again, "--resume", *teachers[:2]) == 2
     assert "was not started with this --teacher; leave it out" in capfd.readouterr().err
     assert command(again, "--resume", *teachers) == 0
     expected, found, without = (
-        files.load_tensors(checkpoints(place)[-1], files.MODEL)
-        for place in (run, again, _trained(tmp_path / "without", options))
+        files.load_tensors(checkpoints(path)[-1], files.MODEL)
+        for path in (run, again, _trained(tmp_path / "without", options))
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not all(torch.equal(without[name], tensor) for name, tensor in expected.items())
@@ -227,7 +227,7 @@ def test_what_cannot_work_is_refused(
     run = tmp_path / "run"
     more = ["--numbers", "10", *SIZE[2:]]
     for options, message in (
-        ([*more, *teachers], "--teacher: .* has another source vocabulary"),
+        ([*more, *teachers], "--teacher: the source vocabulary of .* differs"),
         ([*SIZE, "--teacher", str(tmp_path / "none")], "no checkpoint at .*no such directory"),
         ([*SIZE, "--teacher-weight", "0.3"], "--teacher-weight needs a --teacher"),
         ([*SIZE, *teachers, "--teacher-weight", "0"], "--teacher-weight must be above 0"),

@@ -1,4 +1,4 @@
-"""Dropout: how much it keeps, and of which columns."""
+"""Dropout: which share it keeps, and in which columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_attn.seq2seq.model.recurrent import Dropout, dropout
 @pytest.mark.parametrize("variational", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_dropout(variational: bool, is_packed: bool) -> None:
-    """The same columns at all steps of a sequence, or not; and the mean stays."""
+    """The mask is the same for all steps of a sequence or not, and the mean is preserved."""
     torch.manual_seed(0)
     layer = Dropout(0.5, variational)
     x, lengths = torch.ones(40, 9, 30), torch.randint(1, 10, (40,))
@@ -35,7 +35,7 @@ def test_dropout(variational: bool, is_packed: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("probability", [0.1, 0.4, 0.75])
 def test_what_dropout_keeps(probability: float, dtype: torch.dtype) -> None:
-    """As many as it should, scaled, each on its own; the gradient goes where the values went."""
+    """The right share is kept and scaled, independently; the gradient has the same mask."""
     torch.manual_seed(1)
     x = torch.ones(401, 501, dtype=dtype, requires_grad=True)
     y = dropout(x, probability)
@@ -44,7 +44,7 @@ def test_what_dropout_keeps(probability: float, dtype: torch.dtype) -> None:
     kept = (y > 0).flatten().double()
     spread = math.sqrt(probability * (1 - probability) / len(kept))
     assert abs(kept.mean().item() - (1 - probability)) < 4 * spread
-    for apart in (1, 2, 3, 4, 501):  # four come from one draw
+    for apart in (1, 2, 3, 4, 501):  # one draw serves four elements
         together = (kept[apart:] * kept[:-apart]).mean().item()
         assert abs(together - (1 - probability) ** 2) < 5 * spread
     y.sum().backward()
@@ -64,7 +64,7 @@ def test_dropout_of_any_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_the_ends_of_dropout() -> None:
-    """Nearly nothing dropped, nearly nothing kept: 16 bits come as near as they can."""
+    """Probabilities close to 0 and to 1, up to the resolution of 16 bits."""
     torch.manual_seed(0)
     x = torch.ones(10_000)
     assert (dropout(x, 1e-9) > 0).all()

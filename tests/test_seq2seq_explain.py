@@ -1,4 +1,4 @@
-"""The page on what a model looked at: whole in itself, safe with any text, alive in a browser."""
+"""The attention page: self-contained, safe with any text, and interactive in a browser."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_page_holds_what_was_found() -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    """And text in it stays text: no element comes from a symbol."""
+    """Tokens stay text: none of them creates an element."""
     tags: list[str] = []
 
     class Collector(HTMLParser):
@@ -67,9 +67,9 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 def rendered(tmp_path: Path, text: str, fragment: str = "") -> str:
-    """The elements that a browser makes of a page."""
+    """The DOM of a page, as a browser renders it."""
     if BROWSER is None:
-        pytest.skip("there is no chromium to show a page in")
+        pytest.skip("chromium is not installed")
     file = tmp_path / "page.html"
     file.write_text(text, encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
@@ -79,7 +79,7 @@ def rendered(tmp_path: Path, text: str, fragment: str = "") -> str:
 
 
 def symbols(dom: str) -> list[tuple[str, str, str]]:
-    """Text, shade and number of every symbol, in order."""
+    """Text, shade and displayed weight of every token, in order."""
     pattern = r'<button class="symbol"[^>]*--weight: ([\d.]+)[^>]*>(.*?)<small>(.*?)</small>'
     return [(text, shade, number) for shade, text, number in re.findall(pattern, dom)]
 
@@ -91,22 +91,22 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     dom = rendered(tmp_path, page(FOUND))
     assert [text for text, _, _ in symbols(dom)] == [*ESCAPED, "le", "&lt;!-- chat", "un"]
     assert all(shade == "0" and number == "" for _, shade, number in symbols(dom))
-    assert "(nothing)" in dom
+    assert "(empty)" in dom
     cells = re.findall(r'<td title[^>]*--weight: ([\d.]+);"', dom)
     assert [float(cell) for cell in cells] == WEIGHTS.flatten().tolist()
 
 
 @pytest.mark.timeout(300)
 def test_pointing_shades_what_was_read(tmp_path: Path) -> None:
-    """By a link to a symbol, with the pointer over one that was written, and over one read."""
+    """By a link to a token, and with the pointer on a target token and on a source token."""
     text = page(FOUND)
     by_link = symbols(rendered(tmp_path, text, "#0,1"))
     assert [number for _, _, number in by_link] == ["0.00", "0.13", "0.50", "0.38", "", "", ""]
     assert [float(shade) for _, shade, _ in by_link[:4]] == WEIGHTS[1].tolist()
 
-    def after(place: int) -> list[tuple[str, str, str]]:
+    def after(index: int) -> list[tuple[str, str, str]]:
         script = (
-            f"<script>document.querySelectorAll('button.symbol')[{place}]"
+            f"<script>document.querySelectorAll('button.symbol')[{index}]"
             ".dispatchEvent(new PointerEvent('pointerenter'))</script>"
         )
         return symbols(rendered(tmp_path, text.replace("</body>", f"{script}</body>")))

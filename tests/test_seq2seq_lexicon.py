@@ -1,4 +1,4 @@
-"""Words beside the dictionary's: a lexicon of one's own, or what a model said of new words."""
+"""Training words besides those of the dictionary, from a lexicon file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = ["--hidden", "8", "--embedding", "8", "--max-steps", "2"]
 
 @pytest.fixture(autouse=True)
 def dictionary(monkeypatch: pytest.MonkeyPatch) -> cmudict.Lexicon:
-    """A few words of it."""
+    """A dictionary of a few words."""
     whole = cmudict.load_dictionary()
     few = {word: whole[word] for word in cmudict.by_hash(whole)[:600]}
     monkeypatch.setattr(cmudict, "load_dictionary", lambda: few)
@@ -32,7 +32,7 @@ def load(lexicon: Path | None, test_words: tuple[str, ...] | None = None) -> Dat
 
 
 def new_pairs(data: Data) -> list[Pair]:
-    """Those that come with the lexicon."""
+    """The training pairs that come from the lexicon."""
     before = list(load(None).train)
     found = list(data.train)
     assert found[: len(before)] == before
@@ -40,7 +40,7 @@ def new_pairs(data: Data) -> list[Pair]:
 
 
 def test_new_words_are_trained_on(tmp_path: Path) -> None:
-    """In the formats that people have: tabs or blanks, stress, variants, comments, capitals."""
+    """In all usual formats: tabs or blanks, stress, variants, comments, capitals."""
     file = tmp_path / "own.dict"
     file.write_text(
         "zorble\tZ AO R B AH L\n"
@@ -66,7 +66,7 @@ def test_new_words_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_is_judged_is_not_trained_on(tmp_path: Path) -> None:
-    """Neither the words for development nor those for the test, in the dictionary or not."""
+    """Words of the development and test sets are skipped, whether in the dictionary or not."""
     before = load(None)
     judged = ["".join(item.source) for item in (*before.dev[:2], *before.test[:3])]
     known = "".join(next(iter(before.train)).source)
@@ -75,7 +75,7 @@ def test_what_is_judged_is_not_trained_on(tmp_path: Path) -> None:
     data = load(file)
     cat = ("K", "AE", "T")
     assert new_pairs(data) == [Pair(tuple(known), cat), Pair(tuple("zorble"), cat)]
-    assert data.notes == (f"{file}: 5 words are kept for development and test",)
+    assert data.notes == (f"{file}: skipped 5 words of the development and test sets",)
     assert (data.dev, data.test) == (before.dev, before.test)
     listed = load(file, test_words=("zorble", judged[-1]))
     assert Pair(tuple("zorble"), cat) not in list(listed.train)
@@ -91,10 +91,10 @@ def test_a_pair_of_the_dictionary_counts_once(tmp_path: Path, dictionary: cmudic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"cat K AE T\ncaf\xc3\xa9 K AE F EY\n", "line 2: the word 'café' has other letters than"),
-        (b"cat K AE T\n\ncat K A T\n", "line 3: unknown phone 'A'; known are AA AE"),
+        (b"cat K AE T\ncaf\xc3\xa9 K AE F EY\n", "line 2: the word 'café' has characters other"),
+        (b"cat K AE T\n\ncat K A T\n", "line 3: unknown phone 'A'; known phones: AA AE"),
         (b"cat\n", "line 1: the word 'cat' has no phones"),
-        (b"cat K AE T\nh\xff K\n", "line 2: it is not UTF-8 text (byte 2)"),
+        (b"cat K AE T\nh\xff K\n", "line 2: not UTF-8 text (byte 2)"),
         (b"# nothing\n\n", "has no words"),
         (b"", "has no words"),
     ],
@@ -108,15 +108,15 @@ def test_what_cannot_be_used(tmp_path: Path, text: bytes, message: str) -> None:
 
 
 def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run goes on with its lexicon only; an exported model needs it no more."""
+    """A run resumes only with its lexicon; an exported model does not need it."""
     words = tmp_path / "words.txt"
     words.write_text("zorble\nquuxian\n")
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     assert main(["train", "g2p", "--output", str(teacher), *TINY]) == 0
-    said = tmp_path / "phones.txt"
-    assert main(["predict", str(teacher), "--input", str(words), "--output", str(said),
+    phones = tmp_path / "phones.txt"
+    assert main(["predict", str(teacher), "--input", str(words), "--output", str(phones),
                  "--min-length", "1"]) == 0  # fmt: skip
-    both = zip(words.read_text().splitlines(), said.read_text().splitlines(), strict=True)
+    both = zip(words.read_text().splitlines(), phones.read_text().splitlines(), strict=True)
     file = tmp_path / "lexicon.tsv"
     file.write_text("".join(f"{word}\t{phones}\n" for word, phones in both))
     train = ["train", "g2p", "--output", str(run)]
@@ -141,7 +141,7 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_what_a_model_has_seen_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of a list to judge it on: words of its training, those that chose it, those of a lexicon."""
+    """A note counts the test words that are in the training or the development set."""
     file = tmp_path / "own.dict"
     data = load(None)
     trained, dev, test = (
@@ -159,8 +159,8 @@ def test_what_a_model_has_seen_is_told(tmp_path: Path, capfd: pytest.CaptureFixt
         notes.append(capfd.readouterr().err.splitlines())
     assert notes == [
         [
-            "note: the model was trained on 1 of these words",
-            "note: the model was chosen by 2 of these words",
+            "note: 1 of these words is in the training set of the model",
+            "note: 2 of these words are in the development set of the model",
         ],
         [],
     ]

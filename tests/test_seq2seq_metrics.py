@@ -1,4 +1,4 @@
-"""Error rates on cases worked by hand."""
+"""Error rates on examples computed by hand."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def test_the_nearest_alternative_counts_and_gives_the_length() -> None:
 
 
 def test_nothing_to_judge() -> None:
-    with pytest.raises(ValueError, match="nothing to judge"):
+    with pytest.raises(ValueError, match="there are no reference symbols"):
         error_rates([])

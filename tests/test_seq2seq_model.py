@@ -1,4 +1,4 @@
-"""Model and search: padding, one call against step by step, and that it learns."""
+"""The model: padding, one call against single steps, the paper's equations, and learning."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def gradients(model: Seq2Seq, loss: Tensor) -> list[Tensor]:
 
 @architectures
 def test_a_batch_is_its_samples(config: ModelConfig) -> None:
-    """The mean loss over all tokens, and its gradients, are those of the samples one by one."""
+    """The mean loss over all tokens, and its gradients, equal those of single samples."""
     model = make_model(config)
     examples = Examples.of(make_sequences(6), make_sequences(6, longest=4)[::-1])
     batch = examples.batch(torch.arange(6))
@@ -134,7 +134,7 @@ def test_one_call_equals_step_by_step(config: ModelConfig) -> None:
 
 @architectures
 def test_beams_share_the_memory(config: ModelConfig) -> None:
-    """K beams of each of B sentences, on a memory of B rows, are B K sentences."""
+    """K beams for each of B sentences, with a memory of B rows, equal B K sentences."""
     model = make_model(config)
     source, lengths = pad(make_sequences(3))
     beams = 4
@@ -155,8 +155,8 @@ def test_beams_share_the_memory(config: ModelConfig) -> None:
 def test_greedy_result_does_not_depend_on_the_batch(config: ModelConfig) -> None:
     model = make_model(config)
     with torch.no_grad():
-        model.output.weight *= 10  # so that rows differ
-        model.output.bias[EOS] += 2.5  # and some end
+        model.output.weight *= 10  # so that the rows differ
+        model.output.bias[EOS] += 2.5  # and some of them end early
     sources = make_sequences(40)
     together = [found[0] for found in search(model, *pad(sources), return_weights=True)]
     ended = [len(h.tokens) < 2 * len(s) + 10 for h, s in zip(together, sources, strict=True)]
@@ -192,7 +192,7 @@ def cell_by_hand(layer: nn.LSTM, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tenso
 
 @pytest.mark.parametrize("feeding", [False, True])
 def test_the_decoder_is_the_paper(feeding: bool) -> None:
-    """Two residual layers, general attention, tanh(W_c [c; h]), and its feeding, step by step."""
+    """Two residual layers, general attention, tanh(W_c [c; h]) and input feeding, by hand."""
     options = {"hidden": 6, "embedding": 6, "layers": 2, "residual": True, "dropout": 0.0}
     model = make_model(ModelConfig(**options, input_feeding=feeding, bidirectional=False))
     source, lengths = pad([[3, 4, 5, 6, 7], [8, 9]])
@@ -235,7 +235,7 @@ def test_bridges(bridge: str) -> None:
     model = make_model(ModelConfig(bridge=bridge, **shape))
     source, lengths = pad([[3, 4, 5, 6], [7, 8]])
     x = model.source_embedding(source)
-    finals = []  # of both sentences, (h, c) for each of the three layers
+    finals = []  # for both sentences, (h, c) of each of the three layers
     for row, length in enumerate(lengths.tolist()):
         states, last = x[row : row + 1, :length], []
         for layer in model.encoder.stack.layers:
@@ -257,7 +257,7 @@ def test_bridges(bridge: str) -> None:
 
 
 def test_shared_and_tied_parameters_are_one(tmp_path: Path) -> None:
-    """In the model, in a checkpoint, and in a model that is loaded from it."""
+    """In the model, in a checkpoint, and in a model loaded from it."""
     model = make_model(CONFIGS["shared"])
     assert model.encoder.stack is model.decoder.stack
     assert model.output.weight is model.target_embedding.weight is model.source_embedding.weight
@@ -293,7 +293,7 @@ def test_label_smoothing_and_coverage_by_hand() -> None:
 
 
 def test_scheduled_sampling_gives_the_likeliest_symbol() -> None:
-    """At 1 the decoder hears itself alone; in between, each step of each row draws for itself."""
+    """At 1 the decoder gets only its own symbols; below, each step of each row is drawn alone."""
     model = make_model(ModelConfig(**SHAPE))
     source, lengths = pad(make_sequences(60))
     inputs = torch.randint(3, SIZE, (60, 8))
@@ -318,19 +318,21 @@ def test_scheduled_sampling_gives_the_likeliest_symbol() -> None:
     heard = (given == own)[differ]
     assert ((given == own) | (given == inputs[:, 1:])).all()
     assert 0.2 < heard.double().mean() < 0.4
-    assert len({tuple(row.tolist()) for row in (given == own)}) > 10  # not one draw for all
+    assert (
+        len({tuple(row.tolist()) for row in (given == own)}) > 10
+    )  # steps are drawn independently
     fed.clear()
     logits, _ = model(source, lengths, inputs, sampling=0.3, sampling_per="example")
     given, own = torch.cat(fed, dim=1)[:, 1:], logits.argmax(dim=-1)[:, :-1]
     whole = [bool((row == mine).all()) for row, mine in zip(given, own, strict=True)]
     right = [bool((row == true).all()) for row, true in zip(given, inputs[:, 1:], strict=True)]
-    assert all(a != b for a, b in zip(whole, right, strict=True))  # all of a row, or nothing
+    assert all(a != b for a, b in zip(whole, right, strict=True))  # a whole row, or none of it
     assert 0.1 < sum(whole) / len(whole) < 0.5
 
 
 @pytest.mark.parametrize("sampling", [0.5, 1.0])
 def test_gradients_under_scheduled_sampling(sampling: float) -> None:
-    """Those of the sequence that was fed; the choice itself has none."""
+    """They are those of the sequence that was fed; sampling itself has no gradient."""
     model = make_model(CONFIGS["input feeding"])
     source, lengths = pad(make_sequences(4))
     target = torch.randint(3, SIZE, (4, 6))

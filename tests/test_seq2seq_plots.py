@@ -1,4 +1,4 @@
-"""The heat map of an alignment."""
+"""Heat maps of alignments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_letters_and_phones_are_on_the_axes() -> None:
         (image,) = axes.get_images()
         assert prediction.alignment is not None
         assert torch.equal(torch.from_numpy(image.get_array().data), prediction.alignment)
-        box = axes.get_window_extent()  # the cells are squares, equally large in all maps
+        box = axes.get_window_extent()  # cells are squares of the same size in all maps
         assert box.width / len(prediction.source) == pytest.approx(_CELL * figure.dpi)
         assert box.height / len(prediction.tokens) == pytest.approx(_CELL * figure.dpi)
 
@@ -78,12 +78,12 @@ def test_a_prediction_without_weights_is_refused() -> None:
 def test_characters_of_any_script_have_a_font(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    """What matplotlib's font lacks is drawn from this machine's, or it is said that none has it."""
+    """Other fonts of this machine fill in for matplotlib's, or a note says that none can."""
     weights = torch.rand(2, 3).softmax(dim=-1)
     known = Prediction(("été", "שלום", "ελλ"), ("ж", "▁a"), "", 0.0, alignment=weights)
     save_alignments([known], tmp_path / "a.png")
     assert capfd.readouterr().err == ""
-    nowhere = "\U0010fffd"  # of a private area
+    nowhere = "\U0010fffd"  # in a private use area
     save_alignments(
         [Prediction(("a", nowhere, "b"), ("c", "d"), "", 0.0, alignment=weights)],
         tmp_path / "b.png",

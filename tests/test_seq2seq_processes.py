@@ -1,4 +1,4 @@
-"""Several processes, parts of batches, precision: the same training in other ways."""
+"""Training with several processes, gradient accumulation and other precisions."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def losses(config: TrainingConfig, **shape: object) -> tuple[list[float], Seq2Se
 
 @pytest.mark.parametrize("batches", [{"batch_size": 32}, {"batch_tokens": 300}])
 def test_a_batch_in_parts_is_the_whole_batch(batches: dict[str, int]) -> None:
-    """Loss and parameters, though the parts have different numbers of symbols."""
+    """Loss and parameters agree, although the parts have different numbers of symbols."""
     options = {**batches, "epochs": 2, "lr": 0.01, "label_smoothing": 0.1}
     whole, expected = losses(TrainingConfig(**options))
-    for parts in (3, 40):  # 40: more than the pairs of a batch
+    for parts in (3, 40):  # 40: more parts than pairs in a batch
         found, model = losses(TrainingConfig(**options, accumulate=parts))
         assert found == pytest.approx(whole, abs=2e-4)
         for name, parameter in model.state_dict().items():
@@ -76,8 +76,8 @@ def test_batches_by_symbols_fill_the_budget() -> None:
         areas = [len(rows) * sum(int(size[rows].max()) for size in sizes) for rows in batches]
         assert max(areas) <= 400
         assert sum(areas) / len(areas) > 340
-    assert len(counts) == 1  # or the plan of the run would not hold
-    one = TrainingConfig(batch_tokens=3)  # less than any pair: each is a batch of its own
+    assert len(counts) == 1  # else the number of steps of a run would not be known
+    one = TrainingConfig(batch_tokens=3)  # less than any pair: each pair is a batch
     assert len(epoch_batches(examples, one, 0)) == 2000
 
 
@@ -105,11 +105,11 @@ def test_bfloat16_learns_the_same() -> None:
 def test_a_processor_without_a_bfloat16_lstm(
     cell: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There torch raises; the recurrent layers stay in float32 and give its numbers."""
+    """Torch would raise there; the recurrent layers run in float32, with the same results."""
     monkeypatch.setattr(recurrent, "_has_bfloat16_lstm", lambda: False)
     torch.manual_seed(2)
     stack = recurrent.Stack(ModelConfig(cell=cell, dropout=0.0), 7, 5, 2)
-    # Both states in bfloat16, as a linear layer before would leave them.
+    # Both states in bfloat16, as the output of a linear layer.
     state = tuple(torch.randn(2, 3, 5).bfloat16() for _ in range(2 if cell == "lstm" else 1))
     x: Any = torch.randn(3, 4, 7).bfloat16()
     whole: Any = x.float()
@@ -135,7 +135,7 @@ def test_devices() -> None:
         with pytest.raises(InputError, match=f"device must be auto, cpu, .* got '{name}'"):
             choose_device(name)
     missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(InputError, match=f"device {missing} is not there"):
+    with pytest.raises(InputError, match=f"device {missing} is not available"):
         choose_device(missing)
 
 
@@ -156,10 +156,10 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
         "cuda:0",
     ]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(InputError, match="cuda:2 is not there: torch finds 2 CUDA devices"):
+    with pytest.raises(InputError, match="cuda:2 is not available: torch finds 2 CUDA devices"):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match="cuda:2 is not there: this torch is built without CUDA"):
+    with pytest.raises(InputError, match="cuda:2 is not available: this build of torch does not"):
         choose_device("cuda:2")
 
 
@@ -179,7 +179,7 @@ def test_every_command_says_that_a_device_is_not_there(
     missing = f"cuda:{torch.cuda.device_count()}"
     output = [str(tmp_path / "out")] if command.endswith("--output") else []
     assert main([*command.split(), *output, "--device", missing]) != 0
-    assert f"--device {missing} is not there: " in capsys.readouterr().err
+    assert f"--device {missing} is not available: " in capsys.readouterr().err
 
 
 def test_a_batch_on_a_device_leaves_its_lengths_on_the_host() -> None:
@@ -192,14 +192,14 @@ import sys
 import torch.distributed as dist
 from fused_attn.cli import main
 code = main(sys.argv[1:])
-# Left to the interpreter's end, gloo's threads may end the process, now and then.
+# If the group is left to the exit of the interpreter, threads of gloo may abort the process.
 assert not dist.is_initialized(), "the process group was left open"
 sys.exit(code)
 """
 
 
 def run(tmp_path: Path, name: str, processes: int, *options: str) -> Path:
-    """Train on sequences to reverse, and return the directory."""
+    """Train on the task reverse, and return the directory of the run."""
     output = tmp_path / name
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
@@ -210,7 +210,7 @@ def run(tmp_path: Path, name: str, processes: int, *options: str) -> Path:
     shape = "--numbers 12 --pairs 700 --longest 8 --hidden 32 --embedding 16 --epochs 2 --lr 0.01"
     shape += " --score general --dropout 0"
     argv = [*launcher, "train", "reverse", "--output", str(output), *shape.split(), *options]
-    # One thread: several processes would take each other's.
+    # One thread, because the processes share the cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,7 @@ def table(directory: Path, name: str) -> list[dict[str, str]]:
 
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    """The same batches, each half of it in a process: loss and measures of one process."""
+    """The same batches, half of each in a process, give the same loss and metrics."""
     taught = ["--bucket", "--teacher", str(run(tmp_path, "teacher", 1, "--max-steps", "4"))]
     alone = run(tmp_path, "alone", 1, *taught)
     together = run(tmp_path, "together", 2, *taught, "--on-disk", "--tensorboard")
@@ -239,7 +239,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         first, second = (float(row[name]) for row in ends)
         assert second == pytest.approx(first, abs=0.02)
     assert any((together / "tensorboard").iterdir())
-    # One process goes on from what two have left, and changes nothing of a finished run.
+    # One process resumes the run of two, and does not change a finished run.
     done = run_again(together)
     assert "is complete: all 12 steps are done" in done
 
@@ -250,7 +250,7 @@ def run_again(directory: Path) -> str:
 
 
 def predict(tmp_path: Path, name: str, processes: int, source: Path) -> tuple[int, str, Path]:
-    """Predict for the lines of a file with the model that comes with the package."""
+    """Predict for the lines of a file with the bundled model."""
     script = tmp_path / "predict.py"
     script.write_text(TRAIN)
     launcher = [sys.executable, str(script)]
@@ -276,14 +276,14 @@ def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None
              for second in LETTERS]  # fmt: skip
     source = tmp_path / "words.txt"
     source.write_text("".join(f"{word}\n" for word in words))
-    assert len(words) > 3 * 1024 and len(words) % 1024  # several lots, the last one short
+    assert len(words) > 3 * 1024 and len(words) % 1024  # several batches, the last one short
     code, error, alone = predict(tmp_path, "alone", 1, source)
     assert code == 0, error
     code, error, together = predict(tmp_path, "together", 2, source)
     assert code == 0, error
     assert len(alone.read_text().splitlines()) == len(words)
     assert together.read_text() == alone.read_text()
-    # A line that cannot be read, in the part of the second process: nothing is written over.
+    # A bad line in the share of the second process: the output file is not changed.
     source.write_text("\n".join(words[:1500]) + "\nna1ve\n")
     code, error, _ = predict(tmp_path, "together", 2, source)
     assert code != 0 and "line 1501: unknown symbol '1'" in error
@@ -292,10 +292,10 @@ def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 REFUSED = {
-    "no output": (["--input", "x"], "--input and --output go together"),
-    "text": (["hello", "--input", "x", "--output", "y"], "--input goes without TEXT"),
+    "no output": (["--input", "x"], "--input and --output must be given together"),
+    "text": (["hello", "--input", "x", "--output", "y"], "--input cannot be combined with TEXT"),
     "no file": (["--input", "nowhere", "--output", "y"], "cannot read nowhere: No such file"),
-    "no place": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),
+    "no directory": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),
 }
 
 

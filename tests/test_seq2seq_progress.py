@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines anywhere else."""
+"""Progress: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def follow(shown: Progress) -> None:
 
 
 def test_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 2))  # every look at it takes two seconds
+    clock = iter(range(0, 10_000, 2))  # every call advances it by two seconds
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     stream = io.StringIO()
     follow(LineProgress(stream))

@@ -1,4 +1,4 @@
-"""R-Drop: two passes of a pair under different dropout, and what they differ in."""
+"""R-Drop: the divergence of two passes of a pair with different dropout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SYMBOLS = 9
 
 
 def pairs(count: int, seed: int = 0) -> Examples:
-    """Sources of 1 to 7 symbols, and the same turned around."""
+    """Sources of 1 to 7 symbols, reversed as targets."""
     generator = torch.Generator().manual_seed(seed)
     sources = [
         torch.randint(4, SYMBOLS, (int(length),), generator=generator).tolist()
@@ -40,7 +40,7 @@ def batch_of(examples: Examples) -> Batch:
 
 
 def divergences(logits: Tensor, expected: Tensor) -> Tensor:
-    """The sum of both divergences by torch's function, in float64, symbol by symbol."""
+    """The sum of both divergences of each symbol, by torch's function in float64."""
     first, second = logits.double().log_softmax(dim=-1).chunk(2)
     added = torch.zeros((), dtype=torch.float64)
     for n, t in (expected[: len(first)] != PAD).nonzero().tolist():
@@ -50,7 +50,7 @@ def divergences(logits: Tensor, expected: Tensor) -> Tensor:
 
 
 def train(model: Seq2Seq, examples: Examples, config: TrainingConfig) -> list[float]:
-    """The losses of the steps of a whole training."""
+    """Train to the end and return the losses of the steps."""
     losses: list[float] = []
     trainer = Trainer(model, examples, config)
     while not trainer.finished:
@@ -64,7 +64,7 @@ def test_it_is_the_mean_of_both_divergences() -> None:
     logits = torch.randn(6, 5, 7) * 4
     expected = torch.randint(4, 7, (3, 5)).repeat(2, 1)
     expected[1, 3:] = expected[4, 3:] = PAD
-    logits[1, 3:] = 1e4  # of padding, which does not count
+    logits[1, 3:] = 1e4  # padding, which does not count
     given = logits.clone().requires_grad_()
     found = rdrop_loss(given, expected)
     oracle = logits.double().requires_grad_()
@@ -73,13 +73,13 @@ def test_it_is_the_mean_of_both_divergences() -> None:
     (gradient,) = torch.autograd.grad(found, given)
     (right_gradient,) = torch.autograd.grad(right, oracle)
     torch.testing.assert_close(gradient.double(), right_gradient, rtol=1e-4, atol=1e-5)
-    assert gradient[:3].any() and gradient[3:].any()  # neither pass is taken as given
+    assert gradient[:3].any() and gradient[3:].any()  # the gradient flows into both passes
 
 
 def test_the_loss_is_half_of_equation_4() -> None:
     batch = batch_of(pairs(17))
     model = small(dropout=0.4)
-    model.output.weight.data *= 30.0  # so that the passes differ as those of a trained model do
+    model.output.weight.data *= 30.0  # so that the passes differ as much as in a trained model
     torch.manual_seed(5)
     found = model.loss(
         batch.source, batch.source_lengths, batch.target, label_smoothing=0.1, rdrop=3.0
@@ -111,7 +111,7 @@ def test_without_dropout_nothing_is_added() -> None:
 
 
 def test_training_with_it_brings_the_passes_together() -> None:
-    """Of two trainings of equally many steps, the one with it disagrees less with itself."""
+    """After the same number of steps, the passes of the model trained with R-Drop differ less."""
     examples, unseen = pairs(600), batch_of(pairs(200, seed=1))
     apart = {}
     for rdrop in (0.0, 5.0):
@@ -130,16 +130,16 @@ def test_training_with_it_brings_the_passes_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ("--rdrop -1", "rdrop must be at least 0, got -1.0"),
         ("--rdrop 5 --dropout 0", "--rdrop needs a dropout above 0"),
     ],
 )
 def test_what_cannot_work_is_refused(
-    options: str, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    options: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     assert main(["train", "reverse", "--output", str(output), *options.split()]) == 2
-    assert says in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""Searches against all targets there are, against a slow beam written out, and step by step."""
+"""Searches against exhaustive search, and against a slow, plain beam search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fused_attn.seq2seq.search.search import search
 from fused_attn.seq2seq.search.stepping import EagerStepper
 from fused_attn.seq2seq.vocabulary import BOS, EOS, Vocabulary
 
-SIZE = 6  # three symbols of a target, 3, 4 and 5
+SIZE = 6  # of the vocabulary: three target symbols, 3, 4 and 5
 SYMBOLS = (3, 4, 5)
 LONGEST = 4
 SOURCES = [[3, 4, 5], [5], [4, 4, 3, 5, 3]]
@@ -49,7 +49,7 @@ def make(seed: int = 0, sharpness: float = 4.0, **options: Any) -> Seq2Seq:
 def scored_all(
     models: list[Seq2Seq], source: list[int], targets: list[tuple[int, ...]]
 ) -> list[tuple[float, Tensor | None]]:
-    """The log-probability of targets and their ends, by one teacher-forced call; the alignments."""
+    """Log probabilities of targets, EOS included, and alignments, by one teacher-forced call."""
     inputs, _ = pad([[BOS, *target] for target in targets])
     sources = torch.tensor([source] * len(targets))
     lengths = torch.full((len(targets),), len(source))
@@ -75,7 +75,7 @@ def scored(
 
 
 def penalised(total: float, length: int, alignment: Tensor | None, config: SearchConfig) -> float:
-    """Wu et al. 2016, eq. 14, or the mean; length counts the end."""
+    """Score by Wu et al. 2016, eq. 14, or by the mean; ``length`` counts EOS."""
     if config.length_penalty == "average":
         total /= length
     elif config.length_penalty == "gnmt":
@@ -97,7 +97,7 @@ def is_allowed(target: tuple[int, ...], config: SearchConfig, prefix: tuple[int,
 def all_targets(
     models: list[Seq2Seq], source: list[int], config: SearchConfig, prefix: tuple[int, ...] = ()
 ) -> list[tuple[float, tuple[int, ...], float]]:
-    """Every allowed target with score and log-probability, the best first."""
+    """Every allowed target with score and log probability, best first."""
     assert config.max_length is not None
     lengths = range(config.max_length + 1)
     every = [t for length in lengths for t in itertools.product(SYMBOLS, repeat=length)]
@@ -133,7 +133,7 @@ def given(config: SearchConfig, **changes: Any) -> SearchConfig:
 def test_a_beam_of_all_targets_finds_the_best(
     shape: str, name: str, prefix: tuple[int, ...]
 ) -> None:
-    """Nothing is pruned where there are more beams than targets: 1 + 3 + 9 + 27 + 81."""
+    """Nothing is pruned if there are more beams than targets: 1 + 3 + 9 + 27 + 81."""
     model = make(**SHAPES[shape])
     config = given(CONFIGS[name], beam=128, nbest=6)
     forced = torch.tensor([prefix] * len(SOURCES)) if prefix else None
@@ -154,7 +154,7 @@ def test_a_beam_of_all_targets_finds_the_best(
 def slow_beam(
     models: list[Seq2Seq], source: list[int], config: SearchConfig
 ) -> list[tuple[tuple[int, ...], float]]:
-    """The same beam, a list of targets and all probabilities anew at every step."""
+    """The same beam search with a list of targets, recomputing all probabilities in every step."""
     assert config.max_length is not None
     alive: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     ended: list[tuple[float, tuple[int, ...]]] = []
@@ -269,7 +269,7 @@ def test_what_is_done_leaves_and_the_memory_is_not_repeated(
         SearchConfig(beam=3, nbest=3),
         SearchConfig(coverage_penalty=0.4),
         SearchConfig(block_ngrams=1),
-        # After all symbols and the end there is nothing left to draw.
+        # After all symbols and EOS nothing is left to sample in a done row.
         SearchConfig(sample=True, top_k=1, block_ngrams=1, min_length=3),
     ],
     ids=["beam", "greedy", "no doubles", "drawn"],
@@ -277,7 +277,7 @@ def test_what_is_done_leaves_and_the_memory_is_not_repeated(
 def test_looking_seldom_changes_nothing(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the host does not wait at every step: sentences leave a little later."""
+    """On a GPU the host does not wait in every step, so sentences leave a little later."""
     model = make()
     expected = search(model, *pad(SOURCES), config, return_weights=True)
     monkeypatch.setitem(LOOK_EVERY, "cpu", 5)
@@ -292,10 +292,10 @@ def test_looking_seldom_changes_nothing(
 
 @pytest.mark.parametrize("beam", [1, 2])
 def test_a_prefix_beyond_the_limit_of_another_source(beam: int) -> None:
-    """12 symbols for a source of one, and 20 for one of five, of which 15 are given."""
+    """At most 12 symbols for a source of 1; of the 20 for a source of 5, 15 are given."""
     given_symbols = [3, 4, 5] * 5
     prefix, _ = pad([[], given_symbols])
-    config = SearchConfig(beam=beam, min_length=30)  # none ends before it has to
+    config = SearchConfig(beam=beam, min_length=30)  # no target ends before its limit
     short, long = search(make(), *pad([[3], [3, 4, 5, 4, 3]]), config, prefix=prefix)
     assert len(short[0].tokens) == 12 and len(long[0].tokens) == 20
     assert long[0].tokens[:15] == given_symbols
@@ -309,7 +309,7 @@ def test_fewer_targets_than_asked_for() -> None:
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """First symbols of many draws against the softmax, tempered, and cut to k or to p."""
+    """First symbols of many samples against the softmax, with temperature, top-k and top-p."""
     model = make(sharpness=2.0)
     source, lengths = pad([[3, 4, 5]] * 4000)
     with torch.no_grad():
@@ -318,12 +318,12 @@ def test_draws_follow_the_probabilities() -> None:
         config = SearchConfig(sample=True, seed=5, max_length=3, **options)
         drawn = Counter((h.tokens or [EOS])[0] for (h,) in search(model, source, lengths, config))
         scores = logits[0, 0].clone() / options.get("temperature", 1.0)
-        scores[:2] = -torch.inf  # PAD and BOS are never written
+        scores[:2] = -torch.inf  # PAD and BOS are never sampled
         wanted = torch.softmax(scores, dim=-1)
         ranked = wanted.argsort(descending=True).tolist()
         kept, mass = [], 0.0
-        for place, symbol in enumerate(ranked):
-            if place < options.get("top_k", SIZE) and mass < options.get("top_p", 1.0):
+        for rank, symbol in enumerate(ranked):
+            if rank < options.get("top_k", SIZE) and mass < options.get("top_p", 1.0):
                 kept.append(symbol)
             mass += float(wanted[symbol])
         wanted = wanted / wanted[kept].sum()
@@ -369,7 +369,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_predictions_in_the_order_of_the_sources() -> None:
-    """Of different lengths, with prefixes of their own, and scores that fall."""
+    """Sources of different lengths, each with its own prefix; scores fall."""
     letters = Vocabulary("abc")
     predictor = Predictor([make()], letters, letters)
     sources, prefixes = [tuple("abcab"), ("c",), ("b", "a")], ["cb", "", "a"]
@@ -383,6 +383,6 @@ def test_predictions_in_the_order_of_the_sources() -> None:
             assert "".join(prediction.tokens).startswith(prefix)
             assert prediction.alignment is not None
             assert prediction.alignment.shape == (len(prediction.tokens), len(source))
-    with pytest.raises(InputError, match="unknown symbol 'x'; known are a b c"):
+    with pytest.raises(InputError, match="unknown symbol 'x'; known symbols: a b c"):
         predictor.predict([("a", "x", "b")])
     assert predictor.predict([]) == []

@@ -1,4 +1,4 @@
-"""The model that comes with the package: by its name, small, quick, and as good as is claimed."""
+"""The bundled model: found by name, small, fast, and as accurate as documented."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fused_attn.seq2seq.inference import evaluate
 from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.tasks import cmudict
 
-# With a word that no dictionary has.
+# One of the words is in no dictionary.
 WORDS = {"world": "W ER L D", "attention": "AH T EH N SH AH N", "blicketing": "B L IH K AH T IH NG"}
 
 
 def test_it_pronounces(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir("/")  # a directory of that name would come first
+    monkeypatch.chdir("/")  # a directory named "g2p" would take precedence
     assert main(["predict", "g2p", *WORDS]) == 0
     assert capfd.readouterr().out.splitlines() == list(WORDS.values())
 
 
 def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:
-    place = find_checkpoint(Path("g2p"))
-    assert place == SHIPPED / "g2p"
-    assert sum(file.stat().st_size for file in place.iterdir()) < 9e6
-    assert not (place / files.TRAINING).exists()
+    path = find_checkpoint(Path("g2p"))
+    assert path == SHIPPED / "g2p"
+    assert sum(file.stat().st_size for file in path.iterdir()) < 9e6
+    assert not (path / files.TRAINING).exists()
 
 
 @pytest.mark.threads(1)
 def test_it_is_as_good_as_is_claimed() -> None:
-    """On 600 of the words that it was not to see: within three deviations, 0.017 each."""
-    place = find_checkpoint(Path("g2p"))
-    task = load_recipe(place, files.load_metadata(place)).task
+    """On 600 words of the held-out test set, within three standard deviations of 0.017."""
+    path = find_checkpoint(Path("g2p"))
+    task = load_recipe(path, files.load_metadata(path)).task
     lexicon = cmudict.load_dictionary()
     words = [word for word in cmudict.by_hash(task.config.test_words) if word in lexicon][:600]
     items = [Item(tuple(word), lexicon[word]) for word in words]
-    found = evaluate.targets(Predictor.load(place), items, SearchConfig(beam=5))
+    found = evaluate.targets(Predictor.load(path), items, SearchConfig(beam=5))
     errors = evaluate.judge(found, items)
     claimed = 0.2269  # README, beam 5, all 11,994 words
     assert errors.sequence_error_rate == pytest.approx(claimed, abs=0.052)

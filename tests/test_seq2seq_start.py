@@ -1,4 +1,4 @@
-"""Trainings that begin with a trained model, and the mean of several."""
+"""Runs that start from a trained model, and the average of several models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = ["--batch-size", "16", "--threads", "1", "--dropout", "0"]
 
 
 def lines(words: list[str], count: int) -> list[str]:
-    """Sentences of these words, of up to four."""
+    """Sentences of up to four of these words."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(count):
@@ -40,8 +40,8 @@ def train(output: Path, data: Path, *options: str) -> int:
     return main([*command, "--dev", str(data), *options])
 
 
-def parameters(place: Path) -> dict[str, Tensor]:
-    return files.load_tensors(find_checkpoint(place), files.MODEL)
+def parameters(path: Path) -> dict[str, Tensor]:
+    return files.load_tensors(find_checkpoint(path), files.MODEL)
 
 
 def first_loss(run: Path) -> float:
@@ -51,17 +51,17 @@ def first_loss(run: Path) -> float:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows all the words."""
-    place = tmp_path_factory.mktemp("base")
-    data = write(place / "base.tsv", lines(list(WORDS), 400))
+    """A model whose vocabulary has all the words."""
+    directory = tmp_path_factory.mktemp("base")
+    data = write(directory / "base.tsv", lines(list(WORDS), 400))
     shape = ["--hidden", "24", "--embedding", "8", "--cell", "gru"]
-    assert train(place / "run", data, *shape, "--epochs", "6", "--lr", "0.01") == 0
-    return place / "run"
+    assert train(directory / "run", data, *shape, "--epochs", "6", "--lr", "0.01") == 0
+    return directory / "run"
 
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """Data with fewer words than the model knows."""
+    """Data with fewer words than the vocabulary of the model."""
     return write(tmp_path / "few.tsv", lines(["two", "five"], 100))
 
 
@@ -69,25 +69,25 @@ def few(tmp_path: Path) -> Path:
 def test_a_training_begins_with_the_model(
     kind: str, base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its parameters, vocabularies and options; what is given overrides, and the rest is new."""
+    """With its parameters, vocabularies and options. Given options override; the rest is new."""
     origin = base
     if kind != "run":
         origin = tmp_path / "exported"
         assert main(["export", str(base), "--output", str(origin), "--store", kind]) == 0
     run = tmp_path / "run"
     options = ["--start-from", str(origin), "--dropout", "0.1", "--epochs", "1"]
-    assert train(run, few, *options, "--batch-size", "200") == 0  # two checkpoints: all are kept
+    assert train(run, few, *options, "--batch-size", "200") == 0  # two checkpoints, none is pruned
     start, before = checkpoints(run)[0], parameters(origin)
     found = files.load_tensors(start, files.MODEL)
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
-    meta, known = (files.load_metadata(place) for place in (start, find_checkpoint(base)))
+    meta, known = (files.load_metadata(path) for path in (start, find_checkpoint(base)))
     assert (meta["source"], meta["target"]) == (known["source"], known["target"])
     assert set(WORDS) < set(meta["source"])
     assert meta["model"] == known["model"] | {"dropout": 0.1}
     assert meta["position"]["step"] == 0
     capfd.readouterr()
-    # A word that only the model has seen, not this training.
+    # A word that is in the vocabulary, but not in the new data.
     assert main(["predict", str(run), "three two"]) == 0
     assert capfd.readouterr().out == "drei zwei\n"
 
@@ -102,18 +102,18 @@ def test_what_was_learned_is_there(base: Path, few: Path, tmp_path: Path) -> Non
 def test_it_can_be_resumed(
     base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the model's vocabularies, though its data has fewer words."""
+    """With the vocabularies of the model, although the data has fewer words."""
     run, again = tmp_path / "run", tmp_path / "again"
     assert train(run, few, "--start-from", str(base), "--epochs", "2") == 0
     shutil.copytree(run, again)
     shutil.rmtree(checkpoints(again)[-1])
-    # Given again, as from a configuration file, it is the same run; another one is refused.
+    # The same --start-from again, as from a configuration file, is fine; another is refused.
     capfd.readouterr()
     assert train(again, few, "--resume", "--start-from", str(run)) == 2
     assert "was not started with this --start-from; leave it out" in capfd.readouterr().err
     assert train(again, few, "--resume", "--start-from", str(base)) == 0
     expected, found = (
-        files.load_tensors(checkpoints(place)[-1], files.MODEL) for place in (run, again)
+        files.load_tensors(checkpoints(path)[-1], files.MODEL) for path in (run, again)
     )
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -124,8 +124,8 @@ def test_what_does_not_fit_is_refused(
     run, start = tmp_path / "run", ["--start-from", str(base)]
     strange = write(tmp_path / "strange.tsv", ["two two\tzwei zwei", "six\tsechs"])
     cases = [
-        (few, [*start, "--hidden", "23"], "--start-from: .* is not of this shape: .*size mismatch"),
-        (few, [*start, "--cell", "lstm"], "--start-from: .* is not of this shape"),
+        (few, [*start, "--hidden", "23"], "--start-from: .* has another shape: .*size mismatch"),
+        (few, [*start, "--cell", "lstm"], "--start-from: .* has another shape"),
         (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
     ]
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_symbol_that_the_model_does_not_have(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the vocabulary has none for the unknown."""
+    """If the vocabulary has no symbol for unknown ones."""
 
     def reverse(output: Path, numbers: int, *options: str) -> int:
         size = ["--numbers", str(numbers), "--pairs", "50", "--longest", "3", "--test-longest", "4"]
@@ -152,12 +152,12 @@ def test_a_symbol_that_the_model_does_not_have(
     assert reverse(tmp_path / "five", 5) == 0
     assert reverse(tmp_path / "more", 9, "--start-from", str(tmp_path / "five")) == 2
     error = capfd.readouterr().err
-    assert re.search("the training pairs have the symbol '[5-8]', which the model does not", error)
+    assert re.search("the training pairs contain the symbol '[5-8]', which is not in", error)
     assert not (tmp_path / "more").exists()
 
 
 def test_the_mean_of_models(base: Path, few: Path, tmp_path: Path) -> None:
-    """By hand, and it is a model; one that was trained with another dropout may be among them."""
+    """It equals the mean by hand and can predict; the models may differ in dropout."""
     runs = [base]
     for seed, dropout in (("1", "0"), ("2", "0.3")):
         runs.append(tmp_path / seed)
@@ -172,7 +172,7 @@ def test_the_mean_of_models(base: Path, few: Path, tmp_path: Path) -> None:
         expected = sum(model[name].double() for model in models) / 3
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
         assert tensor.dtype == torch.float32
-    assert "dev" not in files.load_metadata(mean)  # nothing of it has been measured
+    assert "dev" not in files.load_metadata(mean)  # it has not been evaluated
     assert main(["predict", str(mean), "three two"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""The tasks: the grammar of SCAN against the paper, numbers to reverse, people's own lines."""
+"""The tasks: the SCAN grammar against the paper, reversed numbers, and the user's own pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/scan/simple_test_commands.txt"
 
-# Figure 1 of Lake & Baroni 2018, and what its appendix says of "around" and "opposite".
+# Figure 1 of Lake & Baroni 2018, and "around" and "opposite" from its appendix.
 EXAMPLES = {
     "jump": "I_JUMP",
     "jump left": "I_TURN_LEFT I_JUMP",
@@ -90,7 +90,7 @@ def test_scan_loads(split: str) -> None:
 
 def test_scan_takes_the_published_test(tmp_path: Path) -> None:
     if not PUBLISHED.exists():
-        pytest.skip("the published test commands are not beside this checkout")
+        pytest.skip("the published test commands were not found next to this checkout")
     config = ScanConfig(**Scan.test_option(PUBLISHED))
     data = Scan(config).load()
     assert len(data.test) == 4_182
@@ -138,24 +138,27 @@ def test_lines_of_any_script_come_back(tmp_path: Path, tokens: str) -> None:
 
 BAD = {
     "empty": (b"", " is empty"),
-    "one column": (b"a\tb\nlonely\n", ", line 2: expected source and target with a tab between"),
+    "one column": (b"a\tb\nlonely\n", ", line 2: expected a source and a target separated"),
     "four columns": (
         b"a\tb\tc\td\n",
-        ", line 1: expected source and target with a tab between, got 4",
+        ", line 1: expected a source and a target separated by a tab, got 4 columns",
     ),
-    "no link": (b"a\tb\n" + b"a\tb\tc\n", ", line 2: 'c' is no link"),
-    "far link": (b"a\tb\t0-1\n", ", line 1: the link 0-1 is outside of 1 and 1"),
+    "no link": (b"a\tb\n" + b"a\tb\tc\n", ", line 2: 'c' is not a link"),
+    "far link": (b"a\tb\t0-1\n", ", line 1: the link 0-1 is out of range for 1"),
     "unknown": (b"a\tb\na\tz z\n", ", line 2: the target has only unknown symbols"),
-    "bytes": (b"a\tb\na\tb\n\xff\xfe\tb\n", ", line 3: it is not UTF-8 text (byte 1)"),
+    "bytes": (b"a\tb\na\tb\n\xff\xfe\tb\n", ", line 3: not UTF-8 text (byte 1)"),
     "no source": (b" \tb\n", ", line 1: the source is empty"),
     "no target": (b"a\t\n", ", line 1: the target is empty"),
-    "long": (b"a\tb\n" + b"a " * 6 + b"\tb\n", ", line 2: the source has 6 symbols, more than 5"),
+    "long": (
+        b"a\tb\n" + b"a " * 6 + b"\tb\n",
+        ", line 2: the source has 6 symbols, more than the 5 allowed (max_length)",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_lines_are_named(tmp_path: Path, kind: str) -> None:
-    """By file and line; with skip_bad they are counted."""
+    """Errors name the file and the line; with skip_bad bad lines are counted instead."""
     content, message = BAD[kind]
     path = write(tmp_path / "a.tsv", content)
     strict = PairFile(str(path), Reader(max_length=5))
@@ -166,7 +169,8 @@ def test_bad_lines_are_named(tmp_path: Path, kind: str) -> None:
     assert str(error.value).startswith(f"{path}{message}")
     good = content.count(b"a\tb\n")
     if not good:
-        with pytest.raises(InputError, match="is empty" if kind == "empty" else "all 1 lines are"):
+        reason = "is empty" if kind == "empty" else r"no usable lines \(1 skipped\)"
+        with pytest.raises(InputError, match=reason):
             list(patient)
     else:
         assert list(patient) == [(("a",), ("b",), ())] * good
@@ -188,27 +192,27 @@ def test_targets_of_one_source_are_its_references(tmp_path: Path) -> None:
 
 
 def test_train_and_predict_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From a file to a model that gives the lines back, in every script; bad lines are counted."""
+    """A model trained on a file reproduces its lines, in every script; bad lines are counted."""
     file = write(tmp_path / "own.tsv", [*LINES, "no tab here"] * 30)
     output = tmp_path / "run"
     options = ["--hidden", "32", "--embedding", "16", "--epochs", "30", "--batch-size", "16"]
     options += ["--lr", "0.01", "--dropout", "0", "--train", str(file), "--dev", str(file)]
     train = ["train", "pairs", "--output", str(output), *options]
     assert main(train) == 2
-    assert f"{file}, line 6: expected source and target" in capfd.readouterr().err
+    assert f"{file}, line 6: expected a source and a target" in capfd.readouterr().err
     assert main([*train, "--skip-bad"]) == 0
-    assert f"note: {file}: 30 bad lines were left out" in capfd.readouterr().err
+    assert f"note: {file}: skipped 30 bad lines" in capfd.readouterr().err
     assert main(["predict", str(output), "the dog", "고양이 한 마리", "שלום עולם"]) == 0
     assert capfd.readouterr().out.splitlines() == ["le chien", "une chatte", "bonjour 👋🏽"]
-    assert main(["predict", str(output), "unheard-of"]) == 0  # one symbol stands for all of these
+    assert main(["predict", str(output), "unheard-of"]) == 0  # all unknown words are one symbol
     capfd.readouterr()
     test = write(tmp_path / "test.tsv", LINES)
     assert main(["evaluate", str(output), "--test", str(test), "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["lines wrong"] == 0
-    assert "the model was trained on 4 of these lines" in captured.err
+    assert "4 of these lines are in the training set of the model" in captured.err
     assert main(["evaluate", str(output)]) == 2
-    assert "there is no test data: name a file with --test" in capfd.readouterr().err
+    assert "the model has no test set: name a file with --test" in capfd.readouterr().err
 
 
 def test_every_task_is_documented_for_the_command_line() -> None:

@@ -1,4 +1,4 @@
-"""Tasks on text: subwords, translation, dialog, links, data on the disk, configuration files."""
+"""Tasks on texts: subwords, translation, dialogs, links, data on disk, configuration files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fused_attn.seq2seq.tasks import chat
 from fused_attn.seq2seq.tasks.chat import Chat, ChatConfig
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 
-# Words of one language and of another, in which a sentence's order is turned around.
+# The words of two languages. A translation reverses the order of the words.
 LEXICON = {
     "the": "le", "cat": "고양이", "dog": "חתול", "sees": "voit", "house": "maison", "red": "rouge",
     "old": "ancien", "and": "et", "bird": "oiseau", "walks": "marche",
@@ -32,7 +32,7 @@ LEXICON = {
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Lines of source, target and links."""
+    """Lines with a source, a target and links."""
     generator = random.Random(seed)
     lines = []
     for _ in range(count):
@@ -56,22 +56,26 @@ def test_subwords_bring_every_script_back() -> None:
     for text in texts:
         assert tokenizer.join(tokenizer.split(text)) == text
         assert set(tokenizer.split(text)) <= set(tokenizer.pieces)
-    assert len(tokenizer.split("the cat sees the dog")) < 12  # of 20 characters
-    assert learn_subwords(iter(corpus), 200) == model  # a resumed run learns the same
-    with pytest.raises(InputError, match="vocabulary 5: no subwords can be learned"):
+    assert len(tokenizer.split("the cat sees the dog")) < 12  # the text has 20 characters
+    assert (
+        learn_subwords(iter(corpus), 200) == model
+    )  # deterministic: a resumed run learns the same model
+    with pytest.raises(InputError, match="vocabulary 5: cannot learn subwords"):
         learn_subwords(iter(texts), 5)
 
 
 @pytest.fixture(scope="module")
 def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model that translates, and its test."""
-    place = tmp_path_factory.mktemp("translation")
+    """A trained translation model, and its test file."""
+    directory = tmp_path_factory.mktemp("translation")
     lines = [line.rpartition("\t")[0] for line in sentences(900)]
-    columns = [write(place / name, [line.split("\t")[i] for line in lines]) for i, name in
+    columns = [write(directory / name, [line.split("\t")[i] for line in lines]) for i, name in
                enumerate(("source.txt", "target.txt"))]  # fmt: skip
-    test = write(place / "test.tsv", [line.rpartition("\t")[0] for line in sentences(60, seed=1)])
+    test = write(
+        directory / "test.tsv", [line.rpartition("\t")[0] for line in sentences(60, seed=1)]
+    )
     config = write(
-        place / "config.yaml",
+        directory / "config.yaml",
         [
             "task: translate",
             f"train: {columns[0]},{columns[1]}  # two files",
@@ -85,17 +89,17 @@ def translation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             "vocabulary: 60",
         ],
     )
-    run = place / "run"
+    run = directory / "run"
     # The command line overrides the file.
     assert main(["train", str(config), "--output", str(run), "--lr", "0.01"]) == 0
     for path in columns:
-        path.unlink()  # a checkpoint has all that predicting needs
+        path.unlink()  # a checkpoint has everything needed for prediction
     return run, test
 
 
 def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     run, test = translation
-    # A sentence that comes twice is judged once.
+    # A sentence that occurs twice is evaluated once.
     pairs = list(dict(line.split("\t") for line in test.read_text().splitlines()).items())
     capfd.readouterr()
     assert main(["predict", str(run), *(source for source, _ in pairs)]) == 0
@@ -110,7 +114,7 @@ def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[
     assert main(["evaluate", str(run), "--test", str(test), "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["BLEU"] == pytest.approx(bleu / 100, abs=1e-6)
-    assert "whether the model was trained on these sentences is not known" in captured.err
+    assert "cannot check whether the model was trained on these sentences" in captured.err
     best = max(range(20), key=lambda i: values[i])
     kept = sorted(path.name[-2:] for path in (run / "checkpoints").iterdir())
     assert any(values[int(name) - 1] == values[best] for name in kept)
@@ -118,12 +122,12 @@ def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[
 
 def test_columns_of_different_length_are_refused(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", ["x", "y"]), write(tmp_path / "b", ["x"])
-    with pytest.raises(InputError, match=f"{second} ends before line 2, which the others have"):
+    with pytest.raises(InputError, match=f"{second} ends after line 1, but another file has more"):
         list(PairFile(f"{first},{second}", Reader()))
 
 
 def test_links_guide_the_alignment(tmp_path: Path) -> None:
-    """With them the weights lie where the links say, after as much training."""
+    """With links, the weights agree with them after the same amount of training."""
     train = write(tmp_path / "train.tsv", sentences(400))
     data = Pairs(PairsConfig(train=str(train), dev=str(train))).load()
     pair = next(iter(data.train))
@@ -145,7 +149,7 @@ def test_links_guide_the_alignment(tmp_path: Path) -> None:
 
 
 def agreement(found: Path, gold: Path) -> float:
-    """Share of the links that are right."""
+    """The share of correct links."""
     right = total = 0
     for line, expected in zip(*(p.read_text().splitlines() for p in (found, gold)), strict=True):
         links = set(line.split())
@@ -179,7 +183,7 @@ def test_guided_needs_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     train = write(tmp_path / "train.tsv", [line.rpartition("\t")[0] for line in sentences(20)])
     argv = ["train", "pairs", "--train", str(train), "--output", str(tmp_path / "run")]
     assert main([*argv, "--guided", "0.1"]) == 2
-    assert "--guided needs links, and no pair has any" in capfd.readouterr().err
+    assert "--guided needs alignment links, and no training pair has any" in capfd.readouterr().err
 
 
 def test_pairs_on_the_disk_train_the_same(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_pairs_on_the_disk_train_the_same(tmp_path: Path) -> None:
 
 
 def test_pairs_on_the_disk_do_not_fill_the_memory(tmp_path: Path) -> None:
-    """Long pairs: 40 bytes of each stay, of 1,600 and more."""
+    """40 bytes per pair stay in memory, of 1,600 and more."""
     count, length = 4_000, 200
 
     def pairs() -> object:
@@ -204,9 +208,9 @@ def test_pairs_on_the_disk_do_not_fill_the_memory(tmp_path: Path) -> None:
             yield numbers, numbers, ()
 
     peaks = {}
-    for name, place in (("memory", None), ("disk", tmp_path)):
+    for name, directory in (("memory", None), ("disk", tmp_path)):
         tracemalloc.start()
-        examples = Examples.collect(pairs(), place)  # type: ignore[arg-type]
+        examples = Examples.collect(pairs(), directory)  # type: ignore[arg-type]
         peaks[name] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         rows = torch.tensor([0, 17, count - 1])
@@ -234,7 +238,7 @@ def test_the_corpus_has_dialogs_in_english_and_korean() -> None:
 def test_chat(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dialogs of one's own are learned by heart; each utterance answers the one before."""
+    """A model learns the user's own dialogs by heart: each utterance answers the last one."""
     lines = ["hello", "good morning", "how are you?", "fine", "", "안녕하세요", "반갑습니다"]
     file = write(tmp_path / "dialogs.txt", lines)
     run = tmp_path / "run"
@@ -293,18 +297,18 @@ def test_curves(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) ->
     assert main(["curves", *map(str, runs), "--output", str(picture)]) == 0
     if kind == "svg":
         text = picture.read_text()
-        assert all(part in text for part in ("loss, nats a symbol", "BLEU, %", "first", "second"))
+        assert all(part in text for part in ("loss, nats per symbol", "BLEU, %", "first", "second"))
     else:
         assert picture.read_bytes().startswith(b"\x89PNG")
     (runs[0] / "steps.csv").unlink()
     assert main(["curves", *map(str, runs), "--output", str(picture)]) == 2
-    assert f"{runs[0]} has no log of a training" in capfd.readouterr().err
+    assert f"{runs[0]} has no training log" in capfd.readouterr().err
 
 
 def test_a_start_that_fails_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """So that it can be tried again with the same directory."""
+    """So the user can try again with the same directory."""
     train = write(tmp_path / "train.tsv", [*sentences(50), "no tab"])
     run = tmp_path / "new" / "run"
     argv = ["train", "pairs", "--train", str(train), "--output", str(run), "--on-disk"]

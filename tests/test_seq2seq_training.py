@@ -45,7 +45,7 @@ def make_trainer(model: ModelConfig, recipe: TrainingConfig) -> Trainer:
 
 
 def train(trainer: Trainer, stop_at: int | None = None) -> list[StepReport]:
-    """Train to the end, or to a step."""
+    """Train to the end, or to the step ``stop_at``."""
     reports: list[StepReport] = []
     while not trainer.finished:
         if not trainer.run_epoch(reports.append, lambda: trainer.position.step == stop_at):
@@ -76,13 +76,13 @@ def test_the_schedules_of_the_rate() -> None:
     assert found["constant"][10:] == found["plateau"][10:] == [0.8] * 90
     assert rates("plateau", 3)[10:] == [0.1] * 90
     assert found["inverse-sqrt"][39] == pytest.approx(0.4)  # of step 40, four times the warm-up
-    # 0.8 (1 + cos(pi x)) / 2, from the tenth step to one after the last
+    # 0.8 (1 + cos(pi x)) / 2, x from 0 at the tenth step to 1 at one after the last
     cosine = [0.4 * (1 + math.cos(math.pi * (step - 9) / 91)) for step in range(10, 100)]
     assert found["cosine"][10:] == pytest.approx(cosine)
 
 
 def test_patience_and_plateaus() -> None:
-    """Three epochs without a best rate end it; each halves the rate of a plateau's schedule."""
+    """Three epochs without improvement stop training; each halves the "plateau" learning rate."""
     options = {"lr_schedule": "plateau", "patience": 3, "warmup": 0.0, "lr": 1e-3}
     trainer = make_trainer(SMALL, TrainingConfig(epochs=50, batch_size=150, **options))
     reports: list[StepReport] = []
@@ -117,7 +117,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-@pytest.mark.parametrize("stop_at", [0, 4, 10, 14])  # 10 steps an epoch
+@pytest.mark.parametrize("stop_at", [0, 4, 10, 14])  # 10 steps per epoch
 def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(kind: str, stop_at: int) -> None:
     shape, options = RESUMED[kind]
     model = ModelConfig(hidden=16, embedding=8, dropout=0.3, **shape)
@@ -134,7 +134,7 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(kind: str, stop_at: 
 
     second = make_trainer(model, recipe)
     second.model.load_state_dict(parameters)
-    torch.manual_seed(99)  # what another process would have
+    torch.manual_seed(99)  # as in another process
     second.load_state(position, tensors)
     assert reports + train(second) == expected
     assert_equal(second.model.state_dict(), whole.model.state_dict())
@@ -142,7 +142,7 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(kind: str, stop_at: 
 
 
 def test_sampling_schedules() -> None:
-    """All but "none" end at the largest probability, and rise to it as their names say."""
+    """All except "none" rise to the largest probability, as their names say."""
     at = [0.0, 0.25, 0.5, 0.75, 1.0]
     found = {
         name: [sampling_probability(name, progress, 0.4) for progress in at] for name in SCHEDULES
@@ -158,16 +158,16 @@ def test_sampling_schedules() -> None:
     for name in ("linear", "exponential", "inverse-sigmoid"):
         assert found[name] == sorted(found[name]) and found[name][-1] == pytest.approx(0.4)
     assert sampling_probability("linear", 7.0, 0.4) == 0.4
-    with pytest.raises(ValueError, match="schedule is not known: 'often'"):
+    with pytest.raises(ValueError, match="unknown schedule 'often'"):
         sampling_probability("often", 0.5, 0.4)
 
 
 def test_sampling_begins_once_the_model_is_good_enough() -> None:
-    """Teacher forcing until the rate is reached, then the schedule over the steps that are left."""
+    """Teacher forcing until the error is low enough, then the schedule over the steps left."""
     options = {"sampling": "linear", "sampling_max": 0.6, "sampling_after": 0.5}
     trainer = make_trainer(SMALL, TrainingConfig(epochs=4, batch_size=32, **options))
     reports: list[StepReport] = []
-    for rate in (0.9, 0.5, 0.7, 0.1):  # once begun, a worse rate does not end it
+    for rate in (0.9, 0.5, 0.7, 0.1):  # once started, a worse rate does not stop it
         assert trainer.run_epoch(reports.append, lambda: False)
         trainer.finish_epoch(rate)
     found = [report.sampling for report in reports]
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_it_spoils_the_model(
 
 
 def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> None:
-    """200 steps of the demo's model on the dictionary, with both backends and the same seed."""
+    """200 steps of the g2p model on the dictionary, with both backends and the same seed."""
     training = TrainingConfig(epochs=4, batch_size=16, lr=3e-3)
     recipe = Recipe(ModelConfig(hidden=128), training, G2P(G2PConfig(limit_words=20_000)))
     curves = []
@@ -219,27 +219,27 @@ def test_fused_and_eager_attention_give_the_same_loss_curve(tmp_path: Path) -> N
 
 
 def walks(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Targets in which every symbol follows from the one before and from the source.
+    """Targets in which every symbol depends on the one before it and on the source.
 
-    a <- 3 a + x mod 10, twice for each x: a wrong symbol makes all that follow wrong.
+    a <- (3 a + x) mod 10, twice per source symbol x. A wrong symbol makes all later ones wrong.
     """
     generator = torch.Generator().manual_seed(seed)
     sources, targets = [], []
     for _ in range(count):
         length = int(torch.randint(3, 7, (1,), generator=generator))
         source = torch.randint(3, 13, (length,), generator=generator).tolist()
-        place, target = source[0] - 3, []
+        state, target = source[0] - 3, []
         for x in source:
             for _ in range(2):
-                place = (3 * place + x) % 10
-                target.append(place + 3)
+                state = (3 * state + x) % 10
+                target.append(state + 3)
         sources.append(source)
         targets.append(target)
     return sources, targets
 
 
 def accuracies(model: Seq2Seq, examples: Examples) -> tuple[float, float]:
-    """Of the symbols behind right ones, and behind the model's own."""
+    """Symbol accuracies with teacher forcing, and with the model's own symbols as input."""
     batch = examples.batch(torch.arange(len(examples)))
     inputs, expected = batch.target[:, :-1], batch.target[:, 1:]
     counts, found = expected != PAD, []
@@ -252,7 +252,7 @@ def accuracies(model: Seq2Seq, examples: Examples) -> tuple[float, float]:
 
 
 def test_scheduled_sampling_shrinks_exposure_bias() -> None:
-    """What a model loses when it must go on from its own symbols, with and without it."""
+    """The accuracy lost when the input is the model's own symbols, with and without sampling."""
     gaps: dict[str, list[float]] = {"none": [], "linear": []}
     free: dict[str, list[float]] = {"none": [], "linear": []}
     fresh = Examples.of(*walks(500, seed=2))
@@ -267,6 +267,6 @@ def test_scheduled_sampling_shrinks_exposure_bias() -> None:
             right, own = accuracies(trainer.model.eval(), fresh)
             gaps[sampling].append(right - own)
             free[sampling].append(own)
-    assert min(gaps["none"]) > 0.02  # it shows here
+    assert min(gaps["none"]) > 0.02  # exposure bias is visible here
     assert sum(gaps["linear"]) < 0.6 * sum(gaps["none"])
-    assert sum(free["linear"]) > sum(free["none"]) - 0.01  # and not by getting worse
+    assert sum(free["linear"]) > sum(free["none"]) - 0.01  # and accuracy does not suffer

@@ -1,4 +1,4 @@
-"""Trainings that begin with a narrower model: the wider one computes the same and can learn."""
+"""Runs that start from a narrower model: the wider one computes the same and can learn."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def made(config: ModelConfig, seed: int) -> Seq2Seq:
 
 
 def pair(options: dict[str, object], wide: int) -> tuple[Seq2Seq, Seq2Seq]:
-    """A model, and a wider one that has grown from it."""
+    """A model, and a wider one grown from it."""
     narrow = made(replace(SHAPE, **options), 1)
     wider = made(replace(narrow.config, hidden=wide), 2)
     assert can_grow(narrow.config, wider.config)
@@ -53,7 +53,7 @@ def pair(options: dict[str, object], wide: int) -> tuple[Seq2Seq, Seq2Seq]:
 
 @pytest.fixture
 def inputs() -> Inputs:
-    """Sources, their lengths and targets."""
+    """Sources, their lengths, and targets."""
     torch.manual_seed(3)
     lengths = torch.tensor([7, 1, 4, 7])
     source = torch.randint(4, 11, (4, 7)).masked_fill(torch.arange(7) >= lengths[:, None], 0)
@@ -76,7 +76,7 @@ def test_it_computes_the_same(options: dict[str, object], wide: int, inputs: Inp
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_the_new_columns_learn(options: dict[str, object], inputs: Inputs) -> None:
-    """What begins at zero is moved by the first step, and what lies before it by the second."""
+    """The first step changes weights that start at 0, the second step those before them."""
     narrow, wider = pair(options, 9)
     before = {name: tensor.clone() for name, tensor in wider.state_dict().items()}
     optimizer = torch.optim.SGD(wider.parameters(), lr=0.1)
@@ -87,7 +87,7 @@ def test_the_new_columns_learn(options: dict[str, object], inputs: Inputs) -> No
     old = narrow.state_dict()
     for name, tensor in wider.state_dict().items():
         if tensor.shape == old[name].shape or (options.get("local") and "position" in name):
-            continue  # no gradient reaches a predicted position from a window that it rounds
+            continue  # a predicted position is rounded to its window, so no gradient reaches it
         assert not torch.equal(tensor[-1:], before[name][-1:]), name
         assert not torch.equal(tensor[..., -1], before[name][..., -1]), name
 
@@ -99,10 +99,10 @@ def test_what_cannot_grow() -> None:
     assert not can_grow(SHAPE, SHAPE)
     for options in ({"layers": 3}, {"embedding": 7}, {"cell": "gru"}, {"encoder_hidden": 6}):
         assert not can_grow(SHAPE, replace(wide, **options)), options
-    split = {"encoder_hidden": 4}  # which would stay as it is: another shape of everything
+    split = {"encoder_hidden": 4}  # would not grow with the rest
     assert not can_grow(replace(SHAPE, **split), replace(wide, **split))
-    as_they_are = {"score": "dot", "bidirectional": False}
-    assert not can_grow(replace(SHAPE, **as_they_are), replace(wide, **as_they_are))
+    unprojected = {"score": "dot", "bidirectional": False}
+    assert not can_grow(replace(SHAPE, **unprojected), replace(wide, **unprojected))
 
 
 def test_a_training_begins_with_a_narrower_model(
@@ -128,9 +128,9 @@ def test_a_damaged_narrower_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     common += ["--test-longest", "4", "--max-steps", "1", "--threads", "1"]
     run = tmp_path / "run"
     assert main([*common, "--output", str(run), "--hidden", "8"]) == 0
-    place = checkpoints(run)[-1]
-    meta = files.load_metadata(place)
-    parameters = files.load_tensors(place, files.MODEL)
+    path = checkpoints(run)[-1]
+    meta = files.load_metadata(path)
+    parameters = files.load_tensors(path, files.MODEL)
     odd = parameters | {"output.weight": parameters["output.weight"][:, :-1]}
     few = {name: tensor for name, tensor in parameters.items() if name != "output.weight"}
     for name, tensors in (("odd", odd), ("few", few)):

@@ -1,4 +1,4 @@
-"""Attentional RNN sequence-to-sequence models: train them, load them, predict with them.
+"""RNN sequence-to-sequence models with attention: train, load, predict.
 
     from fused_attn import seq2seq
 
@@ -7,11 +7,11 @@
     model = seq2seq.fit(pairs, output="runs/own")
     model.save("my-model")
 
-For a training loop of one's own: `Seq2Seq`, `ModelConfig`, `Vocabulary`, `Predictor`; for ours,
-`Trainer`, `TrainingConfig` and `Examples`. The command ``fused-attn`` is a thin layer over these.
+With your own training loop, use `Seq2Seq`, `ModelConfig`, `Vocabulary` and `Predictor`; with the
+toolkit's loop, `Trainer`, `TrainingConfig` and `Examples`. The command ``fused-attn`` is a thin
+layer over these.
 
-The names are loaded on first use, so that the command line can answer ``--help`` without importing
-torch.
+Names are imported on first use, so that the command line can answer ``--help`` without torch.
 """
 
 from __future__ import annotations

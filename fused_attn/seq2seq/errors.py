@@ -1,20 +1,20 @@
-"""The errors that the user can put right."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """What was given cannot be used. The message is one line that says what and why.
+    """An input cannot be used. The message is one line that names the input and the reason.
 
-    The command prints it without a traceback and exits with code 2.
+    The command prints the message without a traceback and exits with code 2.
     """
 
 
 class OptionError(InputError):
     """The value of an option cannot be used.
 
-    name: of the option, as it is called in Python. The command prints it as ``--name``.
-    reason: the rest of the sentence; a colon may begin it.
+    name: the option as spelled in Python. The command prints it as ``--name``.
+    reason: the rest of the sentence after the name; it may begin with a colon.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -24,7 +24,7 @@ class OptionError(InputError):
 
     @property
     def on_the_command_line(self) -> str:
-        """The message with the option as it is typed."""
+        """The message with the option as spelled on the command line."""
         return _sentence(f"--{self.name.replace('_', '-')}", self.reason)
 
 

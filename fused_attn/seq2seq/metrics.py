@@ -1,4 +1,4 @@
-"""Error rates against references with alternatives."""
+"""Error rates against one or several references, and the alignment error rate."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 
 Link = tuple[int, int]  # positions in source and target, from 0
 
-# Measures that grow with quality; all others fall.
+# For these metrics higher is better; for all others lower is better.
 _HIGHER_IS_BETTER = ("BLEU", "chrF")
 PERPLEXITY = "perplexity"
 
 
 def cost(name: str, value: float) -> float:
-    """A measure as a number that is lower for a better model."""
+    """Return the value of a metric, negated if higher is better, so that lower is better."""
     return -value if name in _HIGHER_IS_BETTER else value
 
 
 def shown(name: str, value: float) -> str:
-    """A measure for people."""
+    """Format the value of a metric for display."""
     if name == PERPLEXITY:
         return f"{value:.2f}"
     return f"{100 * value:.2f}" + ("" if name in _HIGHER_IS_BETTER else " %")
 
 
 def edit_distance(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
-    """Return the least number of insertions, deletions and substitutions between the two."""
+    """Return the Levenshtein distance: insertions, deletions and substitutions cost 1 each."""
     row = list(range(len(reference) + 1))
     for i, symbol in enumerate(hypothesis, start=1):
         diagonal, row[0] = row[0], i
@@ -38,30 +38,31 @@ def edit_distance(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Sums over the judged sequences."""
+    """Counts over all hypotheses, each compared with the nearest of its references."""
 
-    edits: int  # to the nearest alternative of each
-    reference_symbols: int  # in those alternatives
-    wrong: int  # sequences that equal none of their alternatives
-    count: int
+    edits: int  # edit distances to the nearest references
+    reference_symbols: int  # symbols in those references
+    wrong: int  # hypotheses that equal none of their references
+    count: int  # hypotheses
 
     @property
     def symbol_error_rate(self) -> float:
-        """Edits per reference symbol: the phone error rate of pronunciations."""
+        """Edits per reference symbol; for pronunciations, the phone error rate (PER)."""
         return self.edits / self.reference_symbols
 
     @property
     def sequence_error_rate(self) -> float:
-        """Share of sequences with any error: the word error rate of pronunciations."""
+        """Share of hypotheses with any error; for pronunciations, the word error rate (WER)."""
         return self.wrong / self.count
 
 
 def error_rates(
     judged: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]],
 ) -> ErrorRates:
-    """Judge pairs of a hypothesis and its alternative references, of which the nearest counts.
+    """Compare each hypothesis with the nearest of its references, the first one in a tie.
 
-    Of equally near alternatives the first counts. Raises ValueError if there is nothing to judge.
+    judged: pairs of a hypothesis and its references. Raises ValueError if all references are empty
+    or there are no pairs.
     """
     edits = symbols = wrong = count = 0
     for hypothesis, alternatives in judged:
@@ -72,22 +73,23 @@ def error_rates(
         wrong += nearest > 0
         count += 1
     if not symbols:
-        raise ValueError("there is nothing to judge")
+        raise ValueError("cannot compute error rates: there are no reference symbols")
     return ErrorRates(edits, symbols, wrong, count)
 
 
 def alignment_error_rate(
     found: Sequence[Iterable[Link]], gold: Sequence[tuple[set[Link], set[Link]]]
 ) -> float:
-    """``1 - (|A & S| + |A & P|) / (|A| + |S|)`` over all sentences (Och & Ney 2003).
+    """Return ``1 - (|A & S| + |A & P|) / (|A| + |S|)`` over all sentences (Och & Ney 2003).
 
-    gold: sure and possible links of each sentence, as `parse_pharaoh` gives them. Raises ValueError
-    if there is no link at all.
+    found: the links A of each sentence. gold: the sure links S and the possible links P of each
+    sentence, as `parse_pharaoh` returns them. Raises ValueError if there are no links at all, or
+    the numbers of sentences differ.
     """
     matches = links = 0
     for ours, (sure, possible) in zip(map(set, found), gold, strict=True):
         matches += len(ours & sure) + len(ours & (possible | sure))
         links += len(ours) + len(sure)
     if not links:
-        raise ValueError("there is no link to judge")
+        raise ValueError("cannot compute the alignment error rate: there are no links")
     return 1.0 - matches / links

@@ -1,4 +1,4 @@
-"""Symbols and their numbers."""
+"""Symbols and their ids."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = 3
-# A vocabulary with this symbol reads it for every symbol that it does not know.
+# A vocabulary that contains this symbol maps every unknown symbol to it.
 UNKNOWN = "<unk>"
 
 
 class UnknownSymbolError(ValueError):
-    """A symbol that the vocabulary does not hold; ``symbol`` is which."""
+    """``symbol`` is not in the vocabulary."""
 
     def __init__(self, symbol: str) -> None:
         super().__init__(f"unknown symbol {symbol!r}")
@@ -19,7 +19,10 @@ class UnknownSymbolError(ValueError):
 
 
 class Vocabulary:
-    """An ordered set of symbols, numbered from 3; 0 is padding, 1 begins and 2 ends a sequence."""
+    """An ordered set of symbols with ids from 3 on; 0 is `PAD`, 1 is `BOS` and 2 is `EOS`.
+
+    Raises ValueError if a symbol occurs twice.
+    """
 
     def __init__(self, symbols: Iterable[str]) -> None:
         self.symbols = tuple(symbols)
@@ -28,7 +31,7 @@ class Vocabulary:
             raise ValueError("symbols must be distinct")
 
     def __len__(self) -> int:
-        """Return how many numbers there are, the three special ones included."""
+        """Return the number of ids, the three special ones included."""
         return len(self.symbols) + _SPECIAL
 
     def __repr__(self) -> str:
@@ -36,8 +39,9 @@ class Vocabulary:
         return f"Vocabulary({len(self.symbols)} symbols: {shown})"
 
     def encode(self, symbols: Iterable[str]) -> list[int]:
-        """Return the numbers of ``symbols``; raises `UnknownSymbolError`, unless it has one for
-        those that are not known.
+        """Return the ids of ``symbols``.
+
+        Raises `UnknownSymbolError` for an unknown symbol, unless the vocabulary contains `UNKNOWN`.
         """
         unknown = self._numbers.get(UNKNOWN)
         if unknown is not None:
@@ -48,5 +52,5 @@ class Vocabulary:
             raise UnknownSymbolError(error.args[0]) from None
 
     def decode(self, numbers: Sequence[int]) -> tuple[str, ...]:
-        """Return the symbols of ``numbers``, without the special ones."""
+        """Return the symbols with the ids ``numbers``; special ids are dropped."""
         return tuple(self.symbols[n - _SPECIAL] for n in numbers if n >= _SPECIAL)

@@ -1,9 +1,9 @@
-"""One model of several: the mean of their parameters.
+"""Average the parameters of several models into one model.
 
-Of trainings that began at one model (`train --start-from`), or of checkpoints of one training, the
-mean lies between them in one valley of the loss and is often better than each: Izmailov et al.
+Models that were fine-tuned from the same model (`train --start-from`), or checkpoints of one run,
+lie in one basin of the loss, and their mean is often better than each of them: Izmailov et al.
 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"; Wortsman et al. 2022,
-"Model soups". It costs what one model costs, where an ensemble costs them all.
+"Model soups". An average runs at the cost of one model, an ensemble at the cost of all of them.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.errors import InputError
 
 
-def averaged(places: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the metadata of the first checkpoint and the mean of all their parameters.
+def averaged(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata of the first checkpoint and the mean of the parameters, in float32.
 
-    Raises `InputError` if one is missing or damaged, or of another model than the first.
+    Raises `InputError` if a checkpoint is missing or damaged, or if its model or its vocabularies
+    differ from those of the first.
     """
     shapes = []
-    for place in places:
-        meta = files.load_metadata(place)
-        model = load_recipe(place, meta).model
-        symbols = [vocabulary.symbols for vocabulary in load_vocabularies(place, meta)]
-        # What only a training does may differ.
+    for path in paths:
+        meta = files.load_metadata(path)
+        model = load_recipe(path, meta).model
+        symbols = [vocabulary.symbols for vocabulary in load_vocabularies(path, meta)]
+        # Options that only training uses may differ.
         shapes.append((replace(model, dropout=0.0, variational=False), symbols))
         if shapes[-1][0] != shapes[0][0]:
-            raise InputError(f"{place} is a model of other options than {places[0]}")
+            raise InputError(f"the model options of {path} differ from those of {paths[0]}")
         if symbols != shapes[0][1]:
-            raise InputError(f"{place} has other vocabularies than {places[0]}")
+            raise InputError(f"the vocabularies of {path} differ from those of {paths[0]}")
     total: dict[str, Tensor] = {}
-    for place in places:
-        parameters = files.load_tensors(place, files.MODEL)
+    for path in paths:
+        parameters = files.load_tensors(path, files.MODEL)
         if total and parameters.keys() != total.keys():
-            raise files.damaged(place, ValueError("it has other parameters"))
+            raise files.damaged(path, ValueError(f"its parameters differ from {paths[0]}"))
         for name, tensor in parameters.items():
-            # Summed in float64, a mean of one is that one to the bit.
+            # In float64 the mean of one model equals that model bit for bit.
             total[name] = total[name] + tensor if name in total else tensor.double()
-    return files.load_metadata(places[0]), {
-        name: (tensor / len(places)).float() for name, tensor in total.items()
+    return files.load_metadata(paths[0]), {
+        name: (tensor / len(paths)).float() for name, tensor in total.items()
     }

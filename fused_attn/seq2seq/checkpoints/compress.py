@@ -1,8 +1,9 @@
-"""Parameters in fewer bytes than they are used in: for models that are kept and sent, not trained.
+"""Store the parameters of exported models in float16 or int8.
 
-float16 halves a model. int8 quarters it: of each row of a matrix the numbers ``round(127 w / m)``
-with m the largest of its |w|, and m / 127, so that no weight is off by more than m / 254. Vectors
-(biases) stay as they are. Either way a model computes in float32 again once it is loaded.
+float16 halves the size of a model. int8 quarters it: each row of a matrix is stored as
+``round(127 w / m)``, m being the largest |w| of the row, together with the scale m / 127. No weight
+is off by more than m / 254. Vectors (biases) stay as they are. In either case the loaded model
+computes in float32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 
 STORED_TYPES = ("float32", "float16", "int8")
 
-_SCALE = ".int8-scale"  # in no parameter's name
+_SCALE = ".int8-scale"  # no parameter's name contains it
 
 
 def narrowed(parameters: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Return the parameters as they are stored: ``kind`` is float32, float16 or int8."""
+    """Return the tensors to store; ``kind`` is one of `STORED_TYPES`."""
     if kind != "int8":
         return {name: tensor.to(getattr(torch, kind)) for name, tensor in parameters.items()}
     stored: dict[str, Tensor] = {}
@@ -35,16 +36,16 @@ def narrowed(parameters: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def widened(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters that `narrowed` has stored, or those of any other checkpoint.
+    """Return the parameters of stored tensors: int8 matrices become float32, the rest is unchanged.
 
-    Raises KeyError if the scale of an int8 matrix is missing, ValueError if it is of another size.
+    Raises KeyError if the scale of an int8 matrix is missing, ValueError if it has the wrong shape.
     """
     parameters: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if tensor.dtype == torch.int8:
             scale = stored[name + _SCALE]
             if scale.shape != tensor.shape[:1]:
-                shapes = f"{tuple(scale.shape)}, for rows {tuple(tensor.shape)}"
+                shapes = f"{tuple(scale.shape)}, expected {tuple(tensor.shape[:1])}"
                 raise ValueError(f"{name + _SCALE} has shape {shapes}")
             parameters[name] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
         elif not name.endswith(_SCALE):

@@ -1,7 +1,7 @@
-"""Checkpoints: a directory of safetensors and JSON that is either whole or not there.
+"""Checkpoint files: a directory of safetensors and JSON, created only once complete.
 
-A checkpoint is written under a temporary name beside its place, synchronised to the disk and only
-then renamed. A full disk or a kill at any moment leaves the checkpoints before it as they were.
+A checkpoint is written under a temporary name in the same parent directory, synced to disk and then
+renamed. A full disk or a kill at any moment leaves earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def save(
     model: Mapping[str, Tensor],
     training: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write the checkpoint ``directory``, which must not exist, in one step.
+    """Write the checkpoint ``directory``, which must not exist, atomically.
 
-    meta: JSON values; the format version is added. model: the parameters. training: what else
-    goes on from here, the state of the optimizer and of the random generator; None for a model
-    that is only to be used.
+    meta: JSON values; the format version is added.
+    model: the parameters.
+    training: optimizer and random generator state to resume from; None for an exported model.
 
-    Raises OSError if it cannot be written; nothing is left of it then.
+    Raises OSError if it cannot be written; no part of it is left then.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=directory.parent))
@@ -53,7 +53,7 @@ def save(
             _write(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
         document = {"format_version": FORMAT_VERSION, **meta}
         _write(temporary / METADATA, json.dumps(document).encode())
-        temporary.chmod(0o755)  # mkdtemp keeps others out
+        temporary.chmod(0o755)  # mkdtemp creates it readable by its owner only
         _sync(temporary)
         temporary.rename(directory)
     except BaseException:
@@ -63,51 +63,54 @@ def save(
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint; it stops being one before the first of its files goes."""
+    """Remove a checkpoint. It is renamed first, so that no partial checkpoint is ever visible."""
     doomed = directory.with_name(_TEMPORARY_PREFIX + directory.name)
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what killed processes left in ``parent``, half written or half removed."""
+    """Remove half-written and half-removed checkpoints that killed processes left in ``parent``."""
     for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load_metadata(directory: Path) -> dict[str, Any]:
-    """Return the JSON of a checkpoint; raises `InputError` if it is none that we can read."""
+    """Return the metadata of a checkpoint.
+
+    Raises `InputError` if it is missing or damaged, or has another format version.
+    """
     with _readable(directory):
         document = json.loads((directory / METADATA).read_text(encoding="utf-8"))
         version = document["format_version"]
     if version != FORMAT_VERSION:
         raise InputError(
             f"the checkpoint {directory} has format version {version}; "
-            f"this version of fused-attn reads {FORMAT_VERSION}"
+            f"this version of fused-attn reads format version {FORMAT_VERSION}"
         )
     return dict(document)
 
 
 def load_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of the file `MODEL` or `TRAINING`; raises `InputError`.
+    """Return the tensors of the file ``name``, `MODEL` or `TRAINING`; raises `InputError`.
 
-    Those stored in int8 are float32 again.
+    Matrices stored in int8 are converted to float32.
     """
     with _readable(directory):
         tensors = widened(safetensors.torch.load((directory / name).read_bytes()))
-    # Views of one buffer, at any offset; cloned, each is aligned as any other tensor.
+    # They are views of one buffer at any offset. Clones have the usual alignment.
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors that is either whole or as it was before; raises OSError."""
+    """Write a file of tensors atomically, replacing an older one; raises OSError."""
     write_atomically(path, safetensors.torch.save(_contiguous(tensors)))
 
 
 def map_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a file, which is read as they are used; raises `InputError`."""
+    """Memory-map the tensors of a file. Pages are read on demand. Raises `InputError`."""
     with _readable(directory):
-        (directory / name).stat()  # whose error names the file
+        (directory / name).stat()  # its error names the file, that of safetensors does not
         return safetensors.torch.load_file(directory / name)
 
 
@@ -116,7 +119,9 @@ def _readable(directory: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        what = f"{Path(error.filename).name} is missing" if directory.is_dir() else "no such place"
+        what = "there is no such directory"
+        if directory.is_dir():
+            what = f"{Path(error.filename).name} is missing"
         raise InputError(f"no checkpoint at {directory}: {what}") from None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
@@ -125,15 +130,15 @@ def _readable(directory: Path) -> Iterator[None]:
 
 
 def damaged(directory: Path, error: Exception) -> InputError:
-    """Return the error to raise for a checkpoint whose parts do not fit together."""
+    """Return the `InputError` to raise for a checkpoint whose contents are not consistent."""
     reason = " ".join(str(error).split())
-    if isinstance(error, KeyError):  # its text is the key alone
-        reason = f"it lacks {reason}"
+    if isinstance(error, KeyError):  # its text is only the key
+        reason = f"{reason} is missing"
     return InputError(f"the checkpoint {directory} is damaged: {reason}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or as it was before; raises OSError."""
+    """Write a file atomically, replacing an older one; raises OSError."""
     descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -148,15 +153,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: the format has no name for what is shared."""
-    found: dict[str, Tensor] = {}
+    """Give each tensor memory of its own: safetensors cannot store shared memory."""
+    copies: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().contiguous()
-        place = own.untyped_storage().data_ptr()
-        found[name] = own.clone() if place in taken else own
-        taken.add(place)
-    return found
+        address = own.untyped_storage().data_ptr()
+        copies[name] = own.clone() if address in taken else own
+        taken.add(address)
+    return copies
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -167,7 +172,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Sync the entries of a directory to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Checkpoints by name: a path, the directory of a run, or a bundled model."""
+"""Find the checkpoint that a path, the directory of a run or the name of a bundled model means."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import cost
 
-CHECKPOINTS = "checkpoints"  # the directory of a run that holds them
+CHECKPOINTS = "checkpoints"  # the subdirectory of a run with its checkpoints
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints of a run, the latest last."""
-    # By step, and of one step the end of the epoch last: it follows a stop while being judged.
+    # Sorted by step. At the same step, the one with an epoch comes last: the other was written when
+    # the run was stopped during the evaluation at the end of that epoch.
     return sorted((directory / CHECKPOINTS).glob("step-*"))
 
 
-# The bundled models, each a checkpoint without the state of its training.
+# The bundled models, each a checkpoint without training state.
 SHIPPED = Path(__file__).resolve().parents[2] / "models"
 
 
 def find_checkpoint(model: str | Path) -> Path:
     """Return the checkpoint that ``model`` names.
 
-    That is the path itself, or the best checkpoint of a run, or its last one, or a bundled model.
-    Raises `InputError` if there is none.
+    model: a checkpoint; or the directory of a run, for its best checkpoint, or its last one if none
+        has been evaluated; or the name of a bundled model. Existing paths take precedence.
+
+    Raises `InputError` if there is no checkpoint.
     """
     model = Path(model)
     if (model / files.METADATA).exists():
@@ -35,26 +38,30 @@ def find_checkpoint(model: str | Path) -> Path:
     if not model.exists() and (shipped / files.METADATA).exists():
         return shipped
     if not found:
-        raise InputError(f"no checkpoint at {model}: {_what_is_there(model)}")
+        raise InputError(f"no checkpoint at {model}: {_reason(model)}")
     return best_checkpoint(found) or found[-1]
 
 
 def last_checkpoint(directory: Path) -> Path:
-    """Return the checkpoint of a run to resume from; raises `InputError` if there is none."""
+    """Return the last checkpoint of a run, to resume from; raises `InputError` if there is none."""
     found = checkpoints(directory)
     if not found:
-        raise InputError(f"nothing to resume in {directory}: {_what_is_there(directory)}")
+        raise InputError(f"nothing to resume in {directory}: {_reason(directory)}")
     return found[-1]
 
 
-def _what_is_there(path: Path) -> str:
+def _reason(path: Path) -> str:
+    """Why there is no checkpoint."""
     if not path.exists():
         return "there is no such directory"
-    return "it holds no checkpoint" if path.is_dir() else "it is not a directory"
+    return "it contains no checkpoint" if path.is_dir() else "it is not a directory"
 
 
 def best_checkpoint(found: list[Path]) -> Path | None:
-    """Return the checkpoint with the best measures, the first before the others."""
+    """Return the checkpoint with the best metrics on the development set, None if none has any.
+
+    The first metric decides, the next ones break ties.
+    """
     costs: dict[Path, tuple[float, ...]] = {}
     for path in found:
         if dev := files.load_metadata(path).get("dev"):

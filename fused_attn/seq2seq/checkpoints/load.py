@@ -1,4 +1,4 @@
-"""The model and the vocabularies of a checkpoint."""
+"""Load the model and the vocabularies of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def require_backend(backend: str, score: str, device: torch.device) -> None:
     """Raise `InputError` unless the backend can run a model with this score on the device."""
     try:
         backends.check_request(backend)
-        if score in problem.SCORES:  # the others are composed, or need no backend at all
+        if score in problem.SCORES:  # other scores are composed in torch, or need no backend
             backends.select(device.type, torch.float32, score, backend)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from None
 
 
 def load_vocabularies(directory: Path, meta: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
-    """Return source and target vocabulary of a checkpoint with this metadata.
+    """Return the source and target vocabularies of a checkpoint.
 
-    Raises `InputError` if it is damaged.
+    directory: for error messages. meta: its metadata. Raises `InputError` if it is damaged.
     """
     try:
         return Vocabulary(meta["source"]), Vocabulary(meta["target"])
@@ -44,12 +44,12 @@ def load_model(
     backend: str = "auto",
     device: torch.device | str = "auto",
 ) -> tuple[Seq2Seq, Vocabulary, Vocabulary]:
-    """Return the model of a checkpoint with this metadata, and source and target vocabulary.
+    """Return the model of a checkpoint, and its source and target vocabularies.
 
-    The model is on the device, see `choose_device`.
+    meta: the metadata of the checkpoint. device: where to put the model, see `choose_device`.
 
-    Raises `InputError` if the checkpoint is damaged or the backend cannot run it, or if
-    the device is not there.
+    Raises `InputError` if the checkpoint is damaged, the device is not available or the backend
+    cannot run the model.
     """
     device = choose_device(device)
     parameters = files.load_tensors(directory, files.MODEL)
@@ -62,6 +62,6 @@ def load_model(
     model = Seq2Seq(config, len(source), len(target), backend=backend)
     try:
         model.load_state_dict(parameters)
-    except RuntimeError as error:  # names or shapes that do not fit
+    except RuntimeError as error:  # names or shapes of parameters do not match
         raise files.damaged(directory, error) from None
     return model.to(device), source, target

@@ -1,4 +1,4 @@
-"""Everything that decides the numbers of a run."""
+"""The recipe of a run, as stored in its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
 
-# In the metadata of a run: the model that it began with, and the models that it learns from.
+# Keys in the metadata of a run: the model it started from, and the teachers it learns from.
 START_FROM, TEACHER = "start_from", "teacher"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the numbers of a run."""
+    """Everything that determines the results of a run."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -33,7 +33,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a checkpoint; KeyError, TypeError or ValueError if it is none."""
+        """Return the recipe in the metadata of a checkpoint.
+
+        Raises KeyError, TypeError or ValueError if the metadata is not valid.
+        """
         return cls(
             ModelConfig(**values["model"]),
             TrainingConfig(**values["training"]),
@@ -42,7 +45,10 @@ class Recipe:
 
 
 def load_recipe(directory: Path, meta: dict[str, Any]) -> Recipe:
-    """Return the recipe of a checkpoint with this metadata; raises `InputError`."""
+    """Return the recipe of a checkpoint; raises `InputError` if it is damaged.
+
+    directory: for error messages. meta: its metadata.
+    """
     try:
         return Recipe.from_json(meta)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""``fused-attn aer``: the alignment error rate of links."""
+"""``fused-attn aer``: the alignment error rate of alignment links."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from fused_attn.seq2seq.metrics import Link, alignment_error_rate
 
 
 def run(args: Namespace) -> int:
-    """``fused-attn aer``: print the alignment error rate of a file of links."""
+    """Print the alignment error rate of a file of links."""
     found, gold = _read_links(args.found), _read_links(args.gold)
     if len(found) != len(gold):
-        raise InputError(f"{args.found} has {len(found)} lines and {args.gold} {len(gold)}")
+        raise InputError(
+            f"{args.found} has {len(found)} lines, but {args.gold} has {len(gold)}; expected one "
+            "line per sentence in both"
+        )
     try:
         rate = alignment_error_rate([sure for sure, _ in found], gold)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""``fused-attn chat``: answer what is typed."""
+"""``fused-attn chat``: answer lines typed by the user."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from fused_attn.seq2seq.errors import InputError
 
 
 def run(args: Namespace) -> int:
-    """``fused-attn chat``: answer lines until there are no more."""
+    """Answer each line of standard input until it ends."""
     set_threads(args.threads)
     search = search_config(args)
     predictor = load_models(args)
-    asks = sys.stdin.isatty()
-    if asks:
-        import readline  # noqa: F401, input() has a history with it
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401, gives input() a history
 
-        print("Say something; Ctrl-D ends it.")
+        print("Type a message; Ctrl-D exits.")
     while True:
         try:
-            text = input("> " if asks else "")
+            text = input("> " if interactive else "")
         except EOFError:
-            print(end="\n" if asks else "")
+            print(end="\n" if interactive else "")
             return 0
         except UnicodeDecodeError:
-            raise InputError("a line is not UTF-8 text") from None
+            raise InputError("standard input is not UTF-8 text") from None
         source = predictor.read(text)
         if not source:
             continue
         try:
             (found,) = predictor.predict([source], search)
-        except InputError as error:  # a symbol that the model does not know
+        except InputError as error:  # an unknown symbol
             note(str(error))
             continue
         print(found.text, flush=True)

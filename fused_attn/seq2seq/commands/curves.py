@@ -1,4 +1,4 @@
-"""``fused-attn curves``: draw how trainings went."""
+"""``fused-attn curves``: plot the training curves of runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fused_attn.seq2seq.errors import InputError
 
 
 def run(args: Namespace) -> int:
-    """``fused-attn curves``: draw how trainings went."""
+    """Plot the loss and the development metrics of runs."""
     from fused_attn.seq2seq.commands.plots import save_curves  # matplotlib is slow to import
 
     try:

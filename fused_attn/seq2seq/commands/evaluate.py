@@ -1,4 +1,4 @@
-"""``fused-attn evaluate``: measure a model on held-out data."""
+"""``fused-attn evaluate``: evaluate a model on held-out data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fused_attn.seq2seq.tasks.base import Task
 
 
 def run(args: Namespace) -> int:
-    """``fused-attn evaluate``: print error rates, and samples if asked for."""
+    """Print the metrics of a model, and samples if asked for."""
     set_threads(args.threads)
     for option in ("limit", "samples"):
         value = getattr(args, option)
         if value is not None and value < (option == "limit"):
-            raise InputError(f"--{option} must be positive, got {value}")
+            least = "positive" if option == "limit" else "at least 0"
+            raise InputError(f"--{option} must be {least}, got {value}")
     search = search_config(args)
     predictor = load_models(args)
     task = predictor.task
@@ -61,26 +62,27 @@ def run(args: Namespace) -> int:
 
 
 def _items(args: Namespace, task: Task) -> list[Item]:
-    """Return the items to judge, in an order that looks random, with a note on what is odd."""
+    """Return the items to evaluate on, in a pseudo-random order; print notes about them."""
     if args.test is None:
         items = list(task.load().test)
         if not items:
-            raise InputError("there is no test data: name a file with --test")
+            raise InputError("the model has no test set: name a file with --test")
     else:
         items, notes = task.listed(args.test)
         for text in notes:
             note(text)
         try:
             data = task.load()
-        except InputError as error:  # a model goes further than the data it was made of
-            note(f"whether the model was trained on these {task.units[0]} is not known: {error}")
+        except InputError as error:  # a model may be used where its training data is not available
+            note(f"cannot check whether the model was trained on these {task.units[0]}: {error}")
             return sorted(items, key=_shuffled)[: args.limit]
         judged = {item.source for item in items}
         trained = {pair.source for pair in data.train if pair.source in judged}
         chosen = ({item.source for item in data.dev} & judged) - trained
-        for what, seen in (("trained on", trained), ("chosen by", chosen)):
+        for where, seen in (("training", trained), ("development", chosen)):
             if seen:
-                note(f"the model was {what} {len(seen)} of these {task.units[0]}")
+                verb = "is" if len(seen) == 1 else "are"
+                note(f"{len(seen)} of these {task.units[0]} {verb} in the {where} set of the model")
     return sorted(items, key=_shuffled)[: args.limit]
 
 

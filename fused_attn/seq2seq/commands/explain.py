@@ -1,4 +1,4 @@
-"""``fused-attn explain``: one HTML page, with nothing from elsewhere, on what a model looked at."""
+"""``fused-attn explain``: a self-contained HTML page with the attention of a prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_attn.seq2seq.inference.prediction import Prediction
 
 
 def run(args: Namespace) -> int:
-    """Write the page for one source: what was read and written, alternatives, alignments."""
+    """Write a page for one source: its tokens, the best targets and their alignments."""
     set_threads(args.threads)
     path: Path = args.output
     if not path.parent.is_dir():
@@ -39,11 +39,11 @@ def run(args: Namespace) -> int:
 
 
 def page(found: Prediction) -> str:
-    """Return the HTML text for a prediction and its alternatives."""
+    """Return the HTML page for a prediction and its alternatives."""
     hypotheses = [_values(prediction) for prediction in found.alternatives]
     data = {"source": list(found.source), "hypotheses": hypotheses}
     template = resources.files("fused_attn.seq2seq.commands").joinpath("explain.html")
-    # In a script element "<" could end it, or begin a comment.
+    # Inside a script element, "<" could end the element or start a comment.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return template.read_text(encoding="utf-8").replace("@DATA@", text)
 

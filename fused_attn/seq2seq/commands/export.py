@@ -1,4 +1,4 @@
-"""``fused-attn export``: the model of a checkpoint without its training state."""
+"""``fused-attn export``: write the model of a checkpoint without its training state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fused_attn.seq2seq.errors import InputError
 
 
 def run(args: Namespace) -> int:
-    """``fused-attn export``: write the model of a checkpoint, to be used and not trained on."""
+    """Write a model, or the average of several, for prediction only."""
     directory: Path = args.output
     if directory.exists():
-        raise InputError(f"--output: {directory} is already there")
+        raise InputError(f"--output: {directory} already exists")
     meta, parameters = averaged([find_checkpoint(model) for model in (args.model, *args.average)])
-    if args.average:  # nothing has been measured of a mean
+    if args.average:  # the metrics of the first model are not those of the average
         meta.pop("dev", None)
     save_model(directory, meta, parameters, args.store)
     size = sum(file.stat().st_size for file in directory.iterdir())

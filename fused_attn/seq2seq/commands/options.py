@@ -1,4 +1,4 @@
-"""What the commands make of the options that several of them have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fused_attn.seq2seq.inference.predictor import Predictor, load
 
 
 def load_models(args: Namespace) -> Predictor:
-    """Return the model of ``args.model``, or its ensemble with those of ``args.ensemble``."""
+    """Load ``args.model``, or an ensemble of it and the models in ``args.ensemble``."""
     device = choose_device(own_device(args.device))
     return load(args.model, *args.ensemble, backend=args.backend, device=device)
 
 
 def search_config(args: Namespace) -> SearchConfig:
-    """Return the search that was asked for; raises `InputError`."""
+    """Return the search configuration that the options give; raises `InputError`."""
     given = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
     try:
         return SearchConfig(**{name: value for name, value in given.items() if value is not None})
@@ -30,13 +30,13 @@ def search_config(args: Namespace) -> SearchConfig:
 
 
 def as_option(error: ValueError) -> InputError:
-    """The message of a configuration, which begins with the field's name, as one of an option."""
+    """Turn the error of a configuration, whose message begins with the field, into an option's."""
     name, _, rest = str(error).partition(" ")
     return OptionError(name, rest)
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use so many threads; raises `InputError`."""
+    """Set the number of threads of torch, None for its default; raises `InputError`."""
     if threads is None:
         return
     if threads < 1:
@@ -45,5 +45,5 @@ def set_threads(threads: int | None) -> None:
 
 
 def note(text: str) -> None:
-    """Tell people what is odd."""
+    """Print a note to standard error."""
     print(f"note: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pictures of alignments and of trainings."""
+"""Plots of alignments and of training curves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_rows
 
-# Inches: the side of a cell, room for the phones beside a map and for the letters above it.
+# In inches: the side of a cell, the room left of a map and above it, the margin, a letter.
 _CELL, _LEFT, _TOP, _EDGE, _LETTER = 0.32, 0.6, 0.45, 0.15, 0.1
 
 
 def font_families(text: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Return families that together have the characters of a text, and what none of them has.
+    """Return font families that cover the characters of a text, and the characters not covered.
 
-    Matplotlib's own font comes first; what it lacks is looked for in the fonts of this machine.
+    Matplotlib's own font comes first. System fonts are searched for characters it does not have.
     """
     own = font_manager.findfont("DejaVu Sans")
     families = ["DejaVu Sans"]
@@ -51,11 +51,12 @@ def _characters(path: str) -> set[str]:
 
 
 def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
-    """Return a figure with a heat map for each prediction, one below the other.
+    """Return a figure with a heat map of the alignment of each prediction, one below the other.
 
-    A map has the source's symbols along the top and the target's down the side; the darker a cell,
-    the more of the weight a_t of that target symbol lies on that source symbol. The predictions
-    need their weights, and a target that is not empty.
+    Source tokens are along the top, target tokens down the side. The darker a cell, the larger the
+    weight of that target token on that source token. Targets must not be empty.
+
+    Raises ValueError if a prediction has no alignment.
     """
     upright = max(map(_letters, chain(*(p.source for p in predictions))), default=0) <= 2
     top = max((_letters(s) for p in predictions for s in p.source), default=0) * _LETTER + _EDGE
@@ -74,8 +75,8 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
         bottom -= top + down
         axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
         axes.imshow(prediction.alignment.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
-        turned = 0 if upright else 90
-        axes.set_xticks(range(len(prediction.source)), prediction.source, rotation=turned)
+        angle = 0 if upright else 90
+        axes.set_xticks(range(len(prediction.source)), prediction.source, rotation=angle)
         axes.set_yticks(range(len(prediction.tokens)), prediction.tokens)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -83,41 +84,41 @@ def alignment_figure(predictions: Sequence[Prediction]) -> Figure:
 
 
 def _letters(symbol: str) -> int:
-    """Width in letters; those of East Asia count twice."""
+    """The display width of a symbol in letters; wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in symbol)
 
 
 def curves_figure(runs: Sequence[Path]) -> Figure:
-    """Return a figure of trainings: the loss of each step, and each measure after each epoch.
+    """Return a figure with the loss of each step, and each metric after each epoch, of all runs.
 
-    Raises `InputError` if a directory has no log.
+    Raises `InputError` if a directory has no training log.
     """
     steps = {run: read_rows(run / STEPS) for run in runs}
     epochs = {run: read_rows(run / EPOCHS) for run in runs}
     for run, rows in steps.items():
         if not rows:
-            raise InputError(f"{run} has no log of a training: {STEPS} is missing or empty")
-    places = ("epoch", "step", "train_loss", "seconds")
-    measures = list(
-        dict.fromkeys(n for rows in epochs.values() for r in rows for n in r if n not in places)
+            raise InputError(f"{run} has no training log: {STEPS} is missing or empty")
+    others = ("epoch", "step", "train_loss", "seconds")
+    metrics = list(
+        dict.fromkeys(n for rows in epochs.values() for r in rows for n in r if n not in others)
     )
-    figure = Figure(figsize=(6.4, 2.6 * (1 + len(measures))), layout="constrained")
+    figure = Figure(figsize=(6.4, 2.6 * (1 + len(metrics))), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1 + len(measures), squeeze=False)[:, 0]
+    axes = figure.subplots(1 + len(metrics), squeeze=False)[:, 0]
     for run in runs:
         x = [int(row["step"]) for row in steps[run]]
         loss = _smooth([float(row["loss"]) for row in steps[run]])
         axes[0].plot(x, loss, label=run.name, linewidth=1.2)
-        for place, name in zip(axes[1:], measures, strict=True):
+        for panel, name in zip(axes[1:], metrics, strict=True):
             rows = [row for row in epochs[run] if name in row]
             values = [float(row[name]) * (1 if name == PERPLEXITY else 100) for row in rows]
-            place.plot([int(row["step"]) for row in rows], values, marker=".", label=run.name)
-    axes[0].set_ylabel("loss, nats a symbol")
+            panel.plot([int(row["step"]) for row in rows], values, marker=".", label=run.name)
+    axes[0].set_ylabel("loss, nats per symbol")
     axes[0].set_yscale("log")
-    for place, name in zip(axes[1:], measures, strict=True):
-        place.set_ylabel(name if name == PERPLEXITY else f"{name}, %")
-    for place in axes:
-        place.grid(alpha=0.3)
+    for panel, name in zip(axes[1:], metrics, strict=True):
+        panel.set_ylabel(name if name == PERPLEXITY else f"{name}, %")
+    for panel in axes:
+        panel.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     if len(runs) > 1:
         axes[0].legend()
@@ -125,37 +126,43 @@ def curves_figure(runs: Sequence[Path]) -> Figure:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A running mean of the last fiftieth of the values."""
+    """The running mean over a window of a fiftieth of the values."""
     width = max(1, len(values) // 50)
     sums = [0.0, *accumulate(values)]
     return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(values) + 1)]
 
 
 def save_curves(runs: Sequence[Path], path: Path) -> None:
-    """Write `curves_figure`, as `save_alignments` writes."""
+    """Write `curves_figure` to a PNG or SVG file atomically; raises `InputError` or OSError."""
     _save(curves_figure(runs), path)
 
 
 def save_alignments(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write `alignment_figure` to a file that is whole or not there; raises OSError.
+    """Write `alignment_figure` to a PNG or SVG file atomically.
 
-    A PNG, or an SVG for a path that ends so. Prints a note if no font here has a character.
+    Prints a note if a PNG has a character that no font of this machine has.
+
+    Raises `InputError` if ``path`` ends in neither .png nor .svg, OSError if it cannot be written.
     """
     symbols = (symbol for p in predictions for symbol in (*p.source, *p.tokens))
     families, missing = font_families("".join(symbols))
-    if missing and path.suffix.lower() == ".png":  # who looks at an SVG may have a font for it
+    if missing and path.suffix.lower() == ".png":  # the viewer of an SVG may have the font
         shown = "".join(sorted(missing)[:10])
-        print(f"note: no font on this machine has {shown}; Noto fonts have", file=sys.stderr)
+        print(
+            f"note: no font on this machine has the characters {shown}; install Noto fonts",
+            file=sys.stderr,
+        )
     with rc_context({"font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # it has been said
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the note reports them
         _save(alignment_figure(predictions), path)
 
 
 def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
-        raise InputError(f"--output must name a file that ends in .png or .svg, got {path}")
+        raise InputError(f"--output must be a file name ending in .png or .svg, got {path}")
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):  # text stays text
+    # Text remains text, and equal figures give equal files.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"}):
         figure.savefig(buffer, format=kind, dpi=150)
     write_atomically(path, buffer.getvalue())

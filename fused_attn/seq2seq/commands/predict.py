@@ -1,4 +1,4 @@
-"""``fused-attn predict``: lines in, lines out, and alignments as a picture or as text."""
+"""``fused-attn predict``: predict a target for each line, and write alignments."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fused_attn.seq2seq.inference.files import Group, predict_file
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.predictor import Predictor
 
-# Panels of a picture of alignments.
+# Largest number of heat maps in a picture of alignments.
 MAX_PANELS = 12
-# What a file of alignments holds, by the end of its name: pictures, or a line for each source.
+# File name endings for --alignments: a picture, or a text file with one line per source.
 PICTURES, TEXTS = (".png", ".svg"), (".pharaoh", ".soft")
 
 _READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What is asked of every lot of lines."""
+class _Output:
+    """What to compute and print for each batch of lines."""
 
     search: SearchConfig
     weights: bool
@@ -39,7 +39,7 @@ class _Wanted:
 
 
 def run(args: Namespace) -> int:
-    """A line out for each line in, as soon as it is there; to a file, all of them at the end."""
+    """Print a line for each input line as soon as it is predicted, or write all to --output."""
     set_threads(args.threads)
     group = Group.of_environment()
     _check_files(args, group)
@@ -49,71 +49,71 @@ def run(args: Namespace) -> int:
     for option in ("alignments", "replace_unknown"):
         if getattr(args, option) and not has_attention:
             name = option.replace("_", "-")
-            raise InputError(f"--{name}: the model has no attention to draw or to copy by")
+            raise InputError(f"--{name} needs a model with attention, and this one has none")
     weights = args.alignments is not None or args.replace_unknown
-    wanted = _Wanted(search, weights, args.scores, args.replace_unknown)
+    output = _Output(search, weights, args.scores, args.replace_unknown)
     if args.output is not None:
 
-        def answer(lot: list[bytes], before: int) -> str:
-            lines, _, problem = _predict_lot(predictor, lot, "line", before, wanted)
+        def answer(batch: list[bytes], before: int) -> str:
+            lines, _, problem = _predict_batch(predictor, batch, "line", before, output)
             if problem is not None:
                 raise problem
             return lines
 
         predict_file(args.input, args.output, answer, group)
         return 0
-    return _predict_stream(args, predictor, wanted)
+    return _predict_stream(args, predictor, output)
 
 
 def _check_files(args: Namespace, group: Group) -> None:
-    drawn: Path | None = args.alignments
-    if drawn is not None and drawn.suffix.lower() not in (*PICTURES, *TEXTS):
-        names = ", ".join((*PICTURES, *TEXTS))
-        raise InputError(f"--alignments must name a file that ends in {names}, got {drawn}")
-    if drawn is not None and not drawn.parent.is_dir():
-        raise InputError(f"--alignments: there is no directory {drawn.parent}")
+    path: Path | None = args.alignments
+    if path is not None and path.suffix.lower() not in (*PICTURES, *TEXTS):
+        endings = ", ".join((*PICTURES, *TEXTS))
+        raise InputError(f"--alignments must be a file name ending in one of {endings}, got {path}")
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"--alignments: there is no directory {path.parent}")
     if (args.input is None) != (args.output is None):
-        raise InputError("--input and --output go together")
+        raise InputError("--input and --output must be given together")
     if args.output is not None:
-        if args.text or drawn is not None:
-            raise InputError("--input goes without TEXT and --alignments")
+        if args.text or path is not None:
+            raise InputError("--input cannot be combined with TEXT or --alignments")
         if not args.output.parent.is_dir():
             raise InputError(f"--output: there is no directory {args.output.parent}")
     elif group.size > 1:
-        raise InputError("several processes need --input and --output to share the work")
+        raise InputError("prediction with several processes needs --input and --output")
 
 
-def _predict_stream(args: Namespace, predictor: Predictor, wanted: _Wanted) -> int:
-    drawn: Path | None = args.alignments
-    kind_of_file = "" if drawn is None else drawn.suffix.lower()
-    found: list[Prediction] = []  # for the file: all for a text, the first for a picture
+def _predict_stream(args: Namespace, predictor: Predictor, output: _Output) -> int:
+    path: Path | None = args.alignments
+    ending = "" if path is None else path.suffix.lower()
+    found: list[Prediction] = []  # for --alignments: all for a text file, the first for a picture
     count = 0
-    for lot, kind in _lots(args):
-        lines, predictions, problem = _predict_lot(predictor, lot, kind, count, wanted)
+    for batch, kind in _batches(args):
+        lines, predictions, problem = _predict_batch(predictor, batch, kind, count, output)
         print(lines, end="", flush=True)
         if problem is not None:
             raise problem
         for prediction in predictions:
-            if kind_of_file in TEXTS:
+            if ending in TEXTS:
                 found.append(prediction)
-            elif drawn is not None and len(found) < MAX_PANELS and prediction.tokens:
+            elif path is not None and len(found) < MAX_PANELS and prediction.tokens:
                 found.append(prediction)
-        count += len(lot)
-    if drawn is not None:
-        _write_alignments(found, drawn, count)
+        count += len(batch)
+    if path is not None:
+        _write_alignments(found, path, count)
     return 0
 
 
-def _lots(args: Namespace) -> Iterator[tuple[list[bytes], str]]:
-    """Yield the sources in lots, with what one of them is called."""
+def _batches(args: Namespace) -> Iterator[tuple[list[bytes], str]]:
+    """Yield the sources in batches, each with what error messages call a source."""
     if args.text:
         yield [os.fsencode(text) for text in args.text], "argument"
     elif sys.stdin is None:
-        raise InputError("there is neither a TEXT nor a standard input")
+        raise InputError("there is no TEXT, and standard input is closed")
     else:
         try:
             descriptor = sys.stdin.fileno()
-        except (OSError, ValueError):  # a stream of Python's, as in a test or a notebook
+        except (OSError, ValueError):  # not a file, as in a test or a notebook
             yield sys.stdin.read().encode().splitlines(), "line"
             return
         for lines in _available_lines(descriptor):
@@ -121,7 +121,7 @@ def _lots(args: Namespace) -> Iterator[tuple[list[bytes], str]]:
 
 
 def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
-    """Yield the lines of a file as they come: those that one read brings go through together."""
+    """Yield the lines of a file as they arrive; those of one read form a batch."""
     rest = b""
     while data := os.read(descriptor, _READ_BYTES):
         *lines, rest = (rest + data).split(b"\n")
@@ -131,21 +131,23 @@ def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _predict_lot(
+def _predict_batch(
     predictor: Predictor,
-    lot: Sequence[bytes],
+    batch: Sequence[bytes],
     kind: str,
     before: int,
-    wanted: _Wanted,
+    output: _Output,
 ) -> tuple[str, list[Prediction], InputError | None]:
-    """Predict for some lines; for those before the first that cannot be read.
+    """Predict for a batch of lines, up to the first one that cannot be used.
 
-    Returns the text to write, of which every source has ``search.nbest`` lines, the last ones empty
-    if fewer were found; the best of each; and what is wrong with a line, if one is.
+    kind: what error messages call a line. before: number of lines before this batch.
+
+    Returns the text to write, the predictions, and the error of the bad line, or None. Every source
+    has ``search.nbest`` lines of text; they are empty where fewer targets were found.
     """
     sources: list[Symbols] = []
     problem: InputError | None = None
-    for number, text in enumerate(lot, start=before + 1):
+    for number, text in enumerate(batch, start=before + 1):
         try:
             source = predictor.read(text.decode())
             predictor.encode(source)
@@ -156,19 +158,19 @@ def _predict_lot(
             problem = InputError(f"{kind} {number}: {error}")
             break
         sources.append(source)
-    predictions = predictor.predict(sources, wanted.search, alignments=wanted.weights)
+    predictions = predictor.predict(sources, output.search, alignments=output.weights)
     lines = []
     for best in predictions:
         for prediction in best.alternatives:
-            score = f"{prediction.ranking_score:.4f}\t" if wanted.scores else ""
-            lines.append(score + _text(prediction, predictor, wanted))
-        lines += [""] * (wanted.search.nbest - len(best.alternatives))
+            score = f"{prediction.ranking_score:.4f}\t" if output.scores else ""
+            lines.append(score + _text(prediction, predictor, output))
+        lines += [""] * (output.search.nbest - len(best.alternatives))
     written = "".join(f"{line}\n" for line in lines)
     return written, predictions, problem
 
 
-def _text(prediction: Prediction, predictor: Predictor, wanted: _Wanted) -> str:
-    if not wanted.replace_unknown:
+def _text(prediction: Prediction, predictor: Predictor, output: _Output) -> str:
+    if not output.replace_unknown:
         return prediction.text
     copied = replace_unknown(prediction.tokens, prediction.source, prediction.alignment)
     return predictor.task.write(copied)
@@ -184,7 +186,7 @@ def _write_alignments(found: Sequence[Prediction], path: Path, count: int) -> No
         )
 
         if not found:
-            raise InputError("there is nothing to draw: no source has a target")
+            raise InputError("--alignments: nothing to draw, all targets are empty")
         save_alignments(found, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -1,1 +1,1 @@
-"""Pairs of sequences: files, links, tokenizers, and batches for training."""
+"""Source-target pairs: files, alignment links, tokenizers, and training batches."""

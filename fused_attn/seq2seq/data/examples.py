@@ -1,4 +1,4 @@
-"""Pairs of sequences as tensors, and the batches of an epoch."""
+"""Encoded source-target pairs, and how they are batched in each epoch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs cut to the longest among them."""
+    """B pairs, padded at the end to the longest source (S) and the longest target (T + 1)."""
 
     source: Tensor  # int64 (B, S)
     source_lengths: Tensor  # int64 (B,)
     target: Tensor  # int64 (B, T + 1), BOS ... EOS
     tokens: int  # target symbols to predict, EOS included
-    alignment: Tensor | None = None  # float32 (B, T, S), rows of links that sum to 1, or of zeros
-    soft_targets: SoftTargets | None = None  # the teachers'
+    alignment: Tensor | None = None  # float32 (B, T, S); each row sums to 1, or is 0 without links
+    soft_targets: SoftTargets | None = None  # from the teachers, for distillation
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device, but for the lengths of its sources: the host reads them."""
+        """Return the batch on a device. The source lengths stay where they are: the host reads
+        them.
+        """
         return Batch(
             moved(self.source, device),
             self.source_lengths,
@@ -40,15 +42,15 @@ class Batch:
         )
 
 
-# Source and target as numbers, without BOS and EOS, and the links between them, if there are any:
-# numbers source, target, source, target ..., both counted from 0.
+# Source and target ids without BOS and EOS, and the links between them, if any: a flat list of
+# 0-based positions source, target, source, target, ...
 Encoded = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 class Examples:
-    """Encoded pairs, from which any can be drawn at once.
+    """Encoded pairs with random access.
 
-    soft_targets: the teachers', for training with distillation; None without.
+    soft_targets: the teachers' probabilities when training with distillation, else None.
     """
 
     def __init__(self, source: Sequences, target: Sequences, links: Sequences) -> None:
@@ -59,14 +61,15 @@ class Examples:
 
     @classmethod
     def of(cls, sources: Iterable[Sequence[int]], targets: Iterable[Sequence[int]]) -> Self:
-        """Keep pairs of sequences, without BOS and EOS, in memory."""
+        """Keep pairs of id sequences, without BOS and EOS, in memory."""
         return cls.collect((s, t, ()) for s, t in zip(sources, targets, strict=True))
 
     @classmethod
     def collect(cls, pairs: Iterable[Encoded], directory: Path | None = None) -> Self:
-        """Keep pairs in memory, or in files in a directory; about 40 bytes a pair stay in memory.
+        """Keep pairs in memory, or in files in ``directory``.
 
-        Raises OSError if the files cannot be written.
+        With files, about 40 bytes per pair stay in memory. Raises OSError if the files cannot be
+        written.
         """
         writers = [SequenceWriter(directory and directory / name) for name in _COLUMNS]
         for source, target, links in pairs:
@@ -76,7 +79,7 @@ class Examples:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Read pairs from where `collect` put them."""
+        """Open the pairs that `collect` wrote to ``directory``."""
         return cls(*(Sequences.open(directory / name) for name in _COLUMNS))
 
     def __len__(self) -> int:
@@ -94,11 +97,11 @@ class Examples:
 
     @property
     def target_lengths(self) -> Tensor:
-        """int64 (N,), with BOS and EOS."""
+        """int64 (N,), BOS and EOS included."""
         return self._target.lengths
 
     def batch(self, rows: Tensor) -> Batch:
-        """Return the pairs ``rows``, int64 (B,), as a batch."""
+        """Return the pairs with the indices ``rows``, int64 (B,), as a batch."""
         source, lengths = self._source.rows(rows)
         target, target_lengths = self._target.rows(rows)
         tokens = int(target_lengths.sum()) - len(rows)
@@ -114,16 +117,16 @@ _COLUMNS = ("source", "target", "links")
 
 
 def _alignment(links: Tensor, counts: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The links of each pair as shares of each target symbol's weight."""
-    row, place = (torch.arange(links.shape[1]) < counts[:, None])[:, ::2].nonzero(as_tuple=True)
-    source, target = links[:, ::2][row, place], links[:, 1::2][row, place]
+    """Links as attention weights (B, T, S): equal weights on the linked source symbols."""
+    row, link = (torch.arange(links.shape[1]) < counts[:, None])[:, ::2].nonzero(as_tuple=True)
+    source, target = links[:, ::2][row, link], links[:, 1::2][row, link]
     linked = torch.zeros(shape)
     linked[row, target, source] = 1.0
     return linked / linked.sum(dim=2, keepdim=True).clamp(min=1.0)
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return ``sequences`` as int64 (N, longest), padded at the end, and their lengths (N,)."""
+    """Return ``sequences`` padded at the end, int64 (N, longest), and their lengths, int64 (N,)."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = torch.full((len(sequences), int(lengths.max()) if len(sequences) else 0), PAD)
     inside = torch.arange(padded.shape[1]) < lengths[:, None]
@@ -132,19 +135,20 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def epoch_batches(examples: Examples, config: TrainingConfig, epoch: int) -> list[Tensor]:
-    """Return the batches of an epoch, each as row numbers int64.
+    """Return the batches of an epoch, each as the indices of its pairs, int64 (B,).
 
-    The order depends on the arguments only, so that a run resumes inside an epoch without any
-    state of a generator. With ``config.bucket`` sources in a batch are equally long, which spares
-    packing; their targets are as they come. What a length leaves over fills mixed batches: small
-    batches of the rare lengths would be steps of their own, as large as those of a full batch.
+    The order depends only on the arguments, so a run resumes in the middle of an epoch without a
+    saved generator state. With ``config.bucket`` the sources of a batch have equal length, which
+    avoids packing; the lengths of the targets vary. Pairs left over from each length are collected
+    into mixed batches: a small batch of a rare length would otherwise be an optimizer step of its
+    own, with the weight of a full batch.
     """
     generator = torch.Generator().manual_seed((config.seed << 20) + epoch)
     order = torch.randperm(len(examples), generator=generator)
     if not config.bucket:
         return list(order.split(config.batch_size))
     lengths = examples.source_lengths[order]
-    # A stable sort leaves the pairs of each length in their random order.
+    # A stable sort keeps the random order within each length.
     counts = lengths.unique(return_counts=True)[1].tolist()
     cut = _by_pairs if config.batch_tokens is None else _by_tokens
     batches: list[Tensor] = []
@@ -164,17 +168,19 @@ def epoch_batches(examples: Examples, config: TrainingConfig, epoch: int) -> lis
 def _by_pairs(
     examples: Examples, rows: Tensor, config: TrainingConfig
 ) -> tuple[list[Tensor], Tensor]:
-    """Full batches of equally many pairs, and what is left over."""
+    """Full batches of ``config.batch_size`` pairs, and the pairs left over."""
     full = len(rows) // config.batch_size * config.batch_size
-    # Not sorted by their targets: that saves some padding, but a batch of targets of one length is
-    # of one kind of pair, and models that learn from such batches are worse (DESIGN).
+    # Not sorted by target length. Sorting saves some padding, but the pairs of a batch with equal
+    # target lengths are too much alike, and models trained on such batches are worse (DESIGN).
     return list(rows[:full].split(config.batch_size)) if full else [], rows[full:]
 
 
 def _by_tokens(
     examples: Examples, rows: Tensor, config: TrainingConfig
 ) -> tuple[list[Tensor], Tensor]:
-    """Batches with as many pairs as the symbols allow, padding counted, and what is left over."""
+    """Batches of at most ``config.batch_tokens`` symbols, padding included, and the pairs left
+    over. A pair longer than that is a batch by itself.
+    """
     assert config.batch_tokens is not None
     widths = examples.source_lengths[rows] + examples.target_lengths[rows]
     by_width = widths.argsort(stable=True)
@@ -185,12 +191,12 @@ def _by_tokens(
         area = torch.arange(1, min(most, len(rows)) + 1) * widths[:most]
         count = max(1, int((area <= config.batch_tokens).sum()))
         if count == len(rows) and int(area[-1]) < config.batch_tokens // 2:
-            break  # a batch of less than half the symbols
+            break  # the last batch would be less than half full
         batches.append(rows[:count])
         rows, widths = rows[count:], widths[count:]
     return batches, rows
 
 
 def split_batch(rows: Tensor, parts: int) -> list[Tensor]:
-    """Return the rows of a batch in parts of equal size, give or take one; some may be empty."""
+    """Split a batch into ``parts`` whose sizes differ by at most one; some may be empty."""
     return list(rows.tensor_split(parts))

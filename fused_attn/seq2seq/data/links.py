@@ -1,4 +1,4 @@
-"""Links between the symbols of a source and a target, in the format of Pharaoh."""
+"""Alignment links between source and target symbols, in the Pharaoh format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from fused_attn.seq2seq.metrics import Link
 
 
 def pharaoh(links: Iterable[Link]) -> str:
-    """Links as ``source-target`` pairs, sorted: the format of Pharaoh, Giza and fast_align."""
+    """Write links as sorted ``source-target`` pairs: the format of Pharaoh, Giza and fast_align."""
     return " ".join(f"{source}-{target}" for source, target in sorted(links))
 
 
 def parse_pharaoh(text: str) -> tuple[set[Link], set[Link]]:
-    """Sure and possible links of a line: ``0-0`` is sure, ``0?1`` (or ``0p1``) possible.
+    """Return the sure and the possible links of a line.
 
-    Sure links are possible too. Raises ValueError that names what cannot be read.
+    ``0-0`` is a sure link, ``0?1`` or ``0p1`` a possible one. The possible links include the sure
+    ones. Raises ValueError that quotes the first word that is not a link.
     """
     sure: set[Link] = set()
     possible: set[Link] = set()
@@ -23,7 +24,7 @@ def parse_pharaoh(text: str) -> tuple[set[Link], set[Link]]:
         mark = next((mark for mark in "-?p" if mark in word), None)
         first, _, second = word.partition(mark) if mark else (word, "", "")
         if mark is None or not (first.isdecimal() and second.isdecimal()):
-            raise ValueError(f"{word!r} is no link: expected 0-1, or 0?1 for a possible one")
+            raise ValueError(f"{word!r} is not a link: expected 0-1, or 0?1 for a possible link")
         link = (int(first), int(second))
         possible.add(link)
         if mark == "-":

@@ -1,4 +1,4 @@
-"""Pairs from files and from Python, in any script, checked one by one."""
+"""Source-target pairs read from files or given in Python, in any script, checked one by one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Reader:
     """How texts become pairs.
 
     source, target: the tokenizers.
-    max_length: the longest sequence in symbols.
-    skip_bad: leave out what cannot be used, and count it, instead of stopping at the first.
+    max_length: longest source or target allowed, in symbols.
+    skip_bad: skip and count entries that cannot be used, instead of stopping at the first.
     """
 
     source: Tokenizer = Words()  # noqa: RUF009, it has no state
@@ -34,25 +34,32 @@ class Reader:
     skip_bad: bool = False
 
     def line(self, columns: Sequence[bytes]) -> Pair:
-        """The pair of a line's columns; raises ValueError that says what is wrong with it."""
+        """Return the pair in the columns of a line; raises ValueError if the line is not one."""
         if len(columns) not in (2, 3):
-            raise ValueError(f"expected source and target with a tab between, got {len(columns)}")
+            raise ValueError(
+                "expected a source and a target separated by a tab, "
+                f"got {len(columns)} column{'' if len(columns) == 1 else 's'}"
+            )
         try:
             source, target, *links = (column.decode() for column in columns)
         except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8 text (byte {error.start + 1})") from None
+            raise ValueError(f"not UTF-8 text (byte {error.start + 1})") from None
         pair = self.pair(source, target)
         return pair._replace(links=_links(links[0], *pair[:2])) if links else pair
 
     def pair(self, source: str | Sequence[str], target: str | Sequence[str]) -> Pair:
-        """The pair of two texts, or of sequences that are symbols already; raises ValueError."""
+        """Return the pair of two texts, or of two sequences of symbols.
+
+        Raises ValueError if either is empty or longer than ``max_length``.
+        """
         pair = Pair(_symbols(source, self.source), _symbols(target, self.target))
         for name, symbols in (("source", pair.source), ("target", pair.target)):
             if not symbols:
                 raise ValueError(f"the {name} is empty")
             if len(symbols) > self.max_length:
                 raise ValueError(
-                    f"the {name} has {len(symbols)} symbols, more than {self.max_length}"
+                    f"the {name} has {len(symbols)} symbols, more than the {self.max_length} "
+                    "allowed (max_length)"
                 )
         return pair
 
@@ -65,46 +72,52 @@ def _links(text: str, source: Symbols, target: Symbols) -> tuple[int, ...]:
     links, _ = parse_pharaoh(text)
     for s, t in links:
         if s >= len(source) or t >= len(target):
-            raise ValueError(f"the link {s}-{t} is outside of {len(source)} and {len(target)}")
+            raise ValueError(
+                f"the link {s}-{t} is out of range for {len(source)} source and {len(target)} "
+                "target symbols"
+            )
     return tuple(number for link in sorted(links) for number in link)
 
 
 class PairSource(ABC, Iterable[Pair]):
     """Pairs that can be iterated over any number of times.
 
-    name: what messages call it.
-    reader: makes pairs of the entries.
-    without: sources that are left out.
-    known: symbols of targets, of which a target needs at least one; None for any.
+    name: what error messages call this source.
+    reader: turns entries into pairs.
+    without: sources to leave out.
+    known: known target symbols. A target must have at least one of them; None accepts any target.
 
-    Iterating raises `InputError` with the name and the number of an entry that cannot be used, or
-    if there is none.
+    Iterating raises `InputError` with the name and the number of the first entry that cannot be
+    used, unless the reader skips those, and if there are no usable entries.
     """
 
-    unit: ClassVar[str]  # of the entries
+    unit: ClassVar[str]  # what error messages call an entry
 
     def __init__(self, name: str, reader: Reader, without: Collection[Symbols] = ()) -> None:
         self.name = name
         self.reader = reader
         self.without = without
         self.known: Collection[str] | None = None
-        self.skipped = 0  # entries of the last pass
+        self.skipped = 0  # entries skipped in the last pass
 
     @abstractmethod
     def _entries(self) -> Iterator[Any]:
-        """What pairs are made of."""
+        """Iterate over the raw entries."""
 
     @abstractmethod
     def _pair(self, entry: Any) -> Pair:
-        """The pair of an entry; raises ValueError."""
+        """Return the pair of an entry; raises ValueError if it is not one."""
 
     @abstractmethod
     def texts(self) -> Iterator[tuple[str, ...]]:
-        """Source and target of each entry as they are written; entries without are left out."""
+        """Iterate over the source and target texts as written, before tokenization.
+
+        "" stands for a source or target that is not a text.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of the entries."""
+        """Return a digest of the entries."""
 
     def __iter__(self) -> Iterator[Pair]:
         self.skipped = count = 0
@@ -122,21 +135,23 @@ class PairSource(ABC, Iterable[Pair]):
             if pair.source not in self.without:
                 yield pair
         if not count:
-            what = f": all {self.skipped} {self.unit}s are bad" if self.skipped else " is empty"
-            raise InputError(f"{self.name}{what}")
+            if self.skipped:
+                raise InputError(f"{self.name}: no usable {self.unit}s ({self.skipped} skipped)")
+            raise InputError(f"{self.name} is empty")
 
     def note(self) -> list[str]:
-        """What to tell people about the last pass."""
+        """Return notes for the user about the last pass."""
         if not self.skipped:
             return []
-        return [f"{self.name}: {self.skipped} bad {self.unit}s were left out"]
+        plural = "" if self.skipped == 1 else "s"
+        return [f"{self.name}: skipped {self.skipped} bad {self.unit}{plural}"]
 
 
 class PairFile(PairSource):
-    """The pairs of a file, read again each time: it may be larger than memory.
+    """The pairs of a file. Each pass reads the file again, so it may be larger than memory.
 
-    name: of a file of lines source TAB target, with links in Pharaoh's format after another tab if
-        they are known; or of two or three such files of one column each, with commas between.
+    name: a file with lines SOURCE TAB TARGET, optionally followed by a tab and links in the
+        Pharaoh format; or two or three files with one column each, separated by commas.
     """
 
     unit = "line"
@@ -159,7 +174,9 @@ class PairFile(PairSource):
         for number, columns in enumerate(zip_longest(*map(read_lines, paths)), start=1):
             if None in columns:
                 short = paths[columns.index(None)]
-                raise InputError(f"{short} ends before line {number}, which the others have")
+                raise InputError(
+                    f"{short} ends after line {number - 1}, but another file has more lines"
+                )
             yield columns
 
     def texts(self) -> Iterator[tuple[str, ...]]:
@@ -176,9 +193,9 @@ class PairFile(PairSource):
 
 
 class PairList(PairSource):
-    """Pairs that are in memory: texts, or sequences of symbols.
+    """Pairs in memory.
 
-    pairs: of a source and a target each.
+    pairs: (source, target) tuples, each side a text or a sequence of symbols.
     """
 
     unit = "pair"
@@ -225,16 +242,16 @@ def _short(value: object) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; raises `InputError`."""
+    """Return the text of a file; raises `InputError` if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"cannot read {path}: {reason}") from None
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file without their ends; raises `InputError`."""
+    """Iterate over the lines of a file, without line ends; raises `InputError`."""
     try:
         with ExitStack() as stack:
             for line in stack.enter_context(path.open("rb")):
@@ -244,9 +261,6 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def frequent(counts: Counter[str], min_count: int) -> list[str]:
-    """The symbols that were counted ``min_count`` times at least, the most frequent first.
-
-    One for unknown symbols leads them.
-    """
+    """Return `UNKNOWN`, then the symbols counted at least ``min_count`` times, by falling count."""
     kept = [symbol for symbol, count in counts.items() if count >= min_count]
     return [UNKNOWN, *sorted(kept, key=lambda symbol: (-counts[symbol], symbol))]

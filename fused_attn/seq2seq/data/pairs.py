@@ -1,6 +1,6 @@
-"""Pairs of sequences of symbols: what a model learns from, and what it is judged on.
+"""Source-target pairs as sequences of symbols: training data and held-out data.
 
-No torch here: the command line reads the tasks before it needs torch.
+This module does not import torch: the command line answers ``--help`` without it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 Symbols = tuple[str, ...]
 
-# Share of the pairs that is held out for development where a task has no split of its own.
+# Share of the pairs held out as the development set by tasks without a split of their own.
 DEV_SHARE = 0.02
 
 
 class Pair(NamedTuple):
-    """A source and its target, with the links between their symbols, where they are known.
+    """A source and its target, with the alignment links between them if known.
 
-    links: positions source, target, source, target ..., from 0.
+    links: a flat list of 0-based positions source, target, source, target, ...
     """
 
     source: Symbols
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """A source to judge a model on, and the targets that are right."""
+    """A source to evaluate a model on, and its correct targets."""
 
     source: Symbols
     references: tuple[Symbols, ...]
@@ -39,11 +39,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Data:
-    """What a task makes of its configuration.
+    """The data of a task: vocabularies, training pairs, development and test sets.
 
-    train: can be gone through any number of times; a large one is read from its file each time.
-    fingerprint: of the training pairs.
-    notes: for people, on what is odd.
+    train: iterable any number of times. Large data is read from its file in each pass.
+    fingerprint: a digest of the training pairs.
+    notes: remarks about the data to show the user, such as how many lines were skipped.
     """
 
     source: Vocabulary
@@ -56,7 +56,7 @@ class Data:
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """A digest of pairs."""
+    """Return the SHA-256 digest of pairs, in hexadecimal."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr(tuple(pair)).encode())
@@ -64,14 +64,14 @@ def fingerprint(pairs: Iterable[Pair]) -> str:
 
 
 def grouped(pairs: Iterable[Pair]) -> list[Item]:
-    """Items of pairs; targets of one source are its references."""
+    """Return one item per distinct source; its references are all targets of that source."""
     targets: dict[Symbols, list[Symbols]] = {}
     for pair in pairs:
         targets.setdefault(pair.source, []).append(pair.target)
     return [Item(source, tuple(dict.fromkeys(found))) for source, found in targets.items()]
 
 
-def place(symbols: Iterable[str]) -> float:
-    """A place in 0..1 by hash: it stays whatever other pairs there are."""
+def unit_hash(symbols: Iterable[str]) -> float:
+    """Hash symbols to a number in [0, 1), for splits that do not depend on the other pairs."""
     digest = hashlib.sha256("\0".join(symbols).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Sequences of numbers end to end, in memory or in files that are mapped into it."""
+"""Integer sequences stored end to end, in memory or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from fused_attn.seq2seq.vocabulary import PAD
 
 _ITEM = 4  # bytes of an int32
-_BUFFERED = 1 << 16  # numbers before they go to the file
+_BUFFERED = 1 << 16  # numbers to buffer before writing to the file
 
 
 class Sequences:
-    """Any number of sequences of numbers.
+    """N integer sequences.
 
-    values: int32, all sequences one after another. lengths: int32 (N,).
+    values: int32 (sum of lengths,), the sequences concatenated. lengths: int32 (N,).
     """
 
     def __init__(self, values: Tensor, lengths: Tensor) -> None:
@@ -28,27 +28,28 @@ class Sequences:
 
     @classmethod
     def open(cls, path: Path) -> Sequences:
-        """Map what a `SequenceWriter` left at ``path``: pages are read when they are needed."""
+        """Memory-map what a `SequenceWriter` wrote to ``path``. Pages are read on demand."""
         return cls(*(_mapped(file) for file in _files(path)))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sequences ``rows``, int64 (B,), as int64 (B, longest), padded at the end, and
-        their lengths (B,).
+        """Return the sequences with the indices ``rows``, int64 (B,).
+
+        Returns int64 (B, longest), padded at the end, and the lengths, int64 (B,).
         """
         lengths = self.lengths[rows]
         positions = torch.arange(int(lengths.max()) if len(lengths) else 0)
         inside = positions < lengths[:, None]
-        places = (self._starts[rows][:, None] + positions).where(inside, 0)
-        if not places.numel():
-            return places, lengths
-        return self._values[places].long().where(inside, PAD), lengths
+        indices = (self._starts[rows][:, None] + positions).where(inside, 0)
+        if not indices.numel():
+            return indices, lengths
+        return self._values[indices].long().where(inside, PAD), lengths
 
 
 class SequenceWriter:
-    """Collects sequences, in memory or, with a ``path``, in files beside one another there."""
+    """Collects sequences in memory or, given ``path``, in ``path.values`` and ``path.lengths``."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -69,7 +70,7 @@ class SequenceWriter:
             del part[:]
 
     def finish(self) -> Sequences:
-        """Return what was collected."""
+        """Return the collected sequences, and close the files if there are any."""
         if self._path is None:
             return Sequences(*(_tensor(part) for part in self._parts))
         self._flush()

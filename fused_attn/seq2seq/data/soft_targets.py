@@ -1,4 +1,4 @@
-"""Soft targets: the probabilities that teacher models give to the likeliest symbols of a target."""
+"""Soft targets: the teachers' K largest probabilities at each target position."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fused_attn.seq2seq.devices import moved
 class SoftTargets:
     """The teachers' probabilities for the targets of a batch.
 
-    symbols: int64 (B, T, K), the K likeliest. probabilities: float32 (B, T, K), which sum to 1 over
-    K; 0 where the target is padding.
+    symbols: int64 (B, T, K), the K most probable symbols.
+    probabilities: float32 (B, T, K), summing to 1 over K; 0 where the target is padding.
     """
 
     symbols: Tensor
     probabilities: Tensor
 
     def to(self, device: torch.device) -> SoftTargets:
-        """Return them on a device."""
+        """Return the soft targets on a device."""
         return SoftTargets(moved(self.symbols, device), moved(self.probabilities, device))
 
     def twice(self) -> SoftTargets:
-        """Return them for the batch followed by the same batch again."""
+        """Return the soft targets of the batch concatenated with itself, as R-Drop needs them."""
         symbols, probabilities = self.symbols, self.probabilities
         return SoftTargets(torch.cat([symbols, symbols]), torch.cat([probabilities, probabilities]))
 
@@ -35,17 +35,20 @@ class SoftTargets:
 class SoftTargetTable:
     """The soft targets of all training pairs.
 
-    symbols: int32 (N, K), the likeliest first, of the N symbols of all targets one after another,
+    symbols: int32 (N, K), most probable first. N counts the symbols of all targets, concatenated,
         EOS included.
-    probabilities: float16 (N, K), the mean of the teachers', scaled so that the K sum to 1.
-    lengths: int64 (pairs,), of the targets, EOS included.
+    probabilities: float16 (N, K), the mean over the teachers, scaled so that the K sum to 1.
+    lengths: int64 (pairs,), the target lengths, EOS included.
 
     Raises ValueError if the sizes do not agree.
     """
 
     def __init__(self, symbols: Tensor, probabilities: Tensor, lengths: Tensor) -> None:
         if not len(symbols) == len(probabilities) == int(lengths.sum()):
-            raise ValueError("the soft targets belong to other pairs")
+            raise ValueError(
+                f"soft targets for {len(symbols)} and {len(probabilities)} target symbols, "
+                f"expected {int(lengths.sum())}"
+            )
         self.symbols = symbols
         self.probabilities = probabilities
         self._lengths = lengths
@@ -53,24 +56,29 @@ class SoftTargetTable:
 
     @classmethod
     def empty(cls, lengths: Tensor, kept: int) -> Self:
-        """Return a table to be filled, for targets of these lengths and ``kept`` symbols each."""
+        """Return an uninitialized table for targets of these lengths, with K = ``kept``."""
         symbols = torch.empty(int(lengths.sum()), kept, dtype=torch.int32)
         return cls(symbols, symbols.to(torch.float16), lengths)
 
     def fill(self, rows: Tensor, symbols: Tensor, probabilities: Tensor) -> None:
-        """Set the soft targets of the pairs ``rows``, int64 (B,); both are (B, longest, K)."""
-        inside, places = self._places(rows, symbols.shape[1])
-        self.symbols[places[inside]] = symbols.cpu()[inside].int()
-        self.probabilities[places[inside]] = probabilities.cpu()[inside].half()
+        """Set the soft targets of the pairs with the indices ``rows``, int64 (B,).
+
+        symbols, probabilities: (B, longest target of these, K), on any device.
+        """
+        inside, indices = self._indices(rows, symbols.shape[1])
+        self.symbols[indices[inside]] = symbols.cpu()[inside].int()
+        self.probabilities[indices[inside]] = probabilities.cpu()[inside].half()
 
     def rows(self, rows: Tensor) -> SoftTargets:
-        """Return the soft targets of the pairs ``rows``, int64 (B,)."""
-        inside, places = self._places(rows, int(self._lengths[rows].max()))
-        probabilities = self.probabilities[places].float() * inside[..., None]
-        return SoftTargets(self.symbols[places].long(), probabilities)
+        """Return the soft targets of the pairs with the indices ``rows``, int64 (B,)."""
+        inside, indices = self._indices(rows, int(self._lengths[rows].max()))
+        probabilities = self.probabilities[indices].float() * inside[..., None]
+        return SoftTargets(self.symbols[indices].long(), probabilities)
 
-    def _places(self, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Which of (B, longest) positions are inside the targets, and where those are kept."""
+    def _indices(self, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Bool (B, longest), whether a position is inside its target, and int64 (B, longest), its
+        index in the table.
+        """
         positions = torch.arange(longest)
         inside = positions < self._lengths[rows][:, None]
         return inside, (self._starts[rows][:, None] + positions).where(inside, 0)

@@ -1,4 +1,4 @@
-"""What the symbols of a text are: its words, its characters, or subwords learned from a corpus."""
+"""Tokenizers: a text as words, as characters, or as subwords learned from a corpus."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 from fused_attn.seq2seq.data.pairs import Symbols
 from fused_attn.seq2seq.errors import OptionError
 
-# What a symbol is. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
+# The kinds of symbols. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
 TOKENS = ("words", "chars", "subwords")
-# Stands for a space where symbols are not words.
+# Stands for a space in characters and subwords.
 SPACE = "▁"
 
 
 class Tokenizer(ABC):
-    """Text to symbols and back."""
+    """Splits a text into symbols, and joins symbols into a text."""
 
     @abstractmethod
     def split(self, text: str) -> Symbols:
-        """The symbols of a text."""
+        """Return the symbols of a text."""
 
     @abstractmethod
     def join(self, symbols: Iterable[str]) -> str:
-        """The text of symbols."""
+        """Return the text that the symbols stand for."""
 
 
 class Words(Tokenizer):
-    """What is between white space."""
+    """Words separated by white space."""
 
     def split(self, text: str) -> Symbols:
         return tuple(text.split())
@@ -41,7 +41,7 @@ class Words(Tokenizer):
 
 
 class Characters(Tokenizer):
-    """Code points; white space of any kind and length is one."""
+    """Unicode code points. A run of white space of any kind is one symbol, `SPACE`."""
 
     def split(self, text: str) -> Symbols:
         return tuple(SPACE.join(text.split()))
@@ -51,9 +51,9 @@ class Characters(Tokenizer):
 
 
 class Subwords(Tokenizer):
-    """Pieces of words by a SentencePiece model.
+    """Subwords of a SentencePiece model.
 
-    model: its bytes in base64, as they stand in a checkpoint.
+    model: the bytes of the model in base64, as stored in a checkpoint.
     """
 
     def __init__(self, model: str) -> None:
@@ -67,7 +67,7 @@ class Subwords(Tokenizer):
 
     @property
     def pieces(self) -> list[str]:
-        """All that can come of a text, but for the one for unknown characters."""
+        """All pieces except the control symbols and the one for unknown characters."""
         processor = self._processor
         numbers = range(processor.get_piece_size())
         special = (processor.is_unknown, processor.is_control)
@@ -81,9 +81,10 @@ class Subwords(Tokenizer):
 
 
 def learn_subwords(lines: Iterator[str], size: int) -> str:
-    """Learn a unigram model of about ``size`` pieces, for `Subwords`; raises `InputError`.
+    """Learn a unigram model of about ``size`` pieces; returns it in base64, for `Subwords`.
 
-    At most 2 million lines, drawn at random, are used.
+    Uses at most 2 million lines, drawn at random. Raises `InputError` if SentencePiece cannot learn
+    that many pieces from the lines.
     """
     import sentencepiece
 
@@ -93,24 +94,24 @@ def learn_subwords(lines: Iterator[str], size: int) -> str:
             sentence_iterator=lines,
             model_writer=written,
             vocab_size=size,
-            hard_vocab_limit=False,  # a small corpus has fewer
+            hard_vocab_limit=False,  # a small corpus has fewer pieces
             character_coverage=0.9995,
             input_sentence_size=2_000_000,
             shuffle_input_sentence=True,
             bos_id=-1,
             eos_id=-1,
-            num_threads=1,  # the same pieces every time
+            num_threads=1,  # deterministic
             minloglevel=2,
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
-        raise OptionError("vocabulary", f"{size}: no subwords can be learned: {reason}") from None
+        raise OptionError("vocabulary", f"{size}: cannot learn subwords: {reason}") from None
     return base64.b64encode(written.getvalue()).decode()
 
 
 @lru_cache(maxsize=8)
 def make_tokenizer(tokens: str, subwords: str | None) -> Tokenizer:
-    """The tokenizer of this name; ``subwords`` is the model of "subwords"."""
+    """Return the tokenizer for one of `TOKENS`; "subwords" needs its model, ``subwords``."""
     if tokens == "words":
         return Words()
     if tokens == "chars":

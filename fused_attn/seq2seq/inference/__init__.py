@@ -1,1 +1,1 @@
-"""Trained models at work: predictions, evaluation, alignments, whole files."""
+"""Using trained models: prediction, evaluation, alignments, and large files."""

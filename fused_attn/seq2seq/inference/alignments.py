@@ -1,4 +1,4 @@
-"""What alignment weights give: links, text, and source symbols in place of unknown ones."""
+"""Uses of alignment weights: links, text output, and copying source symbols for unknown ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 
 def hard_links(weights: Tensor) -> list[Link]:
-    """For each target symbol the source symbol with the largest weight, of weights (T, S)."""
+    """Link each target symbol to the source symbol with the largest of its weights (T, S)."""
     if not weights.numel():
         return []
     return [(int(source), target) for target, source in enumerate(weights.argmax(dim=1))]
 
 
 def soft_alignment(weights: Tensor) -> str:
-    """A row of weights for each target symbol, rows separated by a tab."""
+    """Format weights (T, S): spaces within the row of a target symbol, tabs between rows."""
     rows = [" ".join(f"{weight:.4f}" for weight in row) for row in weights.tolist()]
     return "\t".join(rows)
 
@@ -26,13 +26,12 @@ def soft_alignment(weights: Tensor) -> str:
 def replace_unknown(
     target: Sequence[str], source: Sequence[str], weights: Tensor | None
 ) -> tuple[str, ...]:
-    """Put the source symbol with the largest weight in place of each unknown target symbol.
+    """Replace each unknown target symbol by the source symbol with the largest weight.
 
-    Luong et al. 2015, section 4.1 (there with a dictionary behind it). weights: (T, S).
+    Luong et al. 2015, section 4.1, without their dictionary. weights: (T, S), or None to replace
+    nothing.
     """
     if weights is None or UNKNOWN not in target or not weights.numel():
         return tuple(target)
-    copied = {place: source[at] for at, place in hard_links(weights)}
-    return tuple(
-        copied[place] if symbol == UNKNOWN else symbol for place, symbol in enumerate(target)
-    )
+    copied = {t: source[s] for s, t in hard_links(weights)}
+    return tuple(copied[t] if symbol == UNKNOWN else symbol for t, symbol in enumerate(target))

@@ -1,4 +1,4 @@
-"""How good a model is: its targets, or their likelihood, against the references."""
+"""Evaluation: predicted targets against references, and the perplexity of the references."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fused_attn.seq2seq.tasks.base import Task
 
 @torch.inference_mode()
 def perplexity(predictor: Predictor, items: Sequence[Item]) -> float:
-    """e to the mean loss in nats of a symbol, EOS included, over all references of the items.
+    """Return the perplexity of all references: exp of the mean loss per symbol, EOS included.
 
-    By the first model of the predictor.
+    Only the first model of an ensemble is used.
     """
     pairs = [(item.source, reference) for item in items for reference in item.references]
     examples = Examples.of(
@@ -44,22 +44,22 @@ def targets(
     items: Sequence[Item],
     config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
 ) -> list[Symbols]:
-    """Return the models' best target for each item."""
+    """Return the best target for the source of each item."""
     return [found.tokens for found in predictor.predict([item.source for item in items], config)]
 
 
 def judge(found: Sequence[Symbols], items: Sequence[Item]) -> ErrorRates:
-    """Compare targets with the items' references, of which the nearest counts."""
+    """Compare each target with the nearest reference of its item."""
     return error_rates((target, i.references) for target, i in zip(found, items, strict=True))
 
 
 def measures(task: Task, found: Sequence[Symbols], items: Sequence[Item]) -> dict[str, float]:
-    """Return the task's measures of targets by name: those of quality, then the error rates."""
+    """Return the metrics of the task by name: quality metrics first, then error rates."""
     return {**task.quality(found, items), **rates(task, judge(found, items))}
 
 
 def rates(task: Task, errors: ErrorRates) -> dict[str, float]:
-    """Return the error rates by the task's names."""
+    """Return the sequence and symbol error rates under the names that the task gives them."""
     found = (errors.sequence_error_rate, errors.symbol_error_rate)
     return dict(zip(task.rates, found, strict=True))
 
@@ -67,13 +67,17 @@ def rates(task: Task, errors: ErrorRates) -> dict[str, float]:
 def evaluate(
     predictor: Predictor, pairs: str | Path | Iterable[tuple[Any, Any]], **search: Any
 ) -> dict[str, float]:
-    """Measure a model on pairs: the task's measures by name, such as WER and PER, in 0..1.
+    """Evaluate a model on pairs and return the metrics of its task by name, such as WER and PER.
 
     Args:
         predictor: from `load` or `fit`.
-        pairs: source and target texts, or sequences of tokens; or a file, as `fused-attn evaluate
-            --test` reads it. Targets of one source are alternatives, of which the nearest counts.
+        pairs: (source, target) tuples of texts or token sequences; or the path of a file, as for
+            ``fused-attn evaluate --test``. If a source occurs several times, its targets are
+            alternative references, and the nearest one counts.
         search: fields of `SearchConfig`, such as ``beam=5``.
+
+    Returns rates as fractions in 0..1, not in per cent; for a task evaluated by perplexity, also
+    the perplexity.
 
     Raises `InputError` if a pair or the file cannot be used, or there are no pairs.
     """

@@ -1,7 +1,8 @@
-"""Predicting for a large file, by one process or by all that ``torchrun`` started.
+"""Predict for a large file, in one process or in all processes that ``torchrun`` started.
 
-Each process takes every so manieth lot of lines and writes what comes of it to a file of its own,
-in OUTPUT.parts, which all of them have to see; the first joins them in the order of the input.
+Process r of n handles the batches r, r + n, r + 2 n, ... of lines, and writes one file for each to
+the directory OUTPUT.parts, which must be on a file system that all processes share. Process 0 then
+concatenates the files in the order of the input.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.data.pair_files import read_lines
 from fused_attn.seq2seq.errors import InputError
 
-LOT = 1024  # lines
-# One process may have to wait long for another.
-_PATIENCE = timedelta(days=7)
+BATCH_LINES = 1024  # lines
+# Processes wait for the slowest one.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that share the work."""
+    """The rank of this process among those that share the work, and their number."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of_environment(cls) -> Group:
-        """The group that ``torchrun`` has set up."""
+        """Return the group that ``torchrun`` set in the environment, by default one process."""
         return cls(*(int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE"))))
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, once all of them are here."""
+        """Return the values of all processes, by rank. Waits until all have called it."""
         if self.size == 1:
             return [value]
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group("gloo", timeout=_TIMEOUT)
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
@@ -52,12 +53,13 @@ class Group:
 def predict_file(
     source: Path, target: Path, answer: Callable[[list[bytes], int], str], group: Group
 ) -> None:
-    """Write what ``answer`` makes of the lines of ``source`` to ``target``, in their order.
+    """Write the output of ``answer`` for all lines of ``source`` to ``target``, in their order.
 
-    answer: takes lines and how many are before them, and returns lines.
+    answer: maps a batch of lines, and the number of lines before it, to the text to write.
+    group: the processes that share the work. All of them must call this function.
 
-    Raises `InputError` in every process if a line cannot be read in any; ``target`` is then as it
-    was before.
+    Raises `InputError` in all processes if ``answer`` raises it in any of them; ``target`` is not
+    changed then.
     """
     parts = target.with_name(target.name + ".parts")
     if group.rank == 0:
@@ -66,9 +68,9 @@ def predict_file(
     group.gather(None)
     problem: InputError | None = None
     try:
-        for number, lot in enumerate(_lots(source)):
+        for number, batch in enumerate(_batches(source)):
             if number % group.size == group.rank:
-                text = answer(lot, number * LOT)
+                text = answer(batch, number * BATCH_LINES)
                 write_atomically(parts / f"{number:09}", text.encode())
     except InputError as error:
         problem = error
@@ -79,17 +81,17 @@ def predict_file(
     finally:
         if group.rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
-        group.gather(None)  # nobody leaves before the output is there
+        group.gather(None)  # no process returns before the output is complete
         if dist.is_initialized():
             dist.destroy_process_group()
     if problems:
         raise InputError(problems[0])
 
 
-def _lots(source: Path) -> Iterator[list[bytes]]:
+def _batches(source: Path) -> Iterator[list[bytes]]:
     lines = read_lines(source)
-    while lot := list(islice(lines, LOT)):
-        yield lot
+    while batch := list(islice(lines, BATCH_LINES)):
+        yield batch
 
 
 def _join(parts: Path, target: Path) -> None:

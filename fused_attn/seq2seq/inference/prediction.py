@@ -1,4 +1,4 @@
-"""A prediction, and how a notebook shows it."""
+"""The prediction for a source, and its display in a notebook."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-# The colour of a weight of 1 in a table; a lighter weight shows more of the page behind it.
+# The colour of a weight of 1 in the table, as RGB. Smaller weights are more transparent.
 _INK = "31, 119, 180"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A target that was found for a source.
+    """A target found for a source.
 
-    source: the tokens that were read.
-    tokens: the target.
+    source: the S source tokens.
+    tokens: the T target tokens.
     text: the target as text.
-    score: log probability of the target in nats, its end included.
-    token_scores: log probability of each token; the rest of ``score`` is that of the end.
-    ranking_score: what hypotheses are ranked by: ``score`` with length and coverage penalties.
-    alignment: attention weights, float32 (T, S), a row for each target token; None if they were not
-        asked for, or the model has no attention.
+    score: log probability of the target, end of sequence included, in nats.
+    token_scores: log probability of each token in nats; the rest of ``score`` is that of the end of
+        sequence.
+    ranking_score: ``score`` with length and coverage penalties; alternatives are ranked by it.
+    alignment: attention weights, float32 (T, S), one row per target token; None if they were not
+        asked for or the model has no attention.
+    others: the other predictions for the source, with ``nbest`` > 1; see `alternatives`.
     """
 
     source: tuple[str, ...]
@@ -37,7 +39,7 @@ class Prediction:
 
     @property
     def alternatives(self) -> tuple[Prediction, ...]:
-        """The n best predictions for the source, best first; this one is the first of them."""
+        """The n best predictions for the source, best first, starting with this one."""
         return (self, *self.others)
 
     def __repr__(self) -> str:
@@ -48,9 +50,9 @@ class Prediction:
         return self.text
 
     def _repr_html_(self) -> str:
-        """The alignment as a table: a row for each target token, a column for each source token.
+        """Return the alignment as an HTML table: target tokens down, source tokens across.
 
-        The darker a cell, the larger the weight.
+        The darker a cell, the larger its weight.
         """
         title = f"<b>{html.escape(self.text)}</b> (log probability {self.score:.3f})"
         if self.alignment is None or not self.alignment.numel():

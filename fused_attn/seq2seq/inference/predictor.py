@@ -1,4 +1,4 @@
-"""A trained model at work: texts in, predictions out."""
+"""Predict targets for texts with a trained model or an ensemble."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
 BATCH_SIZE = 256
 
-# A text, or tokens that are symbols of the vocabulary already.
+# A text, or a sequence of tokens of the vocabulary.
 Source = str | Sequence[str]
 
 
 class Predictor:
     """A model with its vocabularies and its task: ``predictor("hello")``.
 
-    Several models predict together, with the mean of their probabilities (an ensemble).
+    Several models form an ensemble, which averages their probabilities.
 
     Args:
         models: one, or several with the same vocabularies, on one device.
         source, target: the vocabularies.
-        bound: of the lengths of targets.
-        task: how a text becomes source symbols, and target symbols a text; texts of words,
-            separated by white space, if None.
-        meta: what else a checkpoint of the model holds, as JSON values.
+        bound: bounds the length of targets.
+        task: converts texts to source symbols, and target symbols to texts; None splits texts into
+            words at white space.
+        meta: additional metadata for checkpoints of the model, as JSON values.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return next(self.models[0].parameters()).device
 
     def __repr__(self) -> str:
@@ -84,37 +84,40 @@ class Predictor:
     def load(
         cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
     ) -> Predictor:
-        """Read a model, or the models of an ensemble; see `load`."""
+        """Load a model, or the models of an ensemble; see `load`."""
         if not models:
             raise TypeError("load needs the name or the path of a model")
-        places = [find_checkpoint(model) for model in models]
-        metas = [files.load_metadata(place) for place in places]
+        paths = [find_checkpoint(model) for model in models]
+        metas = [files.load_metadata(path) for path in paths]
         loaded = [
-            load_model(place, meta, backend=backend, device=device)
-            for place, meta in zip(places, metas, strict=True)
+            load_model(path, meta, backend=backend, device=device)
+            for path, meta in zip(paths, metas, strict=True)
         ]
         try:
             bound = LengthBound(**metas[0].get("target_bound", {}))
             task = make_task(metas[0]["task"])
         except (KeyError, TypeError, ValueError) as error:
-            raise files.damaged(places[0], error) from None
+            raise files.damaged(paths[0], error) from None
         (_, source, target), *others = loaded
-        for place, (_, *vocabularies) in zip(places[1:], others, strict=True):
+        for path, (_, *vocabularies) in zip(paths[1:], others, strict=True):
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
-                raise InputError(f"{place} has other vocabularies than {places[0]}")
+                raise InputError(f"the vocabularies of {path} differ from those of {paths[0]}")
         members = [model.eval() for model, _, _ in loaded]
         return cls(members, source, target, bound, task, metas[0])
 
     def save(self, directory: str | Path, *, store: str = "float32") -> None:
-        """Write the model as a checkpoint that `load` reads, without what training needs.
+        """Write the model as a checkpoint for `load`, without training state.
 
-        directory: a new one. store: type of the stored parameters, "float32", "float16" or "int8".
+        directory: a directory that does not exist yet.
+        store: dtype of the stored parameters, "float32", "float16" or "int8".
 
         Raises `InputError` if the directory exists or this is an ensemble, OSError if it cannot be
         written.
         """
         if len(self.models) > 1:
-            raise InputError(f"an ensemble of {len(self.models)} models has no one checkpoint")
+            raise InputError(
+                f"cannot save an ensemble of {len(self.models)} models as one checkpoint"
+            )
         (model,) = self.models
         meta = {
             **self._meta,
@@ -159,18 +162,19 @@ class Predictor:
         alignments: bool = True,
         **search: Any,
     ) -> Prediction | list[Prediction] | Iterator[Prediction]:
-        """Predict the target of a text, or of each of several.
+        """Predict the target of one text or of several texts.
 
         Args:
-            texts: one text, for one `Prediction`; a list of texts, for a list in its order; or any
-                other iterable, for an iterator that reads ``batch_size`` texts at a time. In place
-                of a text inside a list stands a sequence of tokens, if they are known.
-            batch_size: texts that are decoded together. It changes no result beyond rounding.
-            alignments: keep the attention weights of each prediction.
+            texts: one text, which returns one `Prediction`; a list or tuple, which returns a list
+                in the same order; or another iterable, which returns an iterator that reads
+                ``batch_size`` texts at a time. An element may also be a sequence of tokens.
+            batch_size: number of texts decoded together. Results do not depend on it, except for
+                rounding.
+            alignments: whether predictions have their attention weights.
             search: fields of `SearchConfig`, such as ``beam=5, nbest=3``.
 
         Raises `InputError` that names the text if it is empty or has an unknown symbol, ValueError
-        for a search that contradicts itself, TypeError for an unknown option.
+        for search options that are invalid or contradictory, TypeError for an unknown option.
         """
         config = SearchConfig(**search)
         _check_batch_size(batch_size)
@@ -199,8 +203,11 @@ class Predictor:
     ) -> list[Prediction]:
         """Return the best prediction for each source, in the same order.
 
-        sources: texts, or sequences of tokens; a str is one text. prefixes: tokens that each target
-        begins with. before: sources that came before these, for the numbers in messages.
+        sources: texts or sequences of tokens; a str means one text.
+        prefixes: tokens that each target must begin with, one sequence per source.
+        alignments: whether predictions have their attention weights.
+        batch_size: number of sources decoded together.
+        before: number of sources before these, added to the numbers in error messages.
 
         Raises `InputError` that names the source if it is empty or has an unknown symbol.
         """
@@ -222,7 +229,7 @@ class Predictor:
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         found: dict[int, Prediction] = {}
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]  # of similar lengths
+            chosen = order[start : start + batch_size]  # of similar length
             prefix = None
             if prefixes is not None:
                 prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
@@ -232,7 +239,10 @@ class Predictor:
         return [found[i] for i in range(len(encoded))]
 
     def read(self, source: Source) -> tuple[str, ...]:
-        """Return the tokens of a text; tokens stay as they are. Raises `InputError`."""
+        """Return the tokens of a text, or a sequence of tokens as a tuple.
+
+        Raises `InputError` for anything else.
+        """
         if isinstance(source, str):
             return self.task.read(source)
         if not isinstance(source, Sequence) or not all(isinstance(token, str) for token in source):
@@ -242,14 +252,14 @@ class Predictor:
         return tuple(source)
 
     def encode(self, tokens: Sequence[str]) -> list[int]:
-        """Return the numbers of a source; raises `InputError` if it is empty or not known."""
+        """Return the ids of source tokens; raises `InputError` if empty or a token is unknown."""
         if not tokens:
             raise InputError("the source is empty")
         try:
             return self.source.encode(tokens)
         except UnknownSymbolError as error:
             known = " ".join(self.source.symbols)
-            raise InputError(f"unknown symbol {error.symbol!r}; known are {known}") from None
+            raise InputError(f"unknown symbol {error.symbol!r}; known symbols: {known}") from None
 
     def _search(
         self,
@@ -297,7 +307,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 @contextmanager
 def _evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
-    """Without dropout, also in the middle of somebody's training loop."""
+    """Put the models into evaluation mode for a while, in case they are being trained."""
     training = [model for model in models if model.training]
     for model in training:
         model.eval()
@@ -311,16 +321,16 @@ def _evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
 def load(
     *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
 ) -> Predictor:
-    """Read a model; with several names, an ensemble that averages their probabilities.
+    """Load a model. Several names load an ensemble, which averages the models' probabilities.
 
     Args:
-        models: a bundled model ("g2p"), the directory of a run (its best checkpoint is taken), a
+        models: a bundled model ("g2p"), the directory of a run (its best checkpoint is loaded), a
             checkpoint, or an exported model.
-        backend: of the attention, "auto" or a name; see ``fused-attn info``.
-        device: "cpu", "cuda", "cuda:1" ..., or "auto", a GPU if there is one.
+        backend: backend of the attention, "auto" or a name; see ``fused-attn info``.
+        device: "cpu", "cuda", "cuda:1" ..., or "auto" for a GPU if there is one.
 
-    Raises `InputError` if one is missing, damaged or of another format, if the vocabularies of an
-    ensemble differ, or if the device or the backend is not available.
+    Raises `InputError` if a model is missing, damaged or of another format version, if the
+    vocabularies of an ensemble differ, or if the device or the backend is not available.
     """
-    with torch.random.fork_rng(devices=[]):  # a model draws its first parameters
+    with torch.random.fork_rng(devices=[]):  # initialising the parameters draws random numbers
         return Predictor.load(*models, backend=backend, device=device)

@@ -1,8 +1,8 @@
-"""From the memory and the symbols so far to the next ones.
+"""The decoder: recurrent layers, attention over the memory, and the attentional state.
 
 Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation",
-sections 2 and 3. Without input feeding no decoder state depends on an alignment: all steps of a
-training batch are one call of the recurrent layers and one of the attention.
+sections 2 and 3. Without input feeding or coverage no decoder state depends on earlier attention,
+so a training batch takes one call of the recurrent layers and one of the attention for all steps.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fused_attn.seq2seq.model.recurrent import Hidden, Stack
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What a step leaves to the next, for N rows: sentences, or their beams one after another."""
+    """The state between two steps, for N rows: sentences, or the beams of each in turn."""
 
     hidden: Hidden  # of the recurrent layers, each (layers, N, hidden)
-    attentional: Tensor | None = None  # (N, hidden), h~ of the step before, with input feeding
+    attentional: Tensor | None = None  # (N, hidden), h~ of the last step, with input feeding
     coverage: Tensor | None = None  # (N, S), sum of the weights so far, with coverage
-    position: int | Tensor = 0  # steps done; int64 () in a captured step
+    position: int | Tensor = 0  # number of steps done; int64 () in a captured step
 
     def index_select(self, rows: Tensor) -> Self:
-        """The state of ``rows``, int64 (M,), which may repeat: beams that go on."""
+        """Return the state of ``rows``, int64 (M,). A row may repeat, as when beams branch."""
 
         def chosen(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.index_select(0, rows)
@@ -43,13 +43,14 @@ class DecoderState:
 
 
 class Decoder(nn.Module):
-    """Recurrent layers, attention, attentional state.
+    """Recurrent layers followed by attention.
 
     Args:
-        config: the shape.
-        stack: the recurrent layers, whose input is the embedding (and h~ with input feeding).
+        config: shape of the model.
+        stack: the recurrent layers. Their input is the embedding, concatenated with h~ of the last
+            step with input feeding.
         memory_dim: width of the memory.
-        backend: of the attention.
+        backend: backend of the attention, "auto" or a name.
     """
 
     def __init__(
@@ -76,11 +77,14 @@ class Decoder(nn.Module):
 
     @property
     def is_stepwise(self) -> bool:
-        """Whether a step needs what the attention made of the one before."""
+        """Whether a step depends on the attention of the step before it."""
         return self.input_feeding or self.covers
 
     def start(self, hidden: Hidden, source: int) -> DecoderState:
-        """The state before the first step; ``source`` is the S of the memory."""
+        """Return the state before the first step.
+
+        hidden: from the bridge. source: number of memory positions S.
+        """
         rows = hidden[0].shape[1]
         feed = hidden[0].new_zeros(rows, self.stack.hidden) if self.input_feeding else None
         coverage = hidden[0].new_zeros(rows, source) if self.covers else None
@@ -95,13 +99,14 @@ class Decoder(nn.Module):
         *,
         return_weights: bool = False,
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """Run over given symbols.
+        """Run T steps over given symbols.
 
-        embedded: (N, T, width). memory, lengths: as `LuongAttention` takes them. Its batch may be
-        N / K, of sentences with K beams each, if T is 1; nothing of it is repeated.
+        embedded: (N, T, embedding), the embedded input symbols.
+        memory, lengths: as `LuongAttention` takes them. If T is 1, their batch size may be N / K:
+            the K beams of a sentence share its memory, without a copy.
 
         Returns the attentional states (N, T, hidden), the next state, and the alignment weights
-        (N, T, S) or None.
+        (N, T, S), or None if not asked for.
         """
         if not self.is_stepwise or embedded.shape[1] == 1:
             return self._run(embedded, state, memory, lengths, return_weights)
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         lengths: Tensor | None,
         return_weights: bool,
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """All steps at once, or one that may depend on the one before."""
+        """Run all steps at once, or a single step if the decoder `is_stepwise`."""
         if state.attentional is not None:
             embedded = torch.cat((embedded, state.attentional[:, None]), dim=-1)
         outputs, hidden = self.stack(embedded, state.hidden)
@@ -156,7 +161,7 @@ class Decoder(nn.Module):
         if attention.local == "monotonic":
             positions = torch.arange(steps, device=query.device) + state.position
         coverage = None if state.coverage is None else state.coverage[:, None]
-        if beams > 1:  # (N, 1, D) -> (B, K, D): the beams of a sentence are its queries
+        if beams > 1:  # (N, 1, D) -> (B, K, D): the beams of a sentence become its queries
             query = query.view(batch, beams, width)
             positions = positions if positions is None else positions[0].expand(batch, beams)
             coverage = coverage if coverage is None else coverage.view(batch, beams, -1)

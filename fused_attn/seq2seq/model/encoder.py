@@ -1,4 +1,4 @@
-"""From source symbols to the memory, and to the state that the decoder starts with."""
+"""The encoder, which reads the source into the memory, and the bridge to the decoder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ class Encoder(nn.Module):
         self.reverse = config.reverse_source
 
     def forward(self, embedded: Tensor, lengths: Tensor, on_host: Tensor) -> tuple[Tensor, Hidden]:
-        """embedded: (B, S, width), padded at the end. lengths: int64 (B,), 1..S, in any order.
-        on_host: the same on the CPU.
+        """Encode a batch of sources.
 
-        Returns the memory (B, S, E), 0 in the padding, and the last states of every layer. A source
-        that is read reversed (Sutskever et al. 2014) leaves its memory in the order of the source.
+        embedded: (B, S, embedding), padded at the end. lengths: int64 (B,), 1..S, in any order.
+        on_host: the lengths on the CPU.
+
+        Returns the memory (B, S, E), 0 in the padding, and the final states of all layers, each
+        (layers, B, E). With ``reverse_source`` (Sutskever et al. 2014) the source is read from its
+        end, but the memory is in source order.
         """
         order = reversed_order(lengths, embedded.shape[1]) if self.reverse else None
         if order is not None:
             embedded = embedded.take_along_dim(order[..., None], dim=1)
         if len(on_host) and int(on_host.min()) == embedded.shape[1]:
-            memory, final = self.stack(embedded)  # packing costs a quarter more time
+            memory, final = self.stack(embedded)  # packing would take a quarter more time
         else:
             packed = pack_padded_sequence(embedded, on_host, True, enforce_sorted=False)
             states, final = self.stack(packed)
@@ -40,18 +43,21 @@ class Encoder(nn.Module):
 
 
 def reversed_order(lengths: Tensor, source: int) -> Tensor:
-    """Positions (B, S) that turn each row around within its length; padding stays in place."""
+    """Return indices int64 (B, S) that reverse each row within its length and keep the padding."""
     positions = torch.arange(source, device=lengths.device)
-    turned = lengths[:, None] - 1 - positions
-    return torch.where(turned >= 0, turned, positions)
+    reversed_positions = lengths[:, None] - 1 - positions
+    return torch.where(reversed_positions >= 0, reversed_positions, positions)
 
 
 class Bridge(nn.Module):
-    """The decoder's first state, (layers, B, hidden) each, from what the encoder leaves.
+    """The initial decoder state from the encoder, each tensor (layers, B, hidden).
 
-    "zero"; "last", the encoder's last states as they are; "dense", tanh of a linear map of them,
-    which the layers share; "mean", tanh of a linear map of the mean of the memory (Cho et al. 2014;
-    the same for each layer).
+    ``config.bridge`` is one of:
+        "zero": zeros.
+        "last": the final states of the encoder.
+        "dense": tanh of a linear map of the final states. The layers share the map.
+        "mean": tanh of a linear map of the mean of the memory (Cho et al. 2014), the same for each
+            layer.
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
@@ -70,7 +76,8 @@ class Bridge(nn.Module):
         if self.kind == "mean":
             mean = memory.sum(dim=1) / lengths.clamp(min=1)[:, None].to(memory.dtype)
             return tuple(torch.tanh(m(mean)).repeat(self.layers, 1, 1) for m in self.maps)
-        # The decoder's layers take the topmost of the encoder's; a lowest serves all above it.
+        # The decoder takes the topmost encoder layers. If it has more layers than the encoder, its
+        # lower ones all take the lowest encoder layer.
         rows = range(len(final[0]) - self.layers, len(final[0]))
         chosen = [t[[max(row, 0) for row in rows]] for t in final]
         if self.kind == "last":

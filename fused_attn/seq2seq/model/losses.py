@@ -1,4 +1,4 @@
-"""Losses of a decoder's predictions and alignments, each summed over the target symbols."""
+"""Losses of the predictions and the alignments, each summed over the target symbols, in nats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_attn.seq2seq.vocabulary import PAD
 
 
 def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits (B, T, V) with symbols (B, T), summed, without padding."""
+    """Return the summed cross-entropy of logits (B, T, V) and symbols int64 (B, T), no padding."""
     return cross_entropy(
         logits.flatten(0, 1),
         expected.flatten(),
@@ -22,23 +22,22 @@ def entropy(logits: Tensor, expected: Tensor, label_smoothing: float) -> Tensor:
 
 
 def guided_alignment_loss(weights: Tensor, alignment: Tensor) -> Tensor:
-    """Return the cross-entropy of alignment weights against known shares, summed.
+    """Return the cross-entropy of the alignment weights and a known alignment, both (B, T, S).
 
     Chen et al. 2016, "Guided Alignment Training for Topic-Aware Neural Machine Translation", eq. 4.
-    Both are (B, T, S).
     """
-    # The addend bounds the gradient where a weight has vanished.
+    # Adding 1e-8 bounds the gradient where a weight is close to 0.
     return -(alignment * torch.log(weights.float() + 1e-8)).sum()
 
 
 def rdrop_loss(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return the mean of both Kullback-Leibler divergences between two passes, summed over symbols.
+    """Return the mean of the two Kullback-Leibler divergences between two forward passes.
 
-    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 2. The gradient goes
+    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", eq. 2. The gradient flows
     into both passes.
 
-    logits: (2 B, T, V), the second pass behind the first. expected: int64 (2 B, T); where it is
-        padding nothing counts.
+    logits: (2 B, T, V), the first pass followed by the second.
+    expected: int64 (2 B, T), the target symbols. Padding does not count.
     """
     first, second = log_softmax(logits.float(), dim=-1).chunk(2)
     # KL(p|q) + KL(q|p) = sum (p - q) (log p - log q)
@@ -47,7 +46,7 @@ def rdrop_loss(logits: Tensor, expected: Tensor) -> Tensor:
 
 
 def soft_target_loss(logits: Tensor, soft_targets: SoftTargets) -> Tensor:
-    """Return the cross-entropy of logits (B, T, V) with the teachers' probabilities, summed.
+    """Return the cross-entropy of logits (B, T, V) and the teachers' probabilities.
 
     Kim & Rush 2016, "Sequence-Level Knowledge Distillation", section 2.2.
     """

@@ -1,4 +1,4 @@
-"""Recurrent layers one above the other, with dropout and residual connections between them."""
+"""A stack of recurrent layers with dropout and residual connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_attn.seq2seq.config import ModelConfig
 
-# Of a stack: (h,), or (h, c) of an LSTM, each (layers, N, width).
+# State of a stack: (h,), or (h, c) for an LSTM, each (layers, N, width).
 Hidden = tuple[Tensor, ...]
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -19,18 +19,18 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 @cache
 def _has_bfloat16_lstm() -> bool:
-    """Whether this processor has the LSTM that torch calls under CPU autocast: oneDNN's."""
+    """Whether this CPU supports the bfloat16 LSTM of oneDNN, which torch uses under autocast."""
     if not torch.backends.mkldnn.is_available():
-        return True  # torch's own, of any processor
+        return True  # torch then uses its own LSTM, which runs on any CPU
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
-    """Return x, a share of it set to 0 and the rest scaled so that the mean stays."""
+    """Return x with dropout: elements are zeroed at random, and the rest scaled by 1 / (1 - p)."""
     if not x.is_cpu:
         return nn.functional.dropout(x, probability)
-    # A draw of 64 bits serves four elements. Torch's own dropout draws for each of them: on a CPU
-    # it takes four times as long, a tenth of a training step (DESIGN).
+    # One draw of 64 bits serves four elements. Torch's own dropout draws one number per element. On
+    # a CPU that takes four times as long, a tenth of a training step (DESIGN).
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
     keep = bits >= min(round(probability * 2**16) - 2**15, 2**15 - 1)
@@ -38,9 +38,9 @@ def dropout(x: Tensor, probability: float) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout of (N, T, width) or of a packed sequence.
+    """Dropout for a tensor (N, T, width) or a packed sequence.
 
-    ``variational`` (Gal & Ghahramani 2016) drops the same columns at every step of a sequence.
+    ``variational`` uses one mask (N, width) for all steps of a sequence (Gal & Ghahramani 2016).
     """
 
     def __init__(self, probability: float, variational: bool) -> None:
@@ -64,7 +64,7 @@ class Dropout(nn.Module):
             return x._replace(data=dropout(x.data, self.probability))
         sequences = int(x.batch_sizes[0])
         mask = nn.functional.dropout(x.data.new_ones(sequences, x.data.shape[1]), self.probability)
-        # Of the steps that lie one after another, each begins again at the longest sequence.
+        # Packed data is grouped by step; within each step the longest sequence comes first.
         rows = torch.cat([torch.arange(size) for size in x.batch_sizes.tolist()])
         return x._replace(data=x.data * mask[rows.to(x.data.device)])
 
@@ -73,13 +73,13 @@ class Stack(nn.Module):
     """Recurrent layers, batch first.
 
     Args:
-        config: cell ("rnn" is the tanh one), residual, dropout and variational. A residual adds a
-            layer's input to its output where they are equally wide (He et al. 2016); dropout is
-            between the layers.
+        config: its cell, residual, dropout and variational are used. A residual connection adds the
+            input of a layer to its output where their widths agree (He et al. 2016). Dropout is
+            applied between layers.
         input_size: width of the first layer's input.
-        hidden: width of each layer, and of each direction.
-        layers: how many.
-        bidirectional: whether each layer also reads from the end.
+        hidden: width of each layer and direction.
+        layers: number of layers.
+        bidirectional: whether each layer also reads the sequence from its end.
     """
 
     def __init__(
@@ -106,12 +106,15 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor | PackedSequence, state: Hidden | None = None
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        """x: (N, T, input_size) or packed. state: (layers, N, hidden) each; 0 if None.
+        """Run all layers over a batch.
 
-        Returns the last layer's states (N, T, width) or packed, and the state behind the last step,
-        of which each tensor is (layers, N, width): both directions side by side.
+        x: (N, T, input_size) or packed. state: initial state, each tensor (layers, N, hidden); None
+        means zeros.
 
-        Under CPU autocast the layers stay in float32 where torch has no LSTM in bfloat16.
+        Returns the outputs of the last layer, (N, T, width) or packed, and the state after the last
+        step, each tensor (layers, N, width) with both directions concatenated.
+
+        Under CPU autocast the layers run in float32 if torch has no bfloat16 LSTM for this CPU.
         """
         if x.data.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
             with torch.autocast("cpu", enabled=False):

@@ -1,4 +1,4 @@
-"""The model: embeddings, encoder, bridge, decoder with attention, output layer."""
+"""The model: embeddings, encoder, bridge, decoder with attention, and output layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from fused_attn.seq2seq.vocabulary import PAD
 
 
 class Seq2Seq(nn.Module):
-    """Encoder, attention and decoder over symbol numbers.
+    """An attentional encoder-decoder over symbol ids.
 
     Args:
-        config: the shape.
+        config: shape of the model.
         source_size, target_size: sizes of the vocabularies, special symbols included.
-        backend: of the attention, "auto" or a name.
+        backend: backend of the attention, "auto" or a name.
 
-    Raises ValueError if the shape and the vocabularies do not go together.
+    Raises ValueError if all embeddings are tied (``config.tie == "all"``) and the vocabulary sizes
+    differ.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class Seq2Seq(nn.Module):
         decoder = encoder if config.share else Stack(config, fed, config.hidden, config.layers)
         self.encoder = Encoder(config, encoder)
         self.bridge = Bridge(config, config.memory_dim)
-        # The dot score compares h_t with h_s as they are, so they must be equally wide.
+        # The dot score multiplies h_t and h_s directly, so their widths must agree.
         narrow = config.score == "dot" and config.memory_dim != config.hidden
         self.memory_proj = (
             nn.Linear(config.memory_dim, config.hidden, bias=False) if narrow else nn.Identity()
         )
         memory_dim = config.hidden if narrow else config.memory_dim
         self.decoder = Decoder(config, decoder, memory_dim, backend)
-        # With tied embeddings the output layer works in their width.
+        # With tied embeddings the output layer has the width of the embedding.
         between = config.tie is not None and config.embedding != config.hidden
         self.output_proj = (
             nn.Linear(config.hidden, config.embedding, bias=False) if between else nn.Identity()
@@ -80,12 +81,13 @@ class Seq2Seq(nn.Module):
         self.dropout = Dropout(config.dropout, config.variational)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, DecoderState]:
-        """Read the source.
+        """Encode the source.
 
-        source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, any order; of a source
-            on a GPU on the CPU as well, and nothing waits for the GPU then.
+        source: int64 (B, S), padded at the end.
+        lengths: int64 (B,), 1..S, in any order. Keep them on the CPU even if the source is on a
+            GPU: otherwise the host waits for the GPU to read them.
 
-        Returns the memory (B, S, E) and the state that the decoder starts with.
+        Returns the memory (B, S, E) and the initial decoder state.
         """
         embedded = self.dropout(self.source_embedding(source))
         on_device = moved(lengths, source.device)
@@ -102,15 +104,15 @@ class Seq2Seq(nn.Module):
         *,
         return_weights: bool = False,
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """Run the decoder over given symbols: all of them in training, one at a time in search.
+        """Run the decoder over given symbols: all of a target in training, one in search.
 
-        inputs: int64 (N, T), the symbols before those to predict; N is B, or B K for K beams of
-            each sentence one after another, if T is 1.
-        state: from `encode`, or from the call before.
+        inputs: int64 (N, T), the symbols that precede those to predict. N is B; if T is 1, it may
+            be B K for K beams per sentence, the beams of a sentence next to one another.
+        state: from `encode`, or from the previous call.
         memory, memory_lengths: as `LuongAttention` takes them.
 
         Returns the logits (N, T, target_size), the next state, and the alignment weights
-        (N, T, S) or None.
+        (N, T, S), or None if not asked for.
         """
         embedded = self.dropout(self.target_embedding(inputs))
         attentional, state, weights = self.decoder(
@@ -128,15 +130,16 @@ class Seq2Seq(nn.Module):
         sampling_per: str = "token",
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the logits (B, T, target_size) of the symbols that follow each of ``inputs``, and
-        the alignment weights (B, T, S) or None.
+        """Return the logits (B, T, target_size) and the alignment weights (B, T, S) or None.
 
-        source: int64 (B, S). source_lengths: int64 (B,), see `encode`. inputs: int64 (B, T), from
-            BOS on.
-        sampling: probability that the decoder is given its own likeliest symbol in place of the
-            one in ``inputs`` (scheduled sampling, Bengio et al. 2015); 0 is teacher forcing.
-        sampling_per: "token" draws for every step of every sentence, "example" for every sentence:
-            all of its steps then, or none.
+        Row t of the logits predicts the symbol that follows ``inputs[:, t]``.
+
+        source, source_lengths: int64 (B, S) and (B,), see `encode`.
+        inputs: int64 (B, T), starting with BOS.
+        sampling: probability of feeding the decoder its own most probable symbol instead of the one
+            in ``inputs`` (scheduled sampling, Bengio et al. 2015); 0 is teacher forcing.
+        sampling_per: "token" draws independently for each step of each sentence, "example" once per
+            sentence, for all of its steps.
         """
         memory, state = self.encode(source, source_lengths)
         source_lengths = moved(source_lengths, source.device)
@@ -145,7 +148,7 @@ class Seq2Seq(nn.Module):
                 inputs, state, memory, source_lengths, return_weights=return_weights
             )
             return logits, weights
-        # The projections of the memory are made once for all steps.
+        # Project the memory once for all steps.
         prepared = self.prepare_memory(memory, source_lengths)
         drawn = inputs.shape if sampling_per == "token" else (inputs.shape[0], 1)
         own = (torch.rand(drawn, device=inputs.device) < sampling).expand_as(inputs)
@@ -180,21 +183,25 @@ class Seq2Seq(nn.Module):
         teacher_weight: float = 0.5,
         tokens: int | None = None,
     ) -> Tensor:
-        """Return the loss in nats, summed over the target symbols that are not padding, per symbol.
+        """Return the mean loss per target symbol in nats, a scalar; padding does not count.
 
-        target: int64 (B, T + 1), from BOS to EOS, padded at the end. The loss is the cross-entropy,
-            ``coverage_weight`` times the coverage loss of each step, and ``guided_weight`` times
-            that of the weights against ``alignment`` (Chen et al. 2016, eq. 4).
-        alignment: (B, T, S), the shares of the source in each target symbol; rows of zeros do not
-            count.
-        rdrop: the alpha of R-Drop (Liang et al. 2021, eq. 4): every pair goes through the model
-            twice, under different dropout, and the two predictions are drawn to each other. The
-            loss is half of that equation's, so that alpha 0 is the loss without it.
-        soft_targets: the teachers' probabilities. With them the cross-entropy is ``teacher_weight``
-            times that with the soft targets plus the rest times that with the target (Kim & Rush
-            2016, section 2.2).
-        tokens: what to divide by, if not by the number of those symbols: of a batch of which these
-            pairs are a part.
+        The loss is the cross-entropy of the target, plus ``coverage_weight`` times the coverage
+        loss of each step, plus ``guided_weight`` times the cross-entropy of the alignment weights
+        and ``alignment`` (Chen et al. 2016, eq. 4).
+
+        source, source_lengths, sampling, sampling_per: see `forward`.
+        target: int64 (B, T + 1), from BOS to EOS, padded at the end.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        alignment: (B, T, S), the known attention weights of each target symbol. Rows of zeros do
+            not count.
+        rdrop: alpha of R-Drop (Liang et al. 2021, eq. 4). Every pair passes through the model twice
+            with different dropout, and the divergence of the two predictions is penalised. The loss
+            is half of eq. 4, so that alpha 0 is the loss without R-Drop.
+        soft_targets: the teachers' probabilities. The cross-entropy is then ``teacher_weight``
+            times that of the soft targets plus ``1 - teacher_weight`` times that of the target (Kim
+            & Rush 2016, section 2.2).
+        tokens: number of symbols to divide by, if these pairs are part of a larger batch; None
+            means the symbols of ``target``.
         """
         if rdrop > 0.0:
             tokens = int((target[:, 1:] != PAD).sum()) if tokens is None else tokens
@@ -218,8 +225,8 @@ class Seq2Seq(nn.Module):
             soft = soft_target_loss(logits, soft_targets)
             loss = (1.0 - teacher_weight) * loss + teacher_weight * soft
         if covers:
-            again = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
-            loss = loss + coverage_weight * again
+            repeated = coverage_loss(weights).masked_fill(expected == PAD, 0.0).sum()
+            loss = loss + coverage_weight * repeated
         if guided:
             assert alignment is not None
             loss = loss + guided_weight * guided_alignment_loss(weights, alignment)
@@ -228,9 +235,9 @@ class Seq2Seq(nn.Module):
         return loss / ((expected != PAD).sum() if tokens is None else tokens)
 
     def prepare_memory(self, memory: Tensor, lengths: Tensor) -> PreparedMemory | None:
-        """Return the memory (B, S, E) with what the attention can compute before the first step.
+        """Return the memory (B, S, E) with the parts of the attention that no step changes.
 
-        None for a decoder without attention.
+        Returns None if the model has no attention.
         """
         attention = self.decoder.attention
         return None if attention is None else attention.prepare_memory(memory, lengths)

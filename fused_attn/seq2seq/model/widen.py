@@ -1,8 +1,9 @@
-"""A wider model that computes, to begin with, what a narrower one does.
+"""Initialise a wider model so that it computes the same function as a narrower one.
 
 Chen, Goodfellow & Shlens 2016, "Net2Net: Accelerating Learning via Knowledge Transfer", section
-2.2, with another choice of the new columns: not copies of old ones, which dropout alone would tell
-apart, but those that a new model begins with. What nothing old looks at yet changes no result.
+2.2, except for the choice of the new columns: not copies of old columns, which only dropout would
+tell apart, but the initial values of a new model. The old units give the new ones a weight of 0, so
+no result changes.
 """
 
 from __future__ import annotations
@@ -16,21 +17,20 @@ from torch import Tensor
 
 from fused_attn.seq2seq.config import ModelConfig
 
-# What the new columns meet first on their way into a result that the old ones have a part in: here
-# the new rows are zeros too.
+# These parameters sum over old and new columns, so their new rows must be 0, too.
 _BEGIN_AT_ZERO = (
-    "decoder.attention.v",  # the sum over the columns of the concat score
-    "decoder.attention.position.v",  # that of a predicted position
-    "memory_proj.weight",  # the projected memory, whose columns the dot score multiplies
+    "decoder.attention.v",  # sums the columns of the concat score
+    "decoder.attention.position.v",  # sums the columns of the predicted position
+    "memory_proj.weight",  # makes the memory columns that the dot score multiplies
 )
-_OF_GENERAL = "decoder.attention.query_proj.weight"  # W_a: the same for the general score
+_OF_GENERAL = "decoder.attention.query_proj.weight"  # W_a, likewise for the general score
 
 
 def can_grow(before: ModelConfig, config: ModelConfig) -> bool:
-    """Whether `grown` makes a model of ``config`` of one of ``before``.
+    """Whether `grown` can turn a model of the shape ``before`` into one of the shape ``config``.
 
-    The layers, all of them, get wider, and nothing else changes but dropout. A dot score of states
-    as they are has no parameter that could leave the new columns out.
+    All layers must get wider, and nothing else may change except dropout. A dot score without a
+    memory projection cannot grow: it has no parameter that could ignore the new columns.
     """
     unprojected_dot = config.score == "dot" and config.memory_dim == config.hidden
     same: dict[str, Any] = {
@@ -52,12 +52,13 @@ def grown(
     config: ModelConfig,
     fresh: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return parameters of a model of ``config`` that computes what ``parameters`` do.
+    """Return parameters for the shape ``config`` that compute the same function as ``parameters``.
 
-    parameters: of a model of ``before``, which `can_grow`. fresh: of a new model of ``config``. A
-    new row of a matrix keeps what the new model has; an old one takes no notice of new columns.
+    parameters: of a model of the shape ``before``; `can_grow` must hold.
+    fresh: of a newly initialised model of the shape ``config``. New rows of a matrix keep these
+        values; in old rows the new columns are 0.
 
-    Raises KeyError or ValueError if the parameters are not of models of these shapes.
+    Raises KeyError or ValueError if the parameters do not have these shapes.
     """
     return {
         name: _grown(
@@ -71,25 +72,28 @@ def grown(
 
 
 def _grown(all_zero: bool, old: Tensor, fresh: Tensor, widths: tuple[int, int]) -> Tensor:
-    places = [_places(a, b, widths) for a, b in zip(old.shape, fresh.shape, strict=True)]
-    found = torch.zeros_like(fresh) if all_zero else fresh.clone()
-    if not places:
+    indices = [_indices(a, b, widths) for a, b in zip(old.shape, fresh.shape, strict=True)]
+    wider = torch.zeros_like(fresh) if all_zero else fresh.clone()
+    if not indices:
         return old.to(fresh.dtype)
-    found[places[0]] = 0
-    found[torch.meshgrid(*places, indexing="ij")] = old.to(fresh.dtype)
-    return found
+    wider[indices[0]] = 0
+    wider[torch.meshgrid(*indices, indexing="ij")] = old.to(fresh.dtype)
+    return wider
 
 
-def _places(old: int, new: int, widths: tuple[int, int]) -> Tensor:
-    """Where the ``old`` columns are among the ``new``.
+def _indices(old: int, new: int, widths: tuple[int, int]) -> Tensor:
+    """Return the index of each of the ``old`` columns among the ``new`` ones, int64 (old,).
 
-    They are blocks as wide as a layer: the gates of a cell, the directions of an encoder, the
-    memory and the query side by side. What has a width of its own, the embedding, comes first.
+    The columns form blocks of the width of a layer: the gates of a cell, the directions of an
+    encoder, or memory and query concatenated. An embedding, whose width stays, comes first.
     """
     before, after = widths
     blocks = (new - old) // (after - before)
     first = old - blocks * before
     if first < 0 or first + blocks * after != new:
-        raise ValueError(f"{old} and {new} columns are not of layers {before} and {after} wide")
+        raise ValueError(
+            f"cannot grow {old} columns to {new}: expected blocks of width {before} to become "
+            f"blocks of width {after}"
+        )
     starts = first + after * torch.arange(blocks)
     return torch.cat((torch.arange(first), (starts[:, None] + torch.arange(before)).flatten()))

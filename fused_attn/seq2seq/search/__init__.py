@@ -1,1 +1,1 @@
-"""Finding targets: greedy, sampling and beam search, with one model or several."""
+"""Decoding: greedy search, sampling and beam search, with one model or an ensemble."""

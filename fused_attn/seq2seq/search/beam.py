@@ -1,4 +1,4 @@
-"""Beam search, all sentences and beams at once on the device, the memory never repeated."""
+"""Beam search over all sentences and beams at once, on the device, without copying the memory."""
 
 from __future__ import annotations
 
@@ -22,42 +22,41 @@ Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass
 class _Pool:
-    """Hypotheses of each sentence, (B, K, ...); a place that is not taken has the score -inf."""
+    """K hypotheses for each of B sentences; an empty slot has the score -inf."""
 
-    score: Tensor  # (B, K): alive ones by log-probability, ended ones with penalties
+    score: Tensor  # (B, K): log probability of live hypotheses; with penalties if finished
     log_prob: Tensor  # (B, K)
     tokens: Tensor  # int64 (B, K, t)
-    totals: Tensor  # (B, K, t), log-probability up to and including each token
+    totals: Tensor  # (B, K, t), log probability up to and including each token
     coverage: Tensor | None  # (B, K, S), sum of the weights
     weights: Tensor | None  # (B, K, t, S)
 
     def rows(self, sentences: Tensor) -> _Pool:
-        """Those of some sentences."""
+        """The hypotheses of ``sentences``, int64 (M,)."""
         return self._each(lambda tensor: tensor[sentences])
 
     def best(self, size: int) -> _Pool:
-        """The ``size`` best of each sentence, in order."""
-        chosen = self.score.topk(size, dim=1).indices
-        return self.chosen(chosen)
+        """The ``size`` best hypotheses of each sentence, best first."""
+        return self.chosen(self.score.topk(size, dim=1).indices)
 
-    def chosen(self, places: Tensor) -> _Pool:
-        """places: int64 (B, M)."""
-        batch = torch.arange(len(places), device=places.device)[:, None]
-        return self._each(lambda tensor: tensor[batch, places])
+    def chosen(self, slots: Tensor) -> _Pool:
+        """The hypotheses in ``slots``, int64 (B, M)."""
+        batch = torch.arange(len(slots), device=slots.device)[:, None]
+        return self._each(lambda tensor: tensor[batch, slots])
 
-    def alive(self, places: Tensor, log_prob: Tensor) -> _Pool:
-        """Those at ``places`` int64 (B, M), alive with log-probabilities (B, M)."""
-        batch = torch.arange(len(places), device=places.device)[:, None]
+    def alive(self, slots: Tensor, log_prob: Tensor) -> _Pool:
+        """The hypotheses in ``slots``, int64 (B, M), live with log probabilities (B, M)."""
+        batch = torch.arange(len(slots), device=slots.device)[:, None]
         rest = (self.tokens, self.totals, self.coverage, self.weights)
-        fields = [None if field is None else field[batch, places] for field in rest]
+        fields = [None if field is None else field[batch, slots] for field in rest]
         return _Pool(*cast(Fields, [log_prob, log_prob, *fields]))
 
     def on_host(self) -> _Pool:
-        """On the CPU."""
+        """The pool on the CPU."""
         return self._each(Tensor.cpu)
 
     def padded(self) -> _Pool:
-        """With room for one more symbol."""
+        """The pool with room for one more symbol."""
         pool = self._each(lambda tensor: tensor)
         pool.tokens = torch.nn.functional.pad(pool.tokens, (0, 1), value=PAD)
         pool.totals = torch.nn.functional.pad(pool.totals, (0, 1))
@@ -66,7 +65,7 @@ class _Pool:
         return pool
 
     def joined(self, other: _Pool) -> _Pool:
-        """Both, side by side."""
+        """The hypotheses of both pools, K1 + K2 for each sentence."""
         pairs = zip(self._fields(), other._fields(), strict=True)
         joined = [None if x is None or y is None else torch.cat((x, y), 1) for x, y in pairs]
         return _Pool(*cast(Fields, joined))
@@ -89,16 +88,17 @@ def beam_search(
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[list[Hypothesis]]:
-    """`search.search` with a beam; limits: int64 (B,), of the targets' lengths, none
-    below ``shortest``.
+    """Run `search.search` with ``config.beam`` > 1.
 
-    ensemble: with ``config.beam`` rows a sentence, and weights if any of this needs them.
+    ensemble: has ``config.beam`` rows per sentence, and weights if anything here needs them.
+    source: int64 (B, S). lengths: int64 (B,), of the sources.
+    limits: int64 (B,), largest target length of each sentence. shortest: the minimum of ``limits``.
 
-    Of each sentence K hypotheses are alive. Every step extends all of them and ranks what comes of
-    it: those of the first K that end have ended, and the first K others go on. A sentence is done
-    when K have ended, or when no alive one could still enter the n best: log-probabilities only
-    fall, so a hypothesis gains most from the length penalty of the longest target, and nothing from
-    coverage. It then leaves the batch.
+    Each sentence has K = ``config.beam`` live hypotheses. A step extends all of them by one symbol
+    and ranks the extensions. Those among the first K that end with EOS are finished; the first K
+    others stay alive. A sentence is done, and leaves the batch, when K hypotheses are finished or
+    when no live one can still enter the n best. The bound for that: a log probability never
+    increases, the length penalty of the longest target helps most, and coverage never helps.
     """
     with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
     with_weights = return_weights and ensemble.has_attention
@@ -117,19 +117,19 @@ def beam_search(
         )
         extended, parents = _extend(alive, allowed, weights)
         ended = _take_ended(ended, extended, lengths, config, done)
-        alive, places = _go_on(extended, config.beam)
+        alive, slots = _keep_alive(extended, config.beam)
         offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
-        ensemble.reorder((offsets + parents.gather(1, places)).flatten())
+        ensemble.reorder((offsets + parents.gather(1, slots)).flatten())
         symbols = alive.tokens[:, :, -1].flatten()
         done = done | _is_done(alive, ended, limits, config)
         step += 1
         if step % look_every or not bool(done.any()):
             continue
         finished = done.nonzero()[:, 0]
-        told = ended.rows(finished).on_host()
+        results = ended.rows(finished).on_host()
         sizes = lengths[finished].tolist()
         for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
-            found[row] = _hypotheses(told, i, size, config.nbest, return_weights)
+            found[row] = _hypotheses(results, i, size, config.nbest, return_weights)
         remaining = (~done).nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
@@ -145,7 +145,7 @@ def beam_search(
 def _begin(
     source: Tensor, config: SearchConfig, with_weights: bool, with_coverage: bool
 ) -> tuple[_Pool, _Pool]:
-    """One empty hypothesis a sentence is alive, none has ended."""
+    """The initial pools: each sentence has one live, empty hypothesis and no finished one."""
     batch, length = source.shape
     nothing = torch.full((batch, config.beam), -torch.inf, device=source.device)
     first = nothing.clone()
@@ -161,13 +161,16 @@ def _begin(
 
 
 def _of_rows(limits: Tensor, prefix: Tensor | None, beam: int) -> tuple[Tensor, Tensor | None]:
-    """What each row has of its sentence's."""
+    """Repeat the limits and prefixes of the sentences for each beam."""
     each = None if prefix is None else prefix.repeat_interleave(beam, dim=0)
     return limits.repeat_interleave(beam), each
 
 
 def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_Pool, Tensor]:
-    """The 2 K likeliest extensions of each sentence by one symbol, and which beam each extends."""
+    """The 2 K most probable one-symbol extensions of each sentence, and the beam each extends.
+
+    2 K suffice to have K that do not end: at most K of them, one per beam, end with EOS.
+    """
     batch, beam, _ = alive.tokens.shape
     size = log_probs.shape[1]
     totals = (alive.log_prob[:, :, None] + log_probs.view(batch, beam, size)).flatten(1)
@@ -177,8 +180,8 @@ def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_P
     extended.tokens[:, :, -1] = symbols
     extended.totals[:, :, -1] = best
     if weights is not None:
-        places = torch.arange(batch, device=parents.device)[:, None]
-        step = weights.view(batch, beam, -1)[places, parents]
+        sentences = torch.arange(batch, device=parents.device)[:, None]
+        step = weights.view(batch, beam, -1)[sentences, parents]
         if extended.coverage is not None:
             extended.coverage = extended.coverage + step
         if extended.weights is not None:
@@ -189,7 +192,7 @@ def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_P
 def _take_ended(
     ended: _Pool, extended: _Pool, lengths: Tensor, config: SearchConfig, done: Tensor
 ) -> _Pool:
-    """The best that have ended, with those that end now; those of a sentence that is done stay."""
+    """The best finished hypotheses, including those that end now; done sentences do not change."""
     length = extended.tokens.shape[2]
     score = extended.log_prob / length_penalty(float(length), config)
     if extended.coverage is not None:
@@ -203,15 +206,15 @@ def _take_ended(
     return ended.padded().joined(fresh).best(config.beam)
 
 
-def _go_on(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
-    """The K likeliest that have not ended, and their places among the extensions."""
+def _keep_alive(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
+    """The K most probable extensions that do not end, and their slots among the extensions."""
     score = extended.log_prob.masked_fill(extended.tokens[:, :, -1] == EOS, -torch.inf)
-    log_prob, places = score.topk(beam, dim=1)
-    return extended.alive(places, log_prob), places
+    log_prob, slots = score.topk(beam, dim=1)
+    return extended.alive(slots, log_prob), slots
 
 
 def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
-    """Bool (B,): whether K have ended, or no alive hypothesis can become one of the n best."""
+    """Bool (B,): whether K hypotheses are finished, or no live one can enter the n best."""
     longest = (limits + 1).to(alive.log_prob.dtype)
     bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
     return (ended.score[:, -1] > -torch.inf) | (ended.score[:, config.nbest - 1] >= bound)
@@ -220,20 +223,20 @@ def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -
 def _hypotheses(
     ended: _Pool, row: int, length: int, nbest: int, return_weights: bool
 ) -> list[Hypothesis]:
-    """The n best of a sentence that is done; fewer if there are no more."""
+    """The n best hypotheses of a done sentence; fewer if there are not n."""
     found = []
-    for place in range(nbest):
-        score = float(ended.score[row, place])
+    for slot in range(nbest):
+        score = float(ended.score[row, slot])
         if score == -torch.inf:
             break
-        tokens = [token for token in ended.tokens[row, place].tolist() if token not in (PAD, EOS)]
+        tokens = [token for token in ended.tokens[row, slot].tolist() if token not in (PAD, EOS)]
         weights = None
         if return_weights:
             weights = torch.zeros(0, length)
             if ended.weights is not None:
-                weights = ended.weights[row, place, : len(tokens), :length].float()
-        totals = [0.0, *ended.totals[row, place, : len(tokens)].tolist()]
-        of_tokens = [after - before for before, after in pairwise(totals)]
-        log_prob = float(ended.log_prob[row, place])
-        found.append(Hypothesis(tokens, log_prob, score, weights, of_tokens))
+                weights = ended.weights[row, slot, : len(tokens), :length].float()
+        totals = [0.0, *ended.totals[row, slot, : len(tokens)].tolist()]
+        token_log_probs = [after - before for before, after in pairwise(totals)]
+        log_prob = float(ended.log_prob[row, slot])
+        found.append(Hypothesis(tokens, log_prob, score, weights, token_log_probs))
     return found

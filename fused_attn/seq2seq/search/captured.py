@@ -1,8 +1,8 @@
-"""A step of decoders as a graph that is recorded once and replayed for every step and batch.
+"""A decoder step as a device graph, captured once and replayed for all steps and batches.
 
-The graph works on buffers of its own: symbols, states, memories, lengths. They are a little larger
-than a batch needs, so that one graph serves many batches: what a batch leaves over are sentences of
-length 0, and positions behind the lengths, which nothing reads.
+The graph works on its own buffers for symbols, states, memories and lengths. They are a little
+larger than a batch, so that one graph serves many batches. Unused rows are sentences of length 0,
+and unused positions lie beyond the lengths, so nothing reads them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.graphs import Recorder
 from fused_attn.seq2seq.search.stepping import Decoders, joint_step, rows_of
 
-# The memory of a batch is padded to a multiple of so many positions.
+# The memory is padded to a multiple of this many positions.
 _POSITIONS = 32
 
 
 @dataclass(frozen=True)
 class Room:
-    """How much a captured step takes at once."""
+    """The capacity of a captured step."""
 
     sentences: int
     beams: int
@@ -43,9 +43,12 @@ class Room:
         source: int,
         return_weights: bool,
     ) -> Room:
-        """Room for a batch: the next power of two sentences, the next multiple of 32 positions."""
+        """Return the room for a batch.
+
+        The number of sentences is rounded up to a power of two, ``source`` to a multiple of 32.
+        """
         longest = -(-source // _POSITIONS) * _POSITIONS
-        for model in models:  # a score by positions has an end
+        for model in models:  # the location score has a largest source length
             if model.config.max_source is not None and model.config.score == "location":
                 longest = min(longest, max(source, model.config.max_source))
         return cls(1 << max(0, sentences - 1).bit_length(), beams, longest, return_weights)
@@ -54,10 +57,12 @@ class Room:
 class CapturedStepper:
     """A `Stepper` that replays a graph.
 
-    It holds no reference to its models that would keep them alive: whoever uses it does.
+    It holds only weak references to its models; the caller keeps them alive.
 
-    models: in evaluation mode. room: at least that of the batches to come.
-    decoders: of any batch; only dtypes, devices and sizes are read.
+    models: in evaluation mode.
+    decoders: of any batch; only their dtypes, devices and widths matter.
+    room: capacity; no later batch may need more.
+    recorder: captures the graph.
 
     Raises RuntimeError if the step cannot be captured.
     """
@@ -69,7 +74,7 @@ class CapturedStepper:
         self._models = [weakref.ref(model) for model in models]
         rows = room.sentences * room.beams
         device = decoders.states[0].hidden[0].device
-        with torch.inference_mode(False):  # so that every mode may write into them
+        with torch.inference_mode(False):  # so that the buffers may be written in any mode
             self._buffers = Decoders(
                 [_state_buffer(state, rows, room.source) for state in decoders.states],
                 [_memory_buffer(memory, room) for memory in decoders.prepared],
@@ -78,26 +83,26 @@ class CapturedStepper:
             )
             self._symbols = torch.zeros(rows, dtype=torch.int64, device=device)
             self._in_order = torch.arange(rows, device=device)
-            self._parents = self._in_order.clone()  # the row that each row goes on from
-        self._is_in_order = True  # whether that is itself
-        self._sentences = self._source = 0  # of the batch
+            self._parents = self._in_order.clone()  # the row whose state each row continues
+        self._is_in_order = True  # whether every row continues itself
+        self._sentences = self._source = 0  # sizes of the current batch
         self._graph = recorder.capture(self._work)
         self.replays = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of buffers and outputs."""
+        """Bytes of the buffers and outputs."""
         tensors = [*self._graph.outputs, *(tensor for _, tensor in self._states())]
         tensors += [t for memory in self._buffers.prepared for t in _tensors(memory)]
         return sum(tensor.nbytes for tensor in tensors)
 
     def serves(self, models: Sequence[Seq2Seq]) -> bool:
-        """Whether it is of these models."""
+        """Whether this step was captured from these models."""
         mine = [reference() for reference in self._models]
         return len(mine) == len(models) and all(a is b for a, b in zip(mine, models, strict=True))
 
     def load(self, decoders: Decoders) -> None:
-        """Go on from where other decoders are; the batch must have room."""
+        """Copy the state of ``decoders`` into the buffers; the batch must fit into ``room``."""
         for buffer, state in zip(self._buffers.states, decoders.states, strict=True):
             _fill_state(buffer, state)
         for memory, prepared in zip(self._buffers.prepared, decoders.prepared, strict=True):
@@ -117,7 +122,7 @@ class CapturedStepper:
         self.replays += 1
         self._put_in_order()
         log_probs, *aligned = self._graph.outputs
-        # The next step overwrites both. Weights are what a search keeps.
+        # The next step overwrites both. A search keeps the weights, so they are copied.
         weights = aligned[0][:rows, : self._source].clone() if aligned else None
         return log_probs[:rows], weights
 
@@ -125,7 +130,7 @@ class CapturedStepper:
         if self.room.beams == 1:
             self._select(rows)
             return
-        # The next step begins with it.
+        # The graph itself gathers the parents' states at the start of the next step.
         chosen = rows if self._is_in_order else self._parents.index_select(0, rows)
         self._parents[: len(rows)].copy_(chosen)
         self._is_in_order = False
@@ -152,15 +157,15 @@ class CapturedStepper:
             self._is_in_order = True
 
     def _states(self) -> Iterator[tuple[int, Tensor]]:
-        """The tensors of the states, each with the dimension of its rows."""
+        """The state tensors, each with its row dimension."""
         for state in self._buffers.states:
             yield from ((1, tensor) for tensor in state.hidden)
             yield from ((0, t) for t in (state.attentional, state.coverage) if t is not None)
 
     def _work(self) -> tuple[Tensor, ...]:
-        """What is captured: from the buffers to the outputs, and the next states into the buffers.
+        """The captured work: compute the outputs and write the next states into the buffers.
 
-        The parents' states are read into new tensors before any is overwritten.
+        The parents' states are gathered into new tensors before any buffer is overwritten.
         """
         models = [model for reference in self._models if (model := reference()) is not None]
         assert len(models) == len(self._models)
@@ -189,11 +194,11 @@ def _state_buffer(state: DecoderState, rows: int, source: int) -> DecoderState:
 
 
 def _memory_buffer(memory: PreparedMemory | None, room: Room) -> PreparedMemory | None:
-    """Zeros for a memory that has lengths and no mask, as `Seq2Seq.prepare_memory` makes it."""
+    """Zeros for a memory with lengths and without a mask, as `Seq2Seq.prepare_memory` returns."""
     if memory is None:
         return None
     if memory.memory_lengths is None or memory.memory_mask is not None:
-        raise RuntimeError("a captured step takes memories with lengths and without a mask")
+        raise RuntimeError("a captured step needs a memory with lengths and without a mask")
 
     def room_for(tensor: Tensor) -> Tensor:
         shape = (room.sentences, room.source, *tensor.shape[2:])[: tensor.dim()]
@@ -222,14 +227,14 @@ def _fill_state(buffer: DecoderState, state: DecoderState) -> None:
 def _fill_memory(buffer: PreparedMemory, memory: PreparedMemory) -> None:
     batch, source = memory.memory.shape[:2]
     for mine, tensor in zip(_tensors(buffer), _tensors(memory), strict=True):
-        place = mine[:batch] if tensor.dim() == 1 else mine[:batch, :source]
-        place.copy_(tensor)
+        part = mine[:batch] if tensor.dim() == 1 else mine[:batch, :source]
+        part.copy_(tensor)
     assert buffer.memory_lengths is not None
     buffer.memory_lengths[batch:] = 0
 
 
 def _store(buffer: DecoderState, state: DecoderState) -> None:
-    """Overwrite a buffer with a state of the same dtypes."""
+    """Copy a state into a buffer; raises RuntimeError if their dtypes differ."""
     pairs = [
         *zip(buffer.hidden, state.hidden, strict=True),
         (buffer.attentional, state.attentional),
@@ -239,7 +244,9 @@ def _store(buffer: DecoderState, state: DecoderState) -> None:
         if mine is None or tensor is None:
             continue
         if mine.dtype != tensor.dtype:
-            raise RuntimeError(f"a state of {mine.dtype} is {tensor.dtype} after a step")
+            raise RuntimeError(
+                f"the step changed the dtype of a state from {mine.dtype} to {tensor.dtype}"
+            )
         mine.copy_(tensor)
     assert isinstance(buffer.position, Tensor) and isinstance(state.position, Tensor)
     buffer.position.copy_(state.position)

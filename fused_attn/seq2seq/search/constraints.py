@@ -1,4 +1,4 @@
-"""Which symbols a search may take next."""
+"""Constraints on a search: target lengths, prefixes and repeated n-grams."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 @dataclass(frozen=True)
 class LengthBound:
-    """How long a target may get where a search is not told.
+    """Bounds the length of a target when `SearchConfig.max_length` is None.
 
-    ratio: symbols for one of the source; longest: those of the longest target in training.
+    ratio: target symbols per source symbol.
+    longest: symbols of the longest target in the training set.
 
-    It goes by a target's own source, so that a result does not depend on the rest of its batch.
+    The bound depends only on the target's own source, so a result does not depend on the rest of
+    its batch.
     """
 
     ratio: float = 2.0
     longest: int = 0
 
     def limits(self, lengths: Tensor) -> Tensor:
-        """The most symbols for sources of these lengths, int64 (B,)."""
+        """Return the largest target lengths, int64 (B,), for source lengths int64 (B,).
+
+        For a source of n symbols that is ratio * n + 10, but at least 2 n + 10, and if more than
+        that, at most longest + 10.
+        """
         usual = 2 * lengths + _MARGIN
         by_ratio = (self.ratio * lengths).ceil().long() + _MARGIN
         return torch.minimum(by_ratio, usual.clamp(min=self.longest + _MARGIN)).maximum(usual)
@@ -35,7 +41,7 @@ _MARGIN = 10
 
 
 def limits_of(lengths: Tensor, config: SearchConfig, bound: LengthBound) -> Tensor:
-    """The most symbols that each target may have, int64 (B,)."""
+    """Return the largest target lengths, int64 (B,), for source lengths int64 (B,)."""
     if config.max_length is not None:
         return torch.full_like(lengths, config.max_length)
     return bound.limits(lengths)
@@ -49,11 +55,12 @@ def constrain(
     prefix: Tensor | None,
     shortest: int = 0,
 ) -> Tensor:
-    """Return the log-probabilities (N, V) with -inf for what may not come next.
+    """Return the log probabilities (N, V) with -inf for symbols that may not come next.
 
-    tokens: int64 (N, t), the symbols so far, without BOS. limits: int64 (N,), none below
-    ``shortest``. prefix: int64 (N, P) that each target has to begin with, padded; nothing else is
-    allowed there.
+    tokens: int64 (N, t), the symbols so far, without BOS.
+    limits: int64 (N,), the largest target lengths. At its limit a target must end.
+    prefix: int64 (N, P), what each target must begin with, padded at the end.
+    shortest: a lower bound of ``limits``, known to the host; below it ``limits`` is not read.
     """
     step, size = tokens.shape[1], log_probs.shape[1]
     is_short = step < config.min_length
@@ -61,7 +68,7 @@ def constrain(
     if config.block_ngrams:
         repeats = _repeats(tokens, config.block_ngrams, size)
         allowed = allowed.masked_fill(repeats, -torch.inf)
-    only: Tensor | None = None  # the one symbol that is allowed, or -1
+    only: Tensor | None = None  # (N,), the only symbol allowed, or -1 for no such constraint
     if prefix is not None and step < prefix.shape[1]:
         only = prefix[:, step].masked_fill(prefix[:, step] == PAD, -1)
     if step >= shortest:
@@ -75,8 +82,8 @@ def constrain(
 
 @lru_cache(maxsize=16)
 def _barred(size: int, with_end: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to log-probabilities (N, V) at every step: -inf to what is never written."""
-    with torch.inference_mode(False):  # other modes read it, too
+    """(V,), to add to log probabilities: -inf for PAD, BOS and, if ``with_end``, EOS; else 0."""
+    with torch.inference_mode(False):  # cached, and also used outside of inference mode
         barred = torch.zeros(size, dtype=dtype, device=device)
         for symbol in (PAD, BOS, EOS) if with_end else (PAD, BOS):
             barred[symbol] = -torch.inf
@@ -84,12 +91,12 @@ def _barred(size: int, with_end: bool, dtype: torch.dtype, device: torch.device)
 
 
 def _repeats(tokens: Tensor, size: int, vocabulary: int) -> Tensor:
-    """Bool (N, V): the symbols that would complete a sequence of ``size`` that was there before."""
+    """Bool (N, V): the symbols that would repeat an n-gram of ``size`` symbols."""
     found = torch.zeros(len(tokens), vocabulary, dtype=torch.bool, device=tokens.device)
     if tokens.shape[1] < size:
         return found
     windows = tokens.unfold(1, size, 1)
     tail = tokens[:, tokens.shape[1] - size + 1 :]
     matches = (windows[..., :-1] == tail[:, None]).all(dim=-1)
-    # PAD for those that do not match: it is not allowed anyway.
+    # Windows without a match mask PAD, which is never allowed anyway.
     return found.scatter(1, torch.where(matches, windows[..., -1], PAD), True)

@@ -1,4 +1,4 @@
-"""One or several models that read the same sources and write one target together."""
+"""One or several models that decode a batch of sources together."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from fused_attn.seq2seq.search.captured import CapturedStepper, Room
 from fused_attn.seq2seq.search.step_cache import StepCache, cache_of, not_captured_reasons
 from fused_attn.seq2seq.search.stepping import Decoders, EagerStepper
 
-# A capture takes about as long as so many steps without one (an estimate, no GPU has run it): a
-# search that has gone so far makes one, and loses at most as much again if it ends just then.
+# A capture takes about as long as this many eager steps (an estimate, not measured on a GPU). A
+# search captures after that many steps. If it ends right then, it took at most twice as long.
 STEPS_BEFORE_CAPTURE = 4
 
 
 class Ensemble:
-    """The decoders of models on a batch of sources, each with as many rows as there are beams.
+    """The decoders of one or several models on a batch of sources; a `Stepper`.
 
-    A step's probabilities are the mean of the models' (as the alignment is); the models share both
-    vocabularies. It is a `Stepper`, and a context in which a captured step is its own.
+    Probabilities and alignment weights are means over the models. Use it as a context manager: it
+    owns its captured step, if it has one, until the end of the context.
 
+    models: in evaluation mode, on one device, with the same vocabularies.
     source: int64 (B, S), padded at the end. lengths: int64 (B,), 1..S, on any device.
-    return_weights: whether `step` returns alignment weights, if any model has them.
-    graphs: whether to replay a graph of the step where the device has such: from the first step on
-        if one was captured before, else after a few steps.
+    beams: rows per sentence.
+    return_weights: whether `step` returns alignment weights, if any model has attention.
+    graphs: whether to replay a graph of the step if the device supports that: from the first step
+        if one was captured before, else after `STEPS_BEFORE_CAPTURE` steps.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Ensemble:
         return isinstance(self._stepper, CapturedStepper)
 
     def capture(self) -> bool:
-        """Replay a graph from the next step on; returns False if that cannot be."""
+        """Replay a graph from the next step on; returns False if that is not possible."""
         if not self._take() and self._cache is not None:
             assert isinstance(self._stepper, EagerStepper)
             decoders = self._stepper.decoders
@@ -105,7 +107,7 @@ class Ensemble:
         self._stepper.keep(sentences)
 
     def _take(self) -> bool:
-        """Replay a graph that is there; returns whether one is in use now."""
+        """Use a cached graph if there is one; returns whether a graph is in use now."""
         if not self.is_captured and self._cache is not None:
             self._use(self._cache.take(self._models, self._room))
         return self.is_captured

@@ -1,7 +1,7 @@
-"""Recording what the device is told to do, and doing it again without Python.
+"""Capture device work as a graph, and replay it without Python.
 
-A step of a decoder is some thirty kernels that are each done before Python has asked for the next
-one. A graph of them is one launch.
+A decoder step is some thirty kernels, each of which finishes before Python launches the next one. A
+graph of them takes one launch.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-# The first calls choose algorithms and get their workspaces, which no capture may do.
+# The first calls choose algorithms and allocate workspaces, which is not allowed in a capture.
 _WARM_UPS = 2
 
 Work = Callable[[], tuple[Tensor, ...]]
 
 
 class Graph(Protocol):
-    """Work that was recorded. It reads and writes the memory that it read and wrote then."""
+    """Captured work. A replay reads and writes the same memory as the capture."""
 
-    outputs: tuple[Tensor, ...]  # what the work returned; a replay fills the same tensors again
+    outputs: tuple[Tensor, ...]  # the return value of the work; a replay overwrites these tensors
 
     def replay(self) -> None:
-        """Do it again, in the order of the current stream."""
+        """Repeat the work on the current stream."""
 
 
 class Recorder(Protocol):
-    """Records work for one device; what it records shares memory that nobody needs in between."""
+    """Captures graphs for one device. The graphs share their temporary memory."""
 
     def capture(self, work: Work) -> Graph:
-        """Record ``work``, which is run several times for that.
+        """Capture ``work``, which is called several times for that.
 
-        Raises RuntimeError if it does what cannot be recorded, such as waiting for the device.
+        Raises RuntimeError if the work cannot be captured, for example if it synchronizes.
         """
 
 
@@ -53,25 +53,28 @@ class CudaGraph:
 
 @cache
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Of all recorders of a device, to warm up and to capture on: libraries keep a workspace for
-    every stream, and one that a capture uses must have been allocated by a capture.
+    """The streams for warm-up and for capture, shared by all recorders of a device.
+
+    There are two because libraries keep a workspace per stream, and a workspace that a capture uses
+    must have been allocated during a capture.
     """
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class CudaRecorder:
-    """Captures CUDA graphs, of which only one runs at a time: they share one pool of memory."""
+    """Captures CUDA graphs that share one memory pool, so only one of them may run at a time."""
 
-    _lock = Lock()  # a process captures one graph at a time
-    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # the allocator may still ask them
+    _lock = Lock()  # one capture at a time in a process
+    # Failed captures are kept, because the allocator may still refer to them.
+    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Work) -> CudaGraph:
-        # Not `torch.cuda.graph`: it first gives all cached memory back, for the next batch to
-        # allocate again.
+        # Not `torch.cuda.graph`: it first releases all cached memory, which the next batch would
+        # have to allocate again.
         with torch.cuda.device(self._device), self._lock:
             current, (side, capturing) = torch.cuda.current_stream(), _streams(self._device)
             side.wait_stream(current)
@@ -86,12 +89,12 @@ class CudaRecorder:
 
     def _captured(self, work: Work) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device is no matter of this capture.
+        # "thread_local": device calls of other threads do not break this capture.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             outputs = work()
         except BaseException:
-            with suppress(RuntimeError):  # it says again that the capture has failed
+            with suppress(RuntimeError):  # reports the failed capture once more
                 graph.capture_end()
             self._abandon(graph)
             raise
@@ -103,7 +106,7 @@ class CudaRecorder:
         return graph, outputs
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Let the allocator do what the end of a capture that failed has left undone."""
+        """Release the allocator state that a failed capture leaves behind."""
         self._failed.append(graph)
         index = self._device.index or 0
         with suppress(RuntimeError):
@@ -111,5 +114,5 @@ class CudaRecorder:
             torch._C._cuda_releasePool(index, self._pool)
 
 
-# Of each type of device that has such graphs.
+# The recorder of each device type that supports graphs.
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}

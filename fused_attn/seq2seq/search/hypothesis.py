@@ -1,4 +1,4 @@
-"""What a search finds, and what its finds are compared by."""
+"""The result of a search, and the penalties that rank results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from fused_attn.seq2seq.config import SearchConfig
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A target found for one source."""
+    """A target found for a source."""
 
-    tokens: list[int]  # without BOS and EOS
+    tokens: list[int]  # ids without BOS and EOS
     log_prob: float  # of the whole target, EOS included, in nats
-    score: float  # what hypotheses are compared by: with length and coverage penalty
-    weights: Tensor | None  # alignment (T, S), a row for each token; None if not asked for
-    token_log_probs: list[float]  # of each token, in nats, without EOS
+    score: float  # for ranking: log_prob with length and coverage penalties
+    weights: Tensor | None  # alignment (T, S), one row per token; None if not asked for
+    token_log_probs: list[float]  # of each token, without EOS, in nats
 
 
 def length_penalty(length: Tensor | float, config: SearchConfig) -> Tensor | float:
-    """What a log-probability is divided by; length counts EOS."""
+    """Return the divisor of the log probability of a target of ``length`` symbols, EOS included.
+
+    "gnmt" is Wu et al. 2016, "Google's Neural Machine Translation System", eq. 14.
+    """
     if config.length_penalty == "average":
         return length
     if config.length_penalty == "gnmt":
@@ -31,8 +34,11 @@ def length_penalty(length: Tensor | float, config: SearchConfig) -> Tensor | flo
 
 
 def coverage_penalty(coverage: Tensor, lengths: Tensor, config: SearchConfig) -> Tensor:
-    """beta sum_s log(min(sum_t a_ts, 1)) (Wu et al. 2016, eq. 14) of coverage (N, S)."""
+    """Return beta sum_s log(min(sum_t a_ts, 1)), (N,) (Wu et al. 2016, eq. 14).
+
+    coverage: (N, S), the weights summed over the target. lengths: int64 (N,), of the sources.
+    """
     inside = torch.arange(coverage.shape[1], device=coverage.device) < lengths[:, None]
-    # A position that was never looked at costs as one that got a millionth.
+    # A position that got no attention costs the same as one that got a millionth: log(0) is -inf.
     logs = coverage.clamp(1e-6, 1.0).log().masked_fill(~inside, 0.0)
     return config.coverage_penalty * logs.sum(dim=1)

@@ -1,4 +1,4 @@
-"""Finding the targets of sources with trained models: greedy, by drawing, or with a beam."""
+"""Decode sources with trained models: greedy search, sampling or beam search."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def search(
     return_weights: bool = False,
     graphs: bool = True,
 ) -> list[list[Hypothesis]]:
-    """Find the ``config.nbest`` best targets of each source, the best first.
+    """Return the ``config.nbest`` best hypotheses of each source, best first.
 
-    models: one, or an ensemble with the same vocabularies; in evaluation mode, all on one device.
+    models: one, or an ensemble with the same vocabularies; in evaluation mode, on one device.
     source: int64 (B, S), padded at the end. source_lengths: int64 (B,), 1..S, on any device.
-    prefix: int64 (B, P), padded at the end: what each target begins with.
-    bound: of the targets' lengths, if ``config.max_length`` is None.
+    prefix: int64 (B, P), what each target must begin with, padded at the end.
+    bound: bounds the target lengths if ``config.max_length`` is None.
+    return_weights: whether hypotheses have alignment weights, float32 (T, S).
     graphs: whether steps on a GPU may replay a captured graph; see `Ensemble`.
     """
     members = [models] if isinstance(models, Seq2Seq) else list(models)
@@ -53,11 +54,11 @@ def search(
     ) as ensemble:
         if config.beam > 1:
             return beam_search(ensemble, *rest)
-        found = _walk(ensemble, *rest)
+        found = _decode(ensemble, *rest)
     return [[hypothesis] for hypothesis in found]
 
 
-def _walk(
+def _decode(
     ensemble: Ensemble,
     source: Tensor,
     lengths: Tensor,
@@ -67,26 +68,26 @@ def _walk(
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[Hypothesis]:
-    """One symbol after the other for each row: the likeliest, or a drawn one.
+    """Decode each row symbol by symbol, taking the most probable symbol or a sampled one.
 
-    Arguments as those of `beam_search`.
+    The arguments are those of `beam_search`.
     """
     look_every = LOOK_EVERY.get(source.device.type, 1)
     generator = None
     if config.seed is not None:
         generator = torch.Generator(source.device).manual_seed(config.seed)
-    rows = torch.arange(len(source), device=source.device)  # of the batch, still under way
+    rows = torch.arange(len(source), device=source.device)  # batch indices of unfinished rows
     symbols = torch.full_like(lengths, BOS)
     done = torch.zeros_like(symbols, dtype=torch.bool)
     tokens = source.new_zeros(len(source), 0)
     total = torch.zeros(len(source), device=source.device)
-    gains = total.new_zeros(len(source), 0)  # log-probability of each symbol
+    gains = total.new_zeros(len(source), 0)  # log probability of each symbol
     steps: list[Tensor] = []
     found: dict[int, Hypothesis] = {}
     while len(rows):
         log_probs, weights = ensemble.step(symbols)
         allowed = constrain(log_probs, tokens, limits, config, prefix, shortest)
-        if look_every > 1 and config.sample:  # those that are done need something to draw from
+        if look_every > 1 and config.sample:  # multinomial needs valid weights in done rows, too
             allowed = allowed.masked_fill(done[:, None], 0.0)
         symbols = _draw(allowed, config, generator) if config.sample else allowed.argmax(dim=-1)
         gained = log_probs.gather(1, symbols[:, None])[:, 0]
@@ -105,8 +106,8 @@ def _walk(
             continue
         aligned = torch.stack([step[ended] for step in steps], dim=1) if steps else None
         chosen = (tokens[ended], total[ended], gains[ended], lengths[rows[ended]], aligned)
-        told = _hypotheses(*chosen, config, return_weights)
-        found |= zip(rows[ended].tolist(), told, strict=True)
+        hypotheses = _hypotheses(*chosen, config, return_weights)
+        found |= zip(rows[ended].tolist(), hypotheses, strict=True)
         remaining = (~done).nonzero()[:, 0]
         rows, symbols, done = rows[remaining], symbols[remaining], done[remaining]
         tokens, total, limits = tokens[remaining], total[remaining], limits[remaining]
@@ -127,10 +128,11 @@ def _hypotheses(
     config: SearchConfig,
     return_weights: bool,
 ) -> list[Hypothesis]:
-    """The hypotheses of rows that have ended.
+    """The hypotheses of M finished rows.
 
-    tokens: int64 (M, t), up to an EOS and some padding. total: (M,), log-probabilities, and gains:
-    (M, t), those of each symbol. lengths: int64 (M,), of the sources. aligned: (M, t, S) or None.
+    tokens: int64 (M, t), each row with an EOS, and padding after it.
+    total: (M,), log probabilities. gains: (M, t), log probability of each symbol.
+    lengths: int64 (M,), of the sources. aligned: weights (M, t, S) or None.
     """
     total, gains, lengths = total.cpu(), gains.cpu(), lengths.cpu()
     aligned = None if aligned is None else aligned.cpu()
@@ -142,8 +144,8 @@ def _hypotheses(
         if return_weights:
             weights = torch.zeros(0, size) if rows is None else rows[:-1, :size].float()
         score = _score(total[i : i + 1], length, rows, lengths[i], config)
-        of_tokens = gains[i, : length - 1].tolist()
-        found.append(Hypothesis(symbols[: length - 1], float(total[i]), score, weights, of_tokens))
+        own = gains[i, : length - 1].tolist()
+        found.append(Hypothesis(symbols[: length - 1], float(total[i]), score, weights, own))
     return found
 
 
@@ -157,13 +159,13 @@ def _score(
 
 
 def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:
-    """Draw a symbol for each row from (N, V), after temperature, top-k and top-p."""
+    """Sample a symbol for each row of (N, V), with temperature, top-k and top-p; int64 (N,)."""
     tempered = torch.log_softmax(log_probs / config.temperature, dim=-1)
     ranked, order = tempered.sort(dim=-1, descending=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if config.top_k:
         keep[:, config.top_k :] = False
-    # A symbol stays while those before it do not reach p; the first always does.
+    # Keep a symbol if those ranked before it have less than p together. The first is always kept.
     before = ranked.exp().cumsum(dim=-1) - ranked.exp()
     keep &= before < config.top_p
     weights = ranked.exp().masked_fill(~keep, 0.0)

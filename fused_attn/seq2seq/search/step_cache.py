@@ -1,4 +1,4 @@
-"""Captured steps that are at hand: for each model a few, kept as long as the model is."""
+"""A cache of captured steps: a few for each model, kept as long as the model lives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_attn.seq2seq.search.captured import CapturedStepper, Room
 from fused_attn.seq2seq.search.graphs import RECORDERS
 from fused_attn.seq2seq.search.stepping import Decoders
 
-# For each model; the one that was used last always stays.
+# Limits for each model. The step used last is always kept.
 MOST_STEPS = 8
 MOST_BYTES = 1 << 30
 
@@ -29,23 +29,24 @@ Key = tuple[Any, ...]
 
 
 def not_captured_reasons(models: Sequence[Seq2Seq]) -> list[str]:
-    """Why a step of these models has to go through Python now, in sentences; empty if not.
+    """Return why a step of these models cannot be captured now, as phrases; empty if it can.
 
-    A replay does what the device did when it was captured: nothing that looks on or draws anew.
+    A replay only repeats the device work of the capture. It runs no hooks, computes no gradients
+    and draws no new random numbers.
     """
     device = next(models[0].parameters()).device
     reasons = []
     if device.type not in RECORDERS:
-        reasons.append(f"there are no graphs on the device type {device.type}")
+        reasons.append(f"the device type {device.type} does not support graphs")
         return reasons
     if torch.is_grad_enabled():
-        reasons.append("gradients are on")
+        reasons.append("gradients are enabled")
     if torch.is_autocast_enabled(device.type):
-        reasons.append("autocast is on")
+        reasons.append("autocast is enabled")
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        reasons.append("a compiler or a dispatch mode looks at every operator")
+        reasons.append("a compiler or a dispatch mode intercepts operators")
     if nn_module._has_any_global_hook():
-        reasons.append("there are hooks of every module")
+        reasons.append("global module hooks are registered")
     for model in models:
         if any(module.training for module in model.modules()):
             reasons.append("a model is in training mode")
@@ -57,7 +58,7 @@ def not_captured_reasons(models: Sequence[Seq2Seq]) -> list[str]:
 
 
 class StepCache:
-    """The captured steps of a model, or of the ensembles that it is the first of."""
+    """The captured steps of a model, and of ensembles whose first model it is."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,9 +70,10 @@ class StepCache:
         return len(self._steps)
 
     def take(self, models: Sequence[Seq2Seq], room: Room) -> CapturedStepper | None:
-        """Return a captured step if there is one, which is the caller's alone until `give_back`.
+        """Remove a captured step from the cache and return it; None if there is no such step.
 
-        Steps whose parameters are elsewhere now are dropped.
+        The caller owns the step until `give_back`. Steps of these models whose parameters have
+        moved to other memory are dropped.
         """
         key = _key(models, room)
         step = self._steps.pop(key, None)
@@ -84,18 +86,18 @@ class StepCache:
     def capture(
         self, models: Sequence[Seq2Seq], decoders: Decoders, room: Room
     ) -> CapturedStepper | None:
-        """Capture a step; None if that does not work, now and for good."""
+        """Capture a step. Returns None if that fails, and from then on without another try."""
         if self._failed is not None:
             return None
         try:
             return CapturedStepper(models, decoders, room, self._recorder)
         except RuntimeError as error:
             self._failed = str(error)
-            _LOG.debug("steps go through Python, they cannot be captured: %s", error)
+            _LOG.debug("steps cannot be captured, and run eagerly: %s", error)
             return None
 
     def give_back(self, models: Sequence[Seq2Seq], step: CapturedStepper) -> None:
-        """Keep a step for the next search."""
+        """Return a step to the cache for the next search, which may evict older ones."""
         self._steps[_key(models, step.room)] = step
         while len(self._steps) > 1 and (
             len(self._steps) > MOST_STEPS
@@ -108,7 +110,7 @@ _CACHES: WeakKeyDictionary[Seq2Seq, StepCache] = WeakKeyDictionary()
 
 
 def cache_of(model: Seq2Seq) -> StepCache:
-    """The captured steps of a model on a device that has graphs."""
+    """Return the cache of a model, which must be on a device that supports graphs."""
     device = next(model.parameters()).device
     cache = _CACHES.get(model)
     if cache is None or cache.device != device:
@@ -117,7 +119,7 @@ def cache_of(model: Seq2Seq) -> StepCache:
 
 
 def _key(models: Sequence[Seq2Seq], room: Room) -> Key:
-    """Everything that a graph has taken over from its capture: models, addresses, settings."""
+    """Everything a graph fixes at its capture: models, parameter addresses, settings, sizes."""
     addresses = tuple(
         (tensor.data_ptr(), tensor.dtype, tensor.device)
         for model in models

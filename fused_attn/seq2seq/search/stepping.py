@@ -1,4 +1,4 @@
-"""A step of one or several decoders that write one target together."""
+"""One decoding step of one or several models."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 
 
 class Stepper(Protocol):
-    """Decoders and where they are: N rows, the beams of each sentence one after another."""
+    """Decoders with their states, for N rows: the beams of each sentence next to one another."""
 
     def step(self, symbols: Tensor) -> tuple[Tensor, Tensor | None]:
         """Feed a symbol to each row.
 
-        symbols: int64 (N,). Returns the log-probabilities of the next, (N, V), which hold until the
-        next step, and the alignment weights (N, S) if they are wanted and any model has them.
+        symbols: int64 (N,). Returns the log probabilities of the next symbols, (N, V), valid until
+        the next step, and the alignment weights (N, S), or None if not asked for or no model has
+        attention.
         """
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on from ``rows`` int64 (N,) of the rows: each beam from the one it continues."""
+        """Give each row the state of the row it continues, ``rows`` int64 (N,)."""
 
     def keep(self, sentences: Tensor) -> None:
-        """Go on with these sentences only, int64 (M,), in rising order."""
+        """Keep only these sentences, int64 (M,), in ascending order."""
 
 
 @dataclass
 class Decoders:
-    """What a step reads: of each model the state and the memory."""
+    """The input of a step: the state and the memory of each model."""
 
     states: list[DecoderState]
     prepared: list[PreparedMemory | None]
@@ -46,9 +47,10 @@ class Decoders:
 def joint_step(
     models: Sequence[Seq2Seq], decoders: Decoders, symbols: Tensor
 ) -> tuple[Tensor, list[DecoderState], Tensor | None]:
-    """Return the log-probabilities (N, V), the next states and the weights (N, S) or None.
+    """Run one step of each model and average probabilities and weights over the models.
 
-    The probabilities are the mean of the models', and so are the weights.
+    symbols: int64 (N,). Returns the log probabilities (N, V), the next states, and the weights
+    (N, S) or None.
     """
     found, states, alignments = [], [], []
     for model, state, prepared in zip(models, decoders.states, decoders.prepared, strict=True):
@@ -70,7 +72,7 @@ def joint_step(
 
 
 class EagerStepper:
-    """A `Stepper` that calls the models, each time with new tensors."""
+    """A `Stepper` that calls the models in every step."""
 
     def __init__(self, models: Sequence[Seq2Seq], decoders: Decoders) -> None:
         self._models = models
@@ -92,7 +94,7 @@ class EagerStepper:
 
 
 def rows_of(sentences: Tensor, beams: int) -> Tensor:
-    """The rows of sentences, int64 (M,): int64 (M K,)."""
+    """Return the rows of sentences int64 (M,), with K beams each: int64 (M K,)."""
     if beams == 1:
         return sentences
     return (sentences[:, None] * beams + torch.arange(beams, device=sentences.device)).flatten()

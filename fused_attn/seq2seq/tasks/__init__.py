@@ -1,1 +1,1 @@
-"""What a model is trained to do: each task with its data, its options and its measures."""
+"""The tasks a model can be trained on, each with its data, options and metrics."""

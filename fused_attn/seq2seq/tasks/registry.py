@@ -1,4 +1,4 @@
-"""The tasks that the toolkit has, by name."""
+"""The tasks of the toolkit by name."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(values: dict[str, Any]) -> Task:
-    """The task of `Task.to_json`; raises KeyError, TypeError or ValueError if it is none."""
+    """Return the task described by ``values``, as from `Task.to_json`.
+
+    Raises KeyError, TypeError or ValueError if ``values`` does not describe a task.
+    """
     name = values["name"]
     if name not in TASKS:
-        raise ValueError(f"its task is {name!r}, known are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
     kind = TASKS[name]
     return kind(kind.config_of(values))

@@ -1,4 +1,4 @@
-"""Sequences of numbers to the same sequences reversed."""
+"""The task reverse: sequences of numbers, reversed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class ReverseConfig:
-    """numbers: how many different ones; pairs: to train on, of at most ``longest`` numbers;
-    test_longest: length of the longest in the test.
+    """Options of the task reverse.
+
+    numbers: size of the vocabulary.
+    pairs: number of training pairs.
+    longest: length of the longest sequence in the training and development sets.
+    test_longest: length of the longest sequence in the test set.
     """
 
     numbers: int = 51
@@ -30,13 +34,13 @@ class ReverseConfig:
 
 
 class Reverse(Task):
-    """Sequences of numbers, turned around: what one state cannot hold, attention looks up."""
+    """Sequences of numbers, reversed: a task for attention, as one state cannot hold a sequence."""
 
     name, kind = "reverse", ReverseConfig
     units, rates = ("sequences", "numbers"), ("sequences wrong", "numbers wrong")
     model = ModelConfig(hidden=128, embedding=64, score="concat", attn_dim=128, dropout=0.05)
     training = TrainingConfig(epochs=4, batch_size=128, lr=4e-3)
-    judged: ClassVar[int] = 1_000  # sequences for development, and for the test
+    judged: ClassVar[int] = 1_000  # sequences in each of the development and test sets
 
     def load(self) -> Data:
         config = self.config

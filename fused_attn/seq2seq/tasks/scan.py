@@ -1,4 +1,4 @@
-"""SCAN: commands to actions (Lake & Baroni 2018)."""
+"""The task scan: SCAN commands to actions (Lake & Baroni 2018)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,31 @@ from typing import Any
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import read_text
-from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Item, Pair, Symbols, fingerprint, place
+from fused_attn.seq2seq.data.pairs import (
+    DEV_SHARE,
+    Data,
+    Item,
+    Pair,
+    Symbols,
+    fingerprint,
+    unit_hash,
+)
 from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.tasks import scan_grammar
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
-# Share of the commands that the split "simple" holds out for the test.
+# Share of the commands that the split "simple" holds out as the test set.
 TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class ScanConfig:
-    """split: of the commands, see `scan`.
-    test_commands: those to keep for the test of the split "simple"; None to choose them by hash.
+    """Options of the task scan.
+
+    split: one of `scan_grammar.SPLITS`.
+    test_commands: commands to hold out as the test set of the split "simple"; None chooses them by
+        hash.
     """
 
     split: str = "simple"
@@ -35,11 +46,11 @@ class ScanConfig:
                 f"split must be one of {', '.join(scan_grammar.SPLITS)}, got {self.split!r}"
             )
         if self.test_commands is not None and self.split != "simple":
-            raise ValueError(f"test goes with the split simple, got {self.split!r}")
+            raise ValueError(f"test needs the split simple, got {self.split!r}")
 
 
 class Scan(Task):
-    """Commands to actions (Lake & Baroni 2018), generated from the grammar."""
+    """SCAN commands to actions (Lake & Baroni 2018), generated from the grammar."""
 
     name, kind = "scan", ScanConfig
     units, rates = ("commands", "actions"), ("commands wrong", "actions wrong")
@@ -53,8 +64,8 @@ class Scan(Task):
         else:
             train, test = scan_grammar.split_commands(self.config.split)
         copies = Counter(source for source, _ in train)
-        # What is there in copies is there to be learned.
-        held = {s for s, count in copies.items() if count == 1 and place(s) < DEV_SHARE}
+        # A command that a split repeats must stay in the training set.
+        held = {s for s, count in copies.items() if count == 1 and unit_hash(s) < DEV_SHARE}
         dev = [pair for pair in every if pair[0] in held]
         words = sorted({word for source, _ in every for word in source})
         actions = sorted({action for _, target in every for action in target})
@@ -84,7 +95,7 @@ class Scan(Task):
         self, every: Sequence[scan_grammar.Pair]
     ) -> tuple[list[scan_grammar.Pair], list[scan_grammar.Pair]]:
         if self.config.test_commands is None:
-            kept = {source for source, _ in every if place(("test", *source)) < TEST_SHARE}
+            kept = {source for source, _ in every if unit_hash(("test", *source)) < TEST_SHARE}
         else:
             kept = {tuple(line.split()) for line in self.config.test_commands}
             if unknown := kept - {source for source, _ in every}:

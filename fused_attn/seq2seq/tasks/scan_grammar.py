@@ -1,6 +1,6 @@
 """SCAN (Lake & Baroni 2018, "Generalization without Systematicity"): commands and their actions.
 
-All 20,910 commands of the phrase grammar, with their meaning, and the splits of the paper:
+All 20,910 commands of the phrase grammar with their actions, and the splits of the paper:
 
     C -> S and S | S after S | S          S -> V twice | V thrice | V
     V -> X opposite W | X around W | D | U         D -> X W
@@ -17,14 +17,15 @@ VERBS = ("walk", "look", "run", "jump")
 SIDES = ("left", "right")
 SPLITS = ("simple", "length", "turn-left", "jump")
 
-# The split "length" trains on what takes so many actions at most.
+# The split "length" trains on commands with at most this many actions.
 SHORT_ACTIONS = 22
-# A command that is trained on alone makes a tenth of the training pairs, in copies.
+# In the splits "turn-left" and "jump" there is one copy of the bare command for every 9 other
+# training pairs, so it makes up a tenth of the training set.
 _COPIES = 9
 
 
 def _phrases() -> Iterator[Pair]:
-    """V: a verb, perhaps with a direction."""
+    """V: a verb, optionally with a direction."""
     for verb in VERBS:
         yield (verb,), (f"I_{verb.upper()}",)
     for verb in ("turn", *VERBS):
@@ -56,10 +57,11 @@ def commands() -> list[Pair]:
 
 
 def split_commands(split: str) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs for training and for the test of a split that is not drawn at random.
+    """Return the training and the test pairs of a systematic split.
 
-    "length": at most 22 actions against more. "turn-left" and "jump": of the commands with that
-    phrase the training has only the phrase itself, many times.
+    "length" trains on commands with at most 22 actions and tests on the longer ones. "turn-left"
+    and "jump" train on the bare phrase (repeated) and all commands without it, and test on the
+    other commands with the phrase. Raises ValueError for another split.
     """
     every = commands()
     if split == "length":

@@ -1,4 +1,4 @@
-"""Tasks on text in files: your own pairs, and translation."""
+"""Tasks on the user's own texts: pairs and translation."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from fused_attn.seq2seq.data.pairs import (
     Symbols,
     fingerprint,
     grouped,
-    place,
+    unit_hash,
 )
 from fused_attn.seq2seq.data.tokenizers import TOKENS, Subwords, learn_subwords, make_tokenizer
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import UNKNOWN, Vocabulary
 
-# Of a development set that is taken from the training pairs.
+# Largest development set taken from the training pairs.
 _DEV_PAIRS = 2_000
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """tokens: what a symbol is, see `tokens`.
-    vocabulary: subwords to learn.
-    subwords: the model of them, once it is learned.
-    min_count: rarer words or characters are one symbol, the unknown.
-    max_length: longest source or target in symbols.
-    skip_bad: leave out lines that cannot be used, and count them, instead of stopping at the first.
+    """Options of the tasks on texts.
+
+    tokens: what a symbol is: "words", "chars" or "subwords".
+    vocabulary: number of subwords to learn.
+    subwords: the SentencePiece model in base64, once learned.
+    min_count: words or characters that occur less often become the unknown symbol.
+    max_length: longest source or target allowed, in symbols.
+    skip_bad: skip and count lines that cannot be used, instead of stopping at the first.
     """
 
     tokens: str = "words"
@@ -60,26 +62,26 @@ def _check_tokens(name: str, tokens: str) -> None:
 
 
 class TextTask(Task):
-    """A task whose lines tokenizers split, one for sources and one for targets."""
+    """A task on texts, with one tokenizer for sources and one for targets."""
 
     config: TextConfig
 
     @property
     def tokens(self) -> tuple[str, str]:
-        """What the symbols of sources and of targets are."""
+        """The kind of symbols of sources and of targets, each one of `TOKENS`."""
         return self.config.tokens, self.config.tokens
 
     @property
     def reader(self) -> Reader:
-        """How its lines become pairs."""
+        """How texts become pairs."""
         config = self.config
         source, target = (make_tokenizer(tokens, config.subwords) for tokens in self.tokens)
         return Reader(source, target, config.max_length, config.skip_bad)
 
     def learn(self, texts: Iterable[tuple[str, ...]]) -> None:
-        """Learn the subwords, if they are needed and not known yet.
+        """Learn the subword model, if the task needs one and has none yet.
 
-        texts: source and target of each pair.
+        texts: the source and the target of each pair. Raises `InputError` if learning fails.
         """
         if "subwords" in self.tokens and self.config.subwords is None:
             lines = (
@@ -92,7 +94,7 @@ class TextTask(Task):
             self.config = replace(self.config, subwords=model)
 
     def vocabularies(self, pairs: Iterable[Pair]) -> tuple[Vocabulary, Vocabulary]:
-        """Source and target vocabulary: the pieces of subwords, or the symbols of the pairs."""
+        """Return the source and target vocabularies: the subwords, or the symbols of the pairs."""
         tokenizers = self.reader.source, self.reader.target
         counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         if not all(isinstance(tokenizer, Subwords) for tokenizer in tokenizers):
@@ -130,10 +132,12 @@ def _known(vocabulary: Vocabulary) -> set[str]:
 
 @dataclass(frozen=True)
 class PairsConfig(TextConfig):
-    """train, dev, test: files, see `PairFile`; without a dev file 2 % of train, at most 2,000
-        pairs. None for all three if the pairs are given in Python.
-    source_tokens, target_tokens: what a symbol of sources and of targets is, if that differs;
-        ``tokens`` if None.
+    """Options of the task pairs, besides those of `TextConfig`.
+
+    train, dev, test: files, see `PairFile`, or None if the pairs are given in Python. Without a dev
+        file, 2 % of the training pairs, at most 2,000, are held out for development.
+    source_tokens, target_tokens: ``tokens`` for the sources and for the targets, if they differ;
+        None means ``tokens``.
     """
 
     train: str | None = None
@@ -150,9 +154,9 @@ class PairsConfig(TextConfig):
 
 
 class Pairs(TextTask):
-    """Your own pairs: lines of source, a tab, target; or pairs given in Python.
+    """The user's own pairs: lines SOURCE TAB TARGET, or pairs given in Python.
 
-    given: pairs by "train", "dev" and "test", in place of the files of the configuration.
+    given: pairs for "train", "dev" and "test", used instead of the files in the configuration.
     """
 
     name, kind = "pairs", PairsConfig
@@ -173,7 +177,7 @@ class Pairs(TextTask):
         if texts is None:
             raise OptionError(
                 "train",
-                "must name a file of pairs (a run that seq2seq.fit started goes on with "
+                "must name a file of pairs (if seq2seq.fit started this run, resume it with "
                 "seq2seq.fit(..., resume=True))",
             )
         self.learn(texts.texts())
@@ -182,7 +186,7 @@ class Pairs(TextTask):
         notes: list[str] = []
         dev = self._items("dev", notes)
         if dev is None:
-            chosen = (pair for pair in train if place(pair.source) < DEV_SHARE)
+            chosen = (pair for pair in train if unit_hash(pair.source) < DEV_SHARE)
             dev = grouped(list(islice(chosen, _DEV_PAIRS)) or islice(train, 1))
             test = self._items("test", notes)
             train.without = {item.source for item in dev}
@@ -192,7 +196,7 @@ class Pairs(TextTask):
         train.known = _known(target)
         if next(iter(train), None) is None:
             raise InputError(f"{train.name}: too few {train.unit}s for training and development")
-        for _ in train:  # what cannot be used is reported before the training begins
+        for _ in train:  # report bad entries before training begins
             pass
         notes = [*train.note(), *notes]
         digest = self._fingerprint(train)
@@ -204,7 +208,7 @@ class Pairs(TextTask):
         return super().with_vocabularies(data, source, target)
 
     def _pairs(self, split: str, reader: Reader) -> PairSource | None:
-        """The pairs of a split, from Python or from a file; None if there are none."""
+        """The pairs of a split, from Python or from a file; None if the split is not given."""
         if split in self.given:
             return PairList({"train": "pairs"}.get(split, split), self.given[split], reader)
         name = getattr(self.config, split)
@@ -219,7 +223,7 @@ class Pairs(TextTask):
         return items
 
     def _fingerprint(self, train: PairSource) -> str:
-        """Of all pairs, and of those that are held out."""
+        """A digest of all pairs and of the choice of those held out."""
         held = "\n".join(sorted(" ".join(source) for source in train.without))
         return fingerprint([Pair((train.fingerprint(), held), ())])
 
@@ -230,14 +234,14 @@ class Pairs(TextTask):
 
 @dataclass(frozen=True)
 class TranslateConfig(PairsConfig):
-    """As `PairsConfig`, with subwords."""
+    """`PairsConfig` with other defaults: subwords and a shorter ``max_length``."""
 
     tokens: str = "subwords"
     max_length: int = 100
 
 
 class Translate(Pairs):
-    """Sentences to sentences of another language; the development set is judged by BLEU."""
+    """Sentences to sentences in another language; checkpoints are chosen by BLEU."""
 
     name, kind = "translate", TranslateConfig
     units = ("sentences", "symbols")
@@ -246,7 +250,9 @@ class Translate(Pairs):
     training = TrainingConfig(epochs=12, batch_tokens=4_000, lr=1e-3, label_smoothing=0.1)
 
     def quality(self, found: Sequence[Symbols], items: Sequence[Item]) -> dict[str, float]:
-        """BLEU and chrF of the texts, each against its first reference (sacrebleu's defaults)."""
+        """Return BLEU and chrF against the first reference of each item, with the defaults of
+        sacrebleu, divided by 100.
+        """
         import sacrebleu
 
         texts = [self.write(target) for target in found]

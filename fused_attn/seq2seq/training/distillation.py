@@ -1,8 +1,8 @@
-"""Distillation: the probabilities of trained models as soft targets for another model.
+"""Distillation: the probabilities of trained models (teachers) as soft targets for another model.
 
 Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network"; for sequences, Kim &
 Rush 2016, "Sequence-Level Knowledge Distillation", sections 2.2 and 3.1. The teachers do not
-change, so they are run once, before the training, and not at every step.
+change, so they run once, before training, and not in every step.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from fused_attn.seq2seq.data.soft_targets import SoftTargetTable
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 
 FILE = "teacher.safetensors"  # in the directory of a run
-# Symbols whose probabilities are kept: a vocabulary of subwords at every step would be too large.
+# Number of symbols per step whose probabilities are kept. All of a subword vocabulary would be too
+# much to store.
 KEPT = 8
 _BATCH = 256
 
 
 @torch.no_grad()
 def soft_targets(models: Sequence[Seq2Seq], examples: Examples) -> SoftTargetTable:
-    """Run the teachers over all pairs; they are in evaluation mode, all on one device."""
+    """Run the teachers over all pairs and return their mean probabilities.
+
+    models: the teachers, in evaluation mode and on one device.
+    """
     device = next(models[0].parameters()).device
     lengths = examples.target_lengths - 1
     kept = min(KEPT, models[0].output.out_features)
     table = SoftTargetTable.empty(lengths, kept)
-    # Sorted by length: little padding, and mostly none in the sources, which avoids packing.
+    # Sorted by length for little padding. Most batches have no padding in the sources, which avoids
+    # packing.
     order = lengths.argsort(stable=True)
     order = order[examples.source_lengths[order].argsort(stable=True)]
     for rows in order.split(_BATCH):
@@ -44,13 +49,16 @@ def soft_targets(models: Sequence[Seq2Seq], examples: Examples) -> SoftTargetTab
 
 
 def save(table: SoftTargetTable, directory: Path) -> None:
-    """Write soft targets into the directory of a run; raises OSError."""
+    """Write soft targets to the directory of a run; raises OSError."""
     tensors = {"symbols": table.symbols, "probabilities": table.probabilities}
     files.save_tensors(directory / FILE, tensors)
 
 
 def load(directory: Path, examples: Examples) -> SoftTargetTable:
-    """Map what `save` wrote: pages are read when they are needed. Raises `InputError`."""
+    """Memory-map the soft targets that `save` wrote. Pages are read on demand.
+
+    Raises `InputError` if they are missing or damaged, or do not match ``examples``.
+    """
     tensors = files.map_tensors(directory, FILE)
     try:
         lengths = examples.target_lengths - 1

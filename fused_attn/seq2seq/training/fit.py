@@ -1,4 +1,4 @@
-"""Training from Python, from pairs to a model in one call; and what the command shares with it."""
+"""Train a model from Python in one call, and the parts that the command ``train`` shares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Source = str | Path | Iterable[tuple[str | Sequence[str], str | Sequence[str]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run went: whether a signal stopped it, or nothing was left to do."""
+    """The result of `carry_out`.
+
+    stopped: whether a signal stopped the run. was_complete: whether no steps were left to train.
+    """
 
     run: Run
     stopped: bool = False
@@ -40,9 +43,11 @@ class Outcome:
 
 
 def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
-    """Train a run to the end of its plan, or until SIGINT or SIGTERM; then a checkpoint is written.
+    """Train a run to its end, or until SIGINT or SIGTERM, which write a checkpoint and stop it.
 
-    make_run: starts or resumes it. Raises `InputError` if it cannot be started or written.
+    directory: of the run. make_run: starts or resumes the run.
+
+    Raises `InputError` if the run cannot be started or written.
     """
     with stop_signals() as received:
         try:
@@ -59,19 +64,19 @@ def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
                 "earlier checkpoints are intact"
             ) from None
     if not stopped:
-        fabric.barrier()  # the first process has written by then
+        fabric.barrier()  # until process 0 has written the last checkpoint
     return Outcome(run, stopped)
 
 
 def _any(fabric: Fabric, value: bool) -> bool:
-    """Whether it is so in any process: all have to stop at the same step."""
+    """Whether ``value`` is true in any process: all must stop at the same step."""
     if fabric.world_size == 1:
         return value
     return total(fabric, torch.tensor(float(value), device=fabric.device)).item() > 0
 
 
 def is_new(directory: Path) -> bool:
-    """Whether a run may be started in a directory."""
+    """Whether a run may start in a directory: it does not exist, or is empty."""
     return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
 
 
@@ -94,33 +99,37 @@ def fit(
     on_disk: bool = False,
     **data: Any,
 ) -> Predictor:
-    """Train a model on pairs and return it, as its best checkpoint predicts.
+    """Train a model on pairs and return its best checkpoint as a `Predictor`.
 
     Args:
-        pairs: sources and targets, each a text or a sequence of tokens; or a file of lines SOURCE
-            TAB TARGET.
-        output: a new directory for checkpoints and logs; `load` and ``fused-attn`` read it.
-        dev: pairs that choose the best checkpoint; 2 % of ``pairs``, held out, if None.
-        tokens: what a text is split into: "words", "chars" or "subwords"; or a pair of these, for
-            sources and targets. That of the task if None: words for pairs.
-        task: "pairs", or "translate" for sentences: subwords, a recipe for them, BLEU.
-        model, training: shape and recipe; those of the task, or of ``start_from``, if None.
-        start_from: a model whose parameters and vocabularies the training starts with.
+        pairs: (source, target) tuples, each side a text or a sequence of tokens; or the path of a
+            file with lines SOURCE TAB TARGET.
+        output: a new directory for checkpoints and logs, which `load` and ``fused-attn`` can read.
+        dev: development set, which chooses the best checkpoint, in the form of ``pairs``; None
+            holds out 2 % of ``pairs``.
+        tokens: how to split texts: "words", "chars" or "subwords", or a tuple of two of these for
+            sources and targets; None takes the default of the task.
+        task: "pairs" (words by default), or "translate" for sentences (subwords, larger model,
+            BLEU).
+        model, training: shape of the model and training options; None takes those of the task, and
+            the shape of ``start_from`` if that is given.
+        start_from: a model to start from, with its parameters and vocabularies.
         teachers: models whose probabilities are learned besides the targets (distillation).
-        resume: go on with the run in ``output``, with the same pairs; model, training, tokens and
-            data are those of the run.
-        backend: of the attention, "auto" or a name. device: "auto", "cpu", "cuda", "cuda:1" ...
-        progress: show a bar on a terminal, lines elsewhere, and notes about the data.
-        tensorboard: write events too. on_disk: keep the encoded pairs in ``output``, for data
-            larger than memory.
-        data: other options of the data: ``min_count``, ``max_length``, ``skip_bad`` and, for
-            subwords, ``vocabulary``; see `fused_attn.seq2seq.tasks.text.TextConfig`.
+        resume: resume the run in ``output``. Give the same pairs; model, training, tokens and data
+            options are those of the run.
+        backend: backend of the attention, "auto" or a name.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        progress: show a progress bar on a terminal, lines elsewhere, and notes about the data.
+        tensorboard: also write events for TensorBoard.
+        on_disk: keep the encoded pairs in files in ``output``, for data larger than memory.
+        data: other data options: ``min_count``, ``max_length``, ``skip_bad`` and, for subwords,
+            ``vocabulary``; see `fused_attn.seq2seq.tasks.text.TextConfig`.
 
-    SIGINT, as of Ctrl-C or the stop button of a notebook, writes a checkpoint and raises
-    KeyboardInterrupt. Torch's random state is left as it was.
+    SIGINT (Ctrl-C, or the stop button of a notebook) writes a checkpoint and raises
+    KeyboardInterrupt. The state of torch's random generators is restored at the end.
 
-    Raises `InputError` if a pair, an option or the directory cannot be used, or if the training
-    fails; earlier checkpoints are intact then.
+    Raises `InputError` if a pair, an option or the directory cannot be used, or if training fails;
+    earlier checkpoints are intact then.
     """
     directory = Path(output)
     if not isinstance(task, str) or not issubclass(TASKS.get(task, object), Pairs):
@@ -135,12 +144,14 @@ def fit(
         if resume:
             return _resumed(directory, in_python, shown, _machine)
         if not is_new(directory):
-            raise InputError(f"{directory} is not an empty directory; resume=True goes on with it")
+            raise InputError(
+                f"{directory} is not an empty directory; to resume the run in it, pass resume=True"
+            )
         chosen = data | _tokens(tokens)
         chosen |= {name: str(each) for name, each in given.items() if name not in in_python}
         recipe = _recipe(task, model, training, start_from, chosen, in_python)
         machine = _machine(recipe)
-        gathered(machine.fabric, None)  # all have looked into the directory before one writes there
+        gathered(machine.fabric, None)  # all check the directory before one of them writes there
         note = _note if progress and machine.fabric.is_global_zero else _ignore
         return start_run(directory, recipe, shown, machine, note, start_from, teachers)
 
@@ -156,7 +167,7 @@ def fit(
         leave()
     if outcome.stopped:
         raise KeyboardInterrupt(
-            f"stopped; fit(..., output={str(directory)!r}, resume=True) goes on"
+            f"stopped; fit(..., output={str(directory)!r}, resume=True) resumes the run"
         )
     return load(directory, backend=backend, device=found)
 
@@ -170,7 +181,10 @@ def _resumed(
     last = last_checkpoint(directory)
     recipe = load_recipe(last, files.load_metadata(last))
     if not isinstance(recipe.task, Pairs):
-        raise InputError(f"the run in {directory} is of the task {recipe.task.name}")
+        raise InputError(
+            f"the run in {directory} has the task {recipe.task.name}; resume it with "
+            f"fused-attn train {recipe.task.name} --output {directory} --resume"
+        )
     return resume_run(directory, progress, machine(recipe), in_python)
 
 
@@ -188,7 +202,9 @@ def _recipe(
         origin = find_checkpoint(start_from)
         before = load_recipe(origin, files.load_metadata(origin))
         if before.task.name != task:
-            raise OptionError("start_from", f": {origin} is of the task {before.task.name}")
+            raise OptionError(
+                "start_from", f": {origin} has the task {before.task.name}, expected {task}"
+            )
         shape = before.model
         values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
     try:
@@ -208,7 +224,7 @@ def _listed(name: str, pairs: Any) -> list[Any]:
     try:
         return list(pairs)
     except TypeError:
-        what = f"must be pairs or the path of a file, got {type(pairs).__name__}"
+        what = f"must be an iterable of pairs or the path of a file, got {type(pairs).__name__}"
         raise OptionError("pairs" if name == "train" else name, what) from None
 
 

@@ -1,7 +1,7 @@
-"""What a training writes down: tables of its steps and epochs, and events for TensorBoard.
+"""The logs of a run: CSV files with its steps and epochs, and events for TensorBoard.
 
-DIR/steps.csv    step, epoch, loss (nats a symbol), lr, tokens, sampling
-DIR/epochs.csv   epoch, step, train_loss, measures on the development set, seconds
+DIR/steps.csv    step, epoch, loss (nats per symbol), lr, tokens, sampling
+DIR/epochs.csv   epoch, step, train_loss, metrics on the development set, seconds
 DIR/tensorboard  the same numbers, if asked for
 """
 
@@ -26,13 +26,13 @@ Row = Mapping[str, object]
 
 
 class RunLog:
-    """The log of a run, a context manager around its training.
+    """Writes the logs of a run; a context manager around its training.
 
     Args:
         directory: of the run.
-        position: where the training goes on; what is logged of later steps, by a process that was
-            killed, is removed.
-        tensorboard: whether to write events too.
+        position: where training starts or resumes. Rows of later steps, from a process that was
+            killed, are removed.
+        tensorboard: whether to write events for TensorBoard, too.
     """
 
     def __init__(self, directory: Path, position: Position, *, tensorboard: bool = False) -> None:
@@ -69,7 +69,7 @@ class RunLog:
                 self._events.add_scalar(f"train/{name}", getattr(report, name), report.step)
 
     def epoch(self, values: Row) -> None:
-        """Log the end of an epoch; with "epoch", "step", and the same names every time."""
+        """Log an epoch. ``values`` has the keys "epoch" and "step", and always the same others."""
         self._write(EPOCHS, values)
         if self._events is not None:
             for name, value in values.items():
@@ -80,7 +80,7 @@ class RunLog:
         if name not in self._writers:
             path = self._directory / name
             new = not path.exists()
-            # Line by line, so that a kill costs half a line at most.
+            # Line-buffered, so that a kill leaves at most one incomplete line.
             file = self._files.enter_context(
                 path.open("a", buffering=1, encoding="utf-8", newline="")
             )
@@ -92,7 +92,7 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table; none if it is not there. The last is left out if it is not whole.
+    """Return the rows of a CSV file, without an incomplete last line; none if the file is missing.
 
     Raises OSError if it cannot be read.
     """
@@ -103,7 +103,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _tidy(path: Path, column: str, last: int) -> None:
-    """Remove the rows of what came after the checkpoint, and half a line."""
+    """Remove an incomplete last line, and rows with a ``column`` greater than ``last``."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The processes and the device of a training, by Lightning Fabric.
+"""The processes and the device of a training run, by Lightning Fabric.
 
-Under ``torchrun`` every process has its share of each batch (`DistributedDataParallel`, gloo on
-CPUs and nccl on GPUs); alone, a process takes all of it.
+Under ``torchrun`` each process handles its share of every batch (`DistributedDataParallel`, with
+gloo on CPUs and nccl on GPUs). A single process handles whole batches.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from torch import Tensor
 from fused_attn.seq2seq.devices import choose_device
 from fused_attn.seq2seq.errors import OptionError
 
-# It tells of every process that it starts.
+# At INFO it logs every process that joins.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def launch(device: str = "auto", precision: str = "32") -> Fabric:
-    """Return the Fabric of this process, one of those that ``torchrun`` started, or the only one.
+    """Return the launched Fabric of this process, which may be one of several under ``torchrun``.
 
-    device: see `choose_device`; of several processes on GPUs each takes its own. precision: of
-    `TrainingConfig`. Raises `InputError` if the device is not there.
+    device: see `choose_device`. Each of several processes on GPUs gets a GPU of its own.
+    precision: as in `TrainingConfig`.
+
+    Raises `InputError` if the device is not available or does not support the precision.
     """
     chosen = choose_device(device)
     if precision == "16" and chosen.type == "cpu":
-        raise OptionError("precision", "16 needs a GPU; on a CPU there is bf16")
+        raise OptionError("precision", "16 needs a GPU; on a CPU use bf16")
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     several = world > 1
     devices: Any = local if several or chosen.index is None else [chosen.index]
@@ -49,13 +51,14 @@ def launch(device: str = "auto", precision: str = "32") -> Fabric:
 
 
 def leave() -> None:
-    """End the process group, if there is one, once nothing of the training is held any more.
+    """Destroy the process group, if there is one. Call it when nothing refers to the trainer.
 
-    Left to the interpreter's end, a thread of gloo may ask for the interpreter's lock when that is
-    gone, and the process dies of ``terminate called without an active exception`` with all done.
+    If that is left to the exit of the interpreter, a thread of gloo may request the GIL when it no
+    longer exists. The process then dies with ``terminate called without an active exception``,
+    although all work is done.
     """
     if dist.is_initialized():
-        gc.collect()  # a wrapped module holds the group, too
+        gc.collect()  # a wrapped module refers to the group
         dist.destroy_process_group()
 
 
@@ -69,7 +72,7 @@ def total(fabric: Fabric, value: Tensor) -> Tensor:
 
 
 def gathered(fabric: Fabric, value: Any) -> list[Any]:
-    """Return the value of every process, the first process's first; anything that pickles."""
+    """Return the values of all processes, by rank. A value may be anything that can be pickled."""
     if fabric.world_size == 1:
         return [value]
     found: list[Any] = [None] * fabric.world_size
@@ -78,7 +81,7 @@ def gathered(fabric: Fabric, value: Any) -> list[Any]:
 
 
 def generator_state(fabric: Fabric) -> Tensor:
-    """Return the state of torch's generators, of every process: uint8 (processes, N)."""
+    """Return the states of torch's generators in all processes: uint8 (world size, N)."""
     state = torch.get_rng_state()
     if fabric.device.type == "cuda":
         state = torch.cat((state, torch.cuda.get_rng_state(fabric.device)))
@@ -86,10 +89,10 @@ def generator_state(fabric: Fabric) -> Tensor:
 
 
 def restore_generator(fabric: Fabric, states: Tensor, seed: int) -> None:
-    """Go on from what `generator_state` returned.
+    """Restore the generators from the states that `generator_state` returned.
 
-    With another number of processes, or on another kind of device, there is nothing to go on from:
-    the generators are seeded anew then.
+    If the number of processes or the type of the device has changed, there is no state to restore;
+    the generators are then seeded with ``seed`` plus the rank.
     """
     size = torch.get_rng_state().numel()
     on_gpu = fabric.device.type == "cuda"

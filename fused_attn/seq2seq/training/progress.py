@@ -1,4 +1,4 @@
-"""Showing how a training goes: a bar on a terminal, lines anywhere else."""
+"""Show the progress of training: a bar on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from fused_attn.seq2seq.training.trainer import StepReport
 
-_SMOOTHING = 0.95  # of the loss and the speed shown
-_LINE_SECONDS = 15.0
+_SMOOTHING = 0.95  # exponential smoothing of the displayed loss and speed
+_LINE_SECONDS = 15.0  # between two lines
 
 
 class Progress(ABC):
-    """Follows the steps of a training; a context manager around them."""
+    """Displays the steps and epochs of training; a context manager around them."""
 
     def __init__(self) -> None:
         self._loss: float | None = None
@@ -47,7 +47,7 @@ class Progress(ABC):
         self._started = self._last = time.monotonic()
 
     def step(self, report: StepReport) -> None:
-        """Count a step."""
+        """Show a step, with smoothed loss and speed."""
         now = time.monotonic()
         self._loss = _smooth(self._loss, report.loss)
         self._speed = _smooth(self._speed, report.tokens / max(now - self._last, 1e-9))
@@ -56,20 +56,20 @@ class Progress(ABC):
 
     @abstractmethod
     def show(self, report: StepReport, loss: float, speed: float) -> None:
-        """Show a step; ``loss`` and ``speed`` (target symbols a second) are smoothed."""
+        """Display a step. ``loss`` (nats) and ``speed`` (target symbols a second) are smoothed."""
 
     @abstractmethod
     def line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a permanent line."""
 
     def epoch(self, epoch: int, loss: float, dev: Mapping[str, float], seconds: float) -> None:
-        """Show the end of an epoch: its mean training loss, and measures on development data."""
+        """Print the result of an epoch: mean training loss in nats, development metrics, time."""
         measures = "  ".join(f"{name} {shown(name, value)}" for name, value in dev.items())
         self.line(f"epoch {epoch}: loss {loss:.4f}  dev {measures}  {seconds:.0f} s")
 
 
 class NoProgress(Progress):
-    """Of a process that leaves it to another one."""
+    """Shows nothing: for processes other than the first, or when progress is not wanted."""
 
     def show(self, report: StepReport, loss: float, speed: float) -> None:
         return None
@@ -79,7 +79,7 @@ class NoProgress(Progress):
 
 
 class LineProgress(Progress):
-    """A line of text now and then."""
+    """A line of text every 15 seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class LineProgress(Progress):
 
 
 class BarProgress(Progress):
-    """A bar that stays on the last line of a terminal."""
+    """A bar on the last line of a terminal."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class BarProgress(Progress):
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
-    """Return the bar if ``stream`` (standard output) is a terminal, or else lines."""
+    """Return a bar if ``stream`` is a terminal, else lines; None means standard output."""
     stream = stream or sys.stdout
     if not stream.isatty():
         return LineProgress(stream)

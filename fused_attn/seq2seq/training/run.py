@@ -1,10 +1,10 @@
-"""A run: the directory that a training writes, with its log and its checkpoints.
+"""A run: training in a directory with logs and checkpoints.
 
-DIR/steps.csv, DIR/epochs.csv           its log, see `logs`
-DIR/teacher.safetensors                 what the teachers of a training with --teacher say
-DIR/pairs/                              the encoded pairs of a training from the disk
-DIR/checkpoints/step-0000465            the beginning, or where the training was stopped
-DIR/checkpoints/step-0000926-epoch-02   after an epoch, with its error rates
+DIR/steps.csv, DIR/epochs.csv           logs, see `logs`
+DIR/teacher.safetensors                 the soft targets of the teachers, with --teacher
+DIR/pairs/                              the encoded pairs, if they are kept on disk
+DIR/checkpoints/step-0000465            the start of the run, or the step where it was stopped
+DIR/checkpoints/step-0000926-epoch-02   the end of an epoch, with its development metrics
 """
 
 from __future__ import annotations
@@ -21,31 +21,29 @@ from fused_attn.seq2seq.metrics import cost
 from fused_attn.seq2seq.training.logs import RunLog
 from fused_attn.seq2seq.training.progress import Progress
 
-if TYPE_CHECKING:  # prediction needs nothing of training
+if TYPE_CHECKING:  # avoids importing the trainer, and Lightning Fabric with it
     from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
 PAIRS = "pairs"
-# Besides the best.
+# Number of the latest checkpoints to keep. The best one is always kept.
 KEPT_CHECKPOINTS = 2
 
 ShouldStop = Callable[[], bool]
-# Measures of the model on the development set by name; the first decides which checkpoint is the
-# best and the next break ties; None if it was stopped.
+# Returns the metrics of the model on the development set by name, or None if stopped. The first
+# metric decides which checkpoint is the best; the next ones break ties.
 Evaluate = Callable[[ShouldStop], dict[str, float] | None]
 
 
 class Run:
-    """A training with its directory.
+    """A training run in a directory. Only the first of several processes writes to it.
 
     Args:
-        directory: of the run.
-        trainer: new, or with the state of the run's last checkpoint loaded.
-        meta: JSON values for every checkpoint: configurations, vocabularies, task.
-        evaluate: of the model in its present state, on the development set.
+        directory: for logs and checkpoints.
+        trainer: new, or with the state of the run's last checkpoint.
+        meta: JSON values for every checkpoint: configurations, vocabularies and task.
+        evaluate: evaluates the current model on the development set.
         progress: where to report.
         tensorboard: whether to write events for TensorBoard.
-
-    Of several processes the first writes.
     """
 
     def __init__(
@@ -66,10 +64,10 @@ class Run:
         self._first = trainer.fabric.is_global_zero
 
     def train(self, should_stop: ShouldStop) -> bool:
-        """Train to the end of the plan, or save a checkpoint and return once ``should_stop()``.
+        """Train to the end of the run, or until ``should_stop()``; then save a checkpoint and stop.
 
         Returns whether the end was reached. Raises OSError if the directory cannot be written, and
-        `InputError` if the training fails; the checkpoints of before are whole then.
+        `InputError` if training fails; earlier checkpoints are intact then.
         """
         trainer = self.trainer
         if self._first:
@@ -103,24 +101,23 @@ class Run:
         self.trainer.finish_epoch(cost(name, value))
         epoch = self.trainer.position.epoch
         if log is not None:
-            places = {"epoch": epoch, "step": position.step, "train_loss": loss}
-            log.epoch({**places, **dev, "seconds": round(seconds, 1)})
+            head = {"epoch": epoch, "step": position.step, "train_loss": loss}
+            log.epoch({**head, **dev, "seconds": round(seconds, 1)})
         self._save(dev)
         self.progress.epoch(epoch, loss, dev, seconds)
 
     def start(self) -> None:
-        """Write the first checkpoint, of the untrained model, so that any run can be resumed."""
+        """Write a checkpoint of the untrained model, so that the run can be resumed at any time."""
         self._save(None)
 
     def _save(self, dev: Mapping[str, float] | None) -> None:
-        """Write a checkpoint; with the rates ``dev`` it is the end of an epoch."""
+        """Write a checkpoint. ``dev`` has the metrics at the end of an epoch, else it is None."""
         position, tensors = self.trainer.state()
         name = f"step-{position['step']:07}" + (f"-epoch-{position['epoch']:02}" if dev else "")
         directory = self.directory / CHECKPOINTS / name
-        # Every process has to take part in what comes before.
-        if (
-            not self._first or directory.exists()
-        ):  # stopped again before the first step: nothing has changed
+        # Only after `state`, which gathers from all processes. The directory exists if the run was
+        # resumed and stopped before its first step: nothing has changed then.
+        if not self._first or directory.exists():
             return
         meta = {**self.meta, "position": position, "dev": dev}
         files.save(directory, meta, self.trainer.model.state_dict(), tensors)

@@ -1,4 +1,4 @@
-"""Learning rate and scheduled sampling as functions of how far a training has come.
+"""Schedules of the learning rate and of scheduled sampling.
 
 Scheduled sampling: Bengio et al. 2015, "Scheduled Sampling for Sequence Prediction with Recurrent
 Neural Networks".
@@ -10,23 +10,24 @@ import math
 
 from fused_attn.seq2seq.config import TrainingConfig
 
-# How far the exponential has fallen, and how steep the sigmoid is, over the whole schedule.
+# Over the whole schedule the exponential decays to this, and the sigmoid has this steepness.
 _DECAY = 0.01
 _STEEPNESS = 12.0
 _PLATEAU_FACTOR = 0.5
 
 
 def planned_steps(batches_per_epoch: int, config: TrainingConfig) -> int:
-    """Return the number of steps of a whole run."""
+    """Return the number of optimizer steps of a whole run."""
     steps = batches_per_epoch * config.epochs
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig, plateaus: int = 0) -> float:
-    """Return the rate of step ``step`` of 0..total-1: a linear rise to lr, then the schedule.
+    """Return the learning rate of a step in 0..total - 1: a linear warm-up, then the schedule.
 
-    The last step still learns: a fall would reach 0 one step after it. plateaus: epochs without a
-    best rate so far.
+    A falling schedule would reach 0 one step after the last, so the last step still learns.
+
+    plateaus: number of epochs so far without a new best development metric.
     """
     warmup = max(1, math.ceil(config.warmup * total))
     if step < warmup:
@@ -45,11 +46,13 @@ def learning_rate(step: int, total: int, config: TrainingConfig, plateaus: int =
 
 
 def sampling_probability(schedule: str, progress: float, largest: float) -> float:
-    """The probability at a place of the schedule; it ends at ``largest``.
+    """Return the probability of scheduled sampling; it rises to ``largest``.
 
-    schedule: "none", or one of `config.SCHEDULES`. progress: 0 where it starts, 1 at the end.
+    schedule: one of `config.SCHEDULES`. "exponential" rises fast at first, "inverse-sigmoid" slowly
+        at both ends.
+    progress: from 0 at the start of the schedule to 1 at its end.
 
-    "exponential" rises fast and then slowly, "inverse-sigmoid" slowly at both ends.
+    Raises ValueError if the schedule is unknown.
     """
     if schedule == "none":
         return 0.0
@@ -61,7 +64,7 @@ def sampling_probability(schedule: str, progress: float, largest: float) -> floa
     if schedule == "exponential":
         return largest * (1.0 - _DECAY**progress) / (1.0 - _DECAY)
     if schedule != "inverse-sigmoid":
-        raise ValueError(f"schedule is not known: {schedule!r}")
+        raise ValueError(f"unknown schedule {schedule!r}")
     first, last = _sigmoid(0.0), _sigmoid(1.0)
     return largest * (_sigmoid(progress) - first) / (last - first)
 

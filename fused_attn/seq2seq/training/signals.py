@@ -1,4 +1,4 @@
-"""Stopping a training by signals."""
+"""Stop training on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from types import FrameType
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGINT or SIGTERM has come; a second one interrupts.
+    """Yield a function that returns whether SIGINT or SIGTERM was received.
 
-    In a thread, where Python delivers no signals, it never says so.
+    A second signal raises KeyboardInterrupt. Outside of the main thread, where Python does not
+    deliver signals, the function always returns False.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

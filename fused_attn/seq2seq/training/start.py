@@ -1,4 +1,4 @@
-"""Training a model of a task: the data meets the toolkit."""
+"""Start or resume a run: load the data, build the model and the trainer."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ from fused_attn.seq2seq.training.run import PAIRS, Run
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
-_ITEMS_AT_ONCE = 1024  # of the development set, before a look at whether to stop
+_ITEMS_AT_ONCE = 1024  # items of the development set between two checks whether to stop
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run is carried out, which does not decide its numbers but for rounding.
+    """How a run is executed. This does not change its results, except for rounding.
 
-    fabric: of the process. backend: of the attention. on_disk: whether the encoded pairs are kept
-    in the run's directory and not in memory. tensorboard: whether to write events.
+    fabric: of this process.
+    backend: backend of the attention, "auto" or a name.
+    on_disk: whether to keep the encoded pairs in the run's directory instead of in memory.
+    tensorboard: whether to write events for TensorBoard.
     """
 
     fabric: Fabric
@@ -60,26 +62,27 @@ def start_run(
     start_from: str | Path | None = None,
     teachers: Sequence[str | Path] = (),
 ) -> Run:
-    """Return a new run, its first checkpoint written. ``note`` is told what is odd in the data.
+    """Start a run: write its first checkpoint and return it.
 
-    start_from: the model whose parameters and vocabularies the run begins with.
-    teachers: the models that it learns from, beside the data.
+    note: called with remarks for the user, such as how many lines of the data were skipped.
+    start_from: a model whose parameters and vocabularies the run starts with.
+    teachers: models whose probabilities the run learns besides the data.
 
-    Raises `InputError` if the data cannot be had or the backend cannot run the model, or if
-    ``start_from`` or a teacher does not fit them, OSError if the directory cannot be written.
+    Raises `InputError` if the data cannot be read, the backend cannot run the model, or
+    ``start_from`` or a teacher does not match them; OSError if the directory cannot be written.
     """
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     if recipe.training.rdrop and not recipe.model.dropout:
         raise OptionError("rdrop", "needs a dropout above 0: without it both passes are the same")
     origin = None if start_from is None else find_checkpoint(start_from)
 
-    def fit(data: Data) -> Data:
+    def with_known_vocabularies(data: Data) -> Data:
         if origin is None:
             return data
         known = load_vocabularies(origin, files.load_metadata(origin))
         return recipe.task.with_vocabularies(data, *known)
 
-    recipe, data, examples = _load(directory, recipe, machine, fit)
+    recipe, data, examples = _load(directory, recipe, machine, with_known_vocabularies)
     for text in data.notes:
         note(text)
     torch.manual_seed(recipe.training.seed)
@@ -90,11 +93,11 @@ def start_run(
         name, _, reason = str(error).partition(" ")
         raise OptionError(name, reason) from None
     if origin is not None:
-        _begin_with(model, origin)
+        _initialise_from(model, origin)
     if teachers:
-        _ask(teachers, data, examples, directory, machine, note)
+        _run_teachers(teachers, data, examples, directory, machine, note)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
-    if rank := machine.fabric.global_rank:  # each process drops other columns
+    if rank := machine.fabric.global_rank:  # dropout differs between processes
         torch.manual_seed(recipe.training.seed + rank)
     meta = {
         **recipe.to_json(),
@@ -110,8 +113,8 @@ def start_run(
     return run
 
 
-def _begin_with(model: Seq2Seq, origin: Path) -> None:
-    """Give the model the parameters of a checkpoint, which may be narrower."""
+def _initialise_from(model: Seq2Seq, origin: Path) -> None:
+    """Load the parameters of a checkpoint, whose model may be narrower; see `widen`."""
     parameters = files.load_tensors(origin, files.MODEL)
     before = load_recipe(origin, files.load_metadata(origin)).model
     try:
@@ -120,12 +123,12 @@ def _begin_with(model: Seq2Seq, origin: Path) -> None:
         model.load_state_dict(parameters)
     except (KeyError, ValueError) as error:
         raise files.damaged(origin, error) from None
-    except RuntimeError as error:  # names or shapes that do not fit
+    except RuntimeError as error:  # names or shapes of parameters do not match
         reason = " ".join(str(error).split())
-        raise OptionError("start_from", f": {origin} is not of this shape: {reason}") from None
+        raise OptionError("start_from", f": {origin} has another shape: {reason}") from None
 
 
-def _ask(
+def _run_teachers(
     teachers: Sequence[str | Path],
     data: Data,
     examples: Examples,
@@ -133,20 +136,23 @@ def _ask(
     machine: Machine,
     note: Callable[[str], None],
 ) -> None:
-    """Let the examples have what the teachers say of them. The first process asks and writes it."""
+    """Set the soft targets of the examples. The first process computes and writes them."""
     fabric = machine.fabric
     if fabric.is_global_zero:
-        places = [find_checkpoint(teacher) for teacher in teachers]
-        asked = Predictor.load(*places, backend=machine.backend, device=fabric.device)
+        paths = [find_checkpoint(teacher) for teacher in teachers]
+        ensemble = Predictor.load(*paths, backend=machine.backend, device=fabric.device)
         for name, theirs, ours in (
-            ("source", asked.source, data.source),
-            ("target", asked.target, data.target),
+            ("source", ensemble.source, data.source),
+            ("target", ensemble.target, data.target),
         ):
             if theirs.symbols != ours.symbols:
-                raise OptionError("teacher", f": {places[0]} has another {name} vocabulary")
-        models = "a teacher" if len(places) == 1 else f"{len(places)} teachers"
-        note(f"{models} first read {len(examples):,} pairs")
-        table = distillation.soft_targets(asked.models, examples)
+                raise OptionError(
+                    "teacher",
+                    f": the {name} vocabulary of {paths[0]} differs from that of the data",
+                )
+        models = "1 teacher" if len(paths) == 1 else f"{len(paths)} teachers"
+        note(f"running {models} over {len(examples):,} pairs first")
+        table = distillation.soft_targets(ensemble.models, examples)
         directory.mkdir(parents=True, exist_ok=True)
         distillation.save(table, directory)
     gathered(fabric, None)
@@ -154,62 +160,63 @@ def _ask(
 
 
 def _load(
-    directory: Path, recipe: Recipe, machine: Machine, fit: Callable[[Data], Data]
+    directory: Path, recipe: Recipe, machine: Machine, adapt: Callable[[Data], Data]
 ) -> tuple[Recipe, Data, Examples]:
-    """The data, encoded. The first process is ahead: it learns subwords and writes files.
+    """Load and encode the data. The first process goes ahead: it learns subwords and writes files.
 
-    fit: makes of the data what the model wants of it.
+    adapt: applied to the loaded data; sets the vocabularies of an existing model, for example.
     """
     fabric, task = machine.fabric, recipe.task
-    place = directory / PAIRS if machine.on_disk else None
+    path = directory / PAIRS if machine.on_disk else None
     data: Data | None = None
     if fabric.is_global_zero:
-        data = fit(task.load())
-        if place is not None:
-            _write(data, place)
+        data = adapt(task.load())
+        if path is not None:
+            _write(data, path)
     learned = task.updated(gathered(fabric, task.to_json())[0])
     if data is None:
-        data = fit(learned.load())
-    examples = _encode(data, None) if place is None else Examples.open(place)
+        data = adapt(learned.load())
+    examples = _encode(data, None) if path is None else Examples.open(path)
     if not len(examples):
         raise InputError("there are no pairs to train on")
     if recipe.training.guided and not examples.has_links:
-        raise OptionError("guided", "needs links, and no pair has any")
+        raise OptionError("guided", "needs alignment links, and no training pair has any")
     return replace(recipe, task=learned), data, examples
 
 
-def _write(data: Data, place: Path) -> None:
-    """Put the encoded pairs into ``place``; if they cannot be had, nothing is left there."""
-    new = [path for path in (place, place.parent) if not path.exists()]
-    place.mkdir(parents=True, exist_ok=True)
+def _write(data: Data, directory: Path) -> None:
+    """Write the encoded pairs to ``directory``; if that fails, new directories are removed."""
+    new = [path for path in (directory, directory.parent) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        _encode(data, place)
+        _encode(data, directory)
     except BaseException:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
         for path in new[1:]:
             path.rmdir()
         raise
 
 
-def _encode(data: Data, place: Path | None) -> Examples:
+def _encode(data: Data, directory: Path | None) -> Examples:
     pairs = (
         (data.source.encode(pair.source), data.target.encode(pair.target), pair.links)
         for pair in data.train
     )
     try:
-        return Examples.collect(pairs, place)
+        return Examples.collect(pairs, directory)
     except UnknownSymbolError as error:
         raise InputError(
-            f"the training pairs have the symbol {error.symbol!r}, which the model does not know"
+            f"the training pairs contain the symbol {error.symbol!r}, which is not in the "
+            "vocabulary of the model"
         ) from None
 
 
 def _bound(examples: Examples) -> LengthBound:
-    """How long targets get: by what all but one in a thousand of the pairs have."""
+    """The length bound for predictions: 99.9 % of the training pairs are within its ratio."""
     targets = examples.target_lengths - 2  # BOS and EOS
     ratios = targets / examples.source_lengths
-    place = max(1, math.ceil(0.999 * len(ratios)))
-    return LengthBound(ratios.kthvalue(place).values.item(), int(targets.max()))
+    rank = max(1, math.ceil(0.999 * len(ratios)))
+    return LengthBound(ratios.kthvalue(rank).values.item(), int(targets.max()))
 
 
 def resume_run(
@@ -218,11 +225,12 @@ def resume_run(
     machine: Machine,
     given: Mapping[str, Sequence[Any]] | None = None,
 ) -> Run:
-    """Return the run in ``directory`` as its last checkpoint left it.
+    """Resume the run in ``directory`` from its last checkpoint.
 
-    given: the pairs of a run whose pairs were given in Python, as of `Pairs`.
+    given: the pairs, if the run was started with pairs given in Python; see `Pairs`.
 
-    Raises `InputError` if there is no checkpoint, or it is damaged, or the data has changed.
+    Raises `InputError` if there is no checkpoint, it is damaged, or the training pairs have
+    changed.
     """
     last = last_checkpoint(directory)
     meta = files.load_metadata(last)
@@ -230,14 +238,14 @@ def resume_run(
     if isinstance(before.task, Pairs):
         before.task.given = dict(given or {})
 
-    def fit(data: Data) -> Data:
+    def with_known_vocabularies(data: Data) -> Data:
         if data.fingerprint != meta.get("training_pairs"):
             raise InputError(
-                f"{directory} was trained on other data: the training pairs have changed"
+                f"cannot resume {directory}: the training pairs have changed since it was started"
             )
         return before.task.with_vocabularies(data, *load_vocabularies(last, meta))
 
-    recipe, data, examples = _load(directory, before, machine, fit)
+    recipe, data, examples = _load(directory, before, machine, with_known_vocabularies)
     if meta.get(TEACHER):
         examples.soft_targets = distillation.load(directory, examples)
     model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
@@ -284,14 +292,14 @@ def _by_targets(
     fabric: Fabric,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Measures of what the model makes of the items, of which each process takes its part."""
+    """The metrics of the predicted targets. Each process predicts its share of the items."""
     found: list[Symbols] = []
     for start in range(0, len(items), _ITEMS_AT_ONCE):
         if should_stop():
             return None
-        lot = items[start : start + _ITEMS_AT_ONCE]
-        parts = gathered(fabric, targets(predictor, lot[fabric.global_rank :: fabric.world_size]))
-        found += [parts[i % len(parts)][i // len(parts)] for i in range(len(lot))]
+        chunk = items[start : start + _ITEMS_AT_ONCE]
+        parts = gathered(fabric, targets(predictor, chunk[fabric.global_rank :: fabric.world_size]))
+        found += [parts[i % len(parts)][i // len(parts)] for i in range(len(chunk))]
     return measures(task, found, items)
 
 

@@ -1,4 +1,4 @@
-"""The training loop, which can stop after any step and go on to the same numbers."""
+"""The training loop. It can stop after any step and resume with the same results, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _GENERATOR = "generator"
 
 @dataclass
 class Position:
-    """How far a training has come."""
+    """How far training has progressed; part of every checkpoint."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs finished
-    batch: int = 0  # batches done of the epoch after those
-    loss: float = 0.0  # summed over the tokens of those batches
-    tokens: int = 0  # of those batches
-    sampling_from: int | None = None  # the step at which scheduled sampling began
-    best: float | None = None  # first rate on the development set, the best so far
-    waited: int = 0  # epochs since that
-    plateaus: int = 0  # epochs without a best rate, of all
+    batch: int = 0  # batches done in the current epoch
+    loss: float = 0.0  # summed over the target symbols of those batches, in nats
+    tokens: int = 0  # target symbols of those batches
+    sampling_from: int | None = None  # the step at which scheduled sampling started
+    best: float | None = None  # best value so far of the first development metric, as a cost
+    waited: int = 0  # epochs since the best value
+    plateaus: int = 0  # all epochs that did not improve on the best value
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,27 @@ class StepReport:
 
     step: int
     epoch: int
-    loss: float  # mean over the tokens of the batch, in nats
+    loss: float  # mean over the target symbols of the batch, in nats
     lr: float
-    tokens: int
-    sampling: float  # probability of the decoder's own symbols
+    tokens: int  # target symbols of the batch
+    sampling: float  # probability of scheduled sampling
 
 
 class Trainer:
-    """Adam on a `Seq2Seq` model, over the batches of `epoch_batches`.
+    """Trains a `Seq2Seq` model with Adam on the batches of `epoch_batches`.
 
-    The order of the batches depends on seed and epoch alone and dropout on torch's generator, whose
-    state is saved: a trainer that loads what another saved repeats, bit for bit, what that one
-    would have done next, on the same machine with the same numbers of threads and processes.
+    The order of the batches depends only on the seed and the epoch, and dropout on torch's
+    generator, whose state is saved. A trainer that loads a saved state therefore continues exactly
+    as the saved one would have, bit for bit, on the same machine with the same numbers of threads
+    and processes.
 
-    Each process takes its part of every batch, and of that one of ``config.accumulate`` parts at a
-    time; the loss is divided by the symbols of the whole batch, so that neither changes it.
+    Each process handles its share of every batch, in ``config.accumulate`` parts (gradient
+    accumulation). The loss is divided by the number of target symbols of the whole batch, so
+    neither changes the result, except for rounding.
 
-    fabric: of the process, launched; None for one process, where the model is.
+    fabric: of this process, launched; None for a single process on the device of the model.
 
-    Raises `InputError` if there is nothing to train on.
+    Raises `InputError` if ``fabric`` is None and the device does not support the precision.
     """
 
     def __init__(
@@ -71,14 +73,15 @@ class Trainer:
         config: TrainingConfig,
         fabric: Fabric | None = None,
     ) -> None:
-        place = str(next(model.parameters()).device)
-        self.fabric = fabric = fabric or launch(place, config.precision)
+        device = str(next(model.parameters()).device)
+        self.fabric = fabric = fabric or launch(device, config.precision)
         self.model = model
         self.examples = examples
         self.config = config
-        begins = config.sampling != "none" and config.sampling_after is None
-        self.position = Position(sampling_from=0 if begins else None)
-        # A scaled gradient, of float16, must be seen before the update.
+        samples_from_start = config.sampling != "none" and config.sampling_after is None
+        self.position = Position(sampling_from=0 if samples_from_start else None)
+        # With float16 the gradient must be unscaled and clipped before the update, which a fused
+        # optimizer does not allow.
         fused = config.precision != "16"
         wrapped: Any = fabric.setup_module(model)
         wrapped.mark_forward_method("loss")
@@ -99,14 +102,14 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all planned steps are done, or the patience is at its end."""
+        """Whether all planned steps are done, or early stopping (``config.patience``) applies."""
         patience = self.config.patience
-        tired = patience is not None and self.position.waited >= patience
-        return tired or self.position.step >= self.total_steps
+        stopped_early = patience is not None and self.position.waited >= patience
+        return stopped_early or self.position.step >= self.total_steps
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether `finish_epoch` is due."""
+        """Whether the epoch or the run is at its end, so that `finish_epoch` is due."""
         done = self.position.step >= self.total_steps
         return self.position.batch == self.batches_per_epoch or done
 
@@ -138,12 +141,12 @@ class Trainer:
             self._wrapped, self._stepper, max_norm=config.clip, error_if_nonfinite=False
         )
         assert norm is not None
-        # The one time that the host waits for the device in a step.
+        # The only point in a step where the host waits for the device.
         value, size = torch.stack((loss, norm.to(loss.dtype))).tolist()
-        # A gradient in float16 may be too large for once; its scale is lowered then.
+        # With float16 a gradient may overflow now and then; the scaler then lowers its scale.
         if not (math.isfinite(value) and (config.precision == "16" or math.isfinite(size))):
             raise InputError(
-                f"the loss is {value} and the gradient's norm {size} at step "
+                f"the loss is {value} and the gradient norm {size} at step "
                 f"{position.step + 1}: train with a lower --lr"
             )
         self._stepper.step()
@@ -154,7 +157,7 @@ class Trainer:
         return StepReport(position.step, position.epoch + 1, value, lr, tokens, sampling)
 
     def _gradient(self, rows: Tensor, tokens: int, sampling: float) -> Tensor:
-        """Add up the gradient of this process's share of a batch; returns its share of the loss."""
+        """Accumulate the gradient of this process's share of a batch, and return its loss."""
         config, fabric = self.config, self.fabric
         summed = torch.zeros((), device=fabric.device)
         for last, share, batch in self._parts(rows):
@@ -175,13 +178,13 @@ class Trainer:
                         teacher_weight=config.teacher_weight,
                         tokens=tokens,
                     )
-                # The gradients of the processes are averaged, and their shares are to be added.
+                # DDP averages the gradients over the processes, but the shares must be summed.
                 fabric.backward(loss * (share * fabric.world_size))
             summed += loss.detach() * share
         return summed
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[bool, float, Batch]]:
-        """Whether it is the last one, its weight, and the pairs of each part of this process."""
+        """Yield the parts of this process: whether it is the last, its weight, and its pairs."""
         fabric, count = self.fabric, self.config.accumulate
         parts = split_batch(rows, fabric.world_size * count)[
             fabric.global_rank :: fabric.world_size
@@ -190,7 +193,8 @@ class Trainer:
         for number, part in enumerate(parts, start=1):
             if len(part) == 0 and fabric.world_size == 1:
                 continue
-            # Every process goes through its model equally often: an empty part takes any pair.
+            # All processes must run the model equally often, so an empty part takes any pair, with
+            # the weight 0.
             chosen, share = (part, 1.0) if len(part) else (rows[:1], 0.0)
             yield number == last, share, self.examples.batch(chosen).to(fabric.device)
 
@@ -203,11 +207,11 @@ class Trainer:
         return sampling_probability(config.sampling, progress, config.sampling_max)
 
     def finish_epoch(self, rate: float | None = None) -> None:
-        """Go on to the next epoch.
+        """Finish an epoch and prepare the batches of the next one.
 
-        rate: the first rate on the development set, lower is better; for the learning rate's
-        plateaus and the patience. Scheduled sampling begins once it is low enough: until then the
-        model learns from right symbols only.
+        rate: the first development metric, as a cost (lower is better). It decides about plateaus
+        of the learning rate, early stopping, and the start of scheduled sampling: that starts when
+        the rate is at most ``config.sampling_after``.
         """
         config, before = self.config, self.position
         start, best, waited = before.sampling_from, before.best, before.waited
@@ -234,9 +238,10 @@ class Trainer:
         return epoch_batches(self.examples, self.config, self.position.epoch)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the position as JSON values, and optimizer, generators and scale as tensors.
+        """Return the position as JSON values, and the optimizer, generator and scaler state as
+        tensors.
 
-        All processes have to call it together.
+        All processes must call it together.
         """
         tensors = {_GENERATOR: generator_state(self.fabric)}
         for name, parameter in self.parameters.items():
@@ -247,8 +252,9 @@ class Trainer:
         return asdict(self.position), tensors
 
     def load_state(self, position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned. Raises KeyError, TypeError or ValueError if it does
-        not fit; the parameters of the model are loaded by its owner.
+        """Restore what `state` returned; the caller loads the parameters of the model.
+
+        Raises KeyError, TypeError or ValueError if the state does not match the model.
         """
         restored = Position(**position)
         if restored.step:
