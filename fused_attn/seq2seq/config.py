@@ -281,9 +281,10 @@ class SearchConfig:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        shown = choices if isinstance(value, str) else map(repr, choices)
+        raise ValueError(f"{name} must be one of {', '.join(shown)}, got {value!r}")
 
 
 def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, got {value!r}")

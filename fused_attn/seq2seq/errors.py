@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(Exception):
     """An input cannot be used. The message is one line that names the input and the reason.
@@ -11,21 +13,22 @@ class InputError(Exception):
 
 
 class OptionError(InputError):
-    """The value of an option cannot be used.
+    """An option cannot be used, by itself or together with another one.
 
-    name: the option as spelled in Python. The command prints it as ``--name``.
-    reason: the rest of the sentence after the name; it may begin with a colon.
+    name: Python name of the option. The command line prints it as ``--name``.
+    reason: the rest of the message, starting with a colon or a word. It names other options as
+        they are typed: ``--like-this``.
+    typed: the option as it is typed, if that is not ``--name``.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(_sentence(name, reason))
-        self.name = name
-        self.reason = reason
+    def __init__(self, name: str, reason: str, typed: str | None = None) -> None:
+        in_python = re.sub(r"--[a-z][a-z-]*", lambda found: _in_python(found[0]), reason)
+        super().__init__(_sentence(name, in_python))
+        self.on_the_command_line = _sentence(typed or f"--{name.replace('_', '-')}", reason)
 
-    @property
-    def on_the_command_line(self) -> str:
-        """The message with the option as spelled on the command line."""
-        return _sentence(f"--{self.name.replace('_', '-')}", self.reason)
+
+def _in_python(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _sentence(name: str, reason: str) -> str:

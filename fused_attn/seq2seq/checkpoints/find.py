@@ -26,19 +26,25 @@ def find_checkpoint(model: str | Path) -> Path:
     """Return the checkpoint that ``model`` names.
 
     model: a checkpoint; or the directory of a run, for its best checkpoint, or its last one if none
-        has been evaluated; or the name of a bundled model. Existing paths take precedence.
+        has been evaluated; or the name of a bundled model. A path with a checkpoint takes
+        precedence.
 
     Raises `InputError` if there is no checkpoint.
     """
-    model = Path(model)
+    try:
+        model = Path(model)
+    except TypeError:
+        kind = type(model).__name__
+        raise InputError(f"expected the name or the path of a model, got {kind}") from None
     if (model / files.METADATA).exists():
         return model
     found = checkpoints(model)
     shipped = SHIPPED / model
-    if not model.exists() and (shipped / files.METADATA).exists():
+    if not found and (shipped / files.METADATA).exists():
         return shipped
     if not found:
-        raise InputError(f"no checkpoint at {model}: {_reason(model)}")
+        bundled = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
+        raise InputError(f"no checkpoint at {model}: {_reason(model)} (bundled models: {bundled})")
     return best_checkpoint(found) or found[-1]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.commands import option_help as texts
-from fused_attn.seq2seq.commands.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.commands.parser import (
     Command,
     CommandParser,
@@ -21,6 +20,7 @@ from fused_attn.seq2seq.commands.parser import (
 )
 from fused_attn.seq2seq.commands.train_arguments import TRAIN
 from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 
 _MODEL = (
     "a checkpoint, the DIR of a training (its best checkpoint, or its last), or a bundled model: "

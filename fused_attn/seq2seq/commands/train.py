@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
-from fused_attn.seq2seq.commands.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import TASKS
 from fused_attn.seq2seq.training.fit import carry_out, is_new

@@ -8,7 +8,6 @@ from typing import Any
 
 from fused_attn.seq2seq.commands import option_help as texts
 from fused_attn.seq2seq.commands.config_file import is_config_file, read_config
-from fused_attn.seq2seq.commands.option_rules import merged
 from fused_attn.seq2seq.commands.parser import (
     Command,
     CommandParser,
@@ -19,6 +18,7 @@ from fused_attn.seq2seq.commands.parser import (
 )
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.option_rules import merged
 from fused_attn.seq2seq.tasks.registry import TASKS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,6 +35,8 @@ class Reader:
 
     def line(self, columns: Sequence[bytes]) -> Pair:
         """Return the pair in the columns of a line; raises ValueError if the line is not one."""
+        if not b"".join(columns).strip():
+            raise ValueError("the line is blank")
         if len(columns) not in (2, 3):
             raise ValueError(
                 "expected a source and a target separated by a tab, "
@@ -97,7 +99,7 @@ class PairSource(ABC, Iterable[Pair]):
         self.name = name
         self.reader = reader
         self.without = without
-        self.known: Collection[str] | None = None
+        self.known: Set[str] | None = None
         self.skipped = 0  # entries skipped in the last pass
 
     @abstractmethod
@@ -124,7 +126,8 @@ class PairSource(ABC, Iterable[Pair]):
         for number, entry in enumerate(self._entries(), start=1):
             try:
                 pair = self._pair(entry)
-                if self.known is not None and not any(t in self.known for t in pair.target):
+                held_out = pair.source in self.without
+                if not (held_out or self.known is None or self.known & set(pair.target)):
                     raise ValueError("the target has only unknown symbols")
             except ValueError as error:
                 if not self.reader.skip_bad:
@@ -132,7 +135,7 @@ class PairSource(ABC, Iterable[Pair]):
                 self.skipped += 1
                 continue
             count += 1
-            if pair.source not in self.without:
+            if not held_out:
                 yield pair
         if not count:
             if self.skipped:
@@ -208,12 +211,12 @@ class PairList(PairSource):
         return iter(self._pairs)
 
     def _pair(self, entry: Any) -> Pair:
-        if not (isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2):
+        if not _is_list(entry) or len(entry) != 2:
             raise ValueError(f"expected a source and a target, got {_short(entry)}")
         for name, text in zip(("source", "target"), entry, strict=True):
             if isinstance(text, str):
                 continue
-            if not isinstance(text, Sequence) or not all(isinstance(s, str) for s in text):
+            if not _is_list(text) or not all(isinstance(symbol, str) for symbol in text):
                 raise ValueError(
                     f"the {name} must be a str or a sequence of str, got {_short(text)}"
                 )
@@ -224,7 +227,7 @@ class PairList(PairSource):
 
     def texts(self) -> Iterator[tuple[str, ...]]:
         for entry in self._pairs:
-            if isinstance(entry, Sequence) and len(entry) == 2:
+            if _is_list(entry) and len(entry) == 2:
                 yield tuple(text if isinstance(text, str) else "" for text in entry)
 
     def fingerprint(self) -> str:
@@ -234,6 +237,12 @@ class PairList(PairSource):
         for entry in self._pairs:
             with suppress(ValueError):
                 yield self._pair(entry)
+
+
+def _is_list(value: object) -> bool:
+    """Whether a value has elements in an order: a list, a tuple, a row of an array ..."""
+    unordered = isinstance(value, (str, bytes, Mapping, Set))
+    return isinstance(value, Iterable) and isinstance(value, Sized) and not unordered
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,7 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.pairs import Item, Pair, Symbols, grouped
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor
+from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor, search_config
 from fused_attn.seq2seq.metrics import PERPLEXITY, ErrorRates, error_rates
 from fused_attn.seq2seq.tasks.base import Task
 
@@ -43,9 +43,11 @@ def targets(
     predictor: Predictor,
     items: Sequence[Item],
     config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+    batch_size: int = BATCH_SIZE,
 ) -> list[Symbols]:
     """Return the best target for the source of each item."""
-    return [found.tokens for found in predictor.predict([item.source for item in items], config)]
+    sources = [item.source for item in items]
+    return [found.tokens for found in predictor.predict(sources, config, batch_size=batch_size)]
 
 
 def judge(found: Sequence[Symbols], items: Sequence[Item]) -> ErrorRates:
@@ -65,7 +67,11 @@ def rates(task: Task, errors: ErrorRates) -> dict[str, float]:
 
 
 def evaluate(
-    predictor: Predictor, pairs: str | Path | Iterable[tuple[Any, Any]], **search: Any
+    predictor: Predictor,
+    pairs: str | Path | Iterable[tuple[Any, Any]],
+    *,
+    batch_size: int = BATCH_SIZE,
+    **search: Any,
 ) -> dict[str, float]:
     """Evaluate a model on pairs and return the metrics of its task by name, such as WER and PER.
 
@@ -74,6 +80,7 @@ def evaluate(
         pairs: (source, target) tuples of texts or token sequences; or the path of a file, as for
             ``fused-attn evaluate --test``. If a source occurs several times, its targets are
             alternative references, and the nearest one counts.
+        batch_size: number of sources decoded together.
         search: fields of `SearchConfig`, such as ``beam=5``.
 
     Returns rates as fractions in 0..1, not in per cent; for a task evaluated by perplexity, also
@@ -81,6 +88,11 @@ def evaluate(
 
     Raises `InputError` if a pair or the file cannot be used, or there are no pairs.
     """
+    if not isinstance(predictor, Predictor):
+        raise TypeError(f"predictor must be from load or fit, got {type(predictor).__name__}")
+    if not isinstance(pairs, Iterable) and not isinstance(pairs, Path):
+        raise InputError(f"expected pairs or the path of a file, got {type(pairs).__name__}")
+    config = search_config(search)
     task = predictor.task
     if isinstance(pairs, (str, Path)):
         items, _ = task.listed(Path(pairs))
@@ -88,7 +100,7 @@ def evaluate(
         items = grouped(_pair(predictor, number, each) for number, each in enumerate(pairs, 1))
     if not items:
         raise InputError("there are no pairs to evaluate on")
-    found = targets(predictor, items, SearchConfig(**search))
+    found = targets(predictor, items, config, batch_size)
     result = measures(task, found, items)
     if task.by_perplexity:
         result = {PERPLEXITY: perplexity(predictor, items), **result}
@@ -98,11 +110,15 @@ def evaluate(
 def _pair(predictor: Predictor, number: int, pair: tuple[Any, Any]) -> Pair:
     try:
         source, target = pair
-        tokens = target
-        if isinstance(target, str):
-            tokens = predictor.task.read_target(target)
-        return Pair(predictor.read(source), tuple(tokens))
+        read = predictor.task.read_target
+        found = Pair(
+            predictor.read(source), read(target) if isinstance(target, str) else tuple(target)
+        )
     except (TypeError, ValueError):
         raise InputError(f"pair {number}: expected a source and a target, got {pair!r}") from None
     except InputError as error:
         raise InputError(f"pair {number}: {error}") from None
+    for name, tokens in (("source", found.source), ("target", found.target)):
+        if not tokens:
+            raise InputError(f"pair {number}: the {name} is empty")
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -21,6 +21,7 @@ from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.search import search
@@ -58,7 +59,7 @@ class Predictor:
         task: Task | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
-        self.models = [models] if isinstance(models, Seq2Seq) else list(models)
+        self.models = [models] if isinstance(models, Seq2Seq) else _checked(models)
         self.source = source
         self.target = target
         self.bound = bound
@@ -165,23 +166,29 @@ class Predictor:
         """Predict the target of one text or of several texts.
 
         Args:
-            texts: one text, which returns one `Prediction`; a list or tuple, which returns a list
-                in the same order; or another iterable, which returns an iterator that reads
-                ``batch_size`` texts at a time. An element may also be a sequence of tokens.
+            texts: one text, which returns one `Prediction`; a list, or anything else that has a
+                length, which returns a list in the same order; or an iterator, which returns an
+                iterator that reads ``batch_size`` texts at a time. An element may also be a
+                sequence of tokens.
             batch_size: number of texts decoded together. Results do not depend on it, except for
                 rounding.
             alignments: whether predictions have their attention weights.
             search: fields of `SearchConfig`, such as ``beam=5, nbest=3``.
 
-        Raises `InputError` that names the text if it is empty or has an unknown symbol, ValueError
-        for search options that are invalid or contradictory, TypeError for an unknown option.
+        Raises `InputError` that names the text if it is empty, or has a symbol that is unknown to a
+        vocabulary without ``<unk>``; or if a search option has no effect without another one.
+        Raises ValueError for the value of an option, TypeError for an unknown option.
         """
-        config = SearchConfig(**search)
-        _check_batch_size(batch_size)
-        if isinstance(texts, Iterable) and not isinstance(texts, Sequence):
+        config = search_config(search)
+        _check_options(batch_size, alignments)
+        if isinstance(texts, str):
+            return self.predict([texts], config, batch_size=batch_size, alignments=alignments)[0]
+        if isinstance(texts, (bytes, Mapping, Set)) or not isinstance(texts, Iterable):
+            kind = type(texts).__name__
+            raise InputError(f"expected a text, a list of texts or an iterator, got {kind}")
+        if not isinstance(texts, Sized):
             return self._stream(iter(texts), config, batch_size, alignments)
-        found = self.predict(texts, config, batch_size=batch_size, alignments=alignments)
-        return found[0] if isinstance(texts, str) else found
+        return self.predict(list(texts), config, batch_size=batch_size, alignments=alignments)
 
     def _stream(
         self, texts: Iterator[Source], config: SearchConfig, batch_size: int, alignments: bool
@@ -209,13 +216,12 @@ class Predictor:
         batch_size: number of sources decoded together.
         before: number of sources before these, added to the numbers in error messages.
 
-        Raises `InputError` that names the source if it is empty or has an unknown symbol.
+        Raises `InputError` that names the source if it is empty, or has a symbol that is unknown to
+        a vocabulary without ``<unk>``.
         """
         if isinstance(sources, str):
             sources = [sources]
-        if not isinstance(sources, Sequence):
-            raise InputError(f"expected a text or a list of texts, got {type(sources).__name__}")
-        _check_batch_size(batch_size)
+        _check_options(batch_size, alignments)
         alone = len(sources) == 1 and not before
         tokens: list[tuple[str, ...]] = []
         encoded: list[list[int]] = []
@@ -245,11 +251,14 @@ class Predictor:
         """
         if isinstance(source, str):
             return self.task.read(source)
-        if not isinstance(source, Sequence) or not all(isinstance(token, str) for token in source):
-            raise InputError(
-                f"expected a text or a sequence of tokens, got {type(source).__name__}"
-            )
-        return tuple(source)
+        if isinstance(source, (bytes, Mapping, Set)) or not isinstance(source, Iterable):
+            kind = type(source).__name__
+            raise InputError(f"expected a text or a sequence of tokens, got {kind}")
+        tokens = tuple(source)
+        for number, token in enumerate(tokens, start=1):
+            if not isinstance(token, str):
+                raise InputError(f"token {number} is not a str but {type(token).__name__}")
+        return tokens
 
     def encode(self, tokens: Sequence[str]) -> list[int]:
         """Return the ids of source tokens; raises `InputError` if empty or a token is unknown."""
@@ -300,9 +309,38 @@ class Predictor:
         return first
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
+def _checked(models: Sequence[Seq2Seq]) -> list[Seq2Seq]:
+    found = list(models) if isinstance(models, Iterable) else [models]
+    for model in found:
+        if not isinstance(model, Seq2Seq):
+            raise TypeError(f"models must be one or several Seq2Seq, got {type(model).__name__}")
+    if not found:
+        raise ValueError("models must have one model at least, got none")
+    return found
+
+
+def search_config(options: Mapping[str, Any]) -> SearchConfig:
+    """Return the search of options that were given by name.
+
+    Raises TypeError for an unknown name, ValueError for a value, `InputError` for an option that
+    has no effect.
+    """
+    names = [field.name for field in fields(SearchConfig)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"unknown search option {name!r}, expected one of {', '.join(names)}")
+    config = SearchConfig(**options)
+    # A prediction has its score and its alternatives.
+    shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
+    settle(SEARCH_NEEDS, asdict(SearchConfig()) | shown, options)
+    return config
+
+
+def _check_options(batch_size: int, alignments: bool) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    if not isinstance(alignments, bool):
+        raise TypeError(f"alignments must be True or False, got {alignments!r}")
 
 
 @contextmanager

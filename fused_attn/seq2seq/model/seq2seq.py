@@ -30,14 +30,19 @@ class Seq2Seq(nn.Module):
         source_size, target_size: sizes of the vocabularies, special symbols included.
         backend: backend of the attention, "auto" or a name.
 
-    Raises ValueError if all embeddings are tied (``config.tie == "all"``) and the vocabulary sizes
-    differ.
+    Raises TypeError if a size is not an int, ValueError if all embeddings are tied (``config.tie ==
+    "all"``) and the vocabulary sizes differ.
     """
 
     def __init__(
         self, config: ModelConfig, source_size: int, target_size: int, *, backend: str = "auto"
     ) -> None:
         super().__init__()
+        for name, size in (("source_size", source_size), ("target_size", target_size)):
+            if not isinstance(size, int):
+                raise TypeError(
+                    f"{name} must be the size of a vocabulary, an int, got {type(size).__name__}"
+                )
         self.config = config
         if config.tie == "all" and source_size != target_size:
             raise ValueError(

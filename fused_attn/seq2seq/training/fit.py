@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.inference.predictor import Predictor, load
+from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
 from fused_attn.seq2seq.tasks.registry import TASKS
 from fused_attn.seq2seq.tasks.text import Pairs
 from fused_attn.seq2seq.training.processes import gathered, launch, leave, total
@@ -26,6 +27,8 @@ from fused_attn.seq2seq.training.run import Run
 from fused_attn.seq2seq.training.signals import stop_signals
 from fused_attn.seq2seq.training.start import Machine, resume_run, start_run
 
+# Options of `fit` that go to the configuration of the task.
+DATA_OPTIONS = ("min_count", "max_length", "skip_bad", "vocabulary")
 # Pairs in memory, or a file of them.
 Source = str | Path | Iterable[tuple[str | Sequence[str], str | Sequence[str]]]
 
@@ -131,7 +134,15 @@ def fit(
     Raises `InputError` if a pair, an option or the directory cannot be used, or if training fails;
     earlier checkpoints are intact then.
     """
-    directory = Path(output)
+    directory = _checked_output(output)
+    for name, value, kind in (
+        ("model", model, ModelConfig),
+        ("training", training, TrainingConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(name, f"must be a {kind.__name__}, got {type(value).__name__}")
+    teachers = [teachers] if isinstance(teachers, (str, Path)) else list(teachers)
+    chosen = _data_options(data) | _tokens(tokens)
     if not isinstance(task, str) or not issubclass(TASKS.get(task, object), Pairs):
         names = " or ".join(name for name, kind in TASKS.items() if issubclass(kind, Pairs))
         raise OptionError("task", f"must be {names}, got {task!r}")
@@ -142,14 +153,12 @@ def fit(
 
     def make_run() -> Run:
         if resume:
-            return _resumed(directory, in_python, shown, _machine)
+            asked = (model, training, chosen)
+            return _resumed(directory, in_python, asked, shown, _machine)
         if not is_new(directory):
-            raise InputError(
-                f"{directory} is not an empty directory; to resume the run in it, pass resume=True"
-            )
-        chosen = data | _tokens(tokens)
-        chosen |= {name: str(each) for name, each in given.items() if name not in in_python}
-        recipe = _recipe(task, model, training, start_from, chosen, in_python)
+            raise InputError(_not_new(directory))
+        files_ = {name: str(each) for name, each in given.items() if name not in in_python}
+        recipe = _recipe(task, model, training, start_from, chosen | files_, in_python)
         machine = _machine(recipe)
         gathered(machine.fabric, None)  # all check the directory before one of them writes there
         note = _note if progress and machine.fabric.is_global_zero else _ignore
@@ -175,6 +184,7 @@ def fit(
 def _resumed(
     directory: Path,
     in_python: dict[str, list[Any]],
+    asked: tuple[ModelConfig | None, TrainingConfig | None, dict[str, Any]],
     progress: Progress,
     machine: Callable[[Recipe], Machine],
 ) -> Run:
@@ -185,7 +195,51 @@ def _resumed(
             f"the run in {directory} has the task {recipe.task.name}; resume it with "
             f"fused-attn train {recipe.task.name} --output {directory} --resume"
         )
+    model, training, chosen = asked
+    for name, differs in (
+        ("model", model is not None and model != recipe.model),
+        ("training", training is not None and training != recipe.training),
+        *(
+            (
+                "tokens" if name.endswith("tokens") else name,
+                getattr(recipe.task.config, name) != value,
+            )
+            for name, value in chosen.items()
+        ),
+    ):
+        if differs:
+            raise OptionError(
+                name,
+                f"is not that of the run in {directory}; leave it out to resume, or start another "
+                "run, with start_from to begin with this model",
+            )
     return resume_run(directory, progress, machine(recipe), in_python)
+
+
+def _checked_output(output: Any) -> Path:
+    if not isinstance(output, (str, Path)) or not str(output):
+        raise OptionError("output", f"must be the path of a directory, got {output!r}")
+    return Path(output)
+
+
+def _not_new(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"output must be a directory, and {directory} is a file"
+    resume = "; to resume the run in it, pass resume=True" if checkpoints(directory) else ""
+    return f"{directory} is not an empty directory{resume}"
+
+
+def _data_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options.keys() - set(DATA_OPTIONS):
+        elsewhere = {field.name: "training" for field in fields(TrainingConfig)} | {
+            field.name: "model" for field in fields(ModelConfig)
+        }
+        hint = f"options of data are {', '.join(DATA_OPTIONS)}"
+        if name in elsewhere:
+            kind = {"training": "TrainingConfig", "model": "ModelConfig"}[elsewhere[name]]
+            hint = f"it belongs in {elsewhere[name]}={kind}({name}=...)"
+        raise TypeError(f"unknown option {name!r}: {hint}")
+    return dict(options)
 
 
 def _recipe(
@@ -207,6 +261,10 @@ def _recipe(
             )
         shape = before.model
         values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
+    defaults = {f.name: getattr(kind.kind, f.name) for f in fields(kind.kind)} | values
+    rest = {**asdict(model or shape), **asdict(training or kind.training)}
+    rest |= {"start_from": start_from, "teacher": [], "backend": "auto"}
+    settle(TRAINING_NEEDS, rest | defaults, chosen)
     try:
         config = kind.kind(**values | chosen)
     except ValueError as error:
@@ -228,13 +286,15 @@ def _listed(name: str, pairs: Any) -> list[Any]:
         raise OptionError("pairs" if name == "train" else name, what) from None
 
 
-def _tokens(tokens: str | tuple[str, str] | None) -> dict[str, str]:
+def _tokens(tokens: str | tuple[str, str] | None) -> dict[str, str | None]:
     if tokens is None:
         return {}
     if isinstance(tokens, str):
-        return {"tokens": tokens}
+        return {"tokens": tokens, "source_tokens": None, "target_tokens": None}
+    if not isinstance(tokens, (tuple, list)) or len(tokens) != 2:
+        raise OptionError("tokens", f"must be a name or two, got {tokens!r}")
     source, target = tokens
-    return {"tokens": source, "source_tokens": source, "target_tokens": target}
+    return {"source_tokens": source, "target_tokens": target}
 
 
 def _note(text: str) -> None:

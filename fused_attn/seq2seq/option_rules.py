@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import OptionError
 
 Values = Mapping[str, Any]
 
@@ -238,7 +238,8 @@ def settle(
         if rule.option not in found or found[rule.option] == rule.off or rule.holds(values):
             continue
         if rule.option in line or not any(other in line for other in rule.others):
-            raise InputError(f"{spelled(rule.option, found[rule.option])} {rule.why}")
+            typed = spelled(rule.option, found[rule.option])
+            raise OptionError(rule.option, rule.why, typed)
     return found
 
 
@@ -251,7 +252,9 @@ def _refuse_contradictions(given: Values) -> None:
         if given.get(rule.other, rule.value) != rule.value:
             both = (rule.option, rule.other)
             first, second = (spelled(name, given[name], with_value=True) for name in both)
-            raise InputError(f"{first} and {second} contradict each other: leave one out")
+            raise OptionError(
+                rule.option, f"and {second} contradict each other: leave one out", first
+            )
 
 
 def spelled(option: str, value: object, with_value: bool = False) -> str:
