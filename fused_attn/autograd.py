@@ -1,15 +1,15 @@
-"""The derivatives of the operators: what is saved, which gradients come back, and when a call is
-composed instead.
+"""The derivatives of the operators: what is saved, which gradients are returned, and when a call is
+composed of ATen operators instead.
 
-The dispatcher finds the derivative under the operator's name: a graph that holds the operator
-trains, whoever made it. Saved for backward are the inputs, the context, the log-sum-exp, and the
-weights if they were returned; without those the scores are computed again. Only those gradients are
-computed that somebody needs. The backward operators have derivatives too: they are composed of ATen
-operators then, as everything is under a transform of torch.func, in forward mode, and in a trace
-for ONNX or TorchScript.
+The derivative is registered under the operator's name, so every graph with the operator can be
+trained, whoever built it. Saved for backward are the inputs, the context, the log-sum-exp, and the
+weights if they were returned; without them the scores are recomputed. Only the gradients that are
+needed are computed. The backward operators have derivatives too: they are then composed of ATen
+operators, and so is every call under a transform of torch.func, in forward mode, and in a trace for
+ONNX or TorchScript.
 
-A call on ordinary tensors that nobody watches does not pass the dispatcher, which would take longer
-than a small problem does.
+A call on ordinary tensors that nothing observes bypasses the dispatcher, which would take longer
+than a small problem.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from fused_attn.checks import check_bounds
 from fused_attn.reference import MaskingFields
 
 DIRECT, OPERATOR, COMPOSED = range(3)
+_WITH_LOGSUMEXP, _WITHOUT_LOGSUMEXP = True, False  # return_logsumexp, where it is positional
 
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
-# Whether a transform of torch.func (vmap, grad, jvp) is under way. A compiler knows it too.
+# Whether a transform of torch.func (vmap, grad, jvp) is active. torch.compile can trace it.
 _transformed: Any = torch._C._are_functorch_transforms_active
 _modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
 _function_modes: Any = torch._C._len_torch_function_stack
 _trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
 _profiled: Any = torch._C._autograd._profiler_enabled
-# Whether all are ordinary tensors that a backend can read by their pointers, or None. Without the
-# native module nothing is in a hurry.
+# Whether all are None or ordinary tensors that a backend can read by their pointers. Without the
+# native module every call goes through the dispatcher.
 _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
 
 
 def route() -> int:
-    """How a call has to be made. Takes 0.4 us.
+    """How a call must be made. Takes 0.4 us.
 
-    ``COMPOSED`` of ATen operators, under a transform, in forward mode, and in a trace for ONNX or
-    TorchScript; as an ``OPERATOR`` where a compiler, a mode or a profiler looks; else ``DIRECT``.
+    ``COMPOSED`` of ATen operators under a transform, in forward mode, and in a trace for ONNX or
+    TorchScript; as an ``OPERATOR`` if a compiler, a mode or a profiler observes it; else
+    ``DIRECT``.
     """
     if torch.compiler.is_compiling():
         is_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
@@ -56,7 +58,7 @@ def route() -> int:
 
 
 def _is_batched(grad: Tensor | None) -> bool:
-    """Of ``is_grads_batched=True``, which is no transform of torch.func."""
+    """Whether it comes from ``is_grads_batched=True``, which is not a transform of torch.func."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -72,15 +74,15 @@ class Operator(NamedTuple):
     compose: Callable[..., Any]
     backward: Any
     run_backward: Callable[..., Any]
-    inputs: int  # arguments in front of memory_lengths and memory_mask
+    inputs: int  # the number of arguments before memory_lengths and memory_mask
     differentiable: tuple[int, ...]  # arguments that may have a gradient; the last are the centers
-    gradients: tuple[int, ...]  # where those lie in what `_Differentiated.backward` returns
+    gradients: tuple[int, ...]  # their places in the result of `_Differentiated.backward`
     tensors: tuple[int, ...]  # arguments that may be tensors
-    options: tuple[int, int]  # keep_mask and centers, or beyond all arguments
+    options: tuple[int, int]  # places of keep_mask and centers, or beyond all arguments
     defaults: tuple[Any, ...]  # of all arguments
 
     def backward_composed(self, arguments: tuple[Any, ...], **named: Any) -> Any:
-        """The backward of ATen's operators, which have derivatives and transforms."""
+        """The backward composed of ATen's operators, which have derivatives and transforms."""
         names = (argument.name for argument in self.backward._schema.arguments)
         given = dict(zip(names, arguments, strict=False)) | named
         return self.run_backward(**given | {"backend": "eager"})
@@ -124,9 +126,9 @@ SCORES = _operator(
 
 
 class _Differentiated(torch.autograd.Function):
-    """An operator whose inputs want a gradient.
+    """An operator with inputs that need a gradient.
 
-    ``direct`` says that its function may be called on these arguments, without the dispatcher.
+    ``direct`` says that its function may be called on these arguments without the dispatcher.
     """
 
     @staticmethod
@@ -143,13 +145,13 @@ class _Differentiated(torch.autograd.Function):
             outputs: tuple[Any, ...] = ()
         else:
             ctx.returns, rest = rest[:2], rest[2:]
-            called = (*fields, ctx.returns[0], True, *rest)  # the backward wants the log-sum-exp
+            called = (*fields, ctx.returns[0], _WITH_LOGSUMEXP, *rest)  # for the backward
             outputs = _run(operator.forward, operator.run, direct, called)
             result = _returned(ctx, outputs)
         keep, centers = operator.options
         if len(arguments) > keep:
             outputs = (*outputs, arguments[keep], arguments[centers])
-            # They are saved as tensors; the rest begins behind the two results asked for.
+            # They are saved as tensors; `rest` begins after the two flags of the results.
             kept = [*rest]
             kept[keep - masks - 4] = kept[centers - masks - 4] = None
             rest = tuple(kept)
@@ -166,7 +168,7 @@ class _Differentiated(torch.autograd.Function):
         masks = operator.inputs
         after = masks + 2
         if operator is not SCORES:
-            grads = _seeds(ctx, grads)
+            grads = _grad_outputs(ctx, grads)
             after += 3
         if len(saved) > after:
             keep, centers = operator.options
@@ -179,7 +181,7 @@ class _Differentiated(torch.autograd.Function):
             *(*grads, *saved[:masks], *saved[masks + 2 : after], wanted),
             *(*saved[masks : masks + 2], *rest),
         )
-        # With create_graph=True these gradients have derivatives, which the operator knows.
+        # With create_graph=True these gradients are differentiable: the operator has derivatives.
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
         direct = direct and _are_plain(*grads, *saved)  # a hook may have unpacked them
         if not direct and (_is_transformed() or any(map(_is_batched, grads))):
@@ -193,7 +195,7 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _returned(ctx: Any, outputs: tuple[Any, ...]) -> Any:
-    """Of context, weights and log-sum-exp those that were asked for."""
+    """Those of context, weights and log-sum-exp that were asked for."""
     context, weights, logsumexp = outputs
     returns_weights, returns_logsumexp = ctx.returns
     if not returns_weights and not returns_logsumexp:
@@ -204,7 +206,7 @@ def _returned(ctx: Any, outputs: tuple[Any, ...]) -> Any:
     return (context, weights, logsumexp) if returns_weights else (context, logsumexp)
 
 
-def _seeds(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+def _grad_outputs(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """The gradients of context, weights and log-sum-exp."""
     returns_weights, returns_logsumexp = ctx.returns
     grad_logsumexp = grads[-1] if returns_logsumexp else None
@@ -246,10 +248,10 @@ def _differentiated(operator: Operator, direct: bool, arguments: tuple[Any, ...]
 
 
 def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-    """Call an operator on checked arguments, in the cheapest way that is right here.
+    """Call an operator on checked arguments, in the cheapest way that is correct.
 
-    The arguments are those of its schema, of which the last may be left out, and ``tensors`` are
-    all tensors among them.
+    The arguments are those of its schema; the last ones may be left out. ``tensors`` are all
+    tensors among them.
     """
     how = route()
     if how == DIRECT and not _are_plain(*tensors):
@@ -260,7 +262,7 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any
 def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
     if how == DIRECT:
         if _needs_grad(operator, arguments):
-            return _differentiated(operator, True, arguments)
+            return _differentiated(operator, direct=True, arguments=arguments)
         return operator.run(*arguments)
     if how == OPERATOR:
         return operator.forward(*arguments)
@@ -269,7 +271,7 @@ def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
 
 
 def _options(masking: MaskingFields, backend: str) -> tuple[Any, ...]:
-    """The last arguments of an operator, none of them where all are the schema's defaults."""
+    """The last arguments of an operator; empty if all of them are the schema's defaults."""
     _, _, keep, keep_scale, window = masking
     if window is None and keep is None and backend == "auto":
         return ()
@@ -293,13 +295,15 @@ def dot_attention(
             query.requires_grad
             or memory.requires_grad
             or (centers is not None and centers.requires_grad)
-        ):  # the way of a decoder, whose steps are short: nothing between here and the backend
+        ):  # a decoder's short steps: straight to the backend
             chosen = ops.select(query, memory, "dot", backend, windowed=window is not None)
-            outputs = chosen.dot_forward(query, memory, scale, masking, return_weights, False)
+            outputs = chosen.dot_forward(
+                query, memory, scale, masking, return_weights, _WITHOUT_LOGSUMEXP
+            )
             return outputs[0], outputs[1]
     elif how == DIRECT:
         how = OPERATOR
-    arguments = (query, memory, lengths, mask, return_weights, False, scale)
+    arguments = (query, memory, lengths, mask, return_weights, _WITHOUT_LOGSUMEXP, scale)
     outputs = _called(DOT, how, arguments + _options(masking, backend))
     return outputs[0], outputs[1]
 
@@ -324,7 +328,7 @@ def concat_attention(
     how = route()
     if how == DIRECT and not _are_plain(*inputs, lengths, mask, keep, centers):
         how = OPERATOR
-    arguments = (*inputs, lengths, mask, return_weights, False)
+    arguments = (*inputs, lengths, mask, return_weights, _WITHOUT_LOGSUMEXP)
     outputs = _called(CONCAT, how, arguments + _options(masking, backend))
     return outputs[0], outputs[1]
 
@@ -348,7 +352,7 @@ def concat_scores(
 
 
 def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
-    """What `torch.func.vmap` makes of an operator that it meets by name: a call an example."""
+    """The rule of `torch.func.vmap` for an operator called by name: one call for each example."""
     found = []
     for index in range(info.batch_size):
         given = (
@@ -365,7 +369,7 @@ def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 
 def _register(operator: Operator) -> None:
-    """Give the operator and its backward their derivatives, for everybody who calls them."""
+    """Register the derivatives of the operator and of its backward with the dispatcher."""
     names = [argument.name for argument in operator.forward._schema.arguments]
 
     def forward(*given: Any, **named: Any) -> Any:
@@ -375,7 +379,7 @@ def _register(operator: Operator) -> None:
         if _is_transformed():
             return operator.compose(*arguments)
         if _needs_grad(operator, arguments):
-            return _differentiated(operator, False, arguments)
+            return _differentiated(operator, direct=False, arguments=arguments)
         if route() == DIRECT and _are_plain(*(arguments[i] for i in operator.tensors)):
             return operator.run(*arguments)
         with _below_autograd():

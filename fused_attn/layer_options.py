@@ -1,4 +1,4 @@
-"""Which options of `LuongAttention` go together, and the sentence for those that do not."""
+"""Which options of `LuongAttention` may be combined, and the messages for those that may not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_attn import checks
+from fused_attn import checks, problem
 from fused_attn.composed import NORMALIZERS
 from fused_attn.prepared import PreparedMemory
 
-SCORES = ("dot", "general", "concat", "location")
+SCORES = (*problem.SCORES, "location")
 LOCALS = ("monotonic", "predictive")
 
 

@@ -1,9 +1,9 @@
-"""Whether the operands of an operator fit one another: shapes, dtypes and devices.
+"""Whether the operands of an operator fit together: shapes, dtypes and devices.
 
-The one place for backends written in Python, which read what they are given; native code checks the
-same in csrc/call.h, with the same sentences. A public function has checked its arguments before;
-this is for who calls an operator by name, or fills a `PreparedMemory`. Nothing is read, sizes may
-be symbolic, and a call costs 1 to 3 us.
+All backends written in Python check here; native code makes the same checks in csrc/call.h, with
+the same messages. A public function has checked its arguments already: these checks are for callers
+of an operator by name, and of a `PreparedMemory` filled by hand. No tensor is read, sizes may be
+symbolic, and a call costs 1 to 3 us.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_attn.reference import MaskingFields, Saved, arithmetic_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_SHORT = (torch.float32, torch.bfloat16)
+_EXP_DTYPES = (torch.float32, torch.bfloat16)  # of memory_exp, except for float64
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -40,7 +40,7 @@ def _check(
 
 
 class _Ends(NamedTuple):
-    """What a query and a memory that fit say of all the others."""
+    """What the query and the memory determine for all other operands."""
 
     batch: int
     queries: int
@@ -88,12 +88,12 @@ def _check_masking(masking: MaskingFields, ends: _Ends) -> None:
 
 
 def check_dot(query: Tensor, memory: Tensor, masking: MaskingFields) -> None:
-    """Refuse operands of the dot score that do not fit: ValueError (shape), TypeError (the rest).
+    """Raise if operands of the dot score do not fit: ValueError (shape), TypeError (the rest).
 
     query (B, T, E), memory (B, S, E), lengths int (B,), mask bool (B, S) or (B, 1 or T, S), keep
     bool (B, T, S), centers (B, T) in the dtype of the arithmetic; all on the device of memory.
     """
-    _check_masking(masking, _check_ends("query", query, "memory", memory, True))
+    _check_masking(masking, _check_ends("query", query, "memory", memory, is_dot=True))
 
 
 def check_concat(
@@ -105,7 +105,7 @@ def check_concat(
     masking: MaskingFields,
 ) -> None:
     """As `check_dot`: query_proj (B, T, A), memory_proj and memory_exp (B, S, A), v (A,)."""
-    ends = _check_ends("query_proj", query_proj, "memory", memory, False)
+    ends = _check_ends("query_proj", query_proj, "memory", memory, is_dot=False)
     batch, _, source, width, dtype, device = ends
     _check("memory_proj", memory_proj, (batch, source, width), dtype, device)
     _check_score(ends, memory_exp, v, masking)
@@ -119,22 +119,22 @@ def check_scores(
     masking: MaskingFields,
 ) -> None:
     """As `check_concat`, without a memory."""
-    ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, True)
+    ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, is_dot=True)
     _check_score(ends, memory_exp, v, masking)
 
 
 def _check_score(ends: _Ends, memory_exp: Tensor | None, v: Tensor, masking: MaskingFields) -> None:
     batch, _, source, width, dtype, device = ends
     if memory_exp is not None:
-        wide = memory_exp.dtype
-        if dtype is torch.float64 or wide not in _SHORT:
-            wide = arithmetic_dtype(dtype)
-        _check("memory_exp", memory_exp, (batch, source, width), wide, device)
+        exp_dtype = memory_exp.dtype
+        if dtype is torch.float64 or exp_dtype not in _EXP_DTYPES:
+            exp_dtype = arithmetic_dtype(dtype)
+        _check("memory_exp", memory_exp, (batch, source, width), exp_dtype, device)
     _check("v", v, (width,), dtype, device)
     _check_masking(masking, ends)
 
 
-def check_seeds(
+def check_grad_outputs(
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
     saved: Saved,
@@ -143,10 +143,10 @@ def check_seeds(
     wanted: Sequence[bool],
     count: int,
 ) -> None:
-    """Refuse what comes back to a forward call of these operands, and what it left, if unfit.
+    """Raise if the gradients that arrive, or the saved outputs, do not fit the operands.
 
     grad_context and context (B, T, E), grad_weights and weights (B, T, S), logsumexp (B, T) in the
-    dtype of the arithmetic; weights must be there where they have a gradient.
+    dtype of the arithmetic. weights are required if grad_weights is given.
     """
     context, weights, logsumexp = saved
     dtype, device, (batch, source, width) = memory.dtype, memory.device, memory.shape
@@ -165,15 +165,15 @@ def check_seeds(
 def check_grad_scores(
     grad_scores: Tensor, query_proj: Tensor, memory_proj: Tensor, wanted: Sequence[bool]
 ) -> None:
-    """Refuse a gradient of scores that is not (B, T, S) in the dtype of the arithmetic."""
+    """Raise unless the gradient of the scores is (B, T, S) in the dtype of the arithmetic."""
     shape = (query_proj.shape[0], query_proj.shape[1], memory_proj.shape[1])
-    wide = arithmetic_dtype(memory_proj.dtype)
-    _check("grad_scores", grad_scores, shape, wide, memory_proj.device)
+    dtype = arithmetic_dtype(memory_proj.dtype)
+    _check("grad_scores", grad_scores, shape, dtype, memory_proj.device)
     _check_wanted(wanted, 3)
 
 
 def check_grad_logsumexp(grad_logsumexp: Tensor | None, logsumexp: Tensor) -> None:
-    """Refuse a gradient that is not like what it is the gradient of."""
+    """Raise unless the gradient has the shape, dtype and device of ``logsumexp``."""
     if grad_logsumexp is not None:
         kind = (logsumexp.dtype, logsumexp.device)
         _check("grad_logsumexp", grad_logsumexp, tuple(logsumexp.shape), *kind)
@@ -185,10 +185,10 @@ def _check_wanted(wanted: Sequence[bool], count: int) -> None:
 
 
 def check_rows(query: Tensor, offsets: Tensor, names: Sequence[str], *rows: Tensor | None) -> None:
-    """Refuse ``rows``, each (N, its width), that offsets (B + 1) of sequences do not go with.
+    """Raise if ``rows``, each (N, its width), do not fit the offsets (B + 1) of the sequences.
 
-    The last of them is the memory, after which the others have to be long. Offsets that do not
-    rise from 0 to N are not looked for: they are on the device.
+    The last of ``rows`` is the memory, which gives N. Whether the offsets rise from 0 to N is not
+    checked: they are on the device.
     """
     memory = rows[-1]
     assert memory is not None

@@ -1,8 +1,8 @@
 """The operators: schema and implementation; `fakes` has their shapes, `autograd` their derivatives.
 
-`torch.library` define/impl/register_fake: the cheapest registration that torch.compile,
-torch.export and FakeTensor understand. A backend is chosen inside the implementation, so a compiler
-never traces that choice.
+They are registered by define, impl and register_fake of `torch.library`: the cheapest way that
+torch.compile, torch.export and FakeTensor understand. A backend is chosen inside the
+implementation, so a compiler never traces that choice.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _WINDOW = "Tensor? centers=None, float half_width=0.0, bool gaussian=False"
 # and their gradients; memory_lengths are offsets (B + 1) then.
 _RAGGED = "SymInt? max_source=None"
 _OUTPUTS = "(Tensor context, Tensor? weights, Tensor? logsumexp)"
-_SEEDS = "Tensor? grad_context, Tensor? grad_weights, Tensor? grad_logsumexp"
+_GRAD_OUTPUTS = "Tensor? grad_context, Tensor? grad_weights, Tensor? grad_logsumexp"
 _SAVED = "Tensor context, Tensor? weights, Tensor logsumexp"
 _CONCAT_INPUTS = (
     "Tensor query_proj, Tensor memory_proj, Tensor? memory_exp, Tensor v, Tensor memory"
 )
 
-# Of the results of a forward operator, those not asked for are None: a tensor takes 1 us to make,
-# and a decoding step needs the context only. Of a backward one those that are not `wanted` are: a
-# bool for each input that may have a gradient, in the inputs' order, and then for the centers.
-_OTHER_ROWS = ("memory_proj", "memory_exp")  # with a row for each of a ragged memory
-LONGEST = 2**40  # source: far more than fits in memory, and little enough to count with
+# Results of a forward operator that are not asked for are None: creating a tensor takes 1 us, and a
+# decoding step needs the context only. So are gradients that are not `wanted`: a bool for each
+# input that may have a gradient, in the inputs' order, and then for the centers.
+_OTHER_ROWS = ("memory_proj", "memory_exp")  # have a row for each row of a ragged memory
+LONGEST = 2**40  # source length: far more than fits in memory, and no product with it overflows
 library = torch.library.Library("fused_attn", "DEF")
 library.define(
     f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "
     f"float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) -> {_OUTPUTS}"
 )
 library.define(
-    f"dot_attention_backward({_SEEDS}, Tensor query, Tensor memory, {_SAVED}, bool[] wanted, "
-    f"{_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
+    f"dot_attention_backward({_GRAD_OUTPUTS}, Tensor query, Tensor memory, {_SAVED}, "
+    f"bool[] wanted, {_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
     "-> (Tensor? grad_query, Tensor? grad_memory, Tensor? grad_centers)"
 )
 library.define(
@@ -52,7 +52,7 @@ library.define(
     f"{_RAGGED}) -> {_OUTPUTS}"
 )
 library.define(
-    f"concat_attention_backward({_SEEDS}, {_CONCAT_INPUTS}, {_SAVED}, bool[] wanted, "
+    f"concat_attention_backward({_GRAD_OUTPUTS}, {_CONCAT_INPUTS}, {_SAVED}, bool[] wanted, "
     f"{_POSITIONS}, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
     "-> (Tensor? grad_query_proj, Tensor? grad_memory_proj, Tensor? grad_v, Tensor? grad_memory, "
     "Tensor? grad_centers)"
@@ -184,8 +184,8 @@ def dot_backward(
     if grad_logsumexp is None:
         grads = chosen.dot_backward(grad_context, grad_weights, *inputs)
     else:
-        seeds = (grad_context, grad_weights, grad_logsumexp)
-        grads = eager.dot_gradients(*seeds, *inputs)
+        grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+        grads = eager.dot_gradients(*grad_outputs, *inputs)
     return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 
@@ -258,8 +258,8 @@ def concat_backward(
     if grad_logsumexp is None:
         grads = chosen.concat_backward(grad_context, grad_weights, *inputs)
     else:
-        seeds = (grad_context, grad_weights, grad_logsumexp)
-        grads = eager.concat_gradients(*seeds, *inputs)
+        grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+        grads = eager.concat_gradients(*grad_outputs, *inputs)
     return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 

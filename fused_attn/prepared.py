@@ -1,4 +1,4 @@
-"""A memory with everything that does not depend on the query, as an immutable value."""
+"""A memory and all that is computed from it alone, as an immutable value."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch.utils import _pytree as pytree
 
 from fused_attn.reference import arithmetic_dtype
 
-# Beyond this a projection is so large that exp(2x) leaves float32; see `exponentials`.
-_LARGEST_EXPONENT = 43.0
+# exp(2m) is used for |m| up to this, where it fits float32; see `exponentials`. The same bound as
+# in kernels/step.py and csrc/attention_params.h.
+LARGEST_PROJECTION = 43.0
 
 
 def exponentials(memory_proj: Tensor) -> Tensor:
     """Return ``exp(2 m)`` for a memory projection m (B, S, A), and -1 where that would overflow.
 
     With E = exp(2q) exp(2m), tanh(q + m) = 1 - 2 / (1 + E): a decoding step then needs no
-    exponential of the memory. A kernel that meets the mark -1 reads m itself instead. Held in
-    bfloat16 for bfloat16 (its range is float32's, and a relative error of the exponential is an
-    absolute error of m), in float32 for float32 and float16.
+    exponential of the memory. A kernel that reads the mark -1 reads m itself instead. The result is
+    bfloat16 for bfloat16 (which has the range of float32, and a relative error of the exponential
+    is an absolute error of m), float32 for float32 and float16, float64 for float64.
     """
     dtype = memory_proj.dtype
-    wide = memory_proj.detach().to(arithmetic_dtype(dtype))
-    exp = torch.where(wide.abs() <= _LARGEST_EXPONENT, torch.exp(2.0 * wide), -1.0)
+    m = memory_proj.detach().to(arithmetic_dtype(dtype))
+    exp = torch.where(m.abs() <= LARGEST_PROJECTION, torch.exp(2.0 * m), -1.0)
     return exp if dtype == torch.float16 else exp.to(dtype)
 
 

@@ -101,7 +101,7 @@ def test_which_gpus_an_architecture_runs_on(
     ("fields", "reason"),
     [
         ({"device_type": "cpu"}, "it runs on cuda, not on cpu"),
-        ({"dtype": torch.float64}, "dtype torch.float64 is none of float32, bfloat16, float16"),
+        ({"dtype": torch.float64}, "dtype torch.float64 is not one of float32, bfloat16, float16"),
         ({"backward": True}, "it has no backward: it is for decoding, one step at a time"),
         ({"queries": 9}, "it takes up to 8 queries, not 9"),
         ({"memory_dim": 2049}, "the memory is 2049 wide, and it takes up to 2048"),
