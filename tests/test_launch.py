@@ -19,8 +19,8 @@ def plans(chip: Chip) -> object:
     for queries, source, width in itertools.product(
         SIZES, (0, 1, 37, 128, 129, 1024, 8192), (1, 17, 512, 640, 2048, 3000)
     ):
-        for score, is_wide, is_cube in itertools.product(("dot", "concat"), (0, 1), (0, 1)):
-            kind = Kind(bool(is_wide), width % 8 == 0, bool(is_cube))
+        for score, is_float32, per_query in itertools.product(("dot", "concat"), (0, 1), (0, 1)):
+            kind = Kind(bool(is_float32), width % 8 == 0, bool(per_query))
             sizes = (3, queries, source, width, width)
             for choose in (launch.forward, launch.backward):
                 yield sizes, kind, choose(chip, score, sizes, kind), score
@@ -37,7 +37,7 @@ def test_every_plan_covers_the_source_and_fits(chip: Chip) -> None:
         if plan.regime in ("step", "online"):
             assert plan.tiles["BLOCK_E"] >= width
         if plan.regime == "online":
-            assert not kind.is_wide and kind.is_aligned and source > launch.SHORT
+            assert not kind.is_float32 and kind.is_aligned and source > launch.SHORT
             tile = plan.tiles["BLOCK_S"] * plan.num_stages + plan.tiles["BLOCK_T"]
             assert 2 * tile * plan.tiles["BLOCK_E"] < chip.shared_memory
         if plan.regime in ("rows", "columns"):
@@ -47,18 +47,19 @@ def test_every_plan_covers_the_source_and_fits(chip: Chip) -> None:
 
 def test_regimes() -> None:
     def regime(
-        queries: int, source: int, width: int, score: str = "dot", wide: bool = False
+        queries: int, source: int, width: int, score: str = "dot", is_float32: bool = False
     ) -> str:
         sizes = (64, queries, source, width, width)
-        return launch.forward(H200, score, sizes, Kind(wide, True, False)).regime
+        kind = Kind(is_float32, is_aligned=True, mask_per_query=False)
+        return launch.forward(H200, score, sizes, kind).regime
 
     assert regime(1, 8192, 512) == "step"
     assert regime(8, 1024, 512) == "online"
     assert regime(64, 1024, 1024) == "columns"
     assert regime(8, 1024, 1024) == "online"
     assert regime(50, 50, 512) == "rows"
-    assert regime(64, 1024, 512, wide=True) == "columns"
-    assert regime(4, 1024, 512, wide=True) == "step"
+    assert regime(64, 1024, 512, is_float32=True) == "columns"
+    assert regime(4, 1024, 512, is_float32=True) == "step"
     assert regime(8, 1024, 512, "concat") == "step"
     assert regime(9, 1024, 512, "concat") == "columns"
     assert regime(1, 1024, 2049) == "columns"

@@ -32,7 +32,7 @@ Variant = tuple[Any, ...]
 
 # Options of a launch that follow from the device, or from the width of a number.
 _ELSEWHERE = {"enable_fp_fusion", "PRECISION", "WIDEN", "FAST_RCP"}
-_FLAGS = {"MASK", "SPLIT", "SPOILED", "CONCAT", "PROJ"}
+_FLAGS = {"MASK", "SPLIT", "CONCAT", "PROJ"}
 # How much of a loop or a sum there is: counted apart from the tiles too.
 _COUNTS = {"BLOCK_SPLITS", "BLOCKS"}
 # Tiles of another product in the same launch.
