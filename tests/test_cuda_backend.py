@@ -159,7 +159,7 @@ def test_plans(library: ctypes.CDLL) -> None:
         assert 8192 / found.splits >= 2 * found.warps * found.rows
     assert plan(library, B=1, S=20).splits == 1
     assert 100 <= plan(library, B=1, S=10**6).splits <= 128
-    assert plan(library, E=2048, T=8)[:2] == (64, 1) and plan(library, E=2048, T=8).groups == 8
+    assert plan(library, E=2048, T=8)[:2] == (64, 1) and plan(library, E=2048, T=8).query_tiles == 8
     assert plan(library, E=200, K=200, T=5)[:2] == (8, 4)
     for width in (1, 256, 257, 512, 1024, 1025, 2048):
         for queries in (1, 2, 8):
