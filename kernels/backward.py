@@ -50,16 +50,16 @@ def weight_deltas(
     t = row64 % T
     acc = tl.zeros((BLOCK,), tl.float32)
     if grad_context is not None:
-        at_row = grad_context + b * grad_context_b + t * grad_context_t
         for e in range(0, E, BLOCK):
             at = e + tl.arange(0, BLOCK)
-            grad = tl.load(at_row + at, mask=at < E, other=0.0)
+            at_grad = grad_context + b * grad_context_b + t * grad_context_t + at
+            grad = tl.load(at_grad, mask=at < E, other=0.0)
             result = tl.load(context + row64 * E + at, mask=at < E, other=0.0)
             acc += grad.to(tl.float32) * result.to(tl.float32)
-    at_row = grad_weights + b * grad_weights_b + t * grad_weights_t
     for s in range(0, S, BLOCK):
         at = s + tl.arange(0, BLOCK)
         weight = tl.load(weights + row64 * S + at, mask=at < S, other=0.0).to(tl.float32)
+        at_row = grad_weights + b * grad_weights_b + t * grad_weights_t
         at_grad = at_row + at.to(tl.int64) * grad_weights_s
         grad = tl.load(at_grad, mask=(at < S) & (weight != 0.0), other=0.0).to(tl.float32)
         acc += weight * grad
@@ -263,8 +263,9 @@ def online_backward(
             for e in range(0, E, 64):
                 offs = e + tl.arange(0, 64)
                 part = load_tile(grad_context, grad_context_t, offs_t, queries, offs, E)
+                part = part.to(tl.float32)
                 result = load_tile(context, E, offs_t, queries, offs, E).to(tl.float32)
-                delta += tl.sum(part.to(tl.float32) * result, axis=1)
+                delta += tl.sum(part * result, axis=1)
         grad_tile = load_tile(grad_context, grad_context_t, offs_t, queries, offs_e, E)
     if deltas is not None:
         delta = tl.load(deltas + b64 * T + offs_t, mask=queries, other=0.0)

@@ -125,8 +125,8 @@ def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.conste
         split_max = tl.where(split_sum == 0.0, float("-inf"), split_max)
         new_max = tl.maximum(running_max, tl.max(split_max, axis=1))
         base = finite_max(new_max)
-        added = tl.sum(split_sum * exp(split_max - base[:, None]), axis=1)
-        running_sum = running_sum * exp(running_max - base) + added
+        running_sum = running_sum * exp(running_max - base)
+        running_sum += tl.sum(split_sum * exp(split_max - base[:, None]), axis=1)
         running_max = new_max
     return finite_max(running_max), running_sum
 
