@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 from fused_attn.kernels import launch
 from fused_attn.kernels.launch import Chip, Kind
 
-H200, A100, MI300 = Chip(132, 232448), Chip(108, 166912), Chip(304, 65536, False)
+H200, A100, MI300 = Chip(132, 232448), Chip(108, 166912), Chip(304, 65536, is_nvidia=False)
+BFLOAT16 = Kind(is_float32=False, is_aligned=True, mask_per_query=False)
 SIZES = (1, 2, 7, 8, 9, 17, 64, 100)
 
 
@@ -50,7 +51,7 @@ def test_regimes() -> None:
         queries: int, source: int, width: int, score: str = "dot", is_float32: bool = False
     ) -> str:
         sizes = (64, queries, source, width, width)
-        kind = Kind(is_float32, is_aligned=True, mask_per_query=False)
+        kind = BFLOAT16._replace(is_float32=is_float32)
         return launch.forward(H200, score, sizes, kind).regime
 
     assert regime(1, 8192, 512) == "step"
@@ -66,7 +67,7 @@ def test_regimes() -> None:
 
 
 def test_one_row_of_the_batch_is_split_over_the_chip_and_many_are_not() -> None:
-    kind = Kind(False, True, False)
+    kind = BFLOAT16
     alone = launch.forward(H200, "dot", (1, 1, 16384, 512, 512), kind)
     assert alone.splits >= 132
     assert launch.forward(H200, "dot", (4096, 1, 1024, 512, 512), kind).splits == 1
@@ -77,7 +78,7 @@ def test_one_row_of_the_batch_is_split_over_the_chip_and_many_are_not() -> None:
 
 
 def test_a_chip_with_little_shared_memory_gets_narrow_tiles() -> None:
-    sizes, kind = (108, 64, 1024, 512, 512), Kind(False, True, False)
+    sizes, kind = (108, 64, 1024, 512, 512), BFLOAT16
     assert launch.forward(A100, "dot", sizes, kind).num_stages < 3
     assert launch.forward(MI300, "dot", sizes, kind).regime == "columns"
 
@@ -88,7 +89,7 @@ def test_a_chip_with_little_shared_memory_gets_narrow_tiles() -> None:
 def test_99_kilobytes_are_enough_for_matrix_products(
     multiprocessors: int, width: int, queries: int
 ) -> None:
-    chip, kind = Chip(multiprocessors, 101376), Kind(False, True, False)
+    chip, kind = Chip(multiprocessors, 101376), BFLOAT16
     sizes = (64, queries, 1024, width, width)
     for plan in (
         launch.forward(chip, "dot", sizes, kind),
@@ -107,12 +108,12 @@ def test_a_tile_that_would_spill_has_more_warps() -> None:
     """64 queries and 128 rows: 4 warps where products read shared memory, without dropout."""
 
     def warps(chip: Chip, has_dropout: bool) -> int:
-        kind = Kind(False, True, False, has_dropout)
+        kind = BFLOAT16._replace(has_dropout=has_dropout)
         plan = launch.backward(chip, "dot", (64, 64, 1024, 1024, 1024), kind)
         assert (plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"]) == (64, 128)
         return plan.num_warps
 
-    assert warps(H200, False) == 4
-    assert warps(H200, True) == 8
-    assert warps(A100, False) == 8
-    assert warps(Chip(128, 101376), False) == 8
+    assert warps(H200, has_dropout=False) == 4
+    assert warps(H200, has_dropout=True) == 8
+    assert warps(A100, has_dropout=False) == 8
+    assert warps(Chip(128, 101376), has_dropout=False) == 8
