@@ -1,6 +1,6 @@
-"""Shapes and dtypes of what the operators return, and how much they compute: no numbers.
+"""Shapes and dtypes of the operators' results, and how many operations they take: no values.
 
-One fake for each operator, with its arguments. Every backend returns what is said here.
+There is one fake for each operator, with its arguments. Every backend returns these shapes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _outputs(
 
 
 def _gradients(wanted: list[bool], *inputs: Tensor | None) -> reference.Gradients:
-    """Contiguous ones of the wanted inputs."""
+    """Contiguous gradients of the wanted inputs, None for the others."""
     return tuple(
         tensor.new_empty(tensor.shape) if tensor is not None and is_wanted else None
         for tensor, is_wanted in zip(inputs, wanted, strict=True)
@@ -149,7 +149,7 @@ def concat_scores_backward(
 
 
 def register_flops(name: str, operator: Any) -> None:
-    """Tell `torch.utils.flop_counter` what an operator of that name computes."""
+    """Register the operation count of an operator of that name with `torch.utils.flop_counter`."""
     if name.startswith("concat_scores"):
         return  # no product of matrices
     score, backward = name.split("_")[0], name.endswith("_backward")

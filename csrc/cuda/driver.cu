@@ -64,7 +64,7 @@ struct Device {
   CounterSlots slots{kStreams, kCapturedCounters};
 };
 
-// What is known of a device; it must be the current one.
+// The cached facts about a device, which must be the current one.
 Device& device_of(int number) {
   static std::mutex mutex;
   static std::map<int, std::unique_ptr<Device>> devices;
