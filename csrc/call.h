@@ -1,4 +1,4 @@
-// One call: the arguments of Python, checked and turned into AttentionParams, and the results.
+// One call: Python's arguments, checked and converted to AttentionParams, and the results.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,7 +23,7 @@ inline double number(PyObject* object) {
   return value;
 }
 
-// The tensors of the gradients that a caller wants, in the inputs' order; None for the others.
+// The gradients that the caller wants, in the inputs' order; None for the others.
 class Gradients {
  public:
   // `wanted` is a list of bools, one for each of `count` inputs.
@@ -33,7 +33,7 @@ class Gradients {
     for (size_t i = 0; i < count; ++i) results_[i] = py::none();
   }
 
-  // Where to write the gradient of that input, or null.
+  // Where to write the gradient of the input `index`, or null.
   template <class... Type>
   void* make(size_t index, const Argument& like, Sizes sizes, Type... dtype) {
     if (PyList_GET_ITEM(wanted_, Py_ssize_t(index)) != Py_True) return nullptr;
@@ -50,7 +50,7 @@ class Gradients {
   py::tuple results_;
 };
 
-// The parameters, and what must live until the call is over.
+// The parameters, and the objects that must outlive the call.
 class Call {
  public:
   Call(PyObject* query, PyObject* memory, Device device = {})
@@ -62,7 +62,7 @@ class Call {
     }
     p.dtype = memory_.dtype();
     p.B = is_ragged_ ? query_.size(0) : memory_.size(0);
-    p.S = is_ragged_ ? 0 : memory_.size(1);  // `masking` brings the longest
+    p.S = is_ragged_ ? 0 : memory_.size(1);  // of a ragged memory `take_offsets` sets it
     p.E = memory_.size(memory_.ndim() - 1);
     p.T = query_.size(1);
     p.K = query_.size(2);
@@ -93,7 +93,7 @@ class Call {
     if (memory_exp != Py_None) {
       exp_ = argument("memory_exp", memory_exp);
       p.exp_dtype = exp_.dtype();
-      // A GPU's kernels are compiled for what fused_attn.attention.exponentials makes of a type.
+      // A GPU's kernels are compiled for the types that fused_attn.prepared.exponentials returns.
       const bool is_short = p.dtype == DType::bf16, may_be_short = !on_gpu() || is_short;
       const DType whole = p.dtype == DType::f64  ? DType::f64
                           : on_gpu() && is_short ? DType::bf16
@@ -106,8 +106,8 @@ class Call {
     p.v = v_.check_shape({p.K}).check_dtype(p.dtype).make_contiguous().data();
   }
 
-  // The fields of fused_attn.reference.Masking. For a memory (rows, E), in place of the lengths, a
-  // tuple: offsets (B + 1) and the longest length.
+  // The fields of fused_attn.reference.Masking. For a memory (rows, E) a tuple takes the place of
+  // the lengths: offsets (B + 1) and the longest length.
   void masking(PyObject* fields) {
     if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 5) {
       throw py::type_error("masking must be a tuple (lengths, mask, keep, keep_scale, window)");
@@ -124,13 +124,13 @@ class Call {
     }
     if (mask != Py_None) {
       Argument view = argument("memory_mask", mask);
-      const bool cube = view.ndim() == 3;
-      const int64_t queries = cube && view.size(1) != 1 ? p.T : 1;
-      (cube ? view.check_shape({p.B, queries, p.S}) : view.check_shape({p.B, p.S})).check_bool();
+      const bool is_3d = view.ndim() == 3;
+      const int64_t queries = is_3d && view.size(1) != 1 ? p.T : 1;
+      (is_3d ? view.check_shape({p.B, queries, p.S}) : view.check_shape({p.B, p.S})).check_bool();
       p.mask = static_cast<const uint8_t*>(view.data());
       p.mask_b = view.stride(0);
       p.mask_t = queries == 1 ? 0 : view.stride(1);
-      p.mask_s = view.stride(cube ? 2 : 1);
+      p.mask_s = view.stride(is_3d ? 2 : 1);
     }
     if (keep != Py_None) {
       keep_ = argument("keep_mask", keep);
@@ -140,7 +140,7 @@ class Call {
     if (PyObject* window = PyTuple_GET_ITEM(fields, 4); window != Py_None) take_window(window);
   }
 
-  // Returns (context, weights, logsumexp), with None for what is not asked for.
+  // Returns (context, weights, logsumexp), with None for those not asked for.
   PyObject* forward(bool with_weights, bool with_logsumexp) {
     Argument context = new_empty(memory_, {p.B, p.T, p.E}), weights, logsumexp;
     p.context = context.data();
@@ -155,7 +155,7 @@ class Call {
     return results.release().ptr();
   }
 
-  // The call's memory is the projection itself here, of which only the shape is used.
+  // Here memory_ is the projection, passed in place of a memory; only its shape is used.
   PyObject* scores() {
     p.E = 0;
     p.scores_only = true;
@@ -181,20 +181,21 @@ class Call {
 
   // `saved` is (context, weights or None, logsumexp). Returns the gradients in the inputs' order,
   // None for those that are not wanted.
-  PyObject* backward(PyObject* grad_context, PyObject* grad_weights, PyObject* saved,
+  PyObject* backward(PyObject* given_context, PyObject* given_weights, PyObject* saved,
                      PyObject* wanted) {
     if (!PyTuple_Check(saved) || PyTuple_GET_SIZE(saved) != 3) {
       throw py::type_error("saved must be a tuple (context, weights, logsumexp)");
     }
-    Argument context("context", PyTuple_GET_ITEM(saved, 0)), seed, extra, weights;
+    Argument context("context", PyTuple_GET_ITEM(saved, 0)), grad_context, grad_weights, weights;
     p.context = context.check_shape({p.B, p.T, p.E}).check_dtype(p.dtype).make_contiguous().data();
-    seed = grad_context == Py_None ? new_zeros(context) : Argument("grad_context", grad_context);
-    p.grad_context = rows(seed, {p.B, p.T, p.E}, p.dtype);
-    if (grad_weights != Py_None) {
-      extra = Argument("grad_weights", grad_weights);
-      p.grad_weights = rows(extra, {p.B, p.T, p.S}, p.dtype);
+    grad_context =
+        given_context == Py_None ? new_zeros(context) : Argument("grad_context", given_context);
+    p.grad_context = rows(grad_context, {p.B, p.T, p.E}, p.dtype);
+    if (given_weights != Py_None) {
+      grad_weights = Argument("grad_weights", given_weights);
+      p.grad_weights = rows(grad_weights, {p.B, p.T, p.S}, p.dtype);
     }
-    if (grad_weights != Py_None || PyTuple_GET_ITEM(saved, 1) != Py_None) {
+    if (given_weights != Py_None || PyTuple_GET_ITEM(saved, 1) != Py_None) {
       weights = Argument("weights", PyTuple_GET_ITEM(saved, 1));
       weights.check_shape({p.B, p.T, p.S}).check_dtype(p.dtype);
       p.weights = weights.make_contiguous().data();
@@ -223,7 +224,7 @@ class Call {
     return argument.check_shape(sizes).check_dtype(dtype).make_unit_stride().rows();
   }
 
-  // Of what the memory has a row for: (B, S, K), or (rows, K).
+  // A tensor with one row for each row of the memory: (B, S, K), or (rows, K).
   Rows memory_rows(Argument& argument, DType dtype) const {
     return is_ragged_ ? rows(argument, {memory_.size(0), p.K}, dtype)
                       : rows(argument, {p.B, p.S, p.K}, dtype);
@@ -275,7 +276,7 @@ class Call {
 
   DType statistics() const { return p.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-  // They stay where they are, and nobody waits for them: kernels clamp them to 0..S.
+  // They stay on the device, and the host does not wait for them: kernels clamp them to 0..S.
   void take_device_lengths(Argument given) {
     given.check_shape({p.B});
     check_integer(given);
@@ -343,7 +344,7 @@ class Call {
     p.memory.starts = p.memory_proj.starts = p.memory_exp.starts = starts_.data();
   }
 
-  // Far more than fits in memory, and little enough to count with.
+  // Far more than fits in memory, and no product with it overflows. As fused_attn.ops.LONGEST.
   static constexpr int64_t kLongest = int64_t(1) << 40;
 
   static int64_t integer_at(const Argument& tensor, int64_t index) {

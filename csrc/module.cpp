@@ -1,7 +1,7 @@
 // The binding table.
 //
-// The calls take an array of arguments from CPython as it is (METH_FASTCALL): pybind11 would spend
-// as long on converting them as a small problem takes in all.
+// The calls take CPython's array of arguments directly (METH_FASTCALL): converting them by pybind11
+// would take as long as a whole small problem.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ using namespace fused_attn;
 
 namespace {
 
-// Runs `body` for a function of CPython: exceptions become Python's.
+// Runs `body` as a function of CPython: C++ exceptions become Python's.
 template <Py_ssize_t expected, PyObject* (*body)(PyObject* const*)>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != expected) {
@@ -138,12 +138,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native attention on torch's tensors; call bind_torch(torch) first.";
   m.def("bind_torch", &bind_torch, py::arg("torch"), "Learn to read the tensors of this torch.");
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
-  m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, widest first.");
+  m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
   m.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
-        "Do multiply-adds in registers, the yardstick of the benchmarks; returns how many\n"
-        "floating-point operations that was.");
+        "Do multiply-adds in registers, as a reference for the benchmarks; returns the number of\n"
+        "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
   if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();

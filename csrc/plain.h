@@ -1,12 +1,12 @@
-// Whether tensors are as they mostly are, in a tenth of the time that Python would take to ask.
+// Whether arguments are of the usual kind, in a tenth of the time that Python would take to check.
 #pragma once
 
 #include "tensor_exchange.h"
 
 namespace fused_attn {
 
-// Whether `object` is an ordinary tensor, which can be read by its pointer and strides: of no
-// subclass, dense, on the CPU or a GPU, with its numbers in memory as they are. None is not.
+// Whether `object` is an ordinary tensor, readable by its pointer and strides: not of a subclass,
+// dense, on the CPU or a GPU, without a lazy negation. None is not one.
 inline bool is_plain(PyObject* object, TensorView& view) {
   if (!is_exact_tensor(object) || !look_at(object, view)) return false;
   const int32_t device = view.device_type;
@@ -54,8 +54,8 @@ inline bool is_usual_mask(PyObject* object, int64_t batch, int64_t queries, int6
   return fits && (view.ndim == 2 || view.shape[1] == 1 || view.shape[1] == queries);
 }
 
-// Whether a call on the CPU has arguments that go together, widths aside: query (B, T, D) or
-// (B, D), memory (B, S, E), lengths and mask. See fused_attn.checks.is_usual.
+// Whether the arguments of a call on the CPU fit together, except for their widths: query (B, T, D)
+// or (B, D), memory (B, S, E), lengths and mask. See fused_attn.checks.is_usual.
 inline bool is_usual(PyObject* const* a) {
   TensorView query, memory;
   if (!is_plain(a[0], query) || !is_plain(a[1], memory)) return false;

@@ -1,9 +1,9 @@
-// Tensors of torch, read and made without its headers, so that one wheel fits every torch.
+// torch's tensors, read and created without its headers, so that one wheel works with every torch.
 //
 // torch.Tensor holds a table of C functions of the DLPack project, `__dlpack_c_exchange_api__`. It
-// tells pointer, sizes and strides of a tensor in 30 ns; asked from Python they take 0.5 us.
-// Outputs are made by Tensor.new_empty: DLPack's allocator is little faster, and torch cannot
-// resize what comes from it.
+// gives the pointer, sizes and strides of a tensor in 30 ns; through Python they take 0.5 us.
+// Outputs are created by Tensor.new_empty: DLPack's allocator is hardly faster, and torch cannot
+// resize tensors that come from it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -44,21 +44,21 @@ struct Device {
   int32_t id = 0;  // -1: any of the type
 };
 
-// Take from the module `torch` what the functions below use. Throws ImportError if that torch has
+// Reads from the module `torch` what the functions below need. Throws ImportError if that torch has
 // no table of functions, or one of another major version.
 void bind_torch(const py::module_& torch);
 
-// Of torch.Tensor or torch.nn.Parameter themselves, and no subclass.
+// Whether the type is torch.Tensor or torch.nn.Parameter, and not a subclass.
 bool is_exact_tensor(PyObject* object);
 
-// Fills the view of a tensor; false, and no error, where DLPack cannot tell it.
+// Fills the view of a tensor; returns false, without an error, if DLPack cannot describe it.
 bool look_at(PyObject* tensor, TensorView& view);
 
 bool is_negated(PyObject* tensor);  // Tensor.is_neg(): memory holds the numbers' negatives
 
 int torch_threads();  // torch.get_num_threads()
 
-// torch.cuda.current_stream(device), as the runtime of CUDA takes it.
+// torch.cuda.current_stream(device), as a cudaStream_t.
 void* current_stream(Device device);
 
 // A tensor that a caller passed, or a contiguous copy of it. The name is for messages.

@@ -28,6 +28,7 @@ from fused_attn.checks import check_bounds
 from fused_attn.reference import MaskingFields
 
 DIRECT, OPERATOR, COMPOSED = range(3)
+_WITH_LOGSUMEXP, _WITHOUT_LOGSUMEXP = True, False  # return_logsumexp, where it is positional
 
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 # Whether a torch.func transform (vmap, grad, jvp) is active. torch.compile can trace this call.
@@ -42,7 +43,7 @@ _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *te
 
 
 def route() -> int:
-    """How a call has to be made. Takes 0.4 us.
+    """How a call must be made. Takes 0.4 us.
 
     ``COMPOSED`` (of ATen operators) under a torch.func transform, in forward-mode AD and in a trace
     for ONNX or TorchScript. ``OPERATOR`` (through the dispatcher) under a compiler, a dispatch or
@@ -144,7 +145,7 @@ class _Differentiated(torch.autograd.Function):
             outputs: tuple[Any, ...] = ()
         else:
             ctx.returns, rest = rest[:2], rest[2:]
-            called = (*fields, ctx.returns[0], True, *rest)  # the backward wants the log-sum-exp
+            called = (*fields, ctx.returns[0], _WITH_LOGSUMEXP, *rest)  # for the backward
             outputs = _run(operator.forward, operator.run, direct, called)
             result = _returned(ctx, outputs)
         keep, centers = operator.options
@@ -167,7 +168,7 @@ class _Differentiated(torch.autograd.Function):
         masks = operator.inputs
         after = masks + 2
         if operator is not SCORES:
-            grads = _seeds(ctx, grads)
+            grads = _grad_outputs(ctx, grads)
             after += 3
         if len(saved) > after:
             keep, centers = operator.options
@@ -205,7 +206,7 @@ def _returned(ctx: Any, outputs: tuple[Any, ...]) -> Any:
     return (context, weights, logsumexp) if returns_weights else (context, logsumexp)
 
 
-def _seeds(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+def _grad_outputs(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """The gradients of context, weights and log-sum-exp."""
     returns_weights, returns_logsumexp = ctx.returns
     grad_logsumexp = grads[-1] if returns_logsumexp else None
@@ -261,7 +262,7 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], *arguments: Any
 def _called(operator: Operator, how: int, arguments: tuple[Any, ...]) -> Any:
     if how == DIRECT:
         if _needs_grad(operator, arguments):
-            return _differentiated(operator, True, arguments)
+            return _differentiated(operator, direct=True, arguments=arguments)
         return operator.run(*arguments)
     if how == OPERATOR:
         return operator.forward(*arguments)
@@ -296,11 +297,13 @@ def dot_attention(
             or (centers is not None and centers.requires_grad)
         ):  # decoding steps are short: nothing else runs between here and the backend
             chosen = ops.select(query, memory, "dot", backend, windowed=window is not None)
-            outputs = chosen.dot_forward(query, memory, scale, masking, return_weights, False)
+            outputs = chosen.dot_forward(
+                query, memory, scale, masking, return_weights, _WITHOUT_LOGSUMEXP
+            )
             return outputs[0], outputs[1]
     elif how == DIRECT:
         how = OPERATOR
-    arguments = (query, memory, lengths, mask, return_weights, False, scale)
+    arguments = (query, memory, lengths, mask, return_weights, _WITHOUT_LOGSUMEXP, scale)
     outputs = _called(DOT, how, arguments + _options(masking, backend))
     return outputs[0], outputs[1]
 
@@ -325,7 +328,7 @@ def concat_attention(
     how = route()
     if how == DIRECT and not _are_plain(*inputs, lengths, mask, keep, centers):
         how = OPERATOR
-    arguments = (*inputs, lengths, mask, return_weights, False)
+    arguments = (*inputs, lengths, mask, return_weights, _WITHOUT_LOGSUMEXP)
     outputs = _called(CONCAT, how, arguments + _options(masking, backend))
     return outputs[0], outputs[1]
 
@@ -376,7 +379,7 @@ def _register(operator: Operator) -> None:
         if _is_transformed():
             return operator.compose(*arguments)
         if _needs_grad(operator, arguments):
-            return _differentiated(operator, False, arguments)
+            return _differentiated(operator, direct=False, arguments=arguments)
         if route() == DIRECT and _are_plain(*(arguments[i] for i in operator.tensors)):
             return operator.run(*arguments)
         with _below_autograd():

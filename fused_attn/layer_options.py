@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_attn import checks
+from fused_attn import checks, problem
 from fused_attn.composed import NORMALIZERS
 from fused_attn.prepared import PreparedMemory
 
-SCORES = ("dot", "general", "concat", "location")
+SCORES = (*problem.SCORES, "location")
 LOCALS = ("monotonic", "predictive")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_attn.reference import MaskingFields, Saved, arithmetic_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_SHORT = (torch.float32, torch.bfloat16)
+_EXP_DTYPES = (torch.float32, torch.bfloat16)  # of memory_exp, except for float64
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -93,7 +93,7 @@ def check_dot(query: Tensor, memory: Tensor, masking: MaskingFields) -> None:
     query (B, T, E), memory (B, S, E), lengths int (B,), mask bool (B, S) or (B, 1 or T, S), keep
     bool (B, T, S), centers (B, T) in the dtype of the arithmetic; all on the device of memory.
     """
-    _check_masking(masking, _check_ends("query", query, "memory", memory, True))
+    _check_masking(masking, _check_ends("query", query, "memory", memory, is_dot=True))
 
 
 def check_concat(
@@ -105,7 +105,7 @@ def check_concat(
     masking: MaskingFields,
 ) -> None:
     """Like `check_dot`, for query_proj (B, T, A), memory_proj and memory_exp (B, S, A), v (A,)."""
-    ends = _check_ends("query_proj", query_proj, "memory", memory, False)
+    ends = _check_ends("query_proj", query_proj, "memory", memory, is_dot=False)
     batch, _, source, width, dtype, device = ends
     _check("memory_proj", memory_proj, (batch, source, width), dtype, device)
     _check_score(ends, memory_exp, v, masking)
@@ -119,22 +119,22 @@ def check_scores(
     masking: MaskingFields,
 ) -> None:
     """Like `check_concat`, without a memory."""
-    ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, True)
+    ends = _check_ends("query_proj", query_proj, "memory_proj", memory_proj, is_dot=True)
     _check_score(ends, memory_exp, v, masking)
 
 
 def _check_score(ends: _Ends, memory_exp: Tensor | None, v: Tensor, masking: MaskingFields) -> None:
     batch, _, source, width, dtype, device = ends
     if memory_exp is not None:
-        wide = memory_exp.dtype
-        if dtype is torch.float64 or wide not in _SHORT:
-            wide = arithmetic_dtype(dtype)
-        _check("memory_exp", memory_exp, (batch, source, width), wide, device)
+        exp_dtype = memory_exp.dtype
+        if dtype is torch.float64 or exp_dtype not in _EXP_DTYPES:
+            exp_dtype = arithmetic_dtype(dtype)
+        _check("memory_exp", memory_exp, (batch, source, width), exp_dtype, device)
     _check("v", v, (width,), dtype, device)
     _check_masking(masking, ends)
 
 
-def check_seeds(
+def check_grad_outputs(
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
     saved: Saved,
@@ -167,8 +167,8 @@ def check_grad_scores(
 ) -> None:
     """Check that a gradient of scores is (B, T, S) in the dtype of the arithmetic."""
     shape = (query_proj.shape[0], query_proj.shape[1], memory_proj.shape[1])
-    wide = arithmetic_dtype(memory_proj.dtype)
-    _check("grad_scores", grad_scores, shape, wide, memory_proj.device)
+    dtype = arithmetic_dtype(memory_proj.dtype)
+    _check("grad_scores", grad_scores, shape, dtype, memory_proj.device)
     _check_wanted(wanted, 3)
 
 

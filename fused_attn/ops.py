@@ -26,7 +26,7 @@ _WINDOW = "Tensor? centers=None, float half_width=0.0, bool gaussian=False"
 # the gradients of both have the same form, and memory_lengths are the offsets (B + 1,).
 _RAGGED = "SymInt? max_source=None"
 _OUTPUTS = "(Tensor context, Tensor? weights, Tensor? logsumexp)"
-_SEEDS = "Tensor? grad_context, Tensor? grad_weights, Tensor? grad_logsumexp"
+_GRAD_OUTPUTS = "Tensor? grad_context, Tensor? grad_weights, Tensor? grad_logsumexp"
 _SAVED = "Tensor context, Tensor? weights, Tensor logsumexp"
 _CONCAT_INPUTS = (
     "Tensor query_proj, Tensor memory_proj, Tensor? memory_exp, Tensor v, Tensor memory"
@@ -43,8 +43,8 @@ library.define(
     f"float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) -> {_OUTPUTS}"
 )
 library.define(
-    f"dot_attention_backward({_SEEDS}, Tensor query, Tensor memory, {_SAVED}, bool[] wanted, "
-    f"{_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
+    f"dot_attention_backward({_GRAD_OUTPUTS}, Tensor query, Tensor memory, {_SAVED}, "
+    f"bool[] wanted, {_POSITIONS}, float scale=1.0, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
     "-> (Tensor? grad_query, Tensor? grad_memory, Tensor? grad_centers)"
 )
 library.define(
@@ -52,7 +52,7 @@ library.define(
     f"{_RAGGED}) -> {_OUTPUTS}"
 )
 library.define(
-    f"concat_attention_backward({_SEEDS}, {_CONCAT_INPUTS}, {_SAVED}, bool[] wanted, "
+    f"concat_attention_backward({_GRAD_OUTPUTS}, {_CONCAT_INPUTS}, {_SAVED}, bool[] wanted, "
     f"{_POSITIONS}, {_KEEP}, {_BACKEND}, {_WINDOW}, {_RAGGED}) "
     "-> (Tensor? grad_query_proj, Tensor? grad_memory_proj, Tensor? grad_v, Tensor? grad_memory, "
     "Tensor? grad_centers)"
@@ -184,8 +184,8 @@ def dot_backward(
     if grad_logsumexp is None:
         grads = chosen.dot_backward(grad_context, grad_weights, *inputs)
     else:
-        seeds = (grad_context, grad_weights, grad_logsumexp)
-        grads = eager.dot_gradients(*seeds, *inputs)
+        grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+        grads = eager.dot_gradients(*grad_outputs, *inputs)
     return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 
@@ -258,8 +258,8 @@ def concat_backward(
     if grad_logsumexp is None:
         grads = chosen.concat_backward(grad_context, grad_weights, *inputs)
     else:
-        seeds = (grad_context, grad_weights, grad_logsumexp)
-        grads = eager.concat_gradients(*seeds, *inputs)
+        grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+        grads = eager.concat_gradients(*grad_outputs, *inputs)
     return grads if max_source is None else _unpadded(grads, memory_lengths)
 
 

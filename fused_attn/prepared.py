@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fused_attn.reference import arithmetic_dtype
 
-# exp(2x) of a larger projection x may overflow float32; see `exponentials`.
-_LARGEST_EXPONENT = 43.0
+# exp(2m) is used for |m| up to this, where it fits float32; see `exponentials`. The same bound as
+# in kernels/step.py and csrc/attention_params.h.
+LARGEST_PROJECTION = 43.0
 
 
 def exponentials(memory_proj: Tensor) -> Tensor:
@@ -25,8 +26,8 @@ def exponentials(memory_proj: Tensor) -> Tensor:
     absolute error of m), float32 for float32 and float16, and float64 for float64.
     """
     dtype = memory_proj.dtype
-    wide = memory_proj.detach().to(arithmetic_dtype(dtype))
-    exp = torch.where(wide.abs() <= _LARGEST_EXPONENT, torch.exp(2.0 * wide), -1.0)
+    m = memory_proj.detach().to(arithmetic_dtype(dtype))
+    exp = torch.where(m.abs() <= LARGEST_PROJECTION, torch.exp(2.0 * m), -1.0)
     return exp if dtype == torch.float16 else exp.to(dtype)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-SCORES = ("dot", "general", "concat")
+SCORES = ("dot", "general", "concat")  # that are fused; the layer has one more
 
 
 @dataclass(frozen=True, slots=True)

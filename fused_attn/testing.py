@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils import deterministic
 
-from fused_attn import functional, reference
+from fused_attn import functional, problem, reference
 from fused_attn.reference import LocalWindow, Masking
 
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(FLOORS)
 # "projected" is the concat score with given projections, as the operator takes it.
-SCORES = ("dot", "general", "concat", "projected")
+SCORES = (*problem.SCORES, "projected")
 MASKS = ("none", "shared", "row", "cube")  # none, (B, S), (B, 1, S), (B, T, S)
 WINDOWS = ("none", "hard", "gaussian")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")
@@ -171,9 +171,9 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
         tensors["bias"] = draw(attn_dim)
     masking = _masking(case, draw)
     if masking.window is not None:  # positions are never narrower than the arithmetic
-        wide = masking.window.centers.to(device, reference.arithmetic_dtype(case.dtype))
-        masking = masking._replace(window=masking.window._replace(centers=wide))
-    seeds = [draw(batch, queries, memory_dim), draw(batch, queries, source)]
+        centers = masking.window.centers.to(device, reference.arithmetic_dtype(case.dtype))
+        masking = masking._replace(window=masking.window._replace(centers=centers))
+    grad_outputs = [draw(batch, queries, memory_dim), draw(batch, queries, source)]
 
     def place(tensor: Tensor) -> Tensor:
         return lay_out(tensor.to(device, case.dtype), case.layout)
@@ -186,8 +186,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
         tensors=placed,
         masking=_each(masking, lambda tensor: lay_out(tensor.to(device), case.layout)),
         scale=0.75 if case.score in ("dot", "general") else 1.0,
-        grad_context=place(seeds[0]),
-        grad_weights=place(seeds[1]) if case.weights else None,
+        grad_context=place(grad_outputs[0]),
+        grad_weights=place(grad_outputs[1]) if case.weights else None,
     )
 
 
@@ -262,12 +262,12 @@ def evaluate(call: Callable[[Tensors], tuple[Tensor, Tensor | None]], inputs: In
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     context, weights = call(leaves)
     results = {"context": context.detach()}
-    roots, seeds = [context], [inputs.grad_context.to(context.dtype)]
+    roots, grad_outputs = [context], [inputs.grad_context.to(context.dtype)]
     if weights is not None and inputs.grad_weights is not None:
         results["weights"] = weights.detach()
         roots.append(weights)
-        seeds.append(inputs.grad_weights.to(weights.dtype))
-    grads = torch.autograd.grad(roots, list(leaves.values()), seeds, materialize_grads=True)
+        grad_outputs.append(inputs.grad_weights.to(weights.dtype))
+    grads = torch.autograd.grad(roots, list(leaves.values()), grad_outputs, materialize_grads=True)
     return results | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
@@ -340,12 +340,12 @@ def _oracle_rows(inputs: Inputs, rows: slice) -> Tensors:
             result = reference.concat_attention(query, keys, v, memory, local)
         return result.context, result.weights
 
-    wide = {
+    in_double = {
         name: tensor.double() if name in _PARAMETERS else tensor[rows].double()
         for name, tensor in inputs.tensors.items()
     }
     grad_weights = None if inputs.grad_weights is None else inputs.grad_weights[rows]
-    part = Inputs(score, wide, masking, scale, inputs.grad_context[rows], grad_weights)
+    part = Inputs(score, in_double, masking, scale, inputs.grad_context[rows], grad_weights)
     return evaluate(call, part)
 
 

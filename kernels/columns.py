@@ -1,11 +1,12 @@
 """Many queries on long rows, as two products: scores by rows of memory, the context by columns.
 
-A context of 64 queries and 1024 columns fills the registers of a whole multiprocessor, so that a
-program which keeps one beside tiles of all columns has no room for large products. Here no program
-holds all columns. `score_rows` leaves the scores (B, T, S) and each block's softmax sums,
-`context_columns` turns them into weights on the way to its columns. The memory is read twice, each
-time at the speed of a plain product; the scores, T / E of the memory, stay in the cache. For the
-concat score, whose rows of 64 would each leave a partial context, that is less traffic too.
+A context of 64 queries and 1024 columns fills the registers of a whole multiprocessor: a program
+that holds one besides tiles of all columns has no room for large products. Here no program holds
+all columns. `score_rows` writes the scores (B, T, S) and the softmax state of each block;
+`context_columns` turns them into weights and computes its columns of the context. The memory is
+read twice, each time at the speed of a plain product; the scores, T / E of the memory's size, stay
+in the cache. For concat, where every 64 rows would leave a partial context, that is also less
+traffic.
 """
 
 import triton
@@ -14,19 +15,20 @@ import triton.language as tl
 from .concat import concat_scores
 from .forward import store_rows
 from .tiles import (
+    MASK_PER_QUERY,
     PITCH,
     counted_positions,
     elements,
     entry,
     exp,
+    finite_max,
     hide,
     inverse_or_zero,
     kept_factor,
     load_tile,
-    log_sum,
+    log_sum_exp,
     padded,
     pair_tile,
-    peak_or_zero,
     product,
     readable_rows,
     row_count,
@@ -45,11 +47,11 @@ def score_rows(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores (B, T, P PITCH) of BLOCK_S rows, -inf where nothing counts, and their softmax sums.
+    """Scores (B, T, P PITCH) of BLOCK_S rows, -inf where a query may not look, and softmax state.
 
     ``stats`` (B, splits, T, 2) as `store_softmax` leaves them; ``splits`` blocks cover S. Blocks of
-    padding alone write nothing. query (B, T, K), memory (B, S, E); for concat also what
-    `concat_exponentials` leaves of both projections, memory_proj (B, S, K) and v (K,).
+    padding alone write nothing. query (B, T, K), memory (B, S, E); for concat also the output of
+    `concat_exponentials`, memory_proj (B, S, K) and v (K,).
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
@@ -71,61 +73,62 @@ def score_rows(
     counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
     memory += b.to(tl.int64) * memory_b
     query += b.to(tl.int64) * query_b
-    bad = offs_s < 0
+    spoiled = offs_s < 0
     if CONCAT:
         memory_proj += b.to(tl.int64) * proj_b
-        result, bad = concat_scores(
+        result, spoiled = concat_scores(
             exp_query, exp_memory, query_peak, memory_peak, query, memory_proj, v,
             b, t_block, split, offs_t, offs_s, queries, rows,
             query_t, proj_s, A, exp_width, exp_queries, exp_source,
             MASK, BLOCK_T, BLOCK_S, FAST_RCP,
         )  # fmt: skip
-        if MASK == 2:  # a row of memory that is not finite spoils the queries that look at it
+        if MASK == MASK_PER_QUERY:  # a row that is not finite spoils the queries that see it
             for e in range(0, E, BLOCK_E):
-                _, spoiled = split_nonfinite(
+                _, tile_spoiled = split_nonfinite(
                     load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
                 )
-                bad = bad | spoiled
+                spoiled = spoiled | tile_spoiled
     else:
         result = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         for e in range(0, E, BLOCK_E):
             tile = load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)
-            if MASK == 2:
-                tile, spoiled = split_nonfinite(tile)
-                bad = bad | spoiled
-            heads = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
-            result = product(heads, tl.trans(tile), result, PRECISION, WIDEN)
+            if MASK == MASK_PER_QUERY:
+                tile, tile_spoiled = split_nonfinite(tile)
+                spoiled = spoiled | tile_spoiled
+            query_tile = load_tile(query, query_t, offs_t, queries, e + offs_e, E)
+            result = product(query_tile, tl.trans(tile), result, PRECISION, WIDEN)
         result *= scale
-    result = hide(result, counts, bad, MASK)
-    peak = peak_or_zero(tl.max(result, axis=1))
-    total = tl.sum(exp(result - peak[:, None]), axis=1)
+    result = hide(result, counts, spoiled, MASK)
+    split_max = finite_max(tl.max(result, axis=1))
+    split_sum = tl.sum(exp(result - split_max[:, None]), axis=1)
     slot = b.to(tl.int64) * splits + split
-    store_softmax(stats, slot * T + offs_t, peak, total, queries)
+    store_softmax(stats, slot * T + offs_t, split_max, split_sum, queries)
     inside = queries[:, None] & (offs_s < padded(count))[None, :]
     tl.store(pair_tile(scores, b, offs_t, offs_s, T, P * PITCH), result, mask=inside)
 
 
 @triton.jit
 def merged_softmax(stats, b, offs_t, queries, T, splits, live, BLOCKS: tl.constexpr):
-    """Largest score and sum (BLOCK_T,) of each query over the first ``live`` of its splits.
+    """Maximum and sum (BLOCK_T,) of each query over the first ``live`` of its splits.
 
-    BLOCKS of them at a time: those of long rows would not fit into registers.
+    BLOCKS splits are read at a time: those of a long row would not fit into registers.
     """
-    peak = tl.full(offs_t.shape, float("-inf"), tl.float32)
-    total = tl.zeros(offs_t.shape, tl.float32)
+    running_max = tl.full(offs_t.shape, float("-inf"), tl.float32)
+    running_sum = tl.zeros(offs_t.shape, tl.float32)
     for first in range(0, live, BLOCKS):
         index = first + tl.arange(0, BLOCKS)
         inside = queries[:, None] & (index < live)[None, :]
         at = b.to(tl.int64) * splits + index
         at = stats + 2 * (at[None, :] * T + offs_t[:, None])
-        totals = tl.load(at + 1, mask=inside, other=0.0)
-        peaks = tl.load(at, mask=inside, other=float("-inf"))
-        peaks = tl.where(totals == 0.0, float("-inf"), peaks)
-        highest = tl.maximum(peak, tl.max(peaks, axis=1))
-        finite = peak_or_zero(highest)
-        total = total * exp(peak - finite) + tl.sum(totals * exp(peaks - finite[:, None]), axis=1)
-        peak = highest
-    return peak_or_zero(peak), total
+        split_sum = tl.load(at + 1, mask=inside, other=0.0)
+        split_max = tl.load(at, mask=inside, other=float("-inf"))
+        split_max = tl.where(split_sum == 0.0, float("-inf"), split_max)
+        new_max = tl.maximum(running_max, tl.max(split_max, axis=1))
+        base = finite_max(new_max)
+        running_sum = running_sum * exp(running_max - base)
+        running_sum += tl.sum(split_sum * exp(split_max - base[:, None]), axis=1)
+        running_max = new_max
+    return finite_max(running_max), running_sum
 
 
 @entry
@@ -135,10 +138,11 @@ def context_columns(
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_E columns of the context (B, T, E), from what `score_rows` left.
+    """BLOCK_E columns of the context (B, T, E), from the output of `score_rows`.
 
-    The program of the first columns also writes weights (B, T, S) and logsumexp (B, T), or None.
-    ``segment`` rows belong to each of the ``splits`` in stats; BLOCKS of them are merged at a time.
+    The program of the first columns also writes weights (B, T, S) and logsumexp (B, T), unless they
+    are None. Each of the ``splits`` in stats has ``segment`` rows; BLOCKS splits are merged at a
+    time.
     """
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     E = E * UNIT
@@ -147,28 +151,28 @@ def context_columns(
     t_blocks = tl.cdiv(T, BLOCK_T)
     e_block = program % e_blocks
     t_block = (program // e_blocks) % t_blocks
-    # From the end: the cache holds the memory that `score_rows` has read last.
+    # From the end: the cache holds the memory that `score_rows` read last.
     b = (tl.num_programs(0) - 1 - program) // (e_blocks * t_blocks)
     offs_t = t_block * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
     queries = offs_t < T
     count = row_count(lengths, lengths_stride, b, S)
-    peak, total = merged_softmax(
+    row_max, row_sum = merged_softmax(
         stats, b, offs_t, queries, T, splits, tl.cdiv(count, segment), BLOCKS
     )
-    inverse = inverse_or_zero(total)
+    inverse = inverse_or_zero(row_sum)
     memory += b.to(tl.int64) * memory_b
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for start in range(0, count, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
-        if MASK == 2:
+        if MASK == MASK_PER_QUERY:
             tile, _ = split_nonfinite(tile)
         inside = queries[:, None] & (offs_s < count)[None, :]
         at = pair_tile(scores, b, offs_t, offs_s, T, P * PITCH)
         stored = queries[:, None] & (offs_s < padded(count))[None, :]
-        exps = exp(tl.load(at, mask=stored, other=float("-inf")) - peak[:, None])
+        exps = exp(tl.load(at, mask=stored, other=float("-inf")) - row_max[:, None])
         if weights is not None:
             first = inside & (offs_t * 0 + e_block == 0)[:, None]
             at = pair_tile(weights, b, offs_t, offs_s, T, S)
@@ -181,7 +185,7 @@ def context_columns(
     if e_block == 0:
         if logsumexp is not None:
             at_log = logsumexp + b.to(tl.int64) * T + offs_t
-            tl.store(at_log, log_sum(peak, total), mask=queries)
+            tl.store(at_log, log_sum_exp(row_max, row_sum), mask=queries)
         if weights is not None:
             zeros = tl.zeros((BLOCK_T, BLOCK_S), weights.dtype.element_ty)
             for start in range(count, S, BLOCK_S):  # padding

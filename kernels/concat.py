@@ -1,14 +1,15 @@
 """The concat score v . tanh(q + m) by factored exponentials, without a (B, T, S, A) tensor.
 
 With x = 1 + exp(2q) exp(2m) and r = 1 / x:  tanh(q + m) = 1 - 2r  and  1 - tanh^2 = 4 (r - r^2).
-The exponentials are made once for each of the T + S rows; the T S A inner loop is one multiply-add,
-a share of a reciprocal and two more operations. Two terms share one reciprocal,
-v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1): the special-function unit, which gives 16 a clock
-where multiply-adds come at 128, is then no longer the limit.
+The exponentials are computed once for each of the T + S rows; the T S A inner loop is one
+multiply-add, half of a reciprocal and two more operations. Two terms share one reciprocal,
+v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1): otherwise the special-function unit, with 16 results
+a clock against 128 multiply-adds, would be the limit.
 
 The product of two x overflows when q + m exceeds 22, one exponential when |q| or |m| exceeds 43.
-So `concat_exponentials` leaves the largest |x| of each block, and a tile beyond PAIR_LIMIT takes a
-loop with the exponential of the sum, which is right for any number.
+So `concat_exponentials` also stores the largest |q| or |m| of each block of rows, the block's peak.
+A tile whose peaks exceed PAIR_LIMIT takes a loop with the exponential of the sum, which is right
+for any number.
 """
 
 import triton
@@ -16,6 +17,8 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    MASK_PER_QUERY,
+    MASK_SHARED,
     counted_positions,
     elements,
     entry,
@@ -28,15 +31,15 @@ from .tiles import (
 )
 
 TWO_LOG2E = tl.constexpr(2.0 * LOG2E.value)
-EXP_COLUMNS = tl.constexpr(8)  # the number of prepared columns is a multiple of it
-EXP_ROWS = tl.constexpr(16)  # rows that share a peak, and of which prepared tiles are multiples
+EXP_COLUMNS = tl.constexpr(8)  # the number of prepared columns is a multiple of this
+EXP_ROWS = tl.constexpr(16)  # rows that share a peak; prepared tiles have a multiple of them
 OTHER_ROWS = tl.constexpr(4)  # rows of the other side in an iteration of the gradients' loop
 PAIR_LIMIT = tl.constexpr(21.0)  # of max |q| + max |m|: both x then stay below 1e19
 
 
 @triton.jit
 def reciprocal(x, FAST_RCP: tl.constexpr):
-    """1 / x. On NVIDIA the bare instruction: a plain division adds five for what cannot occur."""
+    """1 / x. On NVIDIA one instruction: a division adds five for cases that cannot occur here."""
     if FAST_RCP:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -76,10 +79,10 @@ def concat_exponentials(
 ):  # fmt: skip
     """exp(2 x) of both projections, query (B, T, A) and memory_proj (B, S, A), for `concat_scores`.
 
-    They are laid out for reading by columns, (B, exp_width, rows): ``exp_queries`` and
-    ``exp_source`` times EXP_ROWS of them. Rows that may not be read, and what lies beyond T, S and
-    A, become 0: x = 1 there. The peaks (B, exp_queries) and (B, exp_source) receive the largest |x|
-    of EXP_ROWS rows, inf if they hold what is not finite.
+    They are laid out for reading by columns, (B, exp_width, rows), with ``exp_queries`` EXP_ROWS
+    rows for the queries and ``exp_source`` EXP_ROWS for the memory. Rows that may not be read, and
+    padding beyond T, S and A, become 0: x = 1 there. The peaks (B, exp_queries) and
+    (B, exp_source) are the largest |q| and |m| of EXP_ROWS rows, inf if one is not finite.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     proj_b, proj_s, A = elements(proj_b, UNIT), elements(proj_s, UNIT), A * UNIT
@@ -87,28 +90,28 @@ def concat_exponentials(
     programs = of_queries + tl.cdiv(exp_source * EXP_ROWS, BLOCK_R)
     b = tl.program_id(0) // programs
     block = tl.program_id(0) % programs
-    wide = b.to(tl.int64)
+    b64 = b.to(tl.int64)
     if block < of_queries:
         offs_t = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        exp_query += wide * exp_width * exp_queries * EXP_ROWS
+        exp_query += b64 * exp_width * exp_queries * EXP_ROWS
         exponential_rows(
-            query + wide * query_b, offs_t < T, offs_t, exp_query, query_peak + wide * exp_queries,
+            query + b64 * query_b, offs_t < T, offs_t, exp_query, query_peak + b64 * exp_queries,
             query_t, A, exp_width, exp_queries * EXP_ROWS, BLOCK_R, BLOCK_A,
         )  # fmt: skip
     else:
         offs_s = (block - of_queries) * BLOCK_R + tl.arange(0, BLOCK_R)
         count = row_count(lengths, lengths_stride, b, S)
         rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
-        if MASK == 2:  # a row that no query looks at may hold anything, and must not move the peak
-            looks = mask + wide * mask_b + offs_s.to(tl.int64) * mask_s
+        if MASK == MASK_PER_QUERY:  # a row that no query sees may hold anything: not in the peak
+            looks = mask + b64 * mask_b + offs_s.to(tl.int64) * mask_s
             wanted = tl.zeros((BLOCK_R,), tl.int32)
             for _ in range(0, T):
                 wanted |= tl.load(looks, mask=rows, other=0).to(tl.int32)
                 looks += mask_t
             rows = rows & (wanted != 0)
-        exp_memory += wide * exp_width * exp_source * EXP_ROWS
+        exp_memory += b64 * exp_width * exp_source * EXP_ROWS
         exponential_rows(
-            memory_proj + wide * proj_b, rows, offs_s, exp_memory, memory_peak + wide * exp_source,
+            memory_proj + b64 * proj_b, rows, offs_s, exp_memory, memory_peak + b64 * exp_source,
             proj_s, A, exp_width, exp_source * EXP_ROWS, BLOCK_R, BLOCK_A,
         )  # fmt: skip
 
@@ -120,14 +123,13 @@ def concat_scores(
     query_t, proj_s, A, exp_width, exp_queries, exp_source,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
 ):  # fmt: skip
-    """The scores (BLOCK_T, BLOCK_S) of a tile, and with MASK == 2 the rows that are not finite.
+    """The scores (BLOCK_T, BLOCK_S) of a tile, and with a per-query mask the rows not finite.
 
-    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is a
-    multiple of EXP_COLUMNS, exp_queries
-    and exp_source are in units of EXP_ROWS.
+    ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is a multiple of
+    EXP_COLUMNS, exp_queries and exp_source are in units of EXP_ROWS.
     """
-    total = in_squares(tl.zeros((BLOCK_T, BLOCK_S), tl.float32))
-    bad = offs_s < 0
+    acc = in_squares(tl.zeros((BLOCK_T, BLOCK_S), tl.float32))
+    spoiled = offs_s < 0
     weight_sum = 0.0
     each_t = tl.arange(0, BLOCK_T // EXP_ROWS)
     each_s = tl.arange(0, BLOCK_S // EXP_ROWS)
@@ -138,7 +140,7 @@ def concat_scores(
         at_query = exp_query + b.to(tl.int64) * exp_width * exp_queries + offs_t
         at_memory = exp_memory + b.to(tl.int64) * exp_width * exp_source + offs_s
         for a in range(0, exp_width, EXP_COLUMNS):
-            # Unrolled, so that the loads of all pairs are on their way before the first is used.
+            # Unrolled, so that the loads of all pairs are issued before the first is used.
             for pair in tl.static_range(EXP_COLUMNS // 2):
                 v0 = tl.load(v + a + 2 * pair, mask=a + 2 * pair < A, other=0.0).to(tl.float32)
                 v1 = tl.load(v + a + 2 * pair + 1, mask=a + 2 * pair + 1 < A, other=0.0)
@@ -149,7 +151,7 @@ def concat_scores(
                 m1 = tl.load(at_memory + (2 * pair + 1) * exp_source)
                 x0 = 1.0 + q0[:, None] * m0[None, :]
                 x1 = 1.0 + q1[:, None] * m1[None, :]
-                total += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST_RCP)
+                acc += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST_RCP)
                 weight_sum += v0 + v1
             at_query += EXP_COLUMNS * exp_queries
             at_memory += EXP_COLUMNS * exp_source
@@ -160,12 +162,12 @@ def concat_scores(
             weight = tl.load(v + a).to(tl.float32)
             q = tl.load(plain_query + a, mask=queries, other=0.0).to(tl.float32)
             m = tl.load(plain_memory + a, mask=rows, other=0.0).to(tl.float32)
-            if MASK == 2:
-                bad = bad | (tl.abs(m) >= float("inf")) | (m != m)
+            if MASK == MASK_PER_QUERY:
+                spoiled = spoiled | (tl.abs(m) >= float("inf")) | (m != m)
             x = 1.0 + tl.exp2((q[:, None] + m[None, :]) * TWO_LOG2E)
-            total += weight / x
+            acc += weight / x
             weight_sum += weight
-    return weight_sum - 2.0 * total, bad
+    return weight_sum - 2.0 * acc, spoiled
 
 
 @entry
@@ -176,7 +178,7 @@ def concat_scores_only(
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scores (B, T, S) in float32, -inf where nothing counts."""
+    """A tile of scores (B, T, S) in float32, -inf where a query may not look."""
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     proj_b, proj_s, A = elements(proj_b, UNIT), elements(proj_s, UNIT), A * UNIT
     program = tl.program_id(0)
@@ -190,20 +192,20 @@ def concat_scores_only(
     count = row_count(lengths, lengths_stride, b, S)
     rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
     counts = counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK)
-    result, bad = concat_scores(
+    result, spoiled = concat_scores(
         exp_query, exp_memory, query_peak, memory_peak, query + b.to(tl.int64) * query_b,
         memory_proj + b.to(tl.int64) * proj_b, v, b, t_block, split, offs_t, offs_s, queries, rows,
         query_t, proj_s, A, exp_width, exp_queries, exp_source, MASK, BLOCK_T, BLOCK_S, FAST_RCP,
     )  # fmt: skip
     inside = queries[:, None] & (offs_s < S)[None, :]
     at = pair_tile(scores, b, offs_t, offs_s, T, S)
-    tl.store(at, hide(result, counts, bad, MASK), mask=inside)
+    tl.store(at, hide(result, counts, spoiled, MASK), mask=inside)
 
 
 @triton.jit
 def other_row(at_other, other_mask, mask_step, other, end, columns, BLOCK_A: tl.constexpr):
-    """Columns of row ``other`` of a projection, 0 where it has ended or its mask hides it."""
-    # As a vector: in the interpreter a loop counts in plain integers.
+    """Columns of row ``other`` of a projection, 0 past the end and where the mask hides the row."""
+    # As a vector: in the interpreter a loop variable is a plain integer.
     place = tl.zeros((BLOCK_A,), tl.int32) + other
     inside = columns & (place < end)
     if other_mask is not None:
@@ -221,8 +223,9 @@ def gradient_rows(
     """Sums over the rows of the other side: of g (r - r^2), and with WITH_V of g r and of g.
 
     ``plain`` (BLOCK_R, BLOCK_A) are the rows of one projection that a program owns, ``exps`` are
-    exp(2 plain). at_grad and at_other point to the first of the ``end`` rows of the other; those
-    that its mask hides are not read. Nothing is summed across threads: each has its own elements.
+    exp(2 plain). at_grad and at_other point to the first of the ``end`` rows of the other side;
+    rows that its mask hides are not read. Nothing is summed across threads: each has its own
+    elements.
     """
     grad = tl.zeros((BLOCK_R, BLOCK_A), tl.float32)
     grad_r = tl.zeros((BLOCK_R, BLOCK_A), tl.float32)
@@ -270,13 +273,13 @@ def gradient_rows(
 
 @triton.jit
 def finite_or_zero(x):
-    """What is not finite has a score of NaN where it counts, and none elsewhere."""
+    """x with 0 for infinities and NaN: where they count, scores and their gradients are NaN."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
-def highest_peaks(query_peak, memory_peak, exp_queries, exp_source, BLOCKS: tl.constexpr):
-    """The largest |q| and |m| of a batch row, added."""
+def peak_of_batch_row(query_peak, memory_peak, exp_queries, exp_source, BLOCKS: tl.constexpr):
+    """The largest |q| of a batch row plus its largest |m|."""
     index = tl.arange(0, BLOCKS)
     peaks = tl.load(query_peak + index, mask=index < exp_queries, other=0.0)
     others = tl.load(memory_peak + index, mask=index < exp_source, other=0.0)
@@ -295,10 +298,10 @@ def concat_gradients(
     """Gradients of both projections and of v from those of the scores, grad_scores (B, T, score_t).
 
     A program owns BLOCK_T rows of the query's projection, or BLOCK_S of the memory's, and BLOCK_A
-    columns, and meets all rows of the other side two by two, so that two terms share a reciprocal.
-    tanh(q + m) does not tell the sides apart: both do the same. Each term is computed twice, which
-    is less than a sum across threads for every row would be, and what that would leave in memory.
-    v's gradient is left in parts, partial_v (B blocks, A). Outputs are None where nobody asks.
+    columns, and processes all rows of the other side in pairs, so that two terms share a
+    reciprocal. tanh(q + m) is symmetric: both sides run the same code. Each term is computed twice,
+    which is cheaper than a sum across threads for every row and its traffic. The gradient of v is
+    left in parts, partial_v (B blocks, A). An output that is not wanted is None.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
@@ -314,7 +317,7 @@ def concat_gradients(
     offs_a = a_block * BLOCK_A + tl.arange(0, BLOCK_A)
     columns = offs_a < A
     weight = 4.0 * tl.load(v + offs_a, mask=columns, other=0.0).to(tl.float32)
-    # Those of the query first: each meets S rows, where the others meet T.
+    # Programs of the query side first: each processes S rows, the others T.
     if block < batch_rows * t_blocks:
         b = (block // t_blocks).to(tl.int64)
         offs_t = (block % t_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -322,17 +325,17 @@ def concat_gradients(
         count = row_count(lengths, lengths_stride, b, S)
         q = load_tile(query_proj + b * query_b, query_t, offs_t, queries, offs_a, A).to(tl.float32)
         q = in_squares(finite_or_zero(q))
-        peak = highest_peaks(
+        peak = peak_of_batch_row(
             query_peak + b * exp_queries, memory_peak + b * exp_source, exp_queries, exp_source,
             BLOCKS,
         )  # fmt: skip
         hidden = None
-        if MASK == 1:
+        if MASK == MASK_SHARED:
             hidden = mask + b * mask_b
         grad_q, _, _ = gradient_rows(
             tl.exp2(q * TWO_LOG2E), q, grad_scores + (b * T + offs_t) * score_t,
             memory_proj + b * proj_b + offs_a, queries, columns, hidden, mask_s, 1, proj_s,
-            count, peak < PAIR_LIMIT, BLOCK_T, BLOCK_A, False, FAST_RCP,
+            count, peak < PAIR_LIMIT, BLOCK_T, BLOCK_A, WITH_V=False, FAST_RCP=FAST_RCP,
         )  # fmt: skip
         grad_q *= weight[None, :]
         at_q = grad_query_proj + (b * T + offs_t)[:, None] * A + offs_a[None, :]
@@ -346,7 +349,7 @@ def concat_gradients(
         rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
         m = load_tile(memory_proj + b * proj_b, proj_s, offs_s, rows, offs_a, A).to(tl.float32)
         m = in_squares(finite_or_zero(m))
-        peak = highest_peaks(
+        peak = peak_of_batch_row(
             query_peak + b * exp_queries, memory_peak + b * exp_source, exp_queries, exp_source,
             BLOCKS,
         )  # fmt: skip
@@ -356,7 +359,7 @@ def concat_gradients(
         grad_m, grad_r, grad_sum = gradient_rows(
             tl.exp2(m * TWO_LOG2E), m, grad_scores + b * T * score_t + offs_s,
             query_proj + b * query_b + offs_a, rows, columns, None, 0, score_t, query_t,
-            end, peak < PAIR_LIMIT, BLOCK_S, BLOCK_A, True, FAST_RCP,
+            end, peak < PAIR_LIMIT, BLOCK_S, BLOCK_A, WITH_V=True, FAST_RCP=FAST_RCP,
         )  # fmt: skip
         grad_m = tl.where(rows[:, None], grad_m * weight[None, :], 0.0)
         at_m = grad_memory_proj + (b * S + offs_s)[:, None] * A + offs_a[None, :]

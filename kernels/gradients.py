@@ -1,8 +1,8 @@
-"""The last launch of a backward pass: the gradient of the memory, and what others left to be done.
+"""The last launch of a backward pass: the gradient of the memory, and sums left by other kernels.
 
-`source_gradients` reads P and dS, which a kernel of backward.py made, and not the memory. What has
-no need to wait for it goes along as further programs: sums of splits, and the gradient of the query
-where it is a product of its own. A launch costs more than any of these.
+`source_gradients` reads P and dS, which a kernel of backward.py wrote, and not the memory. Work
+that is independent of it runs as further programs of the same launch: the sums of splits, and the
+gradient of the query where that is a product of its own. A launch costs more than any of these.
 """
 
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 from .backward import without_excess
 from .forward import store_rows
 from .tiles import (
+    MASK_PER_QUERY,
     PITCH,
     elements,
     entry,
@@ -28,7 +29,7 @@ MERGED_V = tl.constexpr(16)  # columns of v that a program sums
 
 
 @triton.jit
-def query_tile(
+def grad_query_tile(
     program, programs, grad_scores, memory, context, lengths, mask, keep, grad_query,
     memory_b, memory_s, lengths_stride, mask_b, mask_s, T, S, E, P,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -54,7 +55,7 @@ def query_tile(
         offs_s = start + tl.arange(0, BLOCK_S)
         rows = readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK)
         tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
-        if MASK == 2:
+        if MASK == MASK_PER_QUERY:
             tile, _ = split_nonfinite(tile)
         inside = queries[:, None] & (offs_s < padded(count))[None, :]
         at = pair_tile(grad_scores, b, offs_t, offs_s, T, P)
@@ -75,8 +76,8 @@ def query_gradients(
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """`query_tile` where nobody wants the gradient of the memory."""
-    query_tile(
+    """`grad_query_tile` alone, for a memory that needs no gradient."""
+    grad_query_tile(
         tl.program_id(0), tl.num_programs(0), grad_scores, memory, context, lengths, mask, keep,
         grad_query, elements(memory_b, UNIT), elements(memory_s, UNIT), lengths_stride,
         mask_b, mask_s, T, S, E * UNIT, P * PITCH, MASK, BLOCK_T, BLOCK_S, BLOCK_E,
@@ -86,9 +87,9 @@ def query_gradients(
 
 @triton.jit
 def merge_splits(program, partial, lengths, total, lengths_stride, S, merged, splits, segment):
-    """MERGED elements of a row of the batch, added in the order of the splits.
+    """MERGED elements of a batch row, added in the order of the splits.
 
-    Splits of padding alone were not written, and are not read.
+    Splits of padding alone were not written and are not read.
     """
     blocks = tl.cdiv(merged, MERGED)
     b = program // blocks
@@ -122,9 +123,10 @@ def merge_sums(
     program, partial, lengths, total, partial_v, grad_v,
     lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
 ):  # fmt: skip
-    """By ``merges`` programs partial (B, splits, merged) to total (B, merged), then v.
+    """``merges`` programs sum partial (B, splits, merged) to total (B, merged), the others v.
 
-    partial_v (v_rows, v_width) goes to grad_v. Either pair may be None.
+    grad_v (v_width,) is the sum of the rows of partial_v (v_rows, v_width). Either pair may be
+    None.
     """
     if program < merges:
         if partial is not None:
@@ -141,7 +143,7 @@ def merge_alone(
     lengths, partial, total, partial_v, grad_v,
     lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
 ):  # fmt: skip
-    """`merge_sums` where nobody wants the gradient of the memory."""
+    """`merge_sums` alone, for a memory that needs no gradient."""
     merge_sums(
         tl.program_id(0), partial, lengths, total, partial_v, grad_v,
         lengths_stride, S, merges, merged, splits, segment, v_rows, v_width,
@@ -152,7 +154,7 @@ def merge_alone(
 def source_gradients(
     kept, grad_scores, grad_context, query, lengths, mask, grad_memory,
     partial, total, partial_v, grad_v, memory, context, keep, grad_query,
-    seed_b, seed_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E, P,
+    grad_context_b, grad_context_t, query_b, query_t, lengths_stride, mask_b, mask_s, T, S, E, P,
     sources, merges, merged, splits, segment, v_rows, v_width, memory_b, memory_s,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     QUERY_T: tl.constexpr, QUERY_S: tl.constexpr, QUERY_E: tl.constexpr,
@@ -160,16 +162,16 @@ def source_gradients(
 ):  # fmt: skip
     """dMemory = P^T dO + dS^T Q of BLOCK_S rows and BLOCK_E columns, written once.
 
-    grad_scores and query are None for concat, whose memory is only summed; grad_context may be.
-    ``sources`` programs do that. Where another kernel left sums to be merged, `merge_sums` comes
-    after them; where it left the gradient of the query, `query_tile` comes before them, in tiles of
-    QUERY_T, QUERY_S and QUERY_E.
+    grad_scores and query are None for concat, where the memory enters only the weighted sum;
+    grad_context may be None. ``sources`` programs do that. Programs after them run `merge_sums`,
+    where another kernel left sums to merge; programs before them run `grad_query_tile`, in tiles of
+    QUERY_T, QUERY_S and QUERY_E, where the gradient of the query is still to be computed.
     """
     program = tl.program_id(0)
     if grad_query is not None:
         others = tl.num_programs(0) - sources
         if program < others:
-            query_tile(
+            grad_query_tile(
                 program, others, grad_scores, memory, context, lengths, mask, keep,
                 grad_query, elements(memory_b, UNIT), elements(memory_s, UNIT),
                 lengths_stride, mask_b, mask_s, T, S, E * UNIT, P * PITCH,
@@ -185,7 +187,7 @@ def source_gradients(
             )  # fmt: skip
             return
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
-    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
+    grad_context_b, grad_context_t = elements(grad_context_b, UNIT), elements(grad_context_t, UNIT)
     E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
     s_blocks = tl.cdiv(S, BLOCK_S)
@@ -193,7 +195,7 @@ def source_gradients(
     e_block = program % e_blocks
     s_block = (program // e_blocks) % s_blocks
     b = program // (e_blocks * s_blocks)
-    wide = b.to(tl.int64)
+    b64 = b.to(tl.int64)
     offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
     count = row_count(lengths, lengths_stride, b, S)
@@ -207,12 +209,14 @@ def source_gradients(
             if grad_context is not None:
                 at = pair_tile(kept, b, offs_t, offs_s, T, P * PITCH)
                 part = tl.load(at, mask=inside, other=0.0)
-                seed = load_tile(grad_context + wide * seed_b, seed_t, offs_t, queries, offs_e, E)
-                acc = product(tl.trans(part), seed, acc, PRECISION, WIDEN)
+                at = grad_context + b64 * grad_context_b
+                grad_tile = load_tile(at, grad_context_t, offs_t, queries, offs_e, E)
+                acc = product(tl.trans(part), grad_tile, acc, PRECISION, WIDEN)
             if query is not None:
                 at = pair_tile(grad_scores, b, offs_t, offs_s, T, P * PITCH)
                 part = tl.load(at, mask=inside, other=0.0)
-                heads = load_tile(query + wide * query_b, query_t, offs_t, queries, offs_e, E)
-                acc = product(tl.trans(part), heads, acc, PRECISION, WIDEN)
+                at = query + b64 * query_b
+                query_tile = load_tile(at, query_t, offs_t, queries, offs_e, E)
+                acc = product(tl.trans(part), query_tile, acc, PRECISION, WIDEN)
     acc = tl.where(rows[:, None], acc, 0.0)
-    store_rows(acc, grad_memory + wide * S * E, offs_s, S, offs_e, E)
+    store_rows(acc, grad_memory + b64 * S * E, offs_s, S, offs_e, E)

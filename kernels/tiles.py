@@ -1,11 +1,14 @@
 """Tile primitives that the kernels share: which positions count, loads, products, softmax.
 
-A tile of memory is (BLOCK_S, width), a tile of queries (BLOCK_T, width), a tile of scores
+A tile of memory is (BLOCK_S, width), a query tile (BLOCK_T, width), a tile of scores
 (BLOCK_T, BLOCK_S).
-``MASK`` says what the mask is: 0 none, 1 the same for all queries, 2 one for each query.
 
-A dot product of bfloat16 is silently wrong in Triton's interpreter: ``WIDEN`` casts operands to
-float32 for it, after they were rounded as the compiled kernel rounds them.
+All kernels use the same words for a softmax: running_max and running_sum are its state while rows
+of memory are read; split_max and split_sum are that state as a split leaves it in scratch memory;
+row_max and row_sum belong to rows of scores that are on chip as a whole.
+
+In Triton's interpreter a dot product of bfloat16 operands is silently wrong. ``WIDEN`` casts them
+to float32 there, after rounding them as the compiled kernel does.
 """
 
 from functools import partial
@@ -13,38 +16,48 @@ from functools import partial
 import triton
 import triton.language as tl
 
-# Every number that a kernel takes at run time. Triton would compile a kernel anew for those that
-# are 1 and those that 16 divides, so for each batch of another length. What the addresses need is
-# in the constants: widths and strides come in units.
+# Every number that a kernel takes at run time. By default Triton compiles a kernel again when a
+# number is 1 or a multiple of 16, so batches of different lengths would need different kernels.
+# The divisibility that addresses need is in the constants: widths and strides come in units.
 NUMBERS = (
     *("query_b", "query_t", "memory_b", "memory_s", "proj_b", "proj_s", "exp_b", "exp_s"),
-    *("seed_b", "seed_t", "extra_b", "extra_t", "extra_s", "mask_b", "mask_t", "mask_s"),
+    *("grad_context_b", "grad_context_t", "grad_weights_b", "grad_weights_t", "grad_weights_s"),
+    *("mask_b", "mask_t", "mask_s"),
     *("lengths_stride", "T", "S", "E", "A", "P", "exp_width", "exp_queries", "exp_source"),
     *("scale", "keep_scale", "half_width", "rate", "width", "splits", "segment"),
     *("blocks", "sources", "merges", "merged", "v_rows", "v_width", "score_t"),
 )
-entry = partial(triton.jit, do_not_specialize=NUMBERS)  # what is launched, not called
+entry = partial(triton.jit, do_not_specialize=NUMBERS)  # decorates the kernels that are launched
+
+# Values of the constant ``MASK``.
+MASK_NONE = tl.constexpr(0)
+MASK_SHARED = tl.constexpr(1)  # one row (S,), the same for all queries
+MASK_PER_QUERY = tl.constexpr(2)  # each query has its own row
+# Values of the constant ``WINDOW``.
+WINDOW_NONE = tl.constexpr(0)
+WINDOW_HARD = tl.constexpr(1)  # each query has a window around its center, and no other segment
+WINDOW_GAUSSIAN = tl.constexpr(2)  # with weights multiplied by a Gaussian of the distance
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PITCH = tl.constexpr(16)  # rows of workspaces (B, T, S) are padded to multiples of so many elements
 LN2 = tl.constexpr(0.6931471805599453)
+PITCH = tl.constexpr(16)  # rows of workspaces (B, T, S) are padded to a multiple of this
 
 
 @triton.jit
 def elements(stride, UNIT: tl.constexpr):
-    """A stride in elements. Widened first: a batch of long sequences has more than 2^31 of them."""
+    """A stride in elements, as int64: a batch of long sequences has more than 2^31 elements."""
     return tl.cast(stride, tl.int64) * UNIT
 
 
 @triton.jit
 def padded(count):
-    """The end of such a row: so many elements that loads of 16 bytes need no other mask."""
+    """``count`` rounded up to PITCH, so that loads of 16 bytes need no finer mask."""
     return tl.cdiv(count, PITCH) * PITCH
 
 
 @triton.jit
 def row_count(lengths, lengths_stride, b, S):
-    """How many positions of batch row ``b`` lie within its length. Any integer type; clamped."""
+    """The length of batch row ``b``, clamped to 0..S; S without lengths. Any integer type."""
     count = S
     if lengths is not None:
         length = tl.load(lengths + b.to(tl.int64) * lengths_stride).to(tl.int32)
@@ -54,9 +67,9 @@ def row_count(lengths, lengths_stride, b, S):
 
 @triton.jit
 def readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK: tl.constexpr):
-    """Bool (BLOCK_S,): the memory rows that may be read. Nothing else ever is."""
+    """Bool (BLOCK_S,): the memory rows that may be read. No other row ever is."""
     rows = offs_s < count
-    if MASK == 1:
+    if MASK == MASK_SHARED:
         at = mask + b.to(tl.int64) * mask_b + offs_s.to(tl.int64) * mask_s
         rows = rows & (tl.load(at, mask=rows, other=0) != 0)
     return rows
@@ -66,7 +79,7 @@ def readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK: tl.constexpr):
 def counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK: tl.constexpr):
     """Bool (BLOCK_T or 1, BLOCK_S): the positions that each query may look at."""
     counts = rows[None, :]
-    if MASK == 2:
+    if MASK == MASK_PER_QUERY:
         at = mask + b.to(tl.int64) * mask_b + offs_t.to(tl.int64)[:, None] * mask_t
         at += offs_s.to(tl.int64)[None, :] * mask_s
         inside = counts & (offs_t < T)[:, None]
@@ -83,19 +96,19 @@ def load_tile(start, row_stride, offs_row, rows, offs_col, width):
 
 @triton.jit
 def split_nonfinite(tile):
-    """The tile with 0 for what is not finite, and which rows held such a thing.
+    """The tile with 0 for infinities and NaN, and a bool for each row that held one.
 
-    Needed where a mask differs between queries: 0 x NaN must not reach those that look elsewhere.
+    Needed with a per-query mask: 0 x NaN must not reach the queries that do not see the row.
     """
-    wide = tile.to(tl.float32)
-    finite = tl.abs(wide) < float("inf")  # False for NaN
-    bad = tl.max(tl.where(finite, 0, 1), axis=1)
-    return tl.where(finite, wide, 0.0).to(tile.dtype), bad != 0
+    value = tile.to(tl.float32)
+    finite = tl.abs(value) < float("inf")  # False for NaN
+    spoiled = tl.max(tl.where(finite, 0, 1), axis=1)
+    return tl.where(finite, value, 0.0).to(tile.dtype), spoiled != 0
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b in float32, on the matrix units where the dtype has them."""
+    """acc + a @ b in float32, on the matrix units if they support the dtype."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -103,10 +116,10 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def in_squares(tile):
-    """The same tile, of which each thread then holds squares of 4 x 4.
+    """The same tile in a layout in which each thread holds squares of 4 x 4.
 
-    Such is the layout of a float32 product, and what is computed with it takes it over: an outer
-    product then needs 2 loads of 16 bytes for 16 elements. The zeros cost next to nothing.
+    A float32 product has that layout, and elementwise operations keep it: an outer product then
+    needs 2 loads of 16 bytes for 16 elements. Adding the zero product costs next to nothing.
     """
     left = tl.zeros((tile.shape[0], 16), tl.float32)
     right = tl.zeros((16, tile.shape[1]), tl.float32)
@@ -114,64 +127,65 @@ def in_squares(tile):
 
 
 @triton.jit
-def hide(scores, counts, bad, MASK: tl.constexpr):
-    """Scores with NaN where a query looks at a row that is not finite, -inf where none counts."""
-    if MASK == 2:
-        scores = tl.where(bad[None, :], float("nan"), scores)
+def hide(scores, counts, spoiled, MASK: tl.constexpr):
+    """Scores with NaN where a query sees a row that is not finite, -inf where it may not look."""
+    if MASK == MASK_PER_QUERY:
+        scores = tl.where(spoiled[None, :], float("nan"), scores)
     return tl.where(counts, scores, float("-inf"))
 
 
 @triton.jit
 def exp(x):
-    """For differences of scores, which are scaled as such: the hardware has exp2 only.
+    """exp of a difference of scores, by exp2, the only exponential the hardware has.
 
-    Scores in units of log2 would be rounded once more: an error of the exponent if they are large.
+    The difference is scaled, not the scores: scores in units of log2 would be rounded once more,
+    which for large scores is an error in the exponent.
     """
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
-def peak_or_zero(peak):
-    """A row's largest score, 0 for a row of nothing: exp(-inf - 0) is 0, and not NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
+def finite_max(row_max):
+    """The maximum, or 0 where no position counts: exp(-inf - 0) is 0, exp(-inf + inf) NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit
-def inverse_or_zero(total):
-    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+def inverse_or_zero(x):
+    return tl.where(x == 0.0, 0.0, 1.0 / tl.where(x == 0.0, 1.0, x))
 
 
 @triton.jit
-def log_sum(peak, total):
-    """Logarithm of the sum of exp(scores), from their peak on; -inf for a row of nothing."""
-    empty = total == 0.0
-    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)) * LN2)
+def log_sum_exp(row_max, row_sum):
+    """log(sum(exp(scores))) from the maximum and the sum relative to it; -inf for an empty row."""
+    empty = row_sum == 0.0
+    return tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)) * LN2)
 
 
 @triton.jit
-def store_softmax(stats, at, peak, total, rows):
-    """What a split knows of its softmax: the largest score, and the sum of exp(score - that).
+def store_softmax(stats, at, split_max, split_sum, rows):
+    """A split's softmax state: its largest score, and the sum of exp(score - that).
 
-    They stay apart, since their log-sum-exp would be rounded to a unit of the score: at scores of
-    1e6 that is an error of some percent in the share of a split. ``stats`` (..., 2), float32.
+    They are stored apart: a log-sum-exp would be rounded to a unit of the score, which at scores
+    of 1e6 is an error of some percent in the share of a split. ``stats`` (..., 2), float32.
     """
-    tl.store(stats + 2 * at, peak, mask=rows)
-    tl.store(stats + 2 * at + 1, total, mask=rows)
+    tl.store(stats + 2 * at, split_max, mask=rows)
+    tl.store(stats + 2 * at + 1, split_sum, mask=rows)
 
 
 @triton.jit
 def bell(offs_s, center, rate):
-    """exp(-((s - center) rate)^2 / 2): what a Gaussian window multiplies the weights with."""
+    """exp(-((s - center) rate)^2 / 2), the factor of a Gaussian window."""
     distance = (offs_s.to(tl.float32) - center) * rate
     return tl.exp2(distance * distance * (-0.5 * LOG2E))
 
 
 @triton.jit
 def window_bounds(center, half_width, S):
-    """First position of a window and the one after its last, as `reference.window_bounds`.
+    """The first position of a window and the one after its last, as `reference.window_bounds`.
 
-    The same additions in float32: a rounding of its own would move the edges. A center that is NaN
-    gives the whole row.
+    The additions are the same, in float32: any other rounding would move the edges. A center that
+    is NaN gives the whole row.
     """
     first = tl.ceil(center - half_width)
     last = tl.floor(center + half_width)
@@ -185,7 +199,7 @@ def window_bounds(center, half_width, S):
 
 @triton.jit
 def kept_factor(keep, keep_scale, b, offs_t, offs_s, T, S):
-    """(BLOCK_T, BLOCK_S): what dropout multiplies the weights with; keep is (B, T, S)."""
+    """Dropout's factor of the weights (BLOCK_T, BLOCK_S); keep is (B, T, S)."""
     at = keep + (b.to(tl.int64) * T + offs_t.to(tl.int64)[:, None]) * S + offs_s[None, :]
     inside = (offs_t < T)[:, None] & (offs_s < S)[None, :]
     return tl.where(tl.load(at, mask=inside, other=0) != 0, keep_scale, 0.0)

@@ -1,10 +1,9 @@
 """Backward of local attention: a program for each query walks its window, twice.
 
-Windows overlap, so the gradient of the memory is a sum over queries. The first kernel leaves what a
-query gives to its positions, the weights after dropout and the gradient of the scores, in tensors
-as wide as a window, (B, T, W). In the second a program owns rows of the memory (or of its
-projection), and adds what the windows that reach them hold: no atomics, the same bits every time.
-The forward pass is `step_forward`.
+Windows overlap, so the gradient of the memory is a sum over queries. The first kernel writes each
+query's weights after dropout and its score gradients to tensors (B, T, W), W being the width of a
+window. In the second a program owns rows of the memory (or of its projection), and sums over the
+windows that cover them: no atomics, the same bits every time. The forward pass is `step_forward`.
 """
 
 import triton
@@ -13,6 +12,8 @@ import triton.language as tl
 from .concat import TWO_LOG2E
 from .step import looked_at
 from .tiles import (
+    MASK_PER_QUERY,
+    WINDOW_GAUSSIAN,
     bell,
     elements,
     entry,
@@ -28,43 +29,43 @@ from .tiles import (
 
 @triton.jit
 def window_pass(
-    q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
-    b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
-    memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A,
-    CONCAT: tl.constexpr, SPOILED: tl.constexpr, WINDOW: tl.constexpr,
+    q, factor, grad_row, memory, memory_proj, mask, keep, grad_weights, center,
+    b, t, offs_s, end, offs_e, offs_a, at_pair, at_weights, log, rate, scale, keep_scale,
+    memory_s, proj_s, mask_b, mask_t, mask_s, grad_weights_s, E, A,
+    CONCAT: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Weights P, their factor g, the gradient dW, the memory tile and r of a tile of positions."""
     rows = looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end)
     tile = load_tile(memory, memory_s, offs_s, rows, offs_e, E)
-    bad = offs_s < 0
-    if SPOILED:
-        tile, bad = split_nonfinite(tile)
+    spoiled = offs_s < 0
+    if MASK == MASK_PER_QUERY:
+        tile, spoiled = split_nonfinite(tile)
     tile = tile.to(tl.float32)
     r = tile
     if CONCAT:
         m = load_tile(memory_proj, proj_s, offs_s, rows, offs_a, A)
-        if SPOILED:
-            m, spoiled = split_nonfinite(m)
-            bad = bad | spoiled
+        if MASK == MASK_PER_QUERY:
+            m, proj_spoiled = split_nonfinite(m)
+            spoiled = spoiled | proj_spoiled
         r = 1.0 / (1.0 + tl.exp2((q[None, :] + m.to(tl.float32)) * TWO_LOG2E))
         score = tl.sum(factor, axis=0) - 2.0 * tl.sum(factor[None, :] * r, axis=1)
     else:
         score = tl.sum(tile * q[None, :], axis=1) * scale
-    if SPOILED:
-        score = tl.where(bad, float("nan"), score)
+    if MASK == MASK_PER_QUERY:
+        score = tl.where(spoiled, float("nan"), score)
     weight = tl.where(rows, exp(score - log), 0.0)
     share = tl.where(rows, 1.0, 0.0)
-    if WINDOW == 2:
+    if WINDOW == WINDOW_GAUSSIAN:
         share *= bell(offs_s, center, rate)
     kept = weight * share
-    grad = tl.sum(tile * seed[None, :], axis=1)
+    grad = tl.sum(tile * grad_row[None, :], axis=1)
     if keep is not None:
         is_kept = tl.load(keep + at_pair + offs_s, mask=offs_s < end, other=0) != 0
         drop = tl.where(is_kept, keep_scale, 0.0)
         grad *= drop
         kept *= drop
     if grad_weights is not None:
-        at = grad_weights + extra + offs_s.to(tl.int64) * extra_s
+        at = grad_weights + at_weights + offs_s.to(tl.int64) * grad_weights_s
         grad += tl.load(at, mask=rows, other=0.0).to(tl.float32)
     return rows, weight, share, kept, grad, tile, r
 
@@ -74,29 +75,30 @@ def window_backward(
     query, memory, memory_proj, v, lengths, mask, keep, centers,
     grad_context, grad_weights, logsumexp,
     kept_out, grads_out, grad_query, grad_centers, partial_v,
-    query_b, query_t, memory_b, memory_s, proj_b, proj_s, seed_b, seed_t, extra_b, extra_t, extra_s,
+    query_b, query_t, memory_b, memory_s, proj_b, proj_s,
+    grad_context_b, grad_context_t, grad_weights_b, grad_weights_t, grad_weights_s,
     lengths_stride, mask_b, mask_t, mask_s, T, S, E, A, scale, keep_scale, half_width, rate, width,
-    CONCAT: tl.constexpr, SPOILED: tl.constexpr, WINDOW: tl.constexpr,
+    CONCAT: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """What one query gives to its window, its own gradient and that of its center.
+    """One query's weights and score gradients, its own gradient and that of its center.
 
-    centers (B, T) and WINDOW as in `step_forward`. kept_out and grads_out (B, T, W), float32:
-    weights and score gradients (times scale) of the positions from the first of the window on.
-    partial_v (B T, A) for concat. The first walk sums delta = sum_s W dW, the second needs it.
+    centers (B, T) as in `step_forward`. kept_out and grads_out (B, T, W), float32: weights and
+    score gradients (times scale) of the positions from the first of the window on. partial_v
+    (B T, A) for concat. The first walk sums delta = sum_s W dW, which the second needs.
 
-    The weights come from the stored log-sum-exp, and sum to 1 but for its rounding. Divided by what
-    they sum to, delta is the mean that makes the gradients of the scores sum to 0, as they must.
+    The weights come from the stored log-sum-exp, and sum to 1 up to its rounding. delta is divided
+    by their sum: it is then the mean that makes the gradients of the scores sum to 0, as they must.
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     memory_b, memory_s = elements(memory_b, UNIT), elements(memory_s, UNIT)
     proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
-    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
+    grad_context_b, grad_context_t = elements(grad_context_b, UNIT), elements(grad_context_t, UNIT)
     E, A = E * UNIT, A * UNIT
     row = tl.program_id(0)
     t = row % T
     b = row // T
-    wide = b.to(tl.int64)
+    b64 = b.to(tl.int64)
     at_row = row.to(tl.int64)
     count = row_count(lengths, lengths_stride, b, S)
     center = tl.load(centers + at_row)
@@ -105,14 +107,14 @@ def window_backward(
     offs_e = tl.arange(0, BLOCK_E)
     offs_a = tl.arange(0, BLOCK_A)
     slots = tl.arange(0, BLOCK_S)
-    memory += wide * memory_b
-    query += wide * query_b + t.to(tl.int64) * query_t
-    seed = tl.zeros((BLOCK_E,), tl.float32)
+    memory += b64 * memory_b
+    query += b64 * query_b + t.to(tl.int64) * query_t
+    grad_row = tl.zeros((BLOCK_E,), tl.float32)
     if grad_context is not None:
-        at_seed = grad_context + wide * seed_b + t.to(tl.int64) * seed_t + offs_e
-        seed = tl.load(at_seed, mask=offs_e < E, other=0.0).to(tl.float32)
+        at_grad = grad_context + b64 * grad_context_b + t.to(tl.int64) * grad_context_t + offs_e
+        grad_row = tl.load(at_grad, mask=offs_e < E, other=0.0).to(tl.float32)
     if CONCAT:
-        memory_proj += wide * proj_b
+        memory_proj += b64 * proj_b
         q = tl.load(query + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
         factor = tl.load(v + offs_a, mask=offs_a < A, other=0.0).to(tl.float32)
     else:
@@ -121,19 +123,19 @@ def window_backward(
     log = tl.load(logsumexp + at_row)
     log = tl.where(log == float("-inf"), 0.0, log)
     at_pair = at_row * S
-    extra = wide * extra_b + t.to(tl.int64) * extra_t
+    at_weights = b64 * grad_weights_b + t.to(tl.int64) * grad_weights_t
     sums = tl.zeros((BLOCK_S,), tl.float32)
-    totals = tl.zeros((BLOCK_S,), tl.float32)
+    weight_sums = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(begin, end, BLOCK_S):
         offs_s = start + slots
         rows, weight, share, kept, grad, tile, r = window_pass(
-            q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
-            b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
-            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED, WINDOW,
+            q, factor, grad_row, memory, memory_proj, mask, keep, grad_weights, center,
+            b, t, offs_s, end, offs_e, offs_a, at_pair, at_weights, log, rate, scale, keep_scale,
+            memory_s, proj_s, mask_b, mask_t, mask_s, grad_weights_s, E, A, CONCAT, MASK, WINDOW,
         )  # fmt: skip
         sums += tl.where(rows, weight * share * grad, 0.0)
-        totals += weight
-    delta = tl.sum(sums, axis=0) * inverse_or_zero(tl.sum(totals, axis=0))
+        weight_sums += weight
+    delta = tl.sum(sums, axis=0) * inverse_or_zero(tl.sum(weight_sums, axis=0))
     if CONCAT:
         acc = tl.zeros((BLOCK_A,), tl.float32)
     else:
@@ -143,12 +145,12 @@ def window_backward(
     for start in range(begin, end, BLOCK_S):
         offs_s = start + slots
         rows, weight, share, kept, grad, tile, r = window_pass(
-            q, factor, seed, memory, memory_proj, mask, keep, grad_weights, center,
-            b, t, offs_s, end, offs_e, offs_a, at_pair, extra, log, rate, scale, keep_scale,
-            memory_s, proj_s, mask_b, mask_t, mask_s, extra_s, E, A, CONCAT, SPOILED, WINDOW,
+            q, factor, grad_row, memory, memory_proj, mask, keep, grad_weights, center,
+            b, t, offs_s, end, offs_e, offs_a, at_pair, at_weights, log, rate, scale, keep_scale,
+            memory_s, proj_s, mask_b, mask_t, mask_s, grad_weights_s, E, A, CONCAT, MASK, WINDOW,
         )  # fmt: skip
         grad *= share
-        if WINDOW == 2:
+        if WINDOW == WINDOW_GAUSSIAN:
             moment += tl.where(rows, weight * grad * (offs_s.to(tl.float32) - center), 0.0)
         grad = tl.where(rows, weight * (grad - delta), 0.0) * scale
         if CONCAT:
@@ -175,8 +177,8 @@ def window_backward(
 @entry
 def window_source(
     kept, grads, query, grad_context, memory_proj, v, lengths, mask, centers, out,
-    query_b, query_t, seed_b, seed_t, proj_b, proj_s, lengths_stride, mask_b, mask_s,
-    T, S, E, half_width, width,
+    query_b, query_t, grad_context_b, grad_context_t, proj_b, proj_s,
+    lengths_stride, mask_b, mask_s, T, S, E, half_width, width,
     PROJ: tl.constexpr, MASK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +188,7 @@ def window_source(
     4 v sum_t dS (r - r^2). ``E`` is the width of ``out`` (B, S, E).
     """
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
-    seed_b, seed_t = elements(seed_b, UNIT), elements(seed_t, UNIT)
+    grad_context_b, grad_context_t = elements(grad_context_b, UNIT), elements(grad_context_t, UNIT)
     proj_b, proj_s = elements(proj_b, UNIT), elements(proj_s, UNIT)
     E = E * UNIT
     e_blocks = tl.cdiv(E, BLOCK_E)
@@ -195,7 +197,7 @@ def window_source(
     e_block = program % e_blocks
     s_block = (program // e_blocks) % s_blocks
     b = program // (e_blocks * s_blocks)
-    wide = b.to(tl.int64)
+    b64 = b.to(tl.int64)
     offs_s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_e = e_block * BLOCK_E + tl.arange(0, BLOCK_E)
     columns = offs_e < E
@@ -204,11 +206,11 @@ def window_source(
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     m = acc
     if PROJ:
-        m = load_tile(memory_proj + wide * proj_b, proj_s, offs_s, rows, offs_e, E).to(tl.float32)
-    at_center = centers + wide * T
-    at_query = wide * query_b + offs_e
-    at_seed = wide * seed_b + offs_e
-    at_part = wide * T * width
+        m = load_tile(memory_proj + b64 * proj_b, proj_s, offs_s, rows, offs_e, E).to(tl.float32)
+    at_center = centers + b64 * T
+    at_query = b64 * query_b + offs_e
+    at_grad = b64 * grad_context_b + offs_e
+    at_part = b64 * T * width
     for _ in range(0, T):
         begin, end = window_bounds(tl.load(at_center), half_width, S)
         end = tl.minimum(tl.minimum(end, count), begin + width)
@@ -219,24 +221,24 @@ def window_source(
                 grad = tl.load(grads + at, mask=inside, other=0.0)
                 q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
                 r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
-                # A row that is not finite gives nothing to a query that does not look at it.
+                # A row that is not finite contributes nothing for a query that does not see it.
                 acc += tl.where(grad[:, None] == 0.0, 0.0, grad[:, None] * (r - r * r))
             else:
                 if grad_context is not None:
                     part = tl.load(kept + at, mask=inside, other=0.0)
-                    seed = tl.load(grad_context + at_seed, mask=columns, other=0.0).to(tl.float32)
-                    acc += part[:, None] * seed[None, :]
+                    row = tl.load(grad_context + at_grad, mask=columns, other=0.0).to(tl.float32)
+                    acc += part[:, None] * row[None, :]
                 if query is not None:
                     grad = tl.load(grads + at, mask=inside, other=0.0)
                     q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
                     acc += grad[:, None] * q[None, :]
         at_center += 1
         at_query += query_t
-        at_seed += seed_t
+        at_grad += grad_context_t
         at_part += width
     if PROJ:
         acc *= 4.0 * tl.load(v + offs_e, mask=columns, other=0.0).to(tl.float32)[None, :]
     acc = tl.where(rows[:, None], acc, 0.0)
-    at = out + wide * S * E + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
+    at = out + b64 * S * E + offs_s.to(tl.int64)[:, None] * E + offs_e[None, :]
     stored = (offs_s < S)[:, None] & columns[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=stored)

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     queries: int
     rows: int
     warps: int
-    groups: int
+    query_tiles: int
     splits: int
     shared_floats: int
 

@@ -126,10 +126,12 @@ def test_gradient_of_one_result_alone(score: str, root: str, target: Target) -> 
     zeros = replace(inputs, **{unused: torch.zeros_like(getattr(inputs, unused))})
     oracle, plain = testing.oracle(zeros), testing.plain(zeros)
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.tensors.items()}
-    seed = getattr(inputs, f"grad_{root}")
+    grad_output = getattr(inputs, f"grad_{root}")
     with target.active(), testing.poisoned_empty():
         result = attend(inputs, leaves, target.backend)[root == "weights"]
-        grads = torch.autograd.grad(result, list(leaves.values()), seed, materialize_grads=True)
+        grads = torch.autograd.grad(
+            result, list(leaves.values()), grad_output, materialize_grads=True
+        )
     got = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     testing.check_results(got, {name: oracle[name] for name in got}, plain)
 
@@ -143,8 +145,8 @@ def test_gradient_of_one_input_alone(score: str, target: Target) -> None:
         leaf = tensor.clone().requires_grad_()
         with target.active():
             results = attend(inputs, inputs.tensors | {name: leaf}, target.backend)
-            seeds = (inputs.grad_context, inputs.grad_weights)
-            (alone,) = torch.autograd.grad(results, leaf, seeds)
+            grad_outputs = (inputs.grad_context, inputs.grad_weights)
+            (alone,) = torch.autograd.grad(results, leaf, grad_outputs)
         if name == "v":  # its sum alone is another loop, whose additions contract in another way
             torch.testing.assert_close(alone, together["grad_v"])
         else:

@@ -101,7 +101,7 @@ def test_which_gpus_an_architecture_runs_on(
     ("fields", "reason"),
     [
         ({"device_type": "cpu"}, "it runs on cuda, not on cpu"),
-        ({"dtype": torch.float64}, "dtype torch.float64 is none of float32, bfloat16, float16"),
+        ({"dtype": torch.float64}, "dtype torch.float64 is not one of float32, bfloat16, float16"),
         ({"backward": True}, "it has no backward: it is for decoding, one step at a time"),
         ({"queries": 9}, "it takes up to 8 queries, not 9"),
         ({"memory_dim": 2049}, "the memory is 2049 wide, and it takes up to 2048"),
@@ -159,7 +159,7 @@ def test_plans(library: ctypes.CDLL) -> None:
         assert 8192 / found.splits >= 2 * found.warps * found.rows
     assert plan(library, B=1, S=20).splits == 1
     assert 100 <= plan(library, B=1, S=10**6).splits <= 128
-    assert plan(library, E=2048, T=8)[:2] == (64, 1) and plan(library, E=2048, T=8).groups == 8
+    assert plan(library, E=2048, T=8)[:2] == (64, 1) and plan(library, E=2048, T=8).query_tiles == 8
     assert plan(library, E=200, K=200, T=5)[:2] == (8, 4)
     for width in (1, 256, 257, 512, 1024, 1025, 2048):
         for queries in (1, 2, 8):

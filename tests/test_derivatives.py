@@ -243,11 +243,11 @@ def test_only_what_is_needed_is_computed(score: str, masked: bool, target: Targe
     forward = [*operands, lengths, mask, True, True, *scale, keep, keep_scale, target.backend]
     with target.active(), testing.poisoned_empty():
         saved = operator.run(*forward)
-        seeds = (inputs.grad_context, inputs.grad_weights, None)
+        grad_outputs = (inputs.grad_context, inputs.grad_weights, None)
         rest = [lengths, mask, *scale, keep, keep_scale, target.backend]
 
         def backward(wanted: list[bool]) -> tuple[Tensor | None, ...]:
-            return operator.run_backward(*seeds, *operands, *saved, wanted, *rest)
+            return operator.run_backward(*grad_outputs, *operands, *saved, wanted, *rest)
 
         whole = backward([True] * len(names) + [False])
         for bits in range(1, 2 ** len(names)):

@@ -191,7 +191,7 @@ def test_the_choice_is_made_once_per_kind_of_call(monkeypatch: pytest.MonkeyPatc
     ("dtype", "device", "message"),
     [
         (torch.float32, "cuda", "it runs on the cpu, not on cuda"),
-        (torch.int32, "cpu", "dtype torch.int32 is none of float32, float64, bfloat16, float16"),
+        (torch.int32, "cpu", "dtype torch.int32 is not one of float32, float64, bfloat16, float16"),
     ],
 )
 def test_what_the_cpu_backend_refuses(dtype: torch.dtype, device: str, message: str) -> None:

@@ -58,17 +58,17 @@ def passes(
             else:
                 forward.concat(query, memory, None, v, memory, where, with_weights, True)
         yield "forward", len(launches)
-        seeds = (query, weights if with_weights else None)
+        grad_outputs = (query, weights if with_weights else None)
         saved = (query, weights if with_weights else None, logsumexp)
         count = 2 if score == "dot" else 4
         for wanted in itertools.product((False, True), repeat=count):
             with call.recording(H200) as launches:
                 if score == "dot":
                     every = [*wanted, flags == "gaussian"]
-                    backward.dot(*seeds, query, memory, 1.0, where, saved, every)
+                    backward.dot(*grad_outputs, query, memory, 1.0, where, saved, every)
                 else:
                     every = [*wanted, flags == "gaussian"]
-                    backward.concat(*seeds, query, memory, v, memory, where, saved, every)
+                    backward.concat(*grad_outputs, query, memory, v, memory, where, saved, every)
             yield f"backward of {wanted}", len(launches)
 
 

@@ -32,7 +32,7 @@ Variant = tuple[Any, ...]
 
 # Options of a launch that follow from the device or the element size.
 _ELSEWHERE = {"enable_fp_fusion", "PRECISION", "WIDEN", "FAST_RCP"}
-_FLAGS = {"MASK", "SPLIT", "SPOILED", "CONCAT", "PROJ"}
+_FLAGS = {"MASK", "SPLIT", "CONCAT", "PROJ"}
 # Sizes of loops and sums, counted separately from the tiles.
 _COUNTS = {"BLOCK_SPLITS", "BLOCKS"}
 # Tiles of another product in the same launch.

@@ -199,7 +199,7 @@ class Compiled:
 def compile_for(launch: call.Launch, gpu: Gpu) -> Compiled:
     source, options = source_of(launch)
     kernel = triton.compile(source, target=gpu.target, options=options)
-    flags = ("MASK", "UNIT", "CONCAT", "SPLIT", "SPOILED")
+    flags = ("MASK", "UNIT", "CONCAT", "SPLIT")
     tiles = {k: v for k, v in launch.options.items() if k.startswith("BLOCK") or k in flags}
     read = _read_hip if gpu.target.backend == "hip" else _read_cuda
     return Compiled(

@@ -1,6 +1,6 @@
-// One backward task: a segment of one row's memory against all its queries. The segment owns its
-// rows, so their gradient is written once and without atomics; gradients of the queries are summed
-// over segments afterwards (backward_merge.h), in a fixed order. With P and dS of
+// One backward task: a segment of one batch row's memory against all its queries. The segment owns
+// its rows, so their gradient is written once and without atomics; gradients of the queries are
+// summed over segments afterwards (backward_merge.h), in a fixed order. With P, dS and dO of
 // score_gradients.h:
 //
 //   dMemory = P^T dO + dS^T query        dQuery = dS memory          (dot; see concat.h for concat)
@@ -25,12 +25,12 @@ struct BackwardTask : private ScoreGradients<X> {
   int64_t memory_width, score_width;  // padded
   A *query, *memory, *grad_context, *grad_memory;
   int64_t *index, *place;
-  uint8_t* spoiled;
+  uint8_t* spoiled_rows;
   // concat only
   ConcatOperands<X> concat;
   A *query_factors, *grad_proj, *grad_row;
   Extent<A>* extents;
-  // Only where bfloat16 is multiplied in pairs; null otherwise.
+  // Only if bfloat16 is multiplied in pairs; null otherwise.
   static constexpr bool kPairs = kHasPairs && __is_same(X, BFloat16);
   X *stored = nullptr, *packed_memory, *packed_query, *packed_grad;
   A* pairs;  // weights of two queries
@@ -46,7 +46,7 @@ struct BackwardTask : private ScoreGradients<X> {
     place = c.take<int64_t>(p.bounds ? plan.chunk : 0);
     grad_memory = c.take<A>(plan.chunk * memory_width);
     index = c.take<int64_t>(plan.chunk);
-    spoiled = c.take<uint8_t>(plan.chunk);
+    spoiled_rows = c.take<uint8_t>(plan.chunk);
     if (widths.pairs) {
       stored = c.take<X>(plan.chunk * p.E);
       packed_memory = c.take<X>((plan.chunk + 1) * p.E);
@@ -74,7 +74,7 @@ struct BackwardTask : private ScoreGradients<X> {
     const int64_t segment = task % plan.segments, b = task / plan.segments;
     const int64_t begin = segment * plan.segment_rows;
     const int64_t length = length_of(p, b);
-    const int64_t rows = p.memory.starts ? length : p.S;  // behind the last is the next sequence
+    const int64_t rows = p.memory.starts ? length : p.S;  // the next sequence follows directly
     const int64_t end = begin + plan.segment_rows < rows ? begin + plan.segment_rows : rows;
     const int64_t stop = end < length ? end : length;
     const bool scattered = p.mask || p.bounds || p.T == 0;
@@ -85,7 +85,7 @@ struct BackwardTask : private ScoreGradients<X> {
     if (p.grad_centers) memset(center_sum(task), 0, size_t(p.T) * sizeof(A));
     if (begin >= stop || p.T == 0) return;
     prepare(b);
-    Picked picked{index, 0, 0, true};
+    Picked picked{index};
     for (int64_t s = begin; s < stop; s += plan.chunk) {
       const int64_t last = s + plan.chunk < stop ? s + plan.chunk : stop;
       if (p.bounds) {
@@ -97,7 +97,7 @@ struct BackwardTask : private ScoreGradients<X> {
     }
   }
 
-  // Rows that nobody reads have gradient 0. With a mask they lie anywhere: clear all, then write.
+  // Rows that no query reads have gradient 0. With a mask they may be anywhere: all are cleared.
   void clear_gradients(int64_t b, int64_t from, int64_t to) const {
     if (from >= to) return;
     if (p.grad_memory) {
@@ -109,7 +109,7 @@ struct BackwardTask : private ScoreGradients<X> {
     memset(proj_rows, 0, size_t((to - from) * p.K) * sizeof(X));
   }
 
-  // What the chunks need of all queries.
+  // Computes what the chunks need from all queries.
   void prepare(int64_t b) {
     read_queries(b);
     if (stored) pack_queries(b);
@@ -126,12 +126,12 @@ struct BackwardTask : private ScoreGradients<X> {
   A* factors_of(int64_t block) const { return query_factors + block * 2 * block_size(); }
   void chunk(int64_t b, int64_t task, const Picked& picked) {
     const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
-    uint8_t* marks = nullptr;
-    if (mask_varies(p)) {
-      marks = spoiled;
-      memset(marks, 0, size_t(picked.count));
-      mark_spoiled(memory, memory_width, picked.count, p.E, marks);
-      if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, marks);
+    uint8_t* spoiled = nullptr;
+    if (mask_per_query(p)) {
+      spoiled = spoiled_rows;
+      memset(spoiled, 0, size_t(picked.count));
+      mark_spoiled(memory, memory_width, picked.count, p.E, spoiled);
+      if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, spoiled);
     }
     Extent<A> m_extent;
     Factors<A> m_factors{};
@@ -151,17 +151,17 @@ struct BackwardTask : private ScoreGradients<X> {
                         ld);
         rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
                       grads, ld);
-        score_gradients(b, t0, rows, picked, marks);
+        score_gradients(b, t0, rows, picked, spoiled);
         if (p.grad_memory) {
           add_to_memory(rows, picked, grad, first);
           add_scaled_rows<A>({grads, 1, ld}, picked.count, q.data, q.stride, rows, score_width,
-                             grad_memory, memory_width, {true, nullptr});
+                             grad_memory, memory_width, Previous<A>::kept());
         }
         if (p.grad_query)
           add_scaled_rows<A>({grads, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
-                             query_sum(task) + t0 * score_width, score_width, {true, nullptr});
+                             query_sum(task) + t0 * score_width, score_width, Previous<A>::kept());
       } else {
-        concat_block(b, task, t0, rows, picked, marks, grad, m, m_factors, m_extent, first);
+        concat_block(b, task, t0, rows, picked, spoiled, grad, m, m_factors, m_extent, first);
       }
     }
     write_chunk(b, picked);
@@ -169,12 +169,11 @@ struct BackwardTask : private ScoreGradients<X> {
 
   int64_t packed_size() const { return (plan.t_block + 1) * p.E; }
 
-  // Rows of a multiple of 32 elements lie in place, so `stored` is room that the queries do not
-  // use.
+  // Rows with a multiple of 32 elements are used in place: nothing is copied to `stored`.
   void pack_queries([[maybe_unused]] int64_t b) {
     if constexpr (kPairs)
       for (int64_t t0 = 0; t0 < p.T && p.grad_memory; t0 += plan.t_block) {
-        const Picked rows{nullptr, t0, rows_at(t0), true};
+        const Picked rows{nullptr, t0, rows_at(t0)};
         const int64_t at = t0 / plan.t_block * packed_size();
         pack_pairs(stored_rows(p.query, b, rows, p.E, p.E, stored), rows.count, p.E,
                    packed_query + at);
@@ -184,7 +183,7 @@ struct BackwardTask : private ScoreGradients<X> {
   }
 
   // `chunk` for bfloat16 multiplied in pairs. P and dS are rounded to bfloat16 for their products,
-  // as they are when the chain is written by hand.
+  // as in a chain of torch operations.
   void chunk_pairs([[maybe_unused]] int64_t b, [[maybe_unused]] int64_t task,
                    [[maybe_unused]] const Picked& picked) {
     if constexpr (kPairs) {
@@ -192,7 +191,7 @@ struct BackwardTask : private ScoreGradients<X> {
       const int64_t n = picked.count;
       if (p.grad_query) pack_pairs(m, n, p.E, packed_memory);
       for (int64_t t0 = 0; t0 < p.T; t0 += plan.t_block) {
-        const Picked block{nullptr, t0, rows_at(t0), true};
+        const Picked block{nullptr, t0, rows_at(t0)};
         const Block<X> q = stored_rows(p.query, b, block, p.E, p.E, stored);
         const Block<X> grad = stored_rows(p.grad_context, b, block, p.E, p.E, stored);
         const int64_t rows = block.count, half = (rows + 1) / 2;
@@ -206,19 +205,19 @@ struct BackwardTask : private ScoreGradients<X> {
                            memory_width, {t0 != 0, nullptr});
           pair_queries(grads, ld, rows, n, pairs);
           add_scaled_pairs({pairs, 1, ld}, n, packed_query + at, half, p.E, grad_memory,
-                           memory_width, {true, nullptr});
+                           memory_width, Previous<A>::kept());
         }
         if (!p.grad_query) continue;
         pair_weights(grads, ld, rows, n);
         add_scaled_pairs({grads, ld, 1}, rows, packed_memory, (n + 1) / 2, p.E,
-                         query_sum(task) + t0 * score_width, score_width, {true, nullptr});
+                         query_sum(task) + t0 * score_width, score_width, Previous<A>::kept());
       }
       write_chunk(b, picked);
     }
   }
 
-  // The rows s0 .. s1 - 1 for local attention: those that some window covers are read, and then met
-  // query by query, so that the work goes by the windows. A mask cuts a window into runs.
+  // The rows s0 .. s1 - 1 for local attention: those that a window covers are read, and processed
+  // query by query, so that the work is that of the windows. A mask cuts a window into runs.
   void window_chunk(int64_t b, int64_t task, int64_t s0, int64_t s1) {
     const Picked picked = pick_windows(b, s0, s1);
     if (picked.count == 0) return;
@@ -241,20 +240,20 @@ struct BackwardTask : private ScoreGradients<X> {
         }
         int64_t stop = p.mask ? s + 1 : end;
         while (stop < end && is_met(b, t, stop, s0)) ++stop;
-        window_run(b, task, t, {nullptr, s, stop - s, true}, place[s - s0], m, m_factors, m_extent);
+        window_run(b, task, t, {nullptr, s, stop - s}, place[s - s0], m, m_factors, m_extent);
         s = stop;
       }
     }
     write_chunk(b, picked);
   }
 
-  // Whether a query meets a row of its window. The mask alone would not do: it is read a second
-  // time here, and somebody may have changed it since the rows were picked.
+  // Whether a query looks at a row of its window. The mask alone is not enough: it is read a second
+  // time here, and another thread may have changed it since the rows were picked.
   bool is_met(int64_t b, int64_t t, int64_t s, int64_t s0) const {
     return place[s - s0] >= 0 && (!p.mask || allowed(p, b, t, s));
   }
 
-  // What a window covers, and in `place` where it lies among that.
+  // The rows that a window covers, and in `place` the number of each row among them.
   Picked pick_windows(int64_t b, int64_t s0, int64_t s1) {
     for (int64_t s = s0; s < s1; ++s) place[s - s0] = -1;
     for (int64_t t = 0; t < p.T; ++t) {
@@ -263,7 +262,8 @@ struct BackwardTask : private ScoreGradients<X> {
       for (int64_t s = bounds[0] > s0 ? bounds[0] : s0; s < last; ++s)
         if (!p.mask || allowed(p, b, t, s)) place[s - s0] = 0;
     }
-    Picked picked{index, 0, 0, false};
+    Picked picked{index};
+    picked.dense = false;
     for (int64_t s = s0; s < s1; ++s) {
       if (place[s - s0] < 0) continue;
       place[s - s0] = picked.count;
@@ -275,7 +275,7 @@ struct BackwardTask : private ScoreGradients<X> {
     return picked;
   }
 
-  // One query against a run of rows, which are those from `at` on of the chunk.
+  // One query against a run of rows: the chunk's rows from `at` on.
   void window_run(int64_t b, int64_t task, int64_t t, const Picked& run, int64_t at,
                   const Block<A>& chunk, Factors<A> m_factors, const Extent<A>& m_extent) {
     const Block<A> m{chunk.data + at * chunk.stride, chunk.stride};
@@ -301,8 +301,8 @@ struct BackwardTask : private ScoreGradients<X> {
         m_factors = concat.exact_chunk(p, b, run, nullptr);
       }
       if (!weights_at_hand())
-        concat_scores_in<true>(range, q_factors, 1, m_factors, run.count, concat.v, score_width,
-                               concat.v_sum, scores, ld);
+        concat_scores_in<kBlocked>(range, q_factors, 1, m_factors, run.count, concat.v, score_width,
+                                   concat.v_sum, scores, ld);
     }
     if (through_scores())
       rows_dot_rows(grad.data, grad.stride, 1, m.data, m.stride, run.count, memory_width, grads,
@@ -310,14 +310,14 @@ struct BackwardTask : private ScoreGradients<X> {
     score_gradients(b, t, 1, run, nullptr, moment);
     if (p.grad_memory)
       add_scaled_rows<A>({kept, 1, ld}, run.count, grad.data, grad.stride, 1, memory_width,
-                         grad_rows, memory_width, {true, nullptr});
+                         grad_rows, memory_width, Previous<A>::kept());
     if (p.score == Score::dot) {
       if (p.grad_memory)
         add_scaled_rows<A>({grads, 1, ld}, run.count, q.data, q.stride, 1, score_width, grad_rows,
-                           memory_width, {true, nullptr});
+                           memory_width, Previous<A>::kept());
       if (p.grad_query)
         add_scaled_rows<A>({grads, ld, 1}, 1, m.data, m.stride, run.count, memory_width,
-                           query_sum(task) + t * score_width, score_width, {true, nullptr});
+                           query_sum(task) + t * score_width, score_width, Previous<A>::kept());
     } else if (const int wanted = wanted_sums()) {
       concat_backward_in(range, wanted, q_factors, 1, m_factors, run.count, grads, ld, score_width,
                          query_sum(task) + t * kLanes<A>, p.T * kLanes<A>,
@@ -327,7 +327,7 @@ struct BackwardTask : private ScoreGradients<X> {
   }
 
   void concat_block(int64_t b, int64_t task, int64_t t0, int64_t rows, const Picked& picked,
-                    const uint8_t* marks, const Block<A>& grad, const Block<A>& m,
+                    const uint8_t* spoiled, const Block<A>& grad, const Block<A>& m,
                     Factors<A> m_factors, const Extent<A>& m_extent, bool first) {
     const int64_t block = t0 / plan.t_block;
     Factors<A> q{factors_of(block), factors_of(block) + block_size(), concat.query_layout.row,
@@ -335,19 +335,19 @@ struct BackwardTask : private ScoreGradients<X> {
     const Range range = range_of(extents[block], m_extent, concat.v_largest);
     if (range == Range::exact) {
       q = concat.exact_queries(p, b, t0, rows);
-      m_factors = concat.exact_chunk(p, b, picked, marks);
+      m_factors = concat.exact_chunk(p, b, picked, spoiled);
     }
     const int wanted = wanted_sums();
     if (p.scores_only) {
       take_score_gradients(b, t0, rows, picked);
     } else {
       if (!weights_at_hand())
-        concat_scores_in<true>(range, q, rows, m_factors, picked.count, concat.v, score_width,
-                               concat.v_sum, scores, ld);
+        concat_scores_in<kBlocked>(range, q, rows, m_factors, picked.count, concat.v, score_width,
+                                   concat.v_sum, scores, ld);
       if (through_scores())
         rows_dot_rows(grad.data, grad.stride, rows, m.data, m.stride, picked.count, memory_width,
                       grads, ld);
-      score_gradients(b, t0, rows, picked, marks);
+      score_gradients(b, t0, rows, picked, spoiled);
       if (p.grad_memory) add_to_memory(rows, picked, grad, first);
     }
     if (!wanted) return;
@@ -357,7 +357,7 @@ struct BackwardTask : private ScoreGradients<X> {
     add_v_constant(task, rows, picked);
   }
 
-  // The sums of concat_backward that somebody wants.
+  // The sums of concat_backward that are wanted.
   int wanted_sums() const {
     return (p.grad_query ? kOfQuery : 0) | (p.grad_memory_proj ? kOfMemory : 0) |
            (p.grad_v ? kOfV : 0);
@@ -368,7 +368,8 @@ struct BackwardTask : private ScoreGradients<X> {
                        grad_memory, memory_width, {!first, nullptr});
   }
 
-  // dv = sum g (1 - 2r): concat_backward summed g r; here the sum of g joins, as -1/2 of itself.
+  // dv = sum g (1 - 2r): concat_backward has summed g r; subtracts half the sum of g, and merge_v
+  // multiplies by -2.
   void add_v_constant(int64_t task, int64_t rows, const Picked& picked) const {
     if (!p.grad_v) return;
     Vec<A> sum{};

@@ -1,5 +1,5 @@
-// What the tasks of the backward pass have left for one query, and for v, made into the gradients:
-// added up in the order of the tasks, so that the number of threads does not show.
+// The gradients of one query, and of v, from what the tasks of the backward pass have left: added
+// in the order of the tasks, so that the number of threads does not matter.
 #pragma once
 
 #include "operands.h"
@@ -7,7 +7,7 @@
 namespace fused_attn {
 namespace {
 
-// dQuery of one query: its segments' sums, in their order. `row` is b T + t.
+// dQuery of one query: the sums of its segments, in order. `row` is b T + t.
 template <class X>
 void merge_query(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
   using A = Arithmetic<X>;

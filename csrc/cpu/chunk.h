@@ -1,4 +1,4 @@
-// Which memory rows a task looks at, and those rows in the arithmetic type.
+// The choice of the memory rows that a task reads, and their conversion to the arithmetic type.
 #pragma once
 
 #include "../attention_params.h"
@@ -10,7 +10,8 @@ namespace fused_attn {
 namespace {
 
 // Hands out aligned pieces of a thread's scratch. With a null base it only counts the bytes; in a
-// debug build it also fills the pieces and sets guards behind them, or checks those of another.
+// debug build it also fills the pieces and sets guards behind them, or checks the guards that
+// another carver set.
 class Carver {
  public:
   enum Mode { carve, check };
@@ -44,12 +45,12 @@ struct Block {
   int64_t stride;
 };
 
-// Positions of one chunk that at least one query of [t0, t1) may read. Everything after works on
-// this dense list: what does not count is neither computed nor read.
+// Positions of one chunk that at least one query of [t0, t1) may read. All later steps work on this
+// list: rows that do not count are neither read nor computed.
 struct Picked {
-  int64_t* index;  // room for a chunk
-  int64_t first, count;
-  bool dense;  // index is first, first + 1, ...
+  int64_t* index = nullptr;  // room for a chunk; not read if dense
+  int64_t first = 0, count = 0;
+  bool dense = true;  // the positions are first, first + 1, ...
 
   int64_t operator[](int64_t i) const { return dense ? first + i : index[i]; }
 };
@@ -57,7 +58,10 @@ struct Picked {
 FA_INLINE bool allowed(const AttentionParams& p, int64_t b, int64_t t, int64_t s) {
   return p.mask[b * p.mask_b + t * p.mask_t + s * p.mask_s] != 0;
 }
-FA_INLINE bool mask_varies(const AttentionParams& p) { return p.mask && p.mask_t != 0 && p.T > 1; }
+// Whether each query has a mask of its own.
+FA_INLINE bool mask_per_query(const AttentionParams& p) {
+  return p.mask && p.mask_t != 0 && p.T > 1;
+}
 
 FA_INLINE void pick(const AttentionParams& p, int64_t b, int64_t t0, int64_t t1, int64_t s0,
                     int64_t s1, Picked& picked) {
@@ -66,7 +70,7 @@ FA_INLINE void pick(const AttentionParams& p, int64_t b, int64_t t0, int64_t t1,
   picked.dense = p.mask == nullptr;
   if (picked.dense) return;
   picked.count = 0;
-  const int64_t last = mask_varies(p) ? t1 : t0 + 1;
+  const int64_t last = mask_per_query(p) ? t1 : t0 + 1;
   for (int64_t s = s0; s < s1; ++s) {
     bool any = false;
     for (int64_t t = t0; t < last && !any; ++t) any = allowed(p, b, t, s);
@@ -74,7 +78,7 @@ FA_INLINE void pick(const AttentionParams& p, int64_t b, int64_t t0, int64_t t1,
   }
 }
 
-// The weights' factor exp(-((s - center) rate)^2 / 2) at the picked positions of a query, padded.
+// The Gaussian exp(-((s - center) rate)^2 / 2) at the picked positions of a query, padded.
 template <class A>
 FA_INLINE void bell_factors(const AttentionParams& p, int64_t row, const Picked& picked, A* out) {
   const A center = static_cast<const A*>(p.centers)[row], rate = A(p.rate);
@@ -90,12 +94,12 @@ FA_INLINE void bell_factors(const AttentionParams& p, int64_t row, const Picked&
 FA_INLINE int64_t length_of(const AttentionParams& p, int64_t b) {
   return p.lengths ? p.lengths[b] : p.S;
 }
-// Where the gradients of a batch's memory rows begin.
+// The first row of batch row b in the gradient of the memory.
 FA_INLINE int64_t first_row(const AttentionParams& p, int64_t b) {
   return p.memory.starts ? p.memory.starts[b] : b * p.S;
 }
 
-// The rows first .. first + n - 1 of batch b: in place when they can be used as they lie.
+// The rows first .. first + n - 1 of batch row b: in place if they need no conversion or padding.
 template <class X, class A>
 FA_INLINE Block<A> read_range(const Rows& rows, int64_t b, int64_t first, int64_t n, int64_t width,
                               int64_t padded, A* scratch) {
@@ -118,8 +122,8 @@ FA_INLINE Block<A> read_picked(const Rows& rows, int64_t b, const Picked& picked
   return {scratch, padded};
 }
 
-// With a mask that differs between queries, a row that is not finite may spoil only the queries
-// that look at it: it is marked, and zeroed so that 0 x NaN does not reach the others.
+// With a per-query mask, a row that is not finite may spoil only the queries that look at it: it is
+// marked, and zeroed so that 0 x NaN does not reach the others.
 template <class A>
 FA_INLINE void mark_spoiled(A* rows, int64_t stride, int64_t n, int64_t width, uint8_t* spoiled) {
   for (int64_t i = 0; i < n; ++i) {
@@ -132,7 +136,8 @@ FA_INLINE void mark_spoiled(A* rows, int64_t stride, int64_t n, int64_t width, u
   }
 }
 
-// Scale, -inf where a query may not look, NaN where it looks at a spoiled row, -inf in the tail.
+// Scales the scores, and writes -inf where a query may not look and in the padding, NaN where it
+// looks at a spoiled row.
 template <class A>
 FA_INLINE void finish_scores(const AttentionParams& p, int64_t b, int64_t t0, int64_t rows,
                              const Picked& picked, const uint8_t* spoiled, A* scores, int64_t ld) {

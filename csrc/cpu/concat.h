@@ -4,9 +4,9 @@
 //
 // so that exponentials are taken of the T + S rows only and the T S K inner loop is an addition, a
 // few multiplications and a part of a reciprocal. (With exp(2q) instead of p the denominator would
-// be 1 + exp(2q) w, a multiply-add; additions have pipes of their own on most processors.)
-// Operands come as factors p and w, except where these would leave the range of the type: there the
-// loop takes the projections themselves.
+// be 1 + exp(2q) w, a multiply-add; most processors have separate pipes for additions.)
+// The operands are factors p and w; where these would leave the range of the type, the loop takes
+// the projections themselves.
 #pragma once
 
 #include "chunk.h"
@@ -30,7 +30,7 @@ template <class A>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float argument = 43.0f;  // exp(2 * 43) < 3.4e38
+  static constexpr float argument = kLargestProjection;  // exp(2 * 43) < 3.4e38
   // Of p + w for a quad; its fourth power, times a weight of up to `weight`, is a normal number.
   static constexpr float low = 1e-6f, high = 1e6f, weight = 1e9f;
 };
@@ -40,7 +40,7 @@ struct Limits<double> {
   static constexpr double low = 1e-60, high = 1e60, weight = 1e60;
 };
 
-// What is known of a block of factors.
+// The range of a block of factors.
 template <class A>
 struct Extent {
   A high = A(0), low = kInfinity<A>;
@@ -60,7 +60,7 @@ FA_INLINE Range range_of(const Extent<A>& q, const Extent<A>& m, A largest_weigh
   return quad ? Range::quad : Range::single;
 }
 
-// The least and the largest of what passes through it.
+// Collects the smallest and the largest of the values it sees.
 template <class A>
 struct Watch {
   Vec<A> high{}, low = splat(kInfinity<A>);
@@ -71,9 +71,9 @@ struct Watch {
   void tell(Extent<A>& extent) const { extent.join(max_lanes<A>(high), min_lanes<A>(low)); }
 };
 
-// out[i] = exp(factor x[i]), factor 2 or -2, or -1 where |x[i]| is out of range or NaN. In groups
-// of one vector that lie `step` apart in out, so that the same code writes rows (step = lanes) and
-// the blocked layout.
+// out[i] = exp(factor x[i]), factor 2 or -2, or -1 where |x[i]| is out of range or NaN. Vectors are
+// written `step` apart in out, so that the same code writes rows (step = lanes) and the blocked
+// layout.
 template <class A>
 FA_INLINE void exponentiate(const A* x, A factor, int64_t padded, A* out, int64_t step,
                             Extent<A>& extent) {
@@ -98,7 +98,7 @@ FA_INLINE void exponentiate(const A* x, A factor, int64_t padded, A* out, int64_
   watch.tell(extent);
 }
 
-// The extent of factors that were computed before; moved to out if that is not null.
+// The extent of factors that were computed before; they are copied to out unless it is null.
 template <class A>
 FA_INLINE void adopt(const A* x, int64_t padded, A* out, int64_t step, Extent<A>& extent) {
   Watch<A> watch;
@@ -110,6 +110,9 @@ FA_INLINE void adopt(const A* x, int64_t padded, A* out, int64_t step, Extent<A>
   watch.tell(extent);
 }
 
+// Whether the operands of concat scores are by rows or blocked; see `Layout` in operands.h.
+constexpr bool kByRows = false, kBlocked = true;
+
 // A matrix of factors: row i, vector k at data + i * row + k * step. For queries `weighted` is v p
 // in the same layout.
 template <class A>
@@ -120,7 +123,7 @@ struct Factors {
 };
 
 // The same with one of the two strides known to the compiler, which saves the inner loop most of
-// its address arithmetic: vectors of a row lie together, or rows of a vector (blocked) do.
+// its address arithmetic: the vectors of a row are adjacent, or (blocked) the rows of a vector are.
 template <class A, bool Blocked>
 struct Tile {
   const A* data;
@@ -138,21 +141,21 @@ struct Tile {
   }
 };
 
-// r = p / (p + w), or what stands for it, from one pair of operands. In the exact range saturated
-// terms must come out as 0 or 1 to the bit, or r - r^2 would be an error where it ought to be 0:
-// the division is exact there, the estimate is not.
+// r = p / (p + w) from one pair of operands; in the exact range these are q and m. There saturated
+// terms must be exactly 0 or 1, because r - r^2 must be 0 for them: the division gives that, the
+// estimate of the reciprocal does not.
 template <class A, Range R>
 FA_INLINE Vec<A> ratio(Vec<A> q, Vec<A> m) {
   if constexpr (R == Range::exact) {
-    const A top = A(2) * Limits<A>::argument;
-    return A(1) / (exponential(at_most<A>(A(2) * (q + m), splat(top))) + A(1));
+    const A limit = A(2) * Limits<A>::argument;
+    return A(1) / (exponential(at_most<A>(A(2) * (q + m), splat(limit))) + A(1));
   } else {
     return q * reciprocal<A>(q + m);
   }
 }
 
 // sum + c0/x0 + c1/x1 + c2/x2 + c3/x3 with one reciprocal, from c0/x0 + c1/x1 = (c0 x1 + c1 x0) /
-// (x0 x1) twice. Thirteen operations of the multiply-add pipes for four terms.
+// (x0 x1) twice. Thirteen multiply-add operations for four terms.
 template <class A>
 FA_INLINE Vec<A> add_quad(Vec<A> sum, Vec<A> x0, Vec<A> x1, Vec<A> x2, Vec<A> x3, Vec<A> c0,
                           Vec<A> c1, Vec<A> c2, Vec<A> c3) {
@@ -212,8 +215,8 @@ FA_INLINE void concat_rows(Tile<A, Blocked> q, int64_t rows, Tile<A, Blocked> m,
       concat_tile<A, R, Blocked, M, 1>(q.at(i), m.at(j), v, padded, v_sum, out + i * ldo + j, ldo);
 }
 
-// out[i][j] = v . tanh(q_i + m_j) for m rows of q and n rows of memory. Four queries, which stay in
-// the first-level cache, meet all rows of the chunk before the next four do.
+// out[i][j] = v . tanh(q_i + m_j) for `rows` rows of q and n rows of memory. Four queries, which
+// stay in the first-level cache, are scored against all rows of the chunk before the next four.
 template <class A, Range R, bool Blocked>
 static void concat_scores(Tile<A, Blocked> q, int64_t rows, Tile<A, Blocked> m, int64_t n,
                           const A* v, int64_t padded, A v_sum, A* out, int64_t ldo) {
@@ -244,10 +247,9 @@ FA_INLINE void concat_scores_in(Range range, const Factors<A>& q, int64_t rows, 
 // One vector of columns of the backward: with u = r - r^2 and g the gradients of the scores,
 //   dq_i += sum_j g_ij u,   dm_j += sum_i g_ij u   (both still without the factor 4 v),
 //   dv   += sum_ij g_ij r   (dv itself is sum g - 2 times this).
-// Lanes lie along the width, so nothing is reduced across them and g is a broadcast. For a quad's
-// range u = p w s^2 and r = p s with s = 1 / (p + w), and p and w leave the sums: seven operations
-// of the multiply-add pipes for a term instead of eight. Of the three sums only those in `Wanted`
-// are made.
+// Lanes are columns, so nothing is reduced across them and g is a broadcast. In the quad range
+// u = p w s^2 and r = p s with s = 1 / (p + w), and p and w are factored out of the sums: seven
+// multiply-add operations for a term instead of eight. Only the sums in `Want` are computed.
 enum Wanted { kOfQuery = 1, kOfMemory = 2, kOfV = 4 };
 
 template <class A, Range R, int Want, int M>
@@ -296,8 +298,8 @@ FA_INLINE void concat_backward_rows(const A* q, const A* m, const A* g, int64_t 
   }
 }
 
-// Blocked layout: vector k of row i at data + k * step + i * lanes. dq and dm are blocked too,
-// with steps of their own; dv is a row.
+// Blocked layout: vector k of row i at data + k * step + i * lanes. dq and dm are blocked too, with
+// their own steps; dv is a row.
 template <class A, Range R, int Want>
 static void concat_backward(Factors<A> q, int64_t rows, Factors<A> m, int64_t n, const A* g,
                             int64_t ldg, int64_t padded, A* dq, int64_t dq_step, A* dm,
@@ -318,8 +320,8 @@ static void concat_backward(Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
   }
 }
 
-// Each loop exists for those wanted sums that are usual: all of them, a fixed v, a memory that is
-// fixed too, or v alone. Other combinations make a sum that nobody reads.
+// The loop is compiled for the usual combinations of wanted sums: all, without v, the query alone,
+// and v alone. Other combinations compute a sum that is not used.
 template <class A, Range R>
 FA_INLINE void concat_backward_of(int wanted, Factors<A> q, int64_t rows, Factors<A> m, int64_t n,
                                   const A* g, int64_t ldg, int64_t padded, A* dq, int64_t dq_step,

@@ -1,4 +1,4 @@
-// Between the types that tensors are stored in and the type the arithmetic is done in.
+// Conversion between the storage types of tensors and the arithmetic type.
 #pragma once
 
 #include "vec.h"
@@ -13,7 +13,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Whether there is an instruction that multiplies bfloat16 in pairs, and the elements it takes.
+// Whether there is an instruction that multiplies bfloat16 in pairs, and how many elements it
+// takes.
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 #else
@@ -86,10 +87,10 @@ FA_INLINE void narrow(float x, Float16& out) {
 }
 
 // One vector of the arithmetic type from as many stored elements.
-FA_INLINE Vec<float> load_wide(const float* p) { return load(p); }
-FA_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+FA_INLINE Vec<float> load_widened(const float* p) { return load(p); }
+FA_INLINE Vec<double> load_widened(const double* p) { return load(p); }
 template <class X>
-FA_INLINE Vec<float> load_wide(const X* p) {
+FA_INLINE Vec<float> load_widened(const X* p) {
 #if defined(__AVX512F__)
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if constexpr (__is_same(X, Float16))
@@ -109,7 +110,7 @@ FA_INLINE Vec<float> load_wide(const X* p) {
 #endif
 }
 
-// A vector's worth of stored 16-bit elements, two to a lane.
+// A full vector of stored 16-bit elements, two to a lane.
 template <class X>
 FA_INLINE VecOf<float>::bits load_bits(const X* p) {
   VecOf<float>::bits raw;
@@ -121,7 +122,7 @@ FA_INLINE VecOf<float>::bits load_bits(const X* p) {
 template <class X, class A>
 FA_INLINE void widen_row(const X* src, int64_t n, A* dst, int64_t padded) {
   int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load_wide(src + i));
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load_widened(src + i));
   for (; i < n; ++i) dst[i] = widen(src[i]);
   for (i = n; i < padded; ++i) dst[i] = A(0);
 }

@@ -18,7 +18,7 @@
 namespace fused_attn {
 namespace {
 
-constexpr int64_t kTasks = 64;              // enough for any usual machine to share out evenly
+constexpr int64_t kTasks = 64;              // enough for an even load on any usual machine
 constexpr int64_t kChunkBytes = 128 << 10;  // of memory rows: half of a small second-level cache
 constexpr int64_t kStepBytes = 32 << 10;    // for few queries: a first-level cache
 constexpr int64_t kThreadedWork = 1 << 18;  // multiply-adds below which a thread costs more
@@ -31,7 +31,7 @@ int64_t stored_bytes(const AttentionParams& p) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A segment is long enough that its partial results, (T, width), stay small beside its rows.
+// Segments are long enough that partial results, (T, width), stay small compared to their rows.
 void cut_segments(const AttentionParams& p, int64_t tasks_before, int64_t rows_per_query,
                   Plan& plan) {
   const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(tasks_before, 1));
@@ -40,9 +40,9 @@ void cut_segments(const AttentionParams& p, int64_t tasks_before, int64_t rows_p
   plan.segments = std::max<int64_t>(ceil_div(p.S, plan.segment_rows), 1);
 }
 
-// A short type is multiplied as it is stored where the processor can, and then twice the rows fit.
+// 16-bit types are multiplied as they are stored where the processor can: twice the rows fit then.
 int64_t chunk_element(const AttentionParams& p) {
-  return p.score == Score::dot && p.T > 8 ? stored_bytes(p) : arithmetic_bytes(p);
+  return p.score == Score::dot && p.T > kFewQueries ? stored_bytes(p) : arithmetic_bytes(p);
 }
 
 int64_t chunk_rows(const AttentionParams& p, int64_t bytes, int64_t element) {
@@ -56,9 +56,9 @@ Plan forward_plan(const AttentionParams& p) {
   plan.t_block = std::clamp<int64_t>(p.T, 1, 128);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
   const int64_t element = chunk_element(p);
-  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes, element);
+  plan.chunk = chunk_rows(p, p.T <= kFewQueries ? kStepBytes : kChunkBytes, element);
   cut_segments(p, p.B * plan.t_blocks, 4, plan);
-  if (p.bounds) {  // a query alone walks its own window, and reads nothing else
+  if (p.bounds) {  // each query has a task that reads its window only
     plan.t_block = plan.segments = 1;
     plan.t_blocks = p.T;
     plan.segment_rows = std::max<int64_t>(p.S, 1);
@@ -70,14 +70,15 @@ Plan backward_plan(const AttentionParams& p) {
   Plan plan{};
   plan.t_block = std::clamp<int64_t>(p.T, 1, 64);
   plan.t_blocks = ceil_div(p.T, plan.t_block);
-  plan.chunk = chunk_rows(p, p.T <= 8 ? kStepBytes : kChunkBytes / 2, chunk_element(p));
+  const int64_t bytes = p.T <= kFewQueries ? kStepBytes : kChunkBytes / 2;
+  plan.chunk = chunk_rows(p, bytes, chunk_element(p));
   cut_segments(p, p.B, 2, plan);
   return plan;
 }
 
-// Asks for 2 MiB pages where a large output has not been touched yet. The system clears a page when
-// it is first written, and a page fault for every 4 KiB of a gradient as large as the memory took
-// four times as long as computing it.
+// Asks for 2 MiB pages for a large output that has not been touched yet. The system clears a page
+// when it is first written, and a page fault for every 4 KiB of a gradient as large as the memory
+// took four times as long as computing it.
 void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
@@ -99,7 +100,7 @@ Buffer allocate(int64_t bytes) {
   return buffer;
 }
 
-// A piece of so many bytes for each task. A null pointer where the pieces are empty.
+// A buffer with a piece of `bytes` for each task. Null if the pieces are empty.
 class Pieces {
  public:
   Pieces(int64_t count, int64_t bytes) : count_(count), bytes_(bytes) {
@@ -124,7 +125,7 @@ class Pieces {
   int64_t count_, bytes_;
 };
 
-// A thread's scratch outlives the call: a fresh mapping would be zeroed by the system each time.
+// A thread's scratch outlives the call: the system would zero a fresh mapping each time.
 struct Scratch {
   Buffer buffer;
   int64_t size = 0;
@@ -146,8 +147,8 @@ struct Scratch {
 };
 thread_local Scratch thread_scratch;
 
-// The pool's threads stay behind in the parent of a fork: a parallel region in the child would wait
-// for them for ever. There a call runs on the thread that makes it.
+// A fork does not copy the threads of the pool: a parallel region in the child would wait for them
+// forever. In the child a call runs on the calling thread.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 

@@ -5,12 +5,12 @@
 
 namespace fused_attn {
 
-// Both throw std::bad_alloc when a buffer cannot be had; the outputs are then undefined.
+// Both throw std::bad_alloc if a buffer cannot be allocated; the outputs are then undefined.
 void cpu_forward(const AttentionParams& params);
 void cpu_backward(const AttentionParams& params);
 
-// The yardstick of the benchmarks: `rounds` runs of multiply-adds in registers, shared out like the
-// tasks of a call. Returns the number of floating-point operations that were done.
+// A reference for the benchmarks: `rounds` runs of multiply-adds in registers, distributed over
+// threads like the tasks of a call. Returns the number of floating-point operations.
 int64_t multiply_adds(int64_t rounds, int threads);
 
 }  // namespace fused_attn

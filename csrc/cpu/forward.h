@@ -1,5 +1,5 @@
-// One forward task: a block of queries against a segment of one row's memory, chunk by chunk, with
-// an online softmax. A chunk is read from memory once: the scores and the weighted sum share it.
+// One forward task: a query tile against a segment of one batch row's memory, chunk by chunk, with
+// an online softmax. A chunk is read from memory once, for the scores and the weighted sum.
 #pragma once
 
 #include "operands.h"
@@ -16,11 +16,11 @@ struct ForwardTask {
   const Plan& plan;
   const Shared& shared;
   int64_t memory_width, score_width, ld;  // padded
-  A *query, *memory, *scores, *context, *row_max, *row_sum, *rescale, *factors, *bell;
+  A *query, *memory, *scores, *context, *running_max, *running_sum, *rescale, *factors, *bell;
   int64_t* index;
-  uint8_t* spoiled;
+  uint8_t* spoiled_rows;
   ConcatOperands<X> concat;
-  // Only where bfloat16 is multiplied in pairs; null otherwise.
+  // Only if bfloat16 is multiplied in pairs; null otherwise.
   static constexpr bool kPairs = kHasPairs && __is_same(X, BFloat16);
   X *stored_query = nullptr, *stored = nullptr, *packed = nullptr;
 
@@ -39,11 +39,11 @@ struct ForwardTask {
     memory = c.take<A>(plan.chunk * memory_width);
     scores = c.take<A>(plan.t_block * ld);
     context = c.take<A>(plan.t_block * memory_width);
-    row_max = c.take<A>(plan.t_block);
-    row_sum = c.take<A>(plan.t_block);
+    running_max = c.take<A>(plan.t_block);
+    running_sum = c.take<A>(plan.t_block);
     rescale = c.take<A>(plan.t_block);
     index = c.take<int64_t>(plan.chunk);
-    spoiled = c.take<uint8_t>(plan.chunk);
+    spoiled_rows = c.take<uint8_t>(plan.chunk);
     bell = c.take<A>(p.centers ? ld : 0);
     if (p.score == Score::dot) return;
     factors = c.take<A>(2 * Layout<A>::size(plan.t_block, score_width));
@@ -51,7 +51,8 @@ struct ForwardTask {
     concat.carve(c, p, plan);
   }
 
-  // Scores are kept for the weights in the weights themselves when these have the type for it.
+  // Where scores are kept for the weights: in the weights themselves if these have the arithmetic
+  // type.
   A* kept_scores() const {
     if (p.scores_only) return static_cast<A*>(p.raw_scores);
     if (!p.weights) return nullptr;
@@ -75,8 +76,8 @@ struct ForwardTask {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t s = begin; s < end; ++s) kept[(b * p.T + t0 + i) * p.S + s] = -kInfinity<A>;
     for (int64_t i = 0; i < rows; ++i) {
-      row_max[i] = -kInfinity<A>;
-      row_sum[i] = A(0);
+      running_max[i] = -kInfinity<A>;
+      running_sum[i] = A(0);
     }
     bool fresh = true;
     if (begin < stop && is_step()) {
@@ -93,11 +94,11 @@ struct ForwardTask {
       leave_partial(task, rows);
     else
       for (int64_t i = 0; i < rows; ++i)
-        finish_row(p, b * p.T + t0 + i, context + i * memory_width, row_max[i], row_sum[i],
+        finish_row(p, b * p.T + t0 + i, context + i * memory_width, running_max[i], running_sum[i],
                    kept_scores());
   }
 
-  // Whether `attend_step` can do it: one query that looks at every row, and no remainders.
+  // Whether `attend_step` supports the task: one query that looks at every row, and no remainders.
   bool is_step() const {
     if (plan.t_block != 1 || p.mask || p.scores_only || p.E % Behind<X>::kColumns != 0)
       return false;
@@ -122,11 +123,11 @@ struct ForwardTask {
       result = short_factors() ? concat_step<ShortFactor>(b, t, begin, stop)
                                : concat_step<A>(b, t, begin, stop);
     }
-    row_max[0] = result.max;
-    row_sum[0] = result.sum;
+    running_max[0] = result.running_max;
+    running_sum[0] = result.running_sum;
   }
 
-  // Prepared factors of float arithmetic may be held in bfloat16.
+  // With float arithmetic prepared factors may be stored in bfloat16.
   using ShortFactor = PickType<__is_same(A, float), BFloat16, A>;
   bool short_factors() const { return __is_same(A, float) && p.exp_dtype == DType::bf16; }
 
@@ -151,17 +152,17 @@ struct ForwardTask {
       q_factors = concat.query_factors(p, b, t0, rows, factors,
                                        Layout<A>::size(plan.t_block, score_width), q_extent);
     }
-    Picked picked{index, 0, 0, true};
+    Picked picked{index};
     for (int64_t s = begin; s < stop; s += plan.chunk) {
       pick(p, b, t0, t0 + rows, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
       if (picked.count == 0) continue;
       const Block<A> m = read_picked<X, A>(p.memory, b, picked, p.E, memory_width, memory);
-      uint8_t* marks = nullptr;
-      if (mask_varies(p)) {  // the chunk lies in scratch then
-        marks = spoiled;
-        memset(marks, 0, size_t(picked.count));
-        mark_spoiled(memory, memory_width, picked.count, p.E, marks);
-        if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, marks);
+      uint8_t* spoiled = nullptr;
+      if (mask_per_query(p)) {  // the chunk is then in scratch
+        spoiled = spoiled_rows;
+        memset(spoiled, 0, size_t(picked.count));
+        mark_spoiled(memory, memory_width, picked.count, p.E, spoiled);
+        if (p.score == Score::concat) concat.mark_spoiled_rows(p, b, picked, spoiled);
       }
       if (p.score == Score::dot) {
         rows_dot_rows(q.data, q.stride, rows, m.data, m.stride, picked.count, score_width, scores,
@@ -173,32 +174,32 @@ struct ForwardTask {
         const Range range = range_of(q_extent, m_extent, concat.v_largest);
         if (range == Range::exact) {
           qf = concat.exact_queries(p, b, t0, rows);
-          m_factors = concat.exact_chunk(p, b, picked, marks);
+          m_factors = concat.exact_chunk(p, b, picked, spoiled);
         }
-        concat_scores_in<false>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
-                                concat.v_sum, scores, ld);
+        concat_scores_in<kByRows>(range, qf, rows, m_factors, picked.count, concat.v, score_width,
+                                  concat.v_sum, scores, ld);
       }
       if (p.scores_only) {
-        finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+        finish_scores(p, b, t0, rows, picked, spoiled, scores, ld);
         keep_scores(b, t0, rows, picked);
         continue;
       }
-      weigh(b, t0, rows, picked, marks);
+      weigh(b, t0, rows, picked, spoiled);
       add_scaled_rows<A>({scores, ld, 1}, rows, m.data, m.stride, picked.count, memory_width,
                          context, memory_width, {!fresh, rescale});
       fresh = false;
     }
   }
 
-  // `attend` for bfloat16 multiplied in pairs. The weights are rounded to bfloat16 for their sum
-  // with the memory, as they are when the chain is written by hand.
+  // `attend` for bfloat16 multiplied in pairs. The weights are rounded to bfloat16 for the weighted
+  // sum, as in a chain of torch operations.
   void attend_pairs([[maybe_unused]] int64_t b, [[maybe_unused]] int64_t t0,
                     [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t begin,
                     [[maybe_unused]] int64_t stop, [[maybe_unused]] bool& fresh) {
     if constexpr (kPairs) {
-      const Picked queries{nullptr, t0, rows, true};
+      const Picked queries{nullptr, t0, rows};
       const Block<X> q = stored_rows(p.query, b, queries, p.E, memory_width, stored_query);
-      Picked picked{index, 0, 0, true};
+      Picked picked{index};
       for (int64_t s = begin; s < stop; s += plan.chunk) {
         pick(p, b, t0, t0 + rows, s, s + plan.chunk < stop ? s + plan.chunk : stop, picked);
         if (picked.count == 0) continue;
@@ -215,9 +216,9 @@ struct ForwardTask {
     }
   }
 
-  // From scores to the weights of the sum.
-  void weigh(int64_t b, int64_t t0, int64_t rows, const Picked& picked, const uint8_t* marks) {
-    finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+  // Turns scores into the weights of the weighted sum.
+  void weigh(int64_t b, int64_t t0, int64_t rows, const Picked& picked, const uint8_t* spoiled) {
+    finish_scores(p, b, t0, rows, picked, spoiled, scores, ld);
     keep_scores(b, t0, rows, picked);
     soften(b, t0, rows, picked);
   }
@@ -231,25 +232,25 @@ struct ForwardTask {
     }
   }
 
-  // One step of the online softmax: scores become exp(score - max), the running maximum and sum
-  // move on, and `rescale` is what the context so far has to be multiplied with.
+  // One step of the online softmax: scores become exp(score - running_max), running_max and
+  // running_sum are updated, and `rescale` is the factor for the context so far.
   void soften(int64_t b, int64_t t0, int64_t rows, const Picked& picked) const {
     const int64_t width = round_up(picked.count, kLanes<A>);
     for (int64_t i = 0; i < rows; ++i) {
       A* row = scores + i * ld;
-      Vec<A> high = splat(row_max[i]);
+      Vec<A> high = splat(running_max[i]);
       for (int64_t j = 0; j < width; j += kLanes<A>) high = at_least<A>(high, load(row + j));
-      const A top = max_lanes<A>(high);
-      const A base = top == -kInfinity<A> ? A(0) : top;  // so far nothing counts
-      rescale[i] = row_max[i] == top ? A(1) : exp_of(row_max[i] - base);
+      const A new_max = max_lanes<A>(high);
+      const A base = new_max == -kInfinity<A> ? A(0) : new_max;  // 0 if nothing counts so far
+      rescale[i] = running_max[i] == new_max ? A(1) : exp_of(running_max[i] - base);
       Vec<A> sum{};
       for (int64_t j = 0; j < width; j += kLanes<A>) {
         const Vec<A> weight = exponential(load(row + j) - base);
         store(row + j, weight);
         sum += weight;
       }
-      row_sum[i] = row_sum[i] * rescale[i] + sum_lanes<A>(sum);
-      row_max[i] = top;
+      running_sum[i] = running_sum[i] * rescale[i] + sum_lanes<A>(sum);
+      running_max[i] = new_max;
       if (p.centers) {
         bell_factors(p, b * p.T + t0 + i, picked, bell);
         for (int64_t j = 0; j < width; j += kLanes<A>)
@@ -266,25 +267,25 @@ struct ForwardTask {
   void leave_partial(int64_t task, int64_t rows) const {
     const Partial<X> partial(p, plan);
     memcpy(partial.context(shared, task), context, size_t(rows * partial.width) * sizeof(A));
-    memcpy(partial.row_max(shared, task), row_max, size_t(rows) * sizeof(A));
-    memcpy(partial.row_sum(shared, task), row_sum, size_t(rows) * sizeof(A));
+    memcpy(partial.running_max(shared, task), running_max, size_t(rows) * sizeof(A));
+    memcpy(partial.running_sum(shared, task), running_sum, size_t(rows) * sizeof(A));
   }
 
-  // Divides by the sum, and turns kept scores into weights. These are taken from the maximum and
-  // not from the log-sum-exp, which has lost the sum's digits when the scores are large. `row` is
-  // b T + t.
-  static void finish_row(const AttentionParams& p, int64_t row, const A* context, A max, A sum,
-                         const A* kept) {
-    const bool empty = sum == A(0);
-    const A inverse = empty ? A(0) : A(1) / sum;
-    if (p.logsumexp) static_cast<A*>(p.logsumexp)[row] = empty ? -kInfinity<A> : max + log_of(sum);
+  // Divides by the sum, and turns kept scores into weights. These are computed from the maximum and
+  // the sum: the log-sum-exp has lost digits of the sum if the scores are large. `row` is b T + t.
+  static void finish_row(const AttentionParams& p, int64_t row, const A* context, A row_max,
+                         A row_sum, const A* kept) {
+    const bool empty = row_sum == A(0);
+    const A inverse = empty ? A(0) : A(1) / row_sum;
+    if (p.logsumexp)
+      static_cast<A*>(p.logsumexp)[row] = empty ? -kInfinity<A> : row_max + log_of(row_sum);
     narrow_row(context, inverse, p.E, static_cast<X*>(p.context) + row * p.E);
     if (!kept) return;
     const A* from = kept + row * p.S;
     X* to = static_cast<X*>(p.weights) + row * p.S;
-    const A base = empty ? A(0) : max;
+    const A base = empty ? A(0) : row_max;
     int64_t s = 0, end = p.S;
-    if (p.bounds) {  // no scores were left outside of the window
+    if (p.bounds) {  // there are no scores outside the window
       s = p.bounds[2 * row];
       end = p.bounds[2 * row + 1] > s ? p.bounds[2 * row + 1] : s;
       memset(to, 0, size_t(s) * sizeof(X));
@@ -294,7 +295,7 @@ struct ForwardTask {
     for (; s + kLanes<A> <= end; s += kLanes<A>) {
       store(lanes, exponential(load(from + s) - base));
       if (p.centers) {
-        bell_factors(p, row, {nullptr, s, kLanes<A>, true}, bells);
+        bell_factors(p, row, {nullptr, s, kLanes<A>}, bells);
         store(lanes, load(lanes) * load(bells));
       }
       narrow_row(lanes, inverse, kLanes<A>, to + s);
@@ -302,37 +303,38 @@ struct ForwardTask {
     for (; s < end; ++s) {
       A weight = exp_of(from[s] - base) * inverse;
       if (p.centers) {
-        bell_factors(p, row, {nullptr, s, 1, true}, bells);
+        bell_factors(p, row, {nullptr, s, 1}, bells);
         weight *= bells[0];
       }
       narrow(weight, to[s]);
     }
   }
 
-  // Merges the segments of one query, in their order. `row` is b T + t.
+  // Merges the segments of one query, in order. `row` is b T + t.
   static void merge(const AttentionParams& p, const Plan& plan, const Shared& shared, int64_t row) {
     const Partial<X> partial(p, plan);
     const int64_t width = partial.width, b = row / p.T, t = row % p.T;
     const int64_t first = (b * plan.t_blocks + t / plan.t_block) * plan.segments;
     const int64_t i = t % plan.t_block;
-    const auto max_at = [&](int64_t s) { return partial.row_max(shared, first + s)[i]; };
-    const auto sum_at = [&](int64_t s) { return partial.row_sum(shared, first + s)[i]; };
-    A top = -kInfinity<A>;
-    for (int64_t s = 0; s < plan.segments; ++s) top = max_at(s) > top ? max_at(s) : top;
-    const A safe = top == -kInfinity<A> ? A(0) : top;
-    A* total =
-        partial.context(shared, first) + i * width;  // the first segment's place takes the sum
-    A sum = A(0);
+    const auto split_max = [&](int64_t s) { return partial.running_max(shared, first + s)[i]; };
+    const auto split_sum = [&](int64_t s) { return partial.running_sum(shared, first + s)[i]; };
+    A row_max = -kInfinity<A>;
+    for (int64_t s = 0; s < plan.segments; ++s)
+      row_max = split_max(s) > row_max ? split_max(s) : row_max;
+    const A base = row_max == -kInfinity<A> ? A(0) : row_max;
+    A* merged = partial.context(shared, first) + i * width;  // in place of the first segment's
+    A row_sum = A(0);
     for (int64_t s = 0; s < plan.segments; ++s) {
-      const A factor = exp_of(max_at(s) - safe);
+      const A rescale = exp_of(split_max(s) - base);
       const A* part = partial.context(shared, first + s) + i * width;
       for (int64_t d = 0; d < width; d += kLanes<A>)
-        store(total + d, s ? load(total + d) + factor * load(part + d) : factor * load(part + d));
-      sum += factor * sum_at(s);
+        store(merged + d,
+              s ? load(merged + d) + rescale * load(part + d) : rescale * load(part + d));
+      row_sum += rescale * split_sum(s);
     }
     const A* kept =
         !p.weights ? nullptr : static_cast<const A*>(__is_same(X, A) ? p.weights : shared.scores);
-    finish_row(p, row, total, top, sum, kept);
+    finish_row(p, row, merged, row_max, row_sum, kept);
   }
 };
 

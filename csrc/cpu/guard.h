@@ -1,6 +1,6 @@
-// Guards behind the pieces of a buffer that tasks share or carve up, in debug builds: bytes that
-// nothing may touch. Under AddressSanitizer touching one is reported on the spot, reads included;
-// elsewhere a changed guard ends the process where it is checked.
+// Guards behind the pieces of shared buffers and of scratch, in debug builds: bytes that nothing
+// may touch. AddressSanitizer reports any access at once, reads included; without it a changed
+// guard aborts the process when it is checked.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ namespace {
 #if defined(FUSED_ATTN_GUARDS)
 constexpr int64_t kGuardBytes = 64;
 #else
-constexpr int64_t kGuardBytes = 0;  // and then nobody calls what follows
+constexpr int64_t kGuardBytes = 0;  // the functions below are then not called
 #endif
-constexpr unsigned char kGuardByte = 0xff;  // of a float, NaN: an input made of it shows
+constexpr unsigned char kGuardByte = 0xff;  // NaN as a float, so that using one shows in a result
 
 // Fills `bytes` of a fresh piece, and sets the guard behind it, up to `end`.
 [[maybe_unused]] static inline void set_guard(char* piece, int64_t bytes, char* end) {
@@ -47,7 +47,7 @@ constexpr unsigned char kGuardByte = 0xff;  // of a float, NaN: an input made of
 #endif
 }
 
-// Before the memory is given back, which may be reused by code that knows nothing of guards.
+// Before memory is freed: it may be reused by code without guards.
 [[maybe_unused]] static inline void lift_guards([[maybe_unused]] void* data,
                                                 [[maybe_unused]] int64_t bytes) {
 #if defined(FUSED_ATTN_GUARDS) && defined(__SANITIZE_ADDRESS__)

@@ -27,7 +27,7 @@ struct Isa {
   const KernelTable* (*table)();
 };
 
-// Widest first. __builtin_cpu_supports also asks whether the system saves the registers.
+// Best first. __builtin_cpu_supports also checks that the system saves the registers.
 std::vector<Isa> built_isas() {
   std::vector<Isa> isas;
 #ifdef FUSED_ATTN_HAVE_AVX512
@@ -46,7 +46,8 @@ std::vector<Isa> built_isas() {
                       __builtin_cpu_supports("f16c"),
                   fused_attn_kernels_avx2});
 #endif
-  isas.push_back({"generic", true, fused_attn_kernels_generic});
+  const bool always = true;
+  isas.push_back({"generic", always, fused_attn_kernels_generic});
   return isas;
 }
 

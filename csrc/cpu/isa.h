@@ -1,5 +1,5 @@
-// Which instruction set runs, decided once. Compiled without instruction-set flags, so that asking
-// never executes an instruction the processor lacks.
+// The choice of the instruction set, made once. Compiled without instruction-set flags, so that
+// asking never executes an instruction the processor lacks.
 #pragma once
 
 #include <string>
@@ -9,11 +9,11 @@
 
 namespace fused_attn {
 
-// Instruction sets that this build holds and this processor can run, widest first.
+// Instruction sets that this build contains and this processor can run, best first.
 std::vector<std::string> cpu_isas_supported();
 
-// The one in use: FUSED_ATTN_CPU_ISA if set, else the widest. Throws std::invalid_argument, which
-// names the possible values, when the variable asks for one that cannot run.
+// The one in use: FUSED_ATTN_CPU_ISA if set, else the best. Throws std::invalid_argument, which
+// names the possible values, if the variable names one that cannot run.
 const std::string& cpu_isa();
 
 // Switches to another; for tests. Throws like cpu_isa.

@@ -1,4 +1,4 @@
-// Compiled once per instruction set. The only symbol it exports is its table of entry points.
+// Compiled once per instruction set. Its only exported symbol is the table of entry points.
 #include "backward.h"
 #include "backward_merge.h"
 #include "forward.h"
@@ -11,7 +11,7 @@
 namespace fused_attn {
 namespace {
 
-// Calls f with a null pointer of the storage type, for its type.
+// Calls f with a null pointer to the storage type, which carries the type.
 template <class F>
 FA_INLINE auto with_type(DType dtype, F f) {
   switch (dtype) {
@@ -33,7 +33,7 @@ struct Pointee<X*> {
 };
 #define FA_TYPE typename Pointee<decltype(tag)>::type
 
-// In a debug build: the guards that the task's own carver set, found by carving once more.
+// In a debug build: checks the guards that the task's carver set, found by carving once more.
 template <class Task>
 FA_INLINE void check_scratch(const AttentionParams& p, const Plan& plan, const Shared& shared,
                              void* scratch) {
@@ -69,7 +69,7 @@ BackwardSizes backward_sizes(const AttentionParams& p, const Plan& plan) {
     Carver carver(nullptr);
     BackwardTask<FA_TYPE> task(p, plan, Shared{}, carver);
     const Sums<FA_TYPE>& sums = task.sums;
-    // The loop of concat sums all gradients of its operands, wanted or not.
+    // The loop of concat sums the gradients of all operands, wanted or not.
     const bool queries = !sums.query_in_place && (p.grad_query || sums.concat);
     return BackwardSizes{carver.used(), queries ? sums.query_bytes() : 0,
                          sums.concat ? sums.v_bytes() : 0,

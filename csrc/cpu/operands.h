@@ -1,5 +1,5 @@
-// What both directions of a task hold for the concat score: factors of its queries and of one
-// chunk of memory, and the projections themselves for the chunks where factors are out of range.
+// Operands of the concat score, for forward and backward tasks: factors of the queries and of one
+// chunk of memory, and the projections themselves for chunks whose factors are out of range.
 #pragma once
 
 #include "concat.h"
@@ -7,10 +7,10 @@
 namespace fused_attn {
 namespace {
 
-// `row` and `step` choose the layout of the factors: by rows (padded, lanes) for the forward pass,
-// whose inner loop runs along a row, or blocked (lanes, (rows + 1) lanes) for the backward, which
-// takes one vector of columns through all rows. The odd number of lines keeps rows of a tile out of
-// each other's cache set.
+// The layout of the factors: by rows, `row` = padded and `step` = lanes, for the forward pass,
+// whose inner loop runs along a row; or blocked, `row` = lanes and `step` = (rows + 1) lanes, for
+// the backward, which processes one vector of columns of all rows. The extra row keeps the rows of
+// a tile out of each other's cache sets.
 template <class A>
 struct Layout {
   int64_t row, step;
@@ -19,7 +19,7 @@ struct Layout {
   static int64_t size(int64_t rows, int64_t padded) { return (rows + 1) * padded; }
 };
 
-// Spreads a row of projections over the layout, for the exact range.
+// Copies a row of projections into the layout, for the exact range.
 template <class A>
 FA_INLINE void spread(const A* x, int64_t padded, A* out, int64_t step) {
   for (int64_t d = 0; d < padded; d += kLanes<A>, out += step) store(out, load(x + d));
@@ -33,7 +33,7 @@ struct ConcatOperands {
   A v_sum, v_largest;
   A* staged;          // one row, on its way to another layout
   A* memory_factors;  // one chunk
-  A* exact_query;     // one block of queries
+  A* exact_query;     // one query tile
   A* exact_memory;    // one chunk
   Layout<A> query_layout, memory_layout;
 
@@ -58,7 +58,7 @@ struct ConcatOperands {
     v_largest = max_lanes<A>(largest);
   }
 
-  // Factors of the queries t0 .. t0 + n - 1, into room for two blocks: p, then v p.
+  // Factors of the queries t0 .. t0 + n - 1, written to two blocks: p, then v p.
   Factors<A> query_factors(const AttentionParams& p, int64_t b, int64_t t0, int64_t n, A* out,
                            int64_t block, Extent<A>& extent) const {
     for (int64_t i = 0; i < n; ++i) {
@@ -83,8 +83,8 @@ struct ConcatOperands {
     return read_range<X, A>(p.memory_proj, b, s, 1, p.K, padded, staged).data;
   }
 
-  // factors of a chunk: exponentials of the projection, or those that were prepared. Prepared
-  // rows of the right width are used where they lie, when the layout is by rows.
+  // Factors of a chunk from prepared exponentials. Rows that need no padding are used in place if
+  // the layout is by rows.
   template <class P>
   Factors<A> prepared_factors(const AttentionParams& p, int64_t b, const Picked& picked,
                               Extent<A>& extent) const {
@@ -106,6 +106,7 @@ struct ConcatOperands {
     return {memory_factors, nullptr, memory_layout.row, memory_layout.step};
   }
 
+  // Factors of a chunk: the prepared exponentials, or those of the projection.
   Factors<A> chunk_factors(const AttentionParams& p, int64_t b, const Picked& picked,
                            Extent<A>& extent) const {
     if (p.memory_exp.data) {
@@ -123,7 +124,7 @@ struct ConcatOperands {
     return {memory_factors, nullptr, memory_layout.row, memory_layout.step};
   }
 
-  // Spoiled rows (null if there are none) become 0, as `mark_spoiled` makes them in the memory.
+  // Spoiled rows (null if there are none) become 0, as `mark_spoiled` does in the memory.
   Factors<A> exact_chunk(const AttentionParams& p, int64_t b, const Picked& picked,
                          const uint8_t* spoiled) const {
     for (int64_t i = 0; i < picked.count; ++i) {
@@ -137,7 +138,7 @@ struct ConcatOperands {
     return {exact_memory, nullptr, memory_layout.row, memory_layout.step};
   }
 
-  // A projection row that is not finite and counts for some queries only: see mark_spoiled.
+  // Marks projection rows that are not finite: see mark_spoiled.
   void mark_spoiled_rows(const AttentionParams& p, int64_t b, const Picked& picked,
                          uint8_t* spoiled) const {
     for (int64_t i = 0; i < picked.count; ++i) {

@@ -1,5 +1,5 @@
 // Products of bfloat16 matrices by the instruction that multiplies pairs: two products for each
-// lane and as many lanes as for float32, so twice the rate. Only in objects whose instruction set
+// lane, with as many lanes as for float32, so twice the rate. Only in objects whose instruction set
 // has it.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Operand<BFloat16> {
   }
 };
 
-// The rows of a chunk as they are stored: in place, or copied and padded with zeros.
+// The rows of a chunk in their storage type: in place, or copied and padded with zeros.
 FA_INLINE Block<BFloat16> stored_rows(const Rows& rows, int64_t b, const Picked& picked,
                                       int64_t width, int64_t padded, BFloat16* scratch) {
   const auto* base = static_cast<const BFloat16*>(rows.data) + rows.before(b);
@@ -57,8 +57,8 @@ FA_INLINE void pack_pairs(const Block<BFloat16>& rows, int64_t n, int64_t width,
   }
 }
 
-// Weights of m queries (m, n; stride ldp) to bfloat16, with a zero after an odd last one. In place:
-// the result of a row lies at its beginning.
+// Converts the weights of m queries (m, n; stride ldp) to bfloat16 in place, with a zero after an
+// odd last one. The result of a row is at its beginning.
 FA_INLINE void pair_weights(float* p, int64_t ldp, int64_t m, int64_t n) {
   for (int64_t i = 0; i < m; ++i) {
     float* row = p + i * ldp;

@@ -1,4 +1,4 @@
-// The machine's own speed at multiply-adds, which the benchmarks hold the kernels against.
+// The machine's peak rate of multiply-adds, to which the benchmarks compare the kernels.
 #pragma once
 
 #include "vec.h"
@@ -10,9 +10,9 @@ namespace {
 constexpr int kPeakChains = 12;
 constexpr int64_t kPeakSteps = 4096;  // about ten microseconds: as short as a task of a kernel
 
-// Multiply-adds from registers to registers, one chain of them after another. Returns the number of
-// floating-point operations, two for each lane. Volatile: the compiler may neither know the
-// operands nor find out that nobody wants the sum.
+// Multiply-adds from registers to registers, in independent chains. Returns the number of
+// floating-point operations, two for each lane. Volatile, so that the compiler neither knows the
+// operands nor removes the unused sum.
 inline int64_t multiply_adds() {
   const volatile float operands[2] = {0.5f, 1.0f};  // the chains settle at 2
   const Vec<float> factor = splat(float(operands[0])), term = splat(float(operands[1]));

@@ -1,31 +1,35 @@
-// How a call is cut into tasks. A function of the shape alone, never of the number of threads or
-// the instruction set, so that the same input gives the same bits whatever runs the tasks.
+// How a call is cut into tasks: a function of the shape alone, never of the number of threads or
+// the instruction set, so that the same input gives the same bits on any number of threads.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_attn {
 
+// Up to this many queries a row of memory is read as one stream, with chunks for the first-level
+// cache; bfloat16 is not multiplied in pairs then (pairs.h).
+constexpr int64_t kFewQueries = 8;
+
 struct Plan {
-  int64_t t_block;       // queries a task holds at a time
-  int64_t t_blocks;      // forward tasks along T; the backward walks them inside a task
-  int64_t chunk;         // memory rows that stay in the second-level cache between their two uses
+  int64_t t_block;       // queries in a query tile
+  int64_t t_blocks;      // query tiles: tasks of the forward, a loop in each task of the backward
+  int64_t chunk;         // memory rows that stay in the cache between their two uses
   int64_t segment_rows;  // memory rows of a task, a multiple of chunk
   int64_t segments;      // tasks along S; their partial results are merged in order
 };
 
-// The buffers a call shares between its tasks: a piece for each, laid out by sizes.h, but for
-// `scores`. `A` stands for the arithmetic type, float or double.
+// The buffers that the tasks of a call share. All but `scores` have a piece for each task, laid out
+// by sizes.h. `A` stands for the arithmetic type, float or double.
 struct Shared {
-  void* partial = nullptr;       // forward, segments > 1: what `Partial` says
+  void* partial = nullptr;       // forward, segments > 1: laid out by `Partial`
   void* scores = nullptr;        // A (B, T, S) when weights are wanted and their dtype is not A
-  void* grad_query = nullptr;    // backward: what `Sums` says, like the next two
+  void* grad_query = nullptr;    // backward: laid out by `Sums`, like the next two
   void* grad_v = nullptr;        // concat
   void* grad_centers = nullptr;  // with centers
 };
 
-// Bytes that the kernels want: of a thread's scratch, and of what each task leaves. 0 where a task
-// leaves nothing, or writes to the result itself.
+// Bytes of a thread's scratch, and of each task's piece of a shared buffer. 0 if a task leaves
+// nothing there, or writes the result itself.
 struct ForwardSizes {
   int64_t scratch, partial;
 };
@@ -35,7 +39,7 @@ struct BackwardSizes {
 
 struct AttentionParams;
 
-// What one instruction set offers. Scratch is private to the thread that runs a task.
+// Entry points of one instruction set. Scratch is private to the thread that runs a task.
 struct KernelTable {
   ForwardSizes (*forward_sizes)(const AttentionParams&, const Plan&);
   void (*forward_task)(const AttentionParams&, const Plan&, const Shared&, int64_t, void*);

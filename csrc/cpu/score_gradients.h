@@ -1,14 +1,14 @@
-// The gradients of the scores, of some queries against some rows of the memory:
+// The gradients of the scores of some queries against some rows of the memory:
 //
 //   P = exp(score - logsumexp)      dP = dO . m (+ dW)      dS = P (dP - delta)
 //   delta = sum_s P dP = dO . O + sum_s W dW
 //
-// A query that looks at one position has the weight 1 whatever the score, so dS is 0. The
-// difference above would leave rounding there, which an optimiser like Adam makes as large as any
-// gradient.
+// dO is grad_context, dW is grad_weights. The weight of a query that looks at one position is 1
+// whatever the score, so dS is 0. The difference above would leave a rounding error there, which an
+// optimiser like Adam scales up to the size of any gradient.
 //
-// The weights P are computed again from the scores and the log-sum-exp, except when the forward
-// pass was asked for them: then they are at hand.
+// The weights P are recomputed from the scores and the log-sum-exp, unless the forward pass was
+// asked for them: then they are read.
 #pragma once
 
 #include "operands.h"
@@ -35,8 +35,8 @@ struct ScoreGradients {
     alone = c.take<uint8_t>(p.T);
   }
 
-  // Whether somebody wants a gradient that comes through the scores. That of the memory alone, in
-  // concat, does not: it needs the weights.
+  // Whether a gradient is wanted that needs dS. For concat the gradient of the memory alone does
+  // not: it needs the weights.
   bool through_scores() const {
     return p.grad_query || p.grad_memory_proj || p.grad_v || p.grad_centers ||
            (p.score == Score::dot && p.grad_memory);
@@ -58,19 +58,19 @@ struct ScoreGradients {
     }
   }
 
-  // `scores` become P, and `grads`, which are dP, the gradients of the scores, if anybody wants
-  // those; `kept` are the weights after dropout.
+  // `scores` become P; `grads`, which are dP, become dS if that is needed; `kept` becomes the
+  // weights after dropout.
   void score_gradients(int64_t b, int64_t t0, int64_t rows, const Picked& picked,
-                       const uint8_t* marks, A* moment = nullptr) const {
-    if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, marks, scores, ld);
+                       const uint8_t* spoiled, A* moment = nullptr) const {
+    if (!weights_at_hand()) finish_scores(p, b, t0, rows, picked, spoiled, scores, ld);
     for (int64_t i = 0; i < rows; ++i) {
-      A *weight = scores + i * ld, *keep = kept + i * ld, *g = grads + i * ld;
-      weigh(b, t0 + i, picked, weight, keep);
+      A *weight = scores + i * ld, *kept_row = kept + i * ld, *g = grads + i * ld;
+      weigh(b, t0 + i, picked, weight, kept_row);
       if (through_scores()) differentiate(b, t0 + i, picked, weight, g, moment);
-      if (!marks) continue;
-      // A query that a spoiled row has made NaN must still give nothing to rows it does not see.
+      if (!spoiled) continue;
+      // A query that a spoiled row made NaN must contribute nothing to rows that it does not see.
       for (int64_t j = 0; j < picked.count; ++j)
-        if (!allowed(p, b, t0 + i, picked[j])) keep[j] = g[j] = A(0);
+        if (!allowed(p, b, t0 + i, picked[j])) kept_row[j] = g[j] = A(0);
     }
   }
 
@@ -80,17 +80,17 @@ struct ScoreGradients {
       const A* row = static_cast<const A*>(p.raw_grad_scores) + (b * p.T + t0 + i) * p.S;
       A* g = grads + i * ld;
       for (int64_t j = 0; j < picked.count; ++j)
-        g[j] = mask_varies(p) && !allowed(p, b, t0 + i, picked[j]) ? A(0) : row[picked[j]];
+        g[j] = mask_per_query(p) && !allowed(p, b, t0 + i, picked[j]) ? A(0) : row[picked[j]];
       for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);
     }
   }
 
-  // Not where they were rounded to a shorter type: dS would carry that error.
+  // Not if they were rounded to a 16-bit type: dS would have that error.
   bool weights_at_hand() const { return __is_same(X, A) && p.weights && !p.centers; }
 
  private:
-  // Scores of a query become P; `keep` is that after the window's factor and dropout.
-  void weigh(int64_t b, int64_t t, const Picked& picked, A* weight, A* keep) const {
+  // The scores of a query become P; `kept_row` becomes P after the window's factor and dropout.
+  void weigh(int64_t b, int64_t t, const Picked& picked, A* weight, A* kept_row) const {
     const int64_t width = round_up(picked.count, kLanes<A>);
     if (weights_at_hand())
       take_weights(b, t, picked, weight, width);
@@ -100,12 +100,12 @@ struct ScoreGradients {
     if (p.centers) {
       bell_factors(p, b * p.T + t, picked, bell);
       for (int64_t j = 0; j < width; j += kLanes<A>)
-        store(keep + j, load(weight + j) * load(bell + j));
+        store(kept_row + j, load(weight + j) * load(bell + j));
     } else if (p.keep) {
-      memcpy(keep, weight, size_t(width) * sizeof(A));
+      memcpy(kept_row, weight, size_t(width) * sizeof(A));
     }
     if (p.keep)
-      for (int64_t j = 0; j < picked.count; ++j) keep[j] *= keep_factor(b, t, picked[j]);
+      for (int64_t j = 0; j < picked.count; ++j) kept_row[j] *= keep_factor(b, t, picked[j]);
   }
 
   // dP of a query becomes dS.
@@ -116,15 +116,15 @@ struct ScoreGradients {
     if (p.keep)
       for (int64_t j = 0; j < picked.count; ++j) g[j] *= keep_factor(b, t, picked[j]);
     if (p.grad_weights.data) {
-      const X* extra = weight_grads(b, t);
-      for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(extra[picked[j]]);
+      const X* grad_weights = grad_weights_row(b, t);
+      for (int64_t j = 0; j < picked.count; ++j) g[j] += widen(grad_weights[picked[j]]);
     }
     if (p.centers) center_gradient(b * p.T + t, picked, weight, g, moment);
     for (int64_t j = 0; j < width; j += kLanes<A>)
       store(g + j, load(weight + j) * (load(g + j) - delta[t]) * scale);
     for (int64_t j = picked.count; j < width; ++j) g[j] = A(0);  // delta may be NaN
     if (alone[t])
-      for (int64_t j = 0; j < picked.count; ++j) g[j] *= A(0);  // what is NaN stays it
+      for (int64_t j = 0; j < picked.count; ++j) g[j] *= A(0);  // NaN stays NaN
   }
 
   A keep_factor(int64_t b, int64_t t, int64_t s) const {
@@ -142,19 +142,20 @@ struct ScoreGradients {
 
   A weights_delta(int64_t b, int64_t t) const {
     const int64_t row = b * p.T + t;
-    const X *weights = static_cast<const X*>(p.weights) + row * p.S, *grads = weight_grads(b, t);
+    const X *weights = static_cast<const X*>(p.weights) + row * p.S,
+            *grads = grad_weights_row(b, t);
     if (p.mask) return inner_allowed(b, t, weights, grads);
     if (!p.bounds) return inner(weights, grads, length_of(p, b));
     const int64_t first = p.bounds[2 * row], n = p.bounds[2 * row + 1] - first;
     return inner(weights + first, grads + first, n);
   }
 
-  const X* weight_grads(int64_t b, int64_t t) const {
+  const X* grad_weights_row(int64_t b, int64_t t) const {
     return static_cast<const X*>(p.grad_weights.data) + b * p.grad_weights.batch_stride +
            t * p.grad_weights.row_stride;
   }
 
-  // The gradient of a weight that does not count may be anything, and 0 times it too.
+  // Where a weight does not count, its gradient may be any number, and 0 times it NaN.
   A inner_allowed(int64_t b, int64_t t, const X* weights, const X* grads) const {
     const int64_t* bounds = p.bounds ? p.bounds + 2 * (b * p.T + t) : nullptr;
     const int64_t begin = bounds ? bounds[0] : 0, end = bounds ? bounds[1] : length_of(p, b);
@@ -174,7 +175,8 @@ struct ScoreGradients {
     return sum;
   }
 
-  // With a factor g after the softmax, dP = g dW, and the center gets sum W dW (s - center) rate^2.
+  // With a Gaussian g after the softmax, dP = g dW; the gradient of the center is
+  // sum W dW (s - center) rate^2.
   void center_gradient(int64_t row, const Picked& picked, const A* weight, A* g, A* moment) const {
     const A center = static_cast<const A*>(p.centers)[row];
     A sum = 0;

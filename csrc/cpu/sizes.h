@@ -1,4 +1,4 @@
-// Every padded width, and the size and stride of everything that one place writes and another
+// Every padded width, and the sizes and strides of everything that one function writes and another
 // reads. They are computed here and nowhere else: the driver allocates by them, tasks write by
 // them, and merges read by them.
 #pragma once
@@ -8,31 +8,32 @@
 namespace fused_attn {
 namespace {
 
-constexpr int64_t kFewRows = 8;  // queries up to which a row of memory is read as one stream
-
 // Whether bfloat16 is multiplied in pairs (pairs.h).
 template <class X>
 FA_INLINE bool multiplies_pairs(const AttentionParams& p) {
-  return kHasPairs && __is_same(X, BFloat16) && p.score == Score::dot && p.T > kFewRows &&
-         !mask_varies(p) && !p.bounds;
+  return kHasPairs && __is_same(X, BFloat16) && p.score == Score::dot && p.T > kFewQueries &&
+         !mask_per_query(p) && !p.bounds;
 }
 
 // Elements of a row in scratch, rounded up so that the inner loops have no tails.
 struct Widths {
   int64_t memory, score;
-  bool pairs;
+  bool pairs = false;  // bfloat16 is multiplied in pairs
 };
 
 template <class X>
 FA_INLINE Widths vector_widths(const AttentionParams& p) {
   constexpr int64_t lanes = kLanes<Arithmetic<X>>;
-  return {round_up(p.E, lanes), round_up(p.K, lanes), false};
+  return {round_up(p.E, lanes), round_up(p.K, lanes)};
 }
 
 template <class X>
 FA_INLINE Widths forward_widths(const AttentionParams& p) {
-  if (!multiplies_pairs<X>(p)) return vector_widths<X>(p);
-  return {round_up(p.E, kPairWidth), round_up(p.K, kPairWidth), true};
+  Widths widths = vector_widths<X>(p);
+  if (!multiplies_pairs<X>(p)) return widths;
+  widths = {round_up(p.E, kPairWidth), round_up(p.K, kPairWidth)};
+  widths.pairs = true;
+  return widths;
 }
 
 // The backward multiplies in pairs only rows that need no padding for it.
@@ -54,8 +55,8 @@ FA_INLINE A* piece(void* base, int64_t index, int64_t bytes) {
   return reinterpret_cast<A*>(static_cast<char*>(base) + index * bytes);
 }
 
-// What a forward task leaves when the source is split: the context of its queries, undivided, and
-// each query's maximum and sum.
+// What a forward task leaves when the source is split: the context of its queries, not divided by
+// the sum, and running_max and running_sum of each query.
 template <class X>
 struct Partial {
   using A = Arithmetic<X>;
@@ -68,15 +69,17 @@ struct Partial {
   A* context(const Shared& shared, int64_t task) const {
     return piece<A>(shared.partial, task, bytes());
   }
-  A* row_max(const Shared& shared, int64_t task) const {
+  A* running_max(const Shared& shared, int64_t task) const {
     return context(shared, task) + t_block * width;
   }
-  A* row_sum(const Shared& shared, int64_t task) const { return row_max(shared, task) + t_block; }
+  A* running_sum(const Shared& shared, int64_t task) const {
+    return running_max(shared, task) + t_block;
+  }
 };
 
 // What a backward task leaves: the gradients of all queries, by rows (T, width) for the dot score
-// and blocked (width / lanes, T, lanes) for concat, and those of v and of the centers. Where one
-// task has all of a sum, and nothing is padded or rounded, it sums where the result belongs.
+// and blocked (width / lanes, T, lanes) for concat, and those of v and of the centers. A task that
+// has all of a sum, without padding or rounding, sums directly in the result.
 template <class X>
 struct Sums {
   using A = Arithmetic<X>;

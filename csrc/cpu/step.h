@@ -1,10 +1,10 @@
-// One query: a decoding step, or one of local attention. With nothing to reuse a row for, the pass
-// is bound by reading memory, so the weighted sum must not hold up the reading: while a group of
-// rows is read for its scores, the same loop adds the group before it (for the dot score still in
-// the first-level cache) to the context. Two loops in turn would leave memory idle during the
-// second. Rows are read one after the other, because the hardware prefetches one long stream better
-// than several that end with every row; and groups are small, so that old and fresh rows do not
-// evict one another.
+// One query: a decoding step, or one of local attention. A row is used once, so the pass is bound
+// by reading memory, and the weighted sum must not delay the reading: while a group of rows is read
+// for its scores, the same loop adds the group before it (for the dot score still in the
+// first-level cache) to the context. Two loops in turn would leave memory idle during the second.
+// Rows are read one after the other, because the hardware prefetches one long stream better than
+// several that end with every row; and groups are small, so that old and new rows do not evict one
+// another.
 #pragma once
 
 #include "operands.h"
@@ -12,12 +12,12 @@
 namespace fused_attn {
 namespace {
 
-// Rows in a group: as many as keep old and fresh ones of usual width well within that cache.
+// Rows in a group: old and new ones of usual width must stay well within that cache.
 template <class X>
 constexpr int kGroup = sizeof(X) == 2 ? 4 : 2;
 
-// Two vectors of columns, in the order that costs least: for bfloat16 the even elements and the odd
-// ones, which a shift and a mask widen where they lie. Query and context keep that order too.
+// Two vectors of columns, in the cheapest order: for bfloat16 the even elements and the odd ones,
+// which a shift and a mask widen in place. Query and context have the same order.
 template <class X>
 FA_INLINE void load_pair(const X* p, Vec<Arithmetic<X>>& a, Vec<Arithmetic<X>>& b) {
   if constexpr (__is_same(X, BFloat16)) {
@@ -25,8 +25,8 @@ FA_INLINE void load_pair(const X* p, Vec<Arithmetic<X>>& a, Vec<Arithmetic<X>>& 
     a = (Vec<float>)(raw << 16);
     b = (Vec<float>)(raw & 0xffff0000u);
   } else {
-    a = load_wide(p);
-    b = load_wide(p + kLanes<Arithmetic<X>>);
+    a = load_widened(p);
+    b = load_widened(p + kLanes<Arithmetic<X>>);
   }
 }
 
@@ -45,18 +45,21 @@ FA_INLINE void restore_order(A* x, int64_t width) {
     }
 }
 
-// The group before the fresh one, on its way into the context: a pair of columns at a time.
+// Whether the loop that scores a row also adds the group before it to the context.
+constexpr bool kAddBehind = true, kScoreOnly = false;
+
+// The group before the new one, which is added to the context a pair of vectors at a time.
 template <class X>
 struct Behind {
   using A = Arithmetic<X>;
   static constexpr int64_t kColumns = 2 * kLanes<A>;
   const X* rows = nullptr;  // null: there is none yet
   int64_t stride;
-  A rescale;  // of what is in the context already
+  A rescale;  // of the context so far
   A weights[kGroup<X>];
   A* context;
 
-  // Columns d and on, of N rows. A group that is cut short comes row by row.
+  // Adds a pair of vectors, from column d on, of N rows. A short group is added row by row.
   template <int N = kGroup<X>>
   FA_INLINE_METHOD void add(int64_t d, int64_t first = 0) const {
     const A factor = first == 0 ? rescale : A(1);
@@ -98,7 +101,7 @@ struct DotStep {
         from += 2 * L;
       }
     }
-    if (d < width) {  // a pair that is left over
+    if (d < width) {  // the last pair
       Vec<A> x, y;
       load_pair(row + d, x, y);
       acc[0] += x * load(query + d);
@@ -110,8 +113,8 @@ struct DotStep {
   }
 };
 
-// Prepared memory, whose factors have the type P. The factors' range is seen while they are read;
-// a row that leaves the quad's range is scored again as the chunks are.
+// Prepared memory with factors of the type P. The range of the factors is determined while they are
+// read; a row outside the quad's range is scored again, as chunks are.
 template <class X, class P>
 struct ConcatStep {
   using A = Arithmetic<X>;
@@ -133,7 +136,7 @@ struct ConcatStep {
       const A *q = query.data + d, *c = query.weighted + d;
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        const Vec<A> w = load_wide(row + d + u * L);
+        const Vec<A> w = load_widened(row + d + u * L);
         watch.see(w);
         x[u] = load(q + u * L) + w;
       }
@@ -154,7 +157,7 @@ struct ConcatStep {
 
   __attribute__((noinline)) A again(int64_t s) const {
     Extent<A> extent;
-    const Picked one{nullptr, s, 1, true};
+    const Picked one{nullptr, s, 1};
     Factors<A> q = query, m = operands.chunk_factors(p, b, one, extent);
     const Range range = range_of(query_extent, extent, operands.v_largest);
     if (range == Range::exact) {
@@ -162,8 +165,8 @@ struct ConcatStep {
       m = operands.exact_chunk(p, b, one, nullptr);
     }
     A result;
-    concat_scores_in<false>(range, q, 1, m, 1, operands.v, operands.padded, operands.v_sum, &result,
-                            1);
+    concat_scores_in<kByRows>(range, q, 1, m, 1, operands.v, operands.padded, operands.v_sum,
+                              &result, 1);
     return result;
   }
 };
@@ -172,30 +175,31 @@ struct ConcatStep {
 template <class X>
 struct StepSoftmax {
   using A = Arithmetic<X>;
-  A max = -kInfinity<A>, sum = A(0);
+  A running_max = -kInfinity<A>, running_sum = A(0);
 
-  // Scores become weights; returns what the context so far has to be multiplied with.
+  // Turns scores into weights; returns the factor by which the context so far must be multiplied.
   A add(A* scores, int64_t n) {
-    A top = max;
-    for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
-    const A base = top == -kInfinity<A> ? A(0) : top;
+    A new_max = running_max;
+    for (int64_t i = 0; i < n; ++i) new_max = scores[i] > new_max ? scores[i] : new_max;
+    const A base = new_max == -kInfinity<A> ? A(0) : new_max;
     A lanes[16];  // the weights and the rescale factor in as few vector exponentials as possible
     for (A& lane : lanes) lane = -kInfinity<A>;
     for (int64_t i = 0; i < n; ++i) lanes[i] = scores[i] - base;
-    lanes[kGroup<X>] = max - base;
+    lanes[kGroup<X>] = running_max - base;
     for (int64_t i = 0; i <= kGroup<X>; i += kLanes<A>)
       store(lanes + i, exponential(load(lanes + i)));
-    sum *= lanes[kGroup<X>];
+    running_sum *= lanes[kGroup<X>];
     for (int64_t i = 0; i < n; ++i) {
       scores[i] = lanes[i];
-      sum += lanes[i];
+      running_sum += lanes[i];
     }
-    max = top;
+    running_max = new_max;
     return lanes[kGroup<X>];
   }
 };
 
-// Rows [begin, stop) of batch b for its query t, all of which count. The context is left undivided.
+// Rows [begin, stop) of batch row b, all of which count, for query t. The context is not divided by
+// the sum.
 template <class X, class Step>
 FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_t t, int64_t begin,
                                      int64_t stop, const Step& step, Arithmetic<X>* context,
@@ -217,15 +221,15 @@ FA_INLINE StepSoftmax<X> attend_step(const AttentionParams& p, int64_t b, int64_
     for (int64_t i = 0; i < n; ++i) {
       const int64_t pairs = p.E / kColumns;
       const int64_t from = i * pairs / n * kColumns, to = (i + 1) * pairs / n * kColumns;
-      scores[i] = behind.rows ? step.template score<true>(s + i, behind, from, to)
-                              : step.template score<false>(s + i, behind, 0, 0);
+      scores[i] = behind.rows ? step.template score<kAddBehind>(s + i, behind, from, to)
+                              : step.template score<kScoreOnly>(s + i, behind, 0, 0);
     }
     if (kept)
       for (int64_t i = 0; i < n; ++i) kept[pair + s + i] = scores[i];
     behind.rescale = softmax.add(scores, n);
     if (p.centers) {
       A bells[16];
-      bell_factors(p, b * p.T + t, {nullptr, s, n, true}, bells);
+      bell_factors(p, b * p.T + t, {nullptr, s, n}, bells);
       for (int64_t i = 0; i < n; ++i) scores[i] *= bells[i];
     }
     for (int64_t i = 0; i < n; ++i)

@@ -1,4 +1,4 @@
-// The two matrix products of attention, as register tiles over rows that need no packing.
+// The two matrix products of attention, in register tiles over rows that need no packing.
 //
 //   rows_dot_rows     out[i][j] = sum_d a[i][d] b[j][d]        scores, dP: both operands by rows
 //   add_scaled_rows   c[i][:] (+)= sum_j p[i][j] x[j][:]       context, dMemory, dQuery
@@ -28,16 +28,19 @@ constexpr int kDotRows = 2;
 template <class A>
 constexpr int kLine = 64 / int(sizeof(A));  // elements in a line of the cache
 
-template <bool B>
-struct Flag {
-  static constexpr bool value = B;
+// Whether the rows of the next tile are prefetched while this one is computed: rows that are read
+// for the first time come from memory, and a tile's streams are too short for the hardware to see.
+enum class Prefetch { none, next_tile };
+template <Prefetch P>
+struct PrefetchTag {
+  static constexpr Prefetch value = P;
 };
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
-// What the dot product of two rows of Z is made of; pairs.h has it for bfloat16.
+// One step of the dot product of two rows of Z; pairs.h specialises it for bfloat16.
 template <class Z>
 struct Operand {
   static constexpr int kStep = kLanes<Z>;
@@ -46,9 +49,7 @@ struct Operand {
   FA_INLINE_METHOD static Vec<Z> add_product(Vec<Z> sum, type x, type y) { return sum + x * y; }
 };
 
-// With Ahead, the rows of the next tile are asked for while this one is computed: rows that are met
-// for the first time come from memory, and a tile's streams are too short for the hardware to see.
-template <class Z, int M, int N, bool Ahead>
+template <class Z, int M, int N, Prefetch P>
 FA_INLINE void dot_tile(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_t width,
                         Arithmetic<Z>* out, int64_t ldo) {
   using A = Arithmetic<Z>;
@@ -59,7 +60,7 @@ FA_INLINE void dot_tile(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       y[j] = Op::load(b + j * ldb + d);
-      if (Ahead) __builtin_prefetch(b + (N + j) * ldb + d);
+      if (P == Prefetch::next_tile) __builtin_prefetch(b + (N + j) * ldb + d);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
@@ -78,24 +79,26 @@ FA_INLINE void dot_tile(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_
   }
 }
 
-template <class Z, int M, bool Ahead>
+template <class Z, int M, Prefetch P>
 FA_INLINE void dot_rows(const Z* a, int64_t lda, const Z* b, int64_t ldb, int64_t n, int64_t width,
                         Arithmetic<Z>* out, int64_t ldo) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
     for (int64_t d = j * width / n; d < (j + 4) * width / n; d += kLine<Z>)
       for (int i = 0; i < M; ++i) __builtin_prefetch(a + (M + i) * lda + d);  // of the next block
-    dot_tile<Z, M, 4, Ahead>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+    dot_tile<Z, M, 4, P>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
   }
-  if (j < n &&
-      n >= 4)  // the last tile overlaps the one before: a full one costs less than small ones
-    return dot_tile<Z, M, 4, false>(a, lda, b + (n - 4) * ldb, ldb, width, out + n - 4, ldo);
-  for (; j < n; ++j) dot_tile<Z, M, 1, false>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
+  // The last tile overlaps the one before: a full tile costs less than small ones.
+  if (j < n && n >= 4)
+    return dot_tile<Z, M, 4, Prefetch::none>(a, lda, b + (n - 4) * ldb, ldb, width, out + n - 4,
+                                             ldo);
+  for (; j < n; ++j)
+    dot_tile<Z, M, 1, Prefetch::none>(a, lda, b + j * ldb, ldb, width, out + j, ldo);
 }
 
 // The same for few queries: row after row, so that memory is read as one stream, which the
 // hardware prefetches at full bandwidth. (Four rows at a time are four streams that end every row:
-// half the bandwidth.) The chains of additions that a tile has over its rows lie along the width.
+// half the bandwidth.) A tile has independent sums for its rows, this loop for parts of the width.
 template <class A, int M>
 FA_INLINE void stream_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n,
                            int64_t width, A* out, int64_t ldo) {
@@ -138,20 +141,20 @@ template <class Z>
 static void rows_dot_rows(const Z* a, int64_t lda, int64_t m, const Z* b, int64_t ldb, int64_t n,
                           int64_t width, Arithmetic<Z>* out, int64_t ldo) {
   if constexpr (__is_same(Z, Arithmetic<Z>))
-    if (m <= kFewRows) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
+    if (m <= kFewQueries) return rows_dot_stream(a, lda, m, b, ldb, n, width, out, ldo);
   if (m < kDotRows) {  // of a type that rows_dot_stream does not take
     for (int64_t i = 0; i < m; ++i)
-      dot_rows<Z, 1, false>(a + i * lda, lda, b, ldb, n, width, out + i * ldo, ldo);
+      dot_rows<Z, 1, Prefetch::none>(a + i * lda, lda, b, ldb, n, width, out + i * ldo, ldo);
     return;
   }
-  const auto block = [&](int64_t i, auto ahead) {
-    dot_rows<Z, kDotRows, decltype(ahead)::value>(a + i * lda, lda, b, ldb, n, width, out + i * ldo,
-                                                  ldo);
+  const auto block = [&](int64_t i, auto prefetch) {
+    dot_rows<Z, kDotRows, decltype(prefetch)::value>(a + i * lda, lda, b, ldb, n, width,
+                                                     out + i * ldo, ldo);
   };
-  block(0, Flag<true>{});
+  block(0, PrefetchTag<Prefetch::next_tile>{});
   int64_t i = kDotRows;
-  for (; i + kDotRows <= m; i += kDotRows) block(i, Flag<false>{});
-  if (i < m) block(m - kDotRows, Flag<false>{});  // overlaps the block before
+  for (; i + kDotRows <= m; i += kDotRows) block(i, PrefetchTag<Prefetch::none>{});
+  if (i < m) block(m - kDotRows, PrefetchTag<Prefetch::none>{});  // overlaps the block before
 }
 
 // Coefficients p[i][j] at p + i * p_row + j * p_col, so that a transpose costs nothing.
@@ -161,11 +164,13 @@ struct Coefficients {
   int64_t row, col;
 };
 
-// What becomes of the old c: dropped, kept, or multiplied row by row (an online softmax's rescale).
+// What happens to the old c: overwritten, kept, or multiplied row by row (the rescaling of an
+// online softmax).
 template <class A>
 struct Previous {
-  bool keep;
-  const A* factor;  // (m), or null for 1
+  bool keep = true;
+  const A* factor = nullptr;  // (m), or null for 1
+  FA_INLINE_METHOD static Previous kept() { return {}; }
 };
 
 template <class A, int M, int N>

@@ -1,6 +1,7 @@
-// One vector register of the instruction set that this object is compiled for. GCC and Clang
-// vector extensions do the arithmetic; intrinsics only where they have no word for it. Everything
-// has internal linkage: a symbol shared between objects would let the linker mix instruction sets.
+// One vector register of the instruction set that this object is compiled for. The arithmetic uses
+// the vector extensions of GCC and Clang, and intrinsics only for what they cannot express.
+// Everything has internal linkage: a symbol shared between objects would let the linker mix
+// instruction sets.
 #pragma once
 
 #include <cmath>
@@ -110,7 +111,7 @@ FA_INLINE void sum_lanes_of_four(const Vec<A> (&x)[4], A* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum_lanes<A>(x[i]);
 }
 #if defined(__AVX2__)
-// Interleaving folds four registers at once: less than four instructions a sum instead of ten.
+// Interleaving adds four registers at once: fewer than four instructions for a sum instead of ten.
 template <>
 inline __attribute__((always_inline)) void sum_lanes_of_four<float>(const Vec<float> (&x)[4],
                                                                     float* out) {

@@ -1,5 +1,5 @@
-# Adds the CUDA kernels to _C. A machine without nvcc, or with one that does not work, builds without
-# them: most users have no GPU, and what they came for must not fail because of it.
+# Adds the CUDA kernels to _C. Without nvcc, or if it does not work, the module is built without
+# them: most users have no GPU, and their installation must not fail because of it.
 
 set(CUDA_MISSING "")
 set(CUDA_ARCHITECTURES_BUILT "")
@@ -11,7 +11,7 @@ elseif(NOT FUSED_ATTN_CUDA)
     set(CUDA_MISSING "${FUSED_ATTN_CUDA_WHY}")
   endif()
 else()
-  # Compiles a program in a project of its own, so that a compiler which fails there fails nothing.
+  # Compiles a test program in a separate project, so that a broken compiler fails nothing else.
   set(ASKED_FOR "${CMAKE_CUDA_ARCHITECTURES}")
   if(NOT CMAKE_CUDA_COMPILER)
     unset(CMAKE_CUDA_COMPILER CACHE)  # look again: it may have been installed since

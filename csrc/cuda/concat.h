@@ -3,13 +3,13 @@
 //   v . tanh(q + m) = sum v - 2 sum v / (1 + E),
 //
 // and the exponentials of the memory are prepared. Two terms share one reciprocal, of which a
-// multiprocessor makes 16 in a clock and multiplications 128:
+// multiprocessor computes 16 in a clock, against 128 multiplications:
 //
 //   v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1).
 //
-// An x beyond 2^40 is cut off there: the product of two stays finite, and a term changes by less
-// than 2e-12 of its v. The factors themselves exist for |q|, |m| <= 43; a row or a query that has
-// larger ones (the row is marked by -1) is scored with tanh.
+// An x beyond 2^40 is replaced by 2^40: the product of two stays finite, and a term changes by less
+// than 2e-12 of its v. The factors themselves exist for |q| and |m| up to kLargestProjection; a
+// query or a row (marked by -1) with a larger one is scored with tanh.
 #pragma once
 
 #include "score.h"
@@ -17,7 +17,6 @@
 namespace fused_attn {
 namespace {
 
-constexpr float kLargestFactor = 43.0f;       // exp(2 * 43) < 3.4e38; attention.py marks beyond it
 constexpr float kLargestTerm = 1.099512e12f;  // 2^40
 
 template <class C>
@@ -26,10 +25,12 @@ __device__ __forceinline__ int operand_width(const AttentionParams& p) {
   return int((p.K + kStep - 1) / kStep * kStep);
 }
 
-// Copies the operands of a concat score: v, then exp(2q) of each query. Returns, in every thread,
-// a bit for each query that has no such factors. To be called by all threads of a block.
+// Copies the operands of a concat score to shared memory: v, then exp(2q) of each query. Returns,
+// in every thread, a bit for each query that has no such factors. All threads of a block must call
+// it.
 template <class C>
-__device__ unsigned fill_concat(const AttentionParams& p, const Queries& queries, float* operands) {
+__device__ unsigned fill_concat(const AttentionParams& p, const QueryTile& queries,
+                                float* operands) {
   using X = typename C::Memory;
   constexpr int kVectorExp = kVector<typename C::Exp>;
   const int width = operand_width<C>(p);
@@ -44,7 +45,7 @@ __device__ unsigned fill_concat(const AttentionParams& p, const Queries& queries
       if (t < queries.count && d < p.K) {
         const float q = load_one<X>(p.query.data, queries.b * p.query.batch_stride +
                                                       (queries.first + t) * p.query.row_stride + d);
-        inside = inside && fabsf(q) <= kLargestFactor;
+        inside = inside && fabsf(q) <= kLargestProjection;
         factor = expf(2.0f * q);
       }
       operands[(t + 1) * width + operand_at<kVectorExp>(d)] = factor;
@@ -54,7 +55,7 @@ __device__ unsigned fill_concat(const AttentionParams& p, const Queries& queries
   return without;
 }
 
-// The sum of v, by every warp for itself and in the same order.
+// The sum of v, computed by every warp in the same order.
 template <class C>
 __device__ float sum_of_v(const AttentionParams& p, const float* operands) {
   float sum = 0.0f;
@@ -70,9 +71,9 @@ __device__ __forceinline__ float add_pair(float sum, float e0, float w0, float v
   return sum + __fdividef(fmaf(v1, x0, v0 * x1), x0 * x1);
 }
 
-// sums[t * rows + r] = this lane's part of sum v / (1 + E) for query t and row r of those at
-// `rows_exp`, and in `marks` bit r for a row in which it saw the mark. Rows whose bit of `needed`
-// is not set are not read.
+// sums[t * rows + r] = this lane's part of sum v / (1 + E) for query t and row r of `rows_exp`. Bit
+// r of `marks` is set if this lane saw the mark in row r. Rows whose bit in `needed` is not set are
+// not read.
 template <class C>
 __device__ __forceinline__ void concat_parts(const Decode& d,
                                              const typename C::Exp::Storage* rows_exp,
@@ -89,16 +90,16 @@ __device__ __forceinline__ void concat_parts(const Decode& d,
   for (int piece = 0; piece * kLanes * kVector<P> < K; ++piece) {
     const int at = (piece * kLanes + lane) * kVector<P>;
     uint4 raw[C::rows];
-    if (d.wide_exp) {
+    if (d.aligned_exp) {
 #pragma unroll
       for (int r = 0; r < C::rows; ++r)
         raw[r] =
-            load_wide<P>(rows_exp + r * d.p.memory_exp.row_stride, at, needed >> r & 1 ? K : 0);
+            load_aligned<P>(rows_exp + r * d.p.memory_exp.row_stride, at, needed >> r & 1 ? K : 0);
     } else {
 #pragma unroll
       for (int r = 0; r < C::rows; ++r)
-        raw[r] =
-            load_narrow<P>(rows_exp + r * d.p.memory_exp.row_stride, at, needed >> r & 1 ? K : 0);
+        raw[r] = load_unaligned<P>(rows_exp + r * d.p.memory_exp.row_stride, at,
+                                   needed >> r & 1 ? K : 0);
     }
 #pragma unroll
     for (int r = 0; r < C::rows; ++r) seen[r] |= raw[r].x | raw[r].y | raw[r].z | raw[r].w;
@@ -124,11 +125,11 @@ __device__ __forceinline__ void concat_parts(const Decode& d,
   for (int r = 0; r < C::rows; ++r) marks |= (seen[r] & kSigns ? 1u : 0u) << r;
 }
 
-// Scores with tanh, of what has no factors: rows in `marks`, queries in `without`. Every lane
-// brings the score it owns and gets back that or the new one. With a mask of each query's own a
-// projection that is not finite makes the score NaN, as in reference.readable.
+// Scores with tanh for what has no factors: rows in `marks`, queries in `without`. Every lane
+// passes the score it owns and gets back that or the new one. With a per-query mask a projection
+// that is not finite makes the score NaN, as in reference.readable.
 template <class C>
-__device__ __forceinline__ float score_with_tanh(const Decode& d, const Queries& queries, int s,
+__device__ __forceinline__ float score_with_tanh(const Decode& d, const QueryTile& queries, int s,
                                                  unsigned needed, unsigned marks, unsigned without,
                                                  float score) {
   using X = typename C::Memory;
@@ -146,7 +147,7 @@ __device__ __forceinline__ float score_with_tanh(const Decode& d, const Queries&
     for (int k = threadIdx.x % kLanes; k < p.K; k += kLanes) {
       const float proj = load_one<X>(p.memory_proj.data, m + k);
       sum += load_one<X>(p.v, k) * tanhf(load_one<X>(p.query.data, q + k) + proj);
-      if (p.mask_t != 0) sum += proj - proj;  // 0, or NaN where it is not finite
+      if (mask_per_query(p)) sum += proj - proj;  // 0, or NaN where it is not finite
     }
     sum = sum_of_warp(sum);
     if (own.row == r && own.query == t) score = sum;

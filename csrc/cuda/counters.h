@@ -1,15 +1,15 @@
-// Who uses which of the counters that find the last block of a row.
+// The allocation of the counters that find the last block of a row.
 //
-// A device has one array of them, zero when the module is loaded and zero again after every launch,
-// so that no call has to clear its own. Two launches that may run at once must not share any:
+// A device has one array of counters, zero when the module is loaded and zero again after every
+// launch, so that no call has to clear them. Launches that may run at the same time must not share
+// counters:
 //
-// - Launches on one stream run one after the other: a stream has a range for all its calls.
-// - A call that is captured into a graph runs wherever and whenever the graph is launched: it gets
-// a
-//   range of its own, for good. (One graph's launches run one after the other.)
+// - Launches on one stream run one after the other: a stream has one range for all its calls.
+// - A call captured into a graph runs wherever and whenever the graph is launched: it gets its own
+//   range, which is never freed. (The launches of one graph run one after the other.)
 //
-// Once all are given away, a call clears counters in its workspace, at the price of one more
-// operation on its stream.
+// When no counters are left, a call clears some in its workspace, at the cost of one more operation
+// on its stream.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ class CounterSlots {
     next_captured_ = int64_t(streams) * kCountersPerCall;
   }
 
-  // The first of `count` counters, or -1 where none are left. `stream` is a number that no other
+  // The first of `count` counters, or -1 if none are left. `stream` is a number that no other
   // stream of this process has or ever had.
   int64_t take(uint64_t stream, bool capturing, int64_t count) {
     const std::lock_guard<std::mutex> locked(mutex_);

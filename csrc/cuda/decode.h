@@ -1,9 +1,10 @@
-// A few queries on a memory that is read once: a decoding step.
+// A decoding step: a few queries, and a memory that is read once.
 //
 // A warp keeps a few rows of memory in registers, scores them, and adds them to the context from
 // the same registers; its softmax is online. The warps of a block are merged in shared memory. If
-// the positions of a row are split over blocks, each leaves its sums in the workspace, and the one
-// that arrives last merges them in the order of the splits: the bits do not depend on which.
+// the positions of a row are split over blocks, each block writes its sums to the workspace, and
+// the last one to arrive merges them in the order of the splits: the bits do not depend on which
+// block that is.
 #pragma once
 
 #include "concat.h"
@@ -12,7 +13,7 @@
 namespace fused_attn {
 namespace {
 
-// The length of row b of the batch, within 0..S whatever is stored.
+// The length of batch row b, clamped to 0..S.
 __device__ __forceinline__ int length_of(const AttentionParams& p, int b) {
   if (!p.device_lengths) return int(p.S);
   const int64_t at = b * p.length_stride;
@@ -30,7 +31,7 @@ __device__ __forceinline__ int length_of(const AttentionParams& p, int b) {
   return int(length < 0 ? 0 : length > p.S ? p.S : length);
 }
 
-// Whether query t may look at position s, which lies below the length.
+// Whether query t may look at position s, which is below the length.
 __device__ __forceinline__ bool allows(const AttentionParams& p, int b, int t, int s) {
   return !p.mask || p.mask[b * p.mask_b + t * p.mask_t + s * p.mask_s] != 0;
 }
@@ -39,7 +40,7 @@ __device__ __forceinline__ bool keeps(const AttentionParams& p, int b, int t, in
   return !p.keep || p.keep[(b * p.T + t) * p.S + s] != 0;
 }
 
-// The positions that a block attends to, and how many blocks share the row's.
+// The positions that a block attends to, and the number of blocks that share a batch row.
 struct Span {
   int begin, stop, blocks;
 };
@@ -53,7 +54,7 @@ __device__ __forceinline__ Span span_of(const Decode& d, int b, int split, int s
   return {begin, begin + each < length ? begin + each : length, blocks > 1 ? blocks : 1};
 }
 
-// Rows whose bit of `needed` is not set are not read; they come as zeros.
+// Rows whose bit in `needed` is not set are not read, and become zeros.
 template <class C>
 __device__ __forceinline__ void load_rows(const Decode& d, int b, int s, unsigned needed,
                                           uint4 (&raw)[C::rows][C::pieces]) {
@@ -61,28 +62,28 @@ __device__ __forceinline__ void load_rows(const Decode& d, int b, int s, unsigne
   const auto* rows = static_cast<const typename X::Storage*>(d.p.memory.data) +
                      b * d.p.memory.batch_stride + s * d.p.memory.row_stride;
   const int lane = threadIdx.x % kLanes, E = int(d.p.E);
-  // Two whole loops, so that all loads of one are issued before the first is waited for.
-  if (d.wide_memory) {
+  // Two separate loops, so that all loads of one are issued before the first one is waited for.
+  if (d.aligned_memory) {
 #pragma unroll
     for (int r = 0; r < C::rows; ++r) {
 #pragma unroll
       for (int i = 0; i < C::pieces; ++i)
-        raw[r][i] = load_wide<X>(rows + r * d.p.memory.row_stride, (i * kLanes + lane) * kVector<X>,
-                                 needed >> r & 1 ? E : 0);
+        raw[r][i] = load_aligned<X>(rows + r * d.p.memory.row_stride,
+                                    (i * kLanes + lane) * kVector<X>, needed >> r & 1 ? E : 0);
     }
   } else {
 #pragma unroll
     for (int r = 0; r < C::rows; ++r) {
 #pragma unroll
       for (int i = 0; i < C::pieces; ++i)
-        raw[r][i] = load_narrow<X>(rows + r * d.p.memory.row_stride,
-                                   (i * kLanes + lane) * kVector<X>, needed >> r & 1 ? E : 0);
+        raw[r][i] = load_unaligned<X>(rows + r * d.p.memory.row_stride,
+                                      (i * kLanes + lane) * kVector<X>, needed >> r & 1 ? E : 0);
     }
   }
 }
 
-// With a mask of each query's own, a row that is not finite spoils only those that look at it: it
-// is zeroed in the sums, and its bit in the result makes their score NaN.
+// With a per-query mask, a row that is not finite spoils only the queries that look at it: it is
+// zeroed in the sums, and its bit in the result makes their score NaN.
 template <class C>
 __device__ __forceinline__ unsigned zero_spoiled(uint4 (&raw)[C::rows][C::pieces]) {
   unsigned spoiled = 0;
@@ -99,7 +100,7 @@ __device__ __forceinline__ unsigned zero_spoiled(uint4 (&raw)[C::rows][C::pieces
   return spoiled;
 }
 
-// context[t] += weight of (t, r) x row r. `weight` is that of the score which the lane owns.
+// context[t] += weight of (t, r) x row r. `weight` belongs to the score that the lane owns.
 template <class C>
 __device__ __forceinline__ void add_rows(const uint4 (&raw)[C::rows][C::pieces], float weight,
                                          Sums<C>& sums) {
@@ -121,9 +122,9 @@ __device__ __forceinline__ void add_rows(const uint4 (&raw)[C::rows][C::pieces],
   }
 }
 
-// Scores of the rows at s, of which every lane gets the one it owns.
+// Scores of the rows from s on. Every lane gets the one it owns.
 template <class C>
-__device__ __forceinline__ float score_rows(const Decode& d, const Queries& queries, int s,
+__device__ __forceinline__ float score_rows(const Decode& d, const QueryTile& queries, int s,
                                             unsigned needed, const uint4 (&raw)[C::rows][C::pieces],
                                             const float* operands, float sum_v, unsigned without) {
   float parts[C::values];
@@ -142,13 +143,13 @@ __device__ __forceinline__ float score_rows(const Decode& d, const Queries& quer
   }
 }
 
-// The positions begin + rows * warp and so on, of every warp of the block.
+// Attends to all positions of the span, which the warps of the block share out row by row.
 template <class C>
-__device__ __forceinline__ void attend(const Decode& d, const Queries& queries, const Span& span,
+__device__ __forceinline__ void attend(const Decode& d, const QueryTile& queries, const Span& span,
                                        const float* operands, unsigned without, Sums<C>& sums) {
   const AttentionParams& p = d.p;
   const Owned<C> own;
-  // A place for a query that is not there follows the mask of the last one that is.
+  // The place of a query beyond T uses the mask of the last query.
   const bool is_there = own.query < queries.count;
   const int t = queries.first + (is_there ? own.query : queries.count - 1);
   const int warp = threadIdx.x / kLanes, step = int(blockDim.x) / kLanes * C::rows;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void attend(const Decode& d, const Queries& queries, 
   for (; s < span.stop; s += step) {
     const unsigned all = __ballot_sync(kAllLanes, counts);
     const bool mine = counts;
-    // The mask is read a step ahead: rows that do not count are not.
+    // The mask is read a step ahead; rows that do not count are never read.
     const int next = s + step + own.row;
     counts = next < span.stop && allows(p, queries.b, t, next);
     if (all == 0) continue;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void attend(const Decode& d, const Queries& queries, 
     uint4 raw[C::rows][C::pieces];
     load_rows<C>(d, queries.b, s, needed, raw);
     const float kept = mine && keeps(p, queries.b, t, s + own.row) ? float(p.keep_scale) : 0.0f;
-    const unsigned spoiled = p.mask_t != 0 ? zero_spoiled<C>(raw) : 0;
+    const unsigned spoiled = mask_per_query(p) ? zero_spoiled<C>(raw) : 0;
     float score = score_rows<C>(d, queries, s, needed, raw, operands, sum_v, without);
     if (spoiled >> own.row & 1) score = NAN;
     if (!mine) score = -INFINITY;
@@ -181,29 +182,30 @@ __device__ __forceinline__ void attend(const Decode& d, const Queries& queries, 
   }
 }
 
-// context, logsumexp and weights of a block's queries, from sums that the first warp holds.
+// Writes context, logsumexp and weights of a block's queries from the sums of the first warp.
 template <class C>
-__device__ void write_results(const Decode& d, const Queries& queries, const Sums<C>& sums,
+__device__ void write_results(const Decode& d, const QueryTile& queries, const Sums<C>& sums,
                               float* shared) {
   using X = typename C::Memory;
   const AttentionParams& p = d.p;
   const Owned<C> own;
   float* finals = shared;  // the largest score of each query, and the inverse of the sum
   if (threadIdx.x < kLanes) {
-    const float inverse = sums.sum == 0.0f ? 0.0f : 1.0f / sums.sum;  // no position counts: zeros
+    const float inverse =
+        sums.running_sum == 0.0f ? 0.0f : 1.0f / sums.running_sum;  // no position counts: zeros
     if (own.row == 0 && own.first && own.query < queries.count) {
-      finals[2 * own.query] = sums.max;
+      finals[2 * own.query] = sums.running_max;
       finals[2 * own.query + 1] = inverse;
       const int64_t at = queries.b * p.T + queries.first + own.query;
       if (p.logsumexp)
         static_cast<float*>(p.logsumexp)[at] =
-            sums.sum == 0.0f ? -INFINITY : sums.max + logf(sums.sum);
+            sums.running_sum == 0.0f ? -INFINITY : sums.running_max + logf(sums.running_sum);
     }
 #pragma unroll
     for (int t = 0; t < C::queries; ++t) {
       const float factor = __shfl_sync(kAllLanes, inverse, Owned<C>::lane_of(0, t));
       if (t < queries.count)
-        sums.write(t, factor, d.wide_context, int(p.E),
+        sums.write(t, factor, d.aligned_context, int(p.E),
                    static_cast<typename X::Storage*>(p.context) +
                        (queries.b * p.T + queries.first + t) * p.E);
     }
@@ -227,14 +229,14 @@ template <class X, int Elements, int AtOnce, Score kScore>
 __global__ void __launch_bounds__(kMostWarps* kLanes, blocks_per_multiprocessor(Elements, AtOnce))
     decode(const __grid_constant__ Decode d) {
   using C = Shape<X, Elements, AtOnce, kScore>;
-  // Groups of queries of the same positions are neighbours: the later ones find the rows in L2.
-  const int group = int(blockIdx.x % d.groups);
-  const int split = int(blockIdx.x / d.groups % d.splits),
-            b = int(blockIdx.x / d.groups / d.splits);
+  // Query tiles with the same positions are neighbours: the later ones find the rows in L2.
+  const int query_tile = int(blockIdx.x % d.query_tiles);
+  const int split = int(blockIdx.x / d.query_tiles % d.splits),
+            b = int(blockIdx.x / d.query_tiles / d.splits);
   const Span span = span_of(d, b, split, int(blockDim.x) / kLanes * C::rows);
   if (split >= span.blocks) return;
-  const int first = group * C::queries, left = int(d.p.T) - first;
-  const Queries queries = {b, first, left < C::queries ? left : C::queries};
+  const int first = query_tile * C::queries, left = int(d.p.T) - first;
+  const QueryTile queries = {b, first, left < C::queries ? left : C::queries};
   float *shared = shared_memory(), *operands = shared + kSharedHeader;
   unsigned without = 0;
   if constexpr (C::kind == Score::dot) {
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, blocks_per_multiprocessor(
   attend<C>(d, queries, span, operands, without, sums);
   merge_warps<C>(sums, shared);
   if (span.blocks > 1) {
-    const int64_t row = int64_t(b) * d.groups + group;
+    const int64_t row = int64_t(b) * d.query_tiles + query_tile;
     float* partials = d.partials + row * d.splits * C::partial;
     if (!merge_blocks<C>(sums, partials, split, span.blocks, d.counters + row, shared)) return;
   }

@@ -1,6 +1,6 @@
-// What the kernels need of a GPU beyond arithmetic: storage types, loads of 16 bytes, and sums over
-// the lanes of a warp. tests/native/cuda_on_host.h stands in for the CUDA compiler where there is
-// no GPU, so that these very kernels run in the tests of a machine without one.
+// What the kernels need from a GPU beyond arithmetic: storage types, loads of 16 bytes, and sums
+// over the lanes of a warp. tests/native/cuda_on_host.h replaces the CUDA compiler on machines
+// without a GPU, so that the tests run these same kernels there.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace fused_attn {
 namespace {
 
-// Through the instruction instead of cuda_fp16.h, which takes a second to compile.
+// By the instruction rather than through cuda_fp16.h, which takes a second to compile.
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -39,7 +39,7 @@ namespace {
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// How a storage type lies in memory, and how two neighbours of it lie in a 32-bit word.
+// Storage types: how an element lies in memory, and its conversions from and to float.
 struct F32 {
   using Storage = uint32_t;
   static constexpr DType kDType = DType::f32;
@@ -77,8 +77,8 @@ __device__ __forceinline__ float load_one(const void* data, int64_t at) {
 template <class X>
 constexpr int kVector = 16 / int(sizeof(typename X::Storage));
 
-// The 32-bit word number `word` of the 16 bytes, by a constant index: a pointer into a register
-// array would move it to memory.
+// 32-bit word number `word` of the 16 bytes, by a constant index: indexing a register array would
+// move it to memory.
 __device__ __forceinline__ uint32_t word_of(const uint4& raw, int word) {
   return word == 0 ? raw.x : word == 1 ? raw.y : word == 2 ? raw.z : raw.w;
 }
@@ -96,15 +96,16 @@ __device__ __forceinline__ float4 widen_four(const uint4& raw, int part) {
   }
 }
 
-// 16 bytes of a row from column d on, 0 beyond its width. `wide`: all rows are aligned to 16 bytes
-// and their width is a multiple of it. Otherwise element by element.
+// 16 bytes of a row from column d on, 0 beyond its width. All rows must be aligned to 16 bytes, and
+// their width must be a multiple of 16 bytes.
 template <class X>
-__device__ __forceinline__ uint4 load_wide(const typename X::Storage* row, int d, int width) {
+__device__ __forceinline__ uint4 load_aligned(const typename X::Storage* row, int d, int width) {
   return d < width ? __ldg(reinterpret_cast<const uint4*>(row + d)) : uint4{0, 0, 0, 0};
 }
 
+// The same for any row, element by element.
 template <class X>
-__device__ __forceinline__ uint4 load_narrow(const typename X::Storage* row, int d, int width) {
+__device__ __forceinline__ uint4 load_unaligned(const typename X::Storage* row, int d, int width) {
   constexpr int kPerWord = 4 / int(sizeof(typename X::Storage));
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -128,10 +129,10 @@ __device__ __forceinline__ bool is_finite(const uint4& raw) {
   return finite;
 }
 
-// Sums N values over lanes whose numbers differ in the lower bits of Mask, 2 Mask - 1. The total of
-// value i comes out in the lanes whose upper bits are i: each step hands half of the values to the
-// other half of the lanes, so that N values take N - 1 + log2(32 / N) exchanges instead of 5 N.
-// Recursive, because a loop that the compiler leaves rolled would put the values into memory.
+// Sums N values over the lanes whose numbers differ in the bits of 2 Mask - 1. The sum of value i
+// ends in the lanes whose upper bits are i: each step passes half of the values to the other half
+// of the lanes, so that N values take N - 1 + log2(32 / N) exchanges instead of 5 N. Recursive,
+// because a loop that the compiler does not unroll would put the values into memory.
 template <int N, int Mask = kLanes / 2, int Size>
 __device__ __forceinline__ float sum_over_lanes(float (&values)[Size]) {
   if constexpr (N > 1) {
@@ -151,7 +152,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&values)[Size]) {
   }
 }
 
-// What sum_over_lanes does with one value, in every lane.
+// The sum of one value over the warp, in every lane.
 __device__ __forceinline__ float sum_of_warp(float value) {
   float one[1] = {value};
   return sum_over_lanes<1>(one);

@@ -12,7 +12,7 @@
 namespace fused_attn {
 namespace {
 
-constexpr int kStreams = 128;               // with counters of their own: torch has 65 in its pools
+constexpr int kStreams = 128;               // with their own counters: torch has 65 in its pools
 constexpr int kCapturedCounters = 1 << 17;  // 512 KiB
 constexpr int64_t kMostPositions = 1 << 30;
 constexpr int64_t kMostRows = INT32_MAX / kMostQueries;  // of the batch: blocks of a launch
@@ -22,12 +22,12 @@ __device__ unsigned all_counters[kStreams * kCountersPerCall + kCapturedCounters
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call that asks would be told of this one's
+  cudaGetLastError();  // clears the error, which a later call would report as its own
   throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }
 
-// Makes a device the current one for a while.
+// Makes a device the current one for the lifetime of the object.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -45,8 +45,8 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// While a stream captures, CUDA forbids what might allocate, such as the first use of a kernel,
-// which loads it. None of it is part of the captured work here.
+// While a stream captures, CUDA forbids calls that may allocate, such as the first use of a kernel,
+// which loads it. Such calls are not part of the captured work here.
 class AnyCallWhileCapturing {
  public:
   AnyCallWhileCapturing() {
@@ -64,7 +64,7 @@ struct Device {
   CounterSlots slots{kStreams, kCapturedCounters};
 };
 
-// What is known of a device; it must be the current one.
+// The cached facts about a device, which must be the current one.
 Device& device_of(int number) {
   static std::mutex mutex;
   static std::map<int, std::unique_ptr<Device>> devices;
@@ -82,15 +82,15 @@ Device& device_of(int number) {
   return *known;
 }
 
-// Counters of the call's own that are 0 when its kernel starts.
+// Counters for this call alone, 0 when its kernel starts.
 unsigned* take_counters(Device& device, const AttentionParams& p, const Plan& plan) {
   const auto stream = static_cast<cudaStream_t>(p.stream);
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  const int64_t count = p.B * plan.groups;
+  const int64_t count = p.B * plan.query_tiles;
   const bool capturing = status != cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
-  // Not of a stream that captures: to be asked for its number ends a capture with an error.
+  // Not on a capturing stream: asking for its number ends the capture with an error.
   if (!capturing) check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const int64_t first = device.slots.take(id, capturing, count);
   if (first >= 0) return device.counters + first;
@@ -139,7 +139,8 @@ void cuda_forward(const AttentionParams& p) {
   unsigned* counters = plan.splits > 1 ? take_counters(device, p, plan) : nullptr;
   Decode decode = prepare_decode(p, plan, counters);
   void* arguments[] = {&decode};
-  const dim3 blocks(unsigned(p.B * plan.groups * plan.splits)), threads(unsigned(plan.warps) * 32);
+  const dim3 blocks(unsigned(p.B * plan.query_tiles * plan.splits)),
+      threads(unsigned(plan.warps) * 32);
   check(cudaLaunchKernel(kernel, blocks, threads, arguments,
                          size_t(plan.shared_floats) * sizeof(float),
                          static_cast<cudaStream_t>(p.stream)),

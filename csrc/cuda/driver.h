@@ -1,4 +1,4 @@
-// The calls into csrc/cuda. Errors of CUDA become std::runtime_error, naming the call that failed.
+// The calls into csrc/cuda. A CUDA error becomes a std::runtime_error that names the failed call.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fused_attn {
 
-int cuda_toolkit();  // that this was compiled with, as CUDART_VERSION has it: 13000 for 13.0
+int cuda_toolkit();  // CUDART_VERSION of the toolkit this was compiled with: 13000 for 13.0
 
 // Floats of workspace that cuda_forward needs for the call.
 int64_t cuda_workspace(const AttentionParams& p);

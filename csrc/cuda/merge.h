@@ -1,4 +1,4 @@
-// The softmax sums of a warp, and how those of several warps and of several blocks become one.
+// The online softmax of a warp, and how the sums of several warps and of several blocks are merged.
 #pragma once
 
 #include "score.h"
@@ -6,18 +6,18 @@
 namespace fused_attn {
 namespace {
 
-// What to multiply sums with whose largest score was `from`, when it becomes `to`.
+// The factor of sums relative to the maximum `from` when the maximum becomes `to`.
 __device__ __forceinline__ float rescale(float from, float to) {
   return expf(from - (to == -INFINITY ? 0.0f : to));
 }
 
-// Running sums of a warp: exp(score - max), and the same times the rows. A lane holds columns of
-// the context of every query, and max and sum of the query whose scores it owns; sum only for the
-// row of its own, until the warps are merged.
+// Running sums of a warp: of exp(score - running_max), and of the same times the rows. A lane holds
+// columns of the context of every query, and running_max and running_sum of the query whose scores
+// it owns; until the warps are merged, running_sum covers the lane's own row only.
 template <class C>
 struct Sums {
   static constexpr int kFours = C::elements / 4;
-  float max = -INFINITY, sum = 0.0f;
+  float running_max = -INFINITY, running_sum = 0.0f;
   float4 context[C::queries][kFours];
 
   __device__ __forceinline__ Sums() { clear(); }
@@ -44,26 +44,27 @@ struct Sums {
     }
   }
 
-  // Multiplies the context of each query with the factor that its lanes hold.
+  // Multiplies the context of each query by the factor that its lanes hold.
   __device__ __forceinline__ void scale_all(float factor) {
 #pragma unroll
     for (int t = 0; t < C::queries; ++t)
       scale(t, __shfl_sync(kAllLanes, factor, Owned<C>::lane_of(0, t)));
   }
 
-  // The weight of the score that this lane owns, relative to the largest so far.
+  // The weight of the score that this lane owns, relative to the maximum so far.
   __device__ __forceinline__ float weigh(float score, bool counts) {
-    const float top = fmaxf(max, Owned<C>::largest(score));
-    const float factor = rescale(max, top), weight = counts ? rescale(score, top) : 0.0f;
-    // A new largest score is rare after the first rows.
+    const float new_max = fmaxf(running_max, Owned<C>::largest(score));
+    const float factor = rescale(running_max, new_max);
+    const float weight = counts ? rescale(score, new_max) : 0.0f;
+    // A new maximum is rare after the first rows.
     if (__any_sync(kAllLanes, factor != 1.0f)) scale_all(factor);
-    sum = sum * factor + weight;
-    max = top;
+    running_sum = running_sum * factor + weight;
+    running_max = new_max;
     return weight;
   }
 
-  // Columns of query t, times a factor, to a row of the result.
-  __device__ __forceinline__ void write(int t, float factor, bool wide, int width,
+  // Writes the columns of query t, times a factor, to a row of the result.
+  __device__ __forceinline__ void write(int t, float factor, bool aligned, int width,
                                         typename C::Memory::Storage* row) const {
     using X = typename C::Memory;
     const int lane = threadIdx.x % kLanes;
@@ -79,7 +80,7 @@ struct Sums {
         out[4 * part + 2] = X::narrow(x.z * factor);
         out[4 * part + 3] = X::narrow(x.w * factor);
       }
-      if (wide) {
+      if (aligned) {
         if (d < width) *reinterpret_cast<uint4*>(row + d) = *reinterpret_cast<const uint4*>(out);
       } else {
 #pragma unroll
@@ -91,29 +92,30 @@ struct Sums {
   }
 };
 
-// Leaves the sums of all warps of a block in its first one, added up in a fixed order. What was in
-// shared memory is lost.
+// Adds the sums of all warps of a block to its first warp, in a fixed order. Overwrites shared
+// memory.
 template <class C>
 __device__ void merge_warps(Sums<C>& sums, float* shared) {
   const Owned<C> own;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int warps = int(blockDim.x) / kLanes;
-  sums.sum = Owned<C>::sum(sums.sum);
-  float* stats = shared;  // largest score and sum, of each warp and query
+  sums.running_sum = Owned<C>::sum(sums.running_sum);
+  float* stats = shared;  // running_max and running_sum of each warp and query
   if (own.row == 0 && own.first) {
-    stats[2 * (warp * C::queries + own.query)] = sums.max;
-    stats[2 * (warp * C::queries + own.query) + 1] = sums.sum;
+    stats[2 * (warp * C::queries + own.query)] = sums.running_max;
+    stats[2 * (warp * C::queries + own.query) + 1] = sums.running_sum;
   }
   __syncthreads();
-  float top = -INFINITY, total = 0.0f;
-  for (int w = 0; w < warps; ++w) top = fmaxf(top, stats[2 * (w * C::queries + own.query)]);
+  float merged_max = -INFINITY, merged_sum = 0.0f;
+  for (int w = 0; w < warps; ++w)
+    merged_max = fmaxf(merged_max, stats[2 * (w * C::queries + own.query)]);
   for (int w = 0; w < warps; ++w) {
     const float* stat = stats + 2 * (w * C::queries + own.query);
-    total += stat[1] * rescale(stat[0], top);
+    merged_sum += stat[1] * rescale(stat[0], merged_max);
   }
-  sums.scale_all(rescale(sums.max, top));
-  sums.max = top;
-  sums.sum = total;
+  sums.scale_all(rescale(sums.running_max, merged_max));
+  sums.running_max = merged_max;
+  sums.running_sum = merged_sum;
   float4* buffers = reinterpret_cast<float4*>(shared + kSharedHeader);
   constexpr int kBuffer = C::queries * Sums<C>::kFours * kLanes;
   for (int half = warps / 2; half >= 1; half /= 2) {
@@ -133,7 +135,8 @@ __device__ void merge_warps(Sums<C>& sums, float* shared) {
   }
 }
 
-// Sums of a block in the workspace: context as the lanes hold it, then largest scores, then sums.
+// Stores the sums of a block in the workspace: the context as the lanes hold it, then running_max,
+// then running_sum.
 template <class C>
 __device__ void store_partial(const Sums<C>& sums, float* partial) {
   const Owned<C> own;
@@ -147,12 +150,12 @@ __device__ void store_partial(const Sums<C>& sums, float* partial) {
   }
   float* stats = partial + C::queries * C::elements * kLanes;
   if (own.row == 0 && own.first) {
-    stats[own.query] = sums.max;
-    stats[C::queries + own.query] = sums.sum;
+    stats[own.query] = sums.running_max;
+    stats[C::queries + own.query] = sums.running_sum;
   }
 }
 
-// Sums over partials `warp`, `warp` + warps and so on, relative to the largest score of all.
+// Sums over the partials `warp`, `warp` + warps and so on, relative to the maximum of all.
 template <class C>
 __device__ void gather_partials(Sums<C>& sums, const float* partials, int count) {
   const Owned<C> own;
@@ -160,19 +163,20 @@ __device__ void gather_partials(Sums<C>& sums, const float* partials, int count)
   const int warps = int(blockDim.x) / kLanes;
   const int64_t step = C::partial;
   const float* stats = partials + C::queries * C::elements * kLanes;
-  float top[C::queries];
+  float merged_max[C::queries];
 #pragma unroll
   for (int t = 0; t < C::queries; ++t) {
-    top[t] = -INFINITY;
-    for (int i = lane; i < count; i += kLanes) top[t] = fmaxf(top[t], __ldcg(stats + i * step + t));
+    merged_max[t] = -INFINITY;
+    for (int i = lane; i < count; i += kLanes)
+      merged_max[t] = fmaxf(merged_max[t], __ldcg(stats + i * step + t));
 #pragma unroll
     for (int mask = kLanes / 2; mask >= 1; mask /= 2)
-      top[t] = fmaxf(top[t], __shfl_xor_sync(kAllLanes, top[t], mask));
-    if (t == own.query) sums.max = top[t];
+      merged_max[t] = fmaxf(merged_max[t], __shfl_xor_sync(kAllLanes, merged_max[t], mask));
+    if (t == own.query) sums.running_max = merged_max[t];
   }
   sums.clear();
-  sums.sum = 0.0f;
-  // Several partials in flight, within 64 registers: the loads are all that takes time here.
+  sums.running_sum = 0.0f;
+  // Several partials in flight, within 64 registers: only the loads take time here.
   [[maybe_unused]] constexpr int kInFlight =
       C::queries * C::elements <= 16 ? 4 : 64 / (C::queries * C::elements);
 #pragma unroll kInFlight
@@ -180,10 +184,10 @@ __device__ void gather_partials(Sums<C>& sums, const float* partials, int count)
     const float* partial = partials + i * step;
 #pragma unroll
     for (int t = 0; t < C::queries; ++t) {
-      const float factor = rescale(__ldcg(stats + i * step + t), top[t]);
-      // One lane of a query, because merge_warps adds up those of its rows.
+      const float factor = rescale(__ldcg(stats + i * step + t), merged_max[t]);
+      // In the lane of one row, because merge_warps sums over the rows of a query.
       if (t == own.query && own.row == 0)
-        sums.sum += factor * __ldcg(stats + i * step + C::queries + t);
+        sums.running_sum += factor * __ldcg(stats + i * step + C::queries + t);
 #pragma unroll
       for (int k = 0; k < Sums<C>::kFours; ++k)
         sums.add(t, k, factor,
@@ -193,15 +197,15 @@ __device__ void gather_partials(Sums<C>& sums, const float* partials, int count)
   }
 }
 
-// Leaves this block's sums among the `count` partials of its row. In the block that is the last to
-// do so, returns true with the sums of all in the first warp. The counter is then 0 again.
+// Stores this block's sums among the `count` partials of its row. In the last block to do so,
+// returns true with the sums of all blocks in the first warp. The counter is then 0 again.
 template <class C>
 __device__ bool merge_blocks(Sums<C>& sums, float* partials, int split, int count,
                              unsigned* counter, float* shared) {
   int* is_last = reinterpret_cast<int*>(shared + kSharedHeader - 1);
   if (threadIdx.x < kLanes) store_partial<C>(sums, partials + split * C::partial);
-  // As cooperative_groups synchronises a grid: the barriers order the threads of a block, and the
-  // fences of one thread, which hold for what it has seen, order the blocks.
+  // The way cooperative_groups synchronises a grid: the barriers order the threads of a block, and
+  // the fences of one thread, which cover everything it has observed, order the blocks.
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();

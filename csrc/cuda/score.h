@@ -1,8 +1,8 @@
 // Scores of a few rows of memory for a few queries, summed over the lanes of a warp.
 //
-// Operands of the queries are in shared memory, widened, in the order in which a lane meets the
-// columns of a row: those of a piece of 16 bytes in fours, the same four of all lanes together, so
-// that a warp reads them without a conflict of banks. Beyond the width there are zeros.
+// Operands of the queries are in shared memory, in float32, in the order in which a lane reads the
+// columns of a row: the columns of a 16-byte piece in fours, the same four of all lanes together,
+// so that a warp reads them without bank conflicts. Beyond the width there are zeros.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@
 namespace fused_attn {
 namespace {
 
-// Where column d stands in that order, for elements of which 16 bytes hold `vector`.
+// The place of column d in that order, for elements of which 16 bytes hold `vector`.
 template <int vector>
 __device__ __forceinline__ int operand_at(int d) {
   const int piece = d / (kLanes * vector), lane = d / vector % kLanes, j = d % vector;
@@ -25,15 +25,19 @@ __device__ __forceinline__ float4 operand(const float* row, int piece_part) {
   return reinterpret_cast<const float4*>(row)[piece_part * kLanes + lane];
 }
 
-// The queries of a block: numbers first .. first + count - 1 of row b of the batch.
-struct Queries {
+// The query tile of a block: queries first .. first + count - 1 of batch row b.
+struct QueryTile {
   int b, first, count;
 };
+
+// Whether each query has a mask of its own. Python sets the stride to 0 where the queries share
+// one.
+__device__ __forceinline__ bool mask_per_query(const AttentionParams& p) { return p.mask_t != 0; }
 
 template <class X, int Elements, int AtOnce, Score kScore>
 struct Shape {
   using Memory = X;
-  // What the exponentials of the memory's projection are held in.
+  // The type of the exponentials of the memory's projection.
   using Exp = std::conditional_t<X::kDType == DType::bf16, BF16, F32>;
   static constexpr Score kind = kScore;
   static constexpr int elements = Elements, queries = AtOnce;
@@ -45,8 +49,8 @@ struct Shape {
   static_assert(values <= kLanes, "a lane owns the score of at most one row for one query");
 };
 
-// The score that a lane owns: lanes hold the scores of a query side by side, one row after the
-// other, each as often as it takes to fill the warp.
+// The score that a lane owns: neighbouring lanes hold the scores of a query, one row after the
+// other, with as many copies of each as it takes to fill the warp.
 template <class C>
 struct Owned {
   static constexpr int kCopies = kLanes / C::values;
@@ -76,9 +80,9 @@ struct Owned {
   }
 };
 
-// Copies the operands of a dot score: the queries.
+// Copies the operands of a dot score, the queries, to shared memory.
 template <class C>
-__device__ void fill_dot(const AttentionParams& p, const Queries& queries, float* operands) {
+__device__ void fill_dot(const AttentionParams& p, const QueryTile& queries, float* operands) {
   using X = typename C::Memory;
   constexpr int kWidth = C::elements * kLanes;
   for (int i = threadIdx.x; i < C::queries * kWidth; i += blockDim.x) {

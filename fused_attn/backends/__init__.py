@@ -1,4 +1,4 @@
-"""Which code computes a call. Backends never import one another; each says what it cannot do."""
+"""The choice of a backend for a call. Backends never import one another; each says its limits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ REQUESTS = ("auto", *BACKENDS)
 class Backend(Protocol):
     """A backend module. Outputs of all backends have the same shapes, dtypes and strides.
 
-    Forward returns context, weights and log-sum-exp, None for what is not asked for, and refuses a
-    length outside 0..S (those on a GPU are not read back to check them). Backward receives what was
-    ``saved``, and returns a gradient for each differentiable input, in the inputs' order, and then
-    that of the centers of a Gaussian window. ``wanted`` has a bool for each: what it says nobody
-    needs is None, and costs nothing.
+    Forward returns context, weights and log-sum-exp, None for those not asked for, and raises
+    ValueError for a length outside 0..S (lengths on a GPU are not read back to check them).
+    Backward takes the ``saved`` outputs, and returns a gradient for each differentiable input, in
+    the inputs' order, and then that of the centers of a Gaussian window. ``wanted`` has a bool for
+    each: a gradient that is not wanted is None, and costs nothing.
 
-    A backend whose module has ``TAKES_OFFSETS`` also takes a memory (N, E) of sequences one after
-    another, with a pair (offsets (B + 1), longest) for the lengths; others get it padded.
+    A backend whose module has ``TAKES_OFFSETS`` also takes a memory (N, E) of concatenated
+    sequences, with a pair (offsets (B + 1), longest) in place of the lengths; for other backends it
+    is padded.
     """
 
     def unavailable_reasons(self) -> list[str]:
@@ -37,7 +38,7 @@ class Backend(Protocol):
         """Why this problem cannot run, in sentences, availability included."""
 
     def is_slower(self, problem: AttentionProblem) -> bool:
-        """Whether a later backend was measured to be faster: then "auto" goes on to that."""
+        """Whether a later backend was measured to be faster: "auto" then prefers that one."""
 
     def dot_forward(
         self,
@@ -95,7 +96,7 @@ class Backend(Protocol):
         v: Tensor,
         masking: MaskingFields,
     ) -> Tensor:
-        """Scores (B, T, S) in the dtype of the arithmetic, -inf where nothing counts."""
+        """Scores (B, T, S) in the dtype of the arithmetic, -inf where a query may not look."""
 
     def concat_scores_backward(
         self,
@@ -121,7 +122,7 @@ def unavailable_reasons(name: str) -> list[str]:
 
 
 def check_request(backend: object, source: str = "backend") -> str:
-    """Return ``backend`` if it is a known name; ``source`` says in the error who asked."""
+    """Return ``backend`` if it is a known name; the ValueError otherwise names ``source``."""
     if not isinstance(backend, str) or backend not in REQUESTS:
         names = ", ".join(repr(name) for name in REQUESTS)
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
@@ -141,10 +142,10 @@ def select(
 ) -> Backend:
     """Return the backend for such a call. A request by name never falls back to another one.
 
-    ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend without a reason
-    against the problem, and no measured reason to prefer a later one. The variable is read once per
-    kind of call, not on every call. ``sizes`` are T, E and the width of the score; no backend asks
-    for them on a CPU. ``score`` may be "scores": those of concat without a softmax.
+    ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend that supports the
+    problem and was not measured to be slower than a later one. The variable is read once per kind
+    of call, not on every call. ``sizes`` are T, E and the width of the score; no backend needs them
+    on a CPU. ``score`` may be "scores": those of concat without a softmax.
     """
     if requested == "auto":
         asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
@@ -158,7 +159,7 @@ def select(
     )
     objections: dict[str, list[str]] = {}
     slower: list[Backend] = []
-    # On a CPU Triton's kernels are interpreted, which is for tests: only a request brings that.
+    # On a CPU Triton's kernels are interpreted, for tests: "auto" never prefers that.
     order = sorted(BACKENDS, key=lambda name: name == "triton" and device_type == "cpu")
     for name in order if requested == "auto" else (requested,):
         backend = load(name)

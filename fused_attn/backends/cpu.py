@@ -1,4 +1,4 @@
-"""SIMD C++ on the CPU (csrc): the native module takes the tensors and makes its outputs."""
+"""SIMD C++ on the CPU (csrc/cpu): the native module takes the tensors and creates the outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch  # before _C: both then share the OpenMP runtime that torch loads
 
 from fused_attn.problem import AttentionProblem
 
-TAKES_OFFSETS = True  # rows of sequences one after another, where they lie
+TAKES_OFFSETS = True  # reads a memory (N, E) of concatenated sequences in place
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 native: Any
@@ -28,7 +28,7 @@ def unavailable_reasons() -> list[str]:
         note = Path(__file__).parent.parent / "_native_build_error.txt"
         why = note.read_text(encoding="utf-8").strip() if note.exists() else _import_error
         return [f"the native module fused_attn._C is not there: {why}"]
-    native.cpu_isa()  # raises, naming FUSED_ATTN_CPU_ISA, if that asks for the impossible
+    native.cpu_isa()  # raises, naming FUSED_ATTN_CPU_ISA, if this machine cannot run that
     return []
 
 
@@ -38,7 +38,7 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"it runs on the cpu, not on {problem.device_type}")
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        reasons.append(f"dtype {problem.dtype} is none of {names}")
+        reasons.append(f"dtype {problem.dtype} is not one of {names}")
     return reasons
 
 
@@ -46,7 +46,7 @@ def is_slower(problem: AttentionProblem) -> bool:
     return False
 
 
-# The functions of the native module are the backend's: one of Python between takes 0.15 us.
+# The backend's functions are those of the native module: a Python wrapper would cost 0.15 us.
 dot_forward = getattr(native, "dot_forward", None)
 dot_backward = getattr(native, "dot_backward", None)
 concat_forward = getattr(native, "concat_forward", None)

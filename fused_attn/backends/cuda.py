@@ -1,4 +1,4 @@
-"""CUDA C++ for a decoding step (csrc/cuda): a few queries on a memory that is read once."""
+"""CUDA C++ for a decoding step (csrc/cuda): a few queries, and a memory that is read once."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def built_without() -> str | None:
 
 
 def can_run(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for these architectures, in CMake's words, runs on such a GPU.
+    """Whether code for these architectures, in CMake's notation, runs on such a GPU.
 
-    Machine code ("-real") runs on the same major and a later minor version, what the driver
-    compiles ("-virtual") on all later ones; without an ending an architecture is both.
+    Machine code ("-real") runs on the same major and later minor versions, code for the driver to
+    compile ("-virtual") on all later versions; without a suffix an architecture is both.
     """
     major, minor = capability
     for name in architectures:
         found = re.fullmatch(r"(\d+)(\d)[af]?(-real|-virtual)?", name)
-        if found is None:  # "native", "all": CMake knows what it is, and CUDA will tell
+        if found is None:  # "native", "all": unknown here; CUDA reports a missing kernel
             return True
         built, kind = (int(found[1]), int(found[2])), found[3]
         if kind != "-virtual" and built[0] == major and built[1] <= minor:
@@ -59,7 +59,7 @@ def unavailable_reasons() -> list[str]:
     if not torch.cuda.is_available():
         return ["torch finds no CUDA GPU"]
     architectures = native.cuda_build()["architectures"]
-    # Of all GPUs, because a problem does not say which of them it is on.
+    # All GPUs must be supported, because a problem does not say which one it is on.
     return [
         f"GPU {number} ({torch.cuda.get_device_name(number)}) has the compute capability "
         f"{capability[0]}.{capability[1]}, and the native module is built for "
@@ -75,7 +75,7 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"it runs on cuda, not on {problem.device_type}")
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        reasons.append(f"dtype {problem.dtype} is none of {names}")
+        reasons.append(f"dtype {problem.dtype} is not one of {names}")
     if problem.backward:
         reasons.append("it has no backward: it is for decoding, one step at a time")
         return reasons
@@ -94,16 +94,16 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def is_slower(problem: AttentionProblem) -> bool:
-    """Many queries are for matrix units, which do their products in one pass over the memory.
+    """With many queries matrix units are faster: they need one pass over the memory.
 
     Measured on an H200 in bfloat16, (64, T, 1024, D): see benchmarks/results.
     """
     if problem.dtype == torch.float32:
         return False
-    is_wide = problem.memory_dim > 512
+    is_long_row = problem.memory_dim > 512
     if problem.score == "concat":
-        return is_wide and problem.queries > 4
-    return problem.queries > 2 or (problem.queries == 2 and not is_wide)
+        return is_long_row and problem.queries > 4
+    return problem.queries > 2 or (problem.queries == 2 and not is_long_row)
 
 
 def dot_backward(*arguments: Any) -> Any:
@@ -111,6 +111,6 @@ def dot_backward(*arguments: Any) -> Any:
 
 
 concat_backward = concat_scores = concat_scores_backward = dot_backward
-# The functions of the native module are the backend's: one of Python between takes 0.15 us.
+# The backend's functions are those of the native module: a Python wrapper would cost 0.15 us.
 dot_forward = getattr(native, "cuda_dot_forward", None)
 concat_forward = getattr(native, "cuda_concat_forward", None)

@@ -1,7 +1,7 @@
 """The reference as a backend: every device, every floating dtype, no native code.
 
 The backward is written out. It cannot be left to autograd, because an operator may run where the
-dispatcher has switched autograd off (below a `TorchDispatchMode`, for one).
+dispatcher has switched autograd off, for example below a `TorchDispatchMode`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _score_gradients(
     counts: Tensor,
     masking: Masking,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradient of the scores, the weights after dropout, and grad_context, widened;
-    and that of the centers of a Gaussian window, or None.
+    """Return the gradient of the scores, the weights after dropout, grad_context in the dtype of
+    the arithmetic, and the gradient of the centers of a Gaussian window or None.
 
     With P the weights and dP their gradient: dS = P (dP - sum_s P dP), 0 where nothing counts. A
     Gaussian g multiplies P afterwards: W = P g takes dW, so dP = g dW, and p_t gets
@@ -107,8 +107,8 @@ def dot_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
-    seeds = (grad_context, grad_weights, None)
-    return dot_gradients(*seeds, query, memory, scale, masking, saved, wanted)
+    grad_outputs = (grad_context, grad_weights, None)
+    return dot_gradients(*grad_outputs, query, memory, scale, masking, saved, wanted)
 
 
 def dot_gradients(
@@ -124,14 +124,14 @@ def dot_gradients(
 ) -> Gradients:
     """`dot_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
     operands.check_dot(query, memory, masking)
-    operands.check_seeds(grad_context, grad_weights, saved, query, memory, wanted, 3)
+    operands.check_grad_outputs(grad_context, grad_weights, saved, query, memory, wanted, 3)
     operands.check_grad_logsumexp(grad_logsumexp, saved[2])
     masks = reference.as_masking(masking)
     result = reference.dot_attention(query, memory, scale, masks)
     counts = reference.counted_positions(memory, masks)
     clean, _ = reference.readable(memory.to(result.scores.dtype), counts)
-    seeds = (grad_context, grad_weights, grad_logsumexp)
-    found = _score_gradients(*seeds, result, clean, counts, masks)
+    grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+    found = _score_gradients(*grad_outputs, result, clean, counts, masks)
     grad_scores, kept, grad, grad_centers = found
     grad_scores = scale * grad_scores
     of_query, of_memory, of_centers = wanted
@@ -221,9 +221,9 @@ def concat_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
-    seeds = (grad_context, grad_weights, None)
+    grad_outputs = (grad_context, grad_weights, None)
     projections = (query_proj, memory_proj, memory_exp)
-    return concat_gradients(*seeds, *projections, v, memory, masking, saved, wanted)
+    return concat_gradients(*grad_outputs, *projections, v, memory, masking, saved, wanted)
 
 
 def concat_gradients(
@@ -241,7 +241,7 @@ def concat_gradients(
 ) -> Gradients:
     """`concat_backward`, with a gradient of the log-sum-exp too. Differentiable itself."""
     operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
-    operands.check_seeds(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
+    operands.check_grad_outputs(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
     operands.check_grad_logsumexp(grad_logsumexp, saved[2])
     masks = reference.as_masking(masking)
     result = reference.concat_attention(query_proj, memory_proj, v, memory, masks)
@@ -249,8 +249,8 @@ def concat_gradients(
     dtype = result.scores.dtype
     clean, _ = reference.readable(memory.to(dtype), counts)
     projection, _ = reference.readable(memory_proj.to(dtype), counts)
-    seeds = (grad_context, grad_weights, grad_logsumexp)
-    found = _score_gradients(*seeds, result, clean, counts, masks)
+    grad_outputs = (grad_context, grad_weights, grad_logsumexp)
+    found = _score_gradients(*grad_outputs, result, clean, counts, masks)
     grad_scores, kept, grad, grad_centers = found
     grads = (
         *_projection_gradients(grad_scores, query_proj, projection, v, wanted),

@@ -29,11 +29,11 @@ extern "C" {
 
 size_t size_of_params() { return sizeof(AttentionParams); }
 
-// (elements, queries, rows, warps, groups, splits, shared floats)
+// (elements, queries, rows, warps, query tiles, splits, shared floats)
 void plan_call(const AttentionParams* p, int multiprocessors, int64_t* fields) {
   const Plan plan = plan_of(*p, multiprocessors, 0);
-  const int64_t found[] = {plan.elements, plan.queries, plan.rows,         plan.warps,
-                           plan.groups,   plan.splits,  plan.shared_floats};
+  const int64_t found[] = {plan.elements,    plan.queries, plan.rows,         plan.warps,
+                           plan.query_tiles, plan.splits,  plan.shared_floats};
   std::copy(std::begin(found), std::end(found), fields);
 }
 
@@ -43,11 +43,11 @@ const char* run_call(const AttentionParams* given, int multiprocessors, int spli
   const Plan plan = plan_of(p, multiprocessors, splits);
   on_host::Guarded workspace(size_t(workspace_floats(p, plan)) * sizeof(float));
   p.workspace = reinterpret_cast<float*>(workspace.data);
-  std::vector<unsigned> counters(size_t(p.B * plan.groups), 0);
+  std::vector<unsigned> counters(size_t(p.B * plan.query_tiles), 0);
   const Decode decode = prepare_decode(p, plan, counters.data());
   const Kernel kernel = kernel_for(p, plan);
   try {
-    on_host::launch(unsigned(p.B * plan.groups * plan.splits), unsigned(plan.warps * kLanes),
+    on_host::launch(unsigned(p.B * plan.query_tiles * plan.splits), unsigned(plan.warps * kLanes),
                     size_t(plan.shared_floats) * sizeof(float), seed, [&] { kernel(decode); });
   } catch (const std::exception& error) {
     message = error.what();

@@ -43,7 +43,7 @@ def variants(case: Case, chip: launch.Chip = H100) -> frozenset[tuple[object, ..
         found.add(("source", *_tiles(plan)))
     if score == "concat":
         found.add(("gradients", *_tiles(launch.concat_gradients(width, kind))))
-    return frozenset((*variant, kind.is_cube, case.dtype) for variant in found)
+    return frozenset((*variant, kind.mask_per_query, case.dtype) for variant in found)
 
 
 def _tiles(plan: launch.Plan) -> tuple[object, ...]:

@@ -1,9 +1,9 @@
 """Triton kernels on a GPU: `call` lays out arguments, `forward` and `backward` launch `kernels/`.
 
-With TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter, on CPU tensors
-too: slow, and how their arithmetic is tested on machines without a GPU. All workspaces have sizes
-that depend on shapes alone, nothing waits for the GPU, and nothing is tuned at run time, so that a
-CUDA graph can capture every call once its kernels are compiled.
+With TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter, also on CPU
+tensors. That is slow; it is how their arithmetic is tested on machines without a GPU. The sizes of
+all workspaces depend on shapes alone, nothing waits for the GPU, and nothing is tuned at run time,
+so that a CUDA graph can capture every call once its kernels are compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
-LARGEST_WINDOW_WIDTH = 2048  # a query of a window holds whole rows in registers
+LARGEST_WINDOW_WIDTH = 2048  # the window kernels hold whole rows in registers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -46,7 +46,7 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"it runs on cuda, not on {problem.device_type}")
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        reasons.append(f"dtype {problem.dtype} is none of {names}")
+        reasons.append(f"dtype {problem.dtype} is not one of {names}")
     widest = max(problem.memory_dim, problem.score_dim)
     if problem.windowed and widest > LARGEST_WINDOW_WIDTH:
         reasons.append(
@@ -56,7 +56,7 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def is_slower(problem: AttentionProblem) -> bool:
-    """Products in full float32 are the library's business; so are many windows that overlap.
+    """A library's float32 products are faster; so are its products for many overlapping windows.
 
     On an H200 at (64, 64, 1024, 512): float32 takes 3.1 times as long as eager (1.9 with the
     backward), windows of 65 rows 1.35 (1.77). See benchmarks/results.
@@ -68,7 +68,7 @@ def is_slower(problem: AttentionProblem) -> bool:
     return problem.dtype == torch.float32 and problem.queries > 8
 
 
-# The modules that launch import triton, which takes a second: only a call brings them in.
+# The modules that launch import triton, which takes a second: they are imported by a call.
 
 
 def dot_forward(
@@ -96,11 +96,11 @@ def dot_backward(
     wanted: list[bool],
 ) -> Gradients:
     operands.check_dot(query, memory, masking)
-    operands.check_seeds(grad_context, grad_weights, saved, query, memory, wanted, 3)
+    operands.check_grad_outputs(grad_context, grad_weights, saved, query, memory, wanted, 3)
     from fused_attn.backends.triton import backward
 
-    seeds = (grad_context, grad_weights)
-    return backward.dot(*seeds, query, memory, scale, masking, saved, wanted)
+    grad_outputs = (grad_context, grad_weights)
+    return backward.dot(*grad_outputs, query, memory, scale, masking, saved, wanted)
 
 
 def concat_forward(
@@ -133,11 +133,11 @@ def concat_backward(
     wanted: list[bool],
 ) -> Gradients:
     operands.check_concat(query_proj, memory_proj, memory_exp, v, memory, masking)
-    operands.check_seeds(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
+    operands.check_grad_outputs(grad_context, grad_weights, saved, query_proj, memory, wanted, 5)
     from fused_attn.backends.triton import backward
 
-    grads = (grad_context, grad_weights)
-    return backward.concat(*grads, query_proj, memory_proj, v, memory, masking, saved, wanted)
+    grad_outputs, projections = (grad_context, grad_weights), (query_proj, memory_proj)
+    return backward.concat(*grad_outputs, *projections, v, memory, masking, saved, wanted)
 
 
 def concat_scores(

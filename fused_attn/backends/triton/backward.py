@@ -1,4 +1,4 @@
-"""Backward calls: what reads the memory, what writes its gradient, and the sums of the splits."""
+"""Backward calls: the kernel that reads the memory, its gradient, and the sums of the splits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fused_attn.kernels import concat as concat_kernels
 from fused_attn.reference import Gradients, MaskingFields, Saved
 
 
-class _Seeds:
-    """The gradients that come back, and what the forward pass left."""
+class _Incoming:
+    """The gradients that arrive, and what the forward pass saved."""
 
     def __init__(
         self,
@@ -39,25 +39,26 @@ class _Seeds:
         self.context, self.weights, self.logsumexp = saved
         self.grad_context = grad_context
         self.grad_weights = grad_weights
-        self.extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
+        self.weights_strides = (0, 0, 0) if grad_weights is None else grad_weights.stride()
         self.deltas: Tensor | None = None
         if grad_weights is None or not with_deltas:
             return
         batch, queries, source, _, _ = call.sizes
         self.deltas = call.floats(batch, queries)
         tensors = (self.grad_context, grad_weights, self.context, self.weights, self.deltas)
-        sizes = (*call.strides(grad_context), *self.extra, queries, source, call.widths[0])
+        numbers = (*call.strides(grad_context), *self.weights_strides)
+        numbers = (*numbers, queries, source, call.widths[0])
         programs = (batch * queries,)
-        enqueue(backward.weight_deltas, programs, tensors, sizes, BLOCK=512, **call.unit)
+        enqueue(backward.weight_deltas, programs, tensors, numbers, BLOCK=512, **call.unit)
 
 
 def _needs_deltas(plan: launch.Plan) -> bool:
-    """Whether a program sees a part of the positions only, and none that could sum over all."""
+    """Whether no program sees all positions of a query, so that none could sum over them."""
     return plan.regime == "online" or (plan.regime == "columns" and plan.splits > 1)
 
 
 def _step(
-    call: Call, plan: launch.Plan, seeds: _Seeds, scale: float, wanted: list[bool]
+    call: Call, plan: launch.Plan, incoming: _Incoming, scale: float, wanted: list[bool]
 ) -> Gradients:
     batch, _, source, memory_dim, _ = call.sizes
     query, memory, masks = call.query, call.memory, call.masks
@@ -70,12 +71,12 @@ def _step(
         step.step_backward,
         (batch * plan.splits,),
         (
-            *(seeds.grad_context, seeds.grad_weights, query, memory),
-            *(seeds.context, seeds.weights, seeds.logsumexp),
+            *(incoming.grad_context, incoming.grad_weights, query, memory),
+            *(incoming.context, incoming.weights, incoming.logsumexp),
             *(masks.lengths, masks.mask, masks.keep, grad_memory, part),
         ),
         (
-            *(call.strides(seeds.grad_context)[0], seeds.extra[0], seeds.extra[2]),
+            *(call.strides(incoming.grad_context)[0], *incoming.weights_strides[::2]),
             *(call.strides(query)[0], *call.strides(memory), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], source, call.widths[0]),
             *(float(scale), float(masks.keep_scale), plan.splits, plan.segment),
@@ -85,7 +86,7 @@ def _step(
         **call.unit,
     )
     if grad_query is not None and part is not None and plan.splits > 1:
-        # Splits of padding alone left zeros.
+        # Splits of padding alone wrote zeros.
         call.merge(Sums(part, grad_query, plan.splits, plan.segment))
     return grad_query, grad_memory, None
 
@@ -93,15 +94,15 @@ def _step(
 def _read_memory(
     call: Call,
     plan: launch.Plan,
-    seeds: _Seeds,
+    incoming: _Incoming,
     scale: float,
     inputs: Any,
     wants_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Factors, Sums]:
-    """One pass over the memory: P, dS, and for dot, where it is wanted, the query's gradient.
+    """One pass over the memory: P, dS, and for dot, if it is wanted, the query's gradient.
 
-    P and dS have rows of whole units of `pitch`. The sums are still to be made, and with the
-    regime "columns" the query's gradient.
+    Rows of P and dS have `pitch` units. The sums are still to be computed, and with the regime
+    "columns" the query's gradient.
     """
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
@@ -109,7 +110,7 @@ def _read_memory(
     row = units * PITCH
     kept = memory.new_empty((batch, queries, row))
     is_concat = inputs is not None
-    # Of concat dS is no operand of a product: it is kept in full.
+    # For concat dS is not an operand of a matrix product: it is stored in float32.
     grad_scores = call.floats(batch, queries, row) if is_concat else torch.empty_like(kept)
     grad_query: Tensor | None = None
     part: Tensor | None = None
@@ -118,18 +119,19 @@ def _read_memory(
         part = None if plan.regime == "columns" else grad_query
         if plan.regime == "online" and plan.splits > 1:
             part = call.floats(batch, plan.splits, queries, memory_dim)
-    back = (seeds.grad_context, seeds.grad_weights, seeds.context, seeds.deltas, seeds.logsumexp)
+    back = (incoming.grad_context, incoming.grad_weights, incoming.context, incoming.deltas)
     results = (kept, grad_scores, part)
-    where = (*call.strides(seeds.grad_context), *seeds.extra, masks.lengths_stride, *masks.strides)
+    where = (*call.strides(incoming.grad_context), *incoming.weights_strides)
+    where = (*where, masks.lengths_stride, *masks.strides)
     scales = (float(scale), float(masks.keep_scale), plan.splits)
     programs = (batch * -(-queries // block_t) * plan.splits,)
     masking = (masks.lengths, masks.mask, masks.keep)
     ends = call.strides(call.query, memory)
     factors = Factors()
-    options = {"MASK": masks.kind, **plan.options, **call.unit, **call.precision}
+    options = {"MASK": masks.mask_kind, **plan.options, **call.unit, **call.precision}
     if plan.regime == "online":
         numbers = (*ends, *where, queries, source, call.widths[0], *scales, plan.segment, units)
-        tensors = (call.query, memory, *masking, *back, *results)
+        tensors = (call.query, memory, *masking, *back, incoming.logsumexp, *results)
         enqueue(backward.online_backward, programs, tensors, numbers, **options)
     else:
         proj, v = inputs or (None, None)
@@ -138,7 +140,10 @@ def _read_memory(
         enqueue(
             backward.rows_backward,
             programs,
-            (call.query, memory, *factors.tensors, proj, v, *masking, *back, *results),
+            (
+                *(call.query, memory, *factors.tensors, proj, v),
+                *(*masking, *back, incoming.logsumexp, *results),
+            ),
             (
                 *(*ends, *call.strides(proj), *where),
                 *(queries, source, *call.widths, *factors.sizes, *scales, units),
@@ -155,15 +160,15 @@ def _read_memory(
 
 
 def _query_plan(call: Call) -> tuple[launch.Plan, int]:
-    """How the gradient of the query is made from dS, and by how many programs."""
+    """How the gradient of the query is computed from dS, and by how many programs."""
     batch, queries, _, memory_dim, _ = call.sizes
-    plan = launch.context_columns(call.chip, call.sizes[:4], call.kind, True)
+    plan = launch.context_columns(call.chip, call.sizes[:4], call.kind, backward=True)
     blocks = -(-queries // plan.tiles["BLOCK_T"]) * -(-memory_dim // plan.tiles["BLOCK_E"])
     return plan, batch * blocks
 
 
-def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tensor) -> None:
-    """Its own launch, where the memory needs no gradient."""
+def _grad_query(call: Call, incoming: _Incoming, grad_scores: Tensor, grad_query: Tensor) -> None:
+    """Its own launch, for a memory that needs no gradient."""
     _, queries, source, _, _ = call.sizes
     masks, memory = call.masks, call.memory
     plan, programs = _query_plan(call)
@@ -171,12 +176,12 @@ def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tens
     enqueue(
         gradients.query_gradients,
         (programs,),
-        (grad_scores, memory, seeds.context, *masking, grad_query),
+        (grad_scores, memory, incoming.context, *masking, grad_query),
         (
             *(*call.strides(memory), masks.lengths_stride, masks.strides[0], masks.strides[2]),
             *(queries, source, call.widths[0], pitch(source)),
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         **plan.options,
         **call.unit,
         **call.precision,
@@ -185,13 +190,13 @@ def _grad_query(call: Call, seeds: _Seeds, grad_scores: Tensor, grad_query: Tens
 
 def _grad_memory(
     call: Call,
-    seeds: _Seeds,
+    incoming: _Incoming,
     kept: Tensor,
     grad_scores: Tensor | None,
     sums: Sums,
     grad_query: Tensor | None,
 ) -> Tensor:
-    """The gradient of the memory, and beside it the sums, or the gradient of the query."""
+    """The gradient of the memory, and in the same launch the sums or the gradient of the query."""
     batch, queries, source, memory_dim, _ = call.sizes
     masks, query = call.masks, None if grad_scores is None else call.query
     plan = launch.source_gradients(memory_dim, call.kind)
@@ -201,22 +206,22 @@ def _grad_memory(
     more: tuple[Tensor | None, ...] = (None,) * 4
     tiles = dict.fromkeys(("QUERY_T", "QUERY_S", "QUERY_E"), 16)
     if grad_query is not None:
-        more = (call.memory, seeds.context, masks.keep, grad_query)
+        more = (call.memory, incoming.context, masks.keep, grad_query)
         second, programs = _query_plan(call)
         tiles = {name.replace("BLOCK", "QUERY"): size for name, size in second.tiles.items()}
     enqueue(
         gradients.source_gradients,
         (batch * blocks + programs,),
         (
-            *(kept, grad_scores, seeds.grad_context, query, masks.lengths, masks.mask, grad_memory),
-            *(*others, *more),
+            *(kept, grad_scores, incoming.grad_context, query, masks.lengths, masks.mask),
+            *(grad_memory, *others, *more),
         ),
         (
-            *(*call.strides(seeds.grad_context), *call.strides(query), masks.lengths_stride),
+            *(*call.strides(incoming.grad_context), *call.strides(query), masks.lengths_stride),
             *(masks.strides[0], masks.strides[2], queries, source, call.widths[0]),
             *(pitch(source), batch * blocks, *numbers, *call.strides(more[0])),
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         **plan.options,
         **tiles,
         **call.unit,
@@ -242,30 +247,30 @@ def dot(
             given = (grad_context, grad_weights, saved[2])
             return window.backward(call, *given, scale, None, wanted)
         plan = launch.backward(call.chip, "dot", call.sizes, call.kind)
-        seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
+        incoming = _Incoming(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         if plan.regime == "step":
-            return _step(call, plan, seeds, scale, wanted)
-        found = _read_memory(call, plan, seeds, scale, None, wanted[0])
+            return _step(call, plan, incoming, scale, wanted)
+        found = _read_memory(call, plan, incoming, scale, None, wants_query=wanted[0])
         kept, grad_scores, grad_query, _, sums = found
         left = grad_query if plan.regime == "columns" else None
-        grad_memory = _finish(call, seeds, kept, grad_scores, sums, left, wanted[1])
+        grad_memory = _finish(call, incoming, kept, grad_scores, sums, left, wanted[1])
         return grad_query, grad_memory, None
 
 
 def _finish(
     call: Call,
-    seeds: _Seeds,
+    incoming: _Incoming,
     kept: Tensor,
     grad_scores: Tensor | None,
     sums: Sums,
     grad_query: Tensor | None,
     wants_memory: bool,
 ) -> Tensor | None:
-    """The last launch: the gradient of the memory if it is wanted, and what others have left."""
+    """The last launch: the gradient of the memory if it is wanted, and what is left to compute."""
     if wants_memory:
-        return _grad_memory(call, seeds, kept, grad_scores, sums, grad_query)
+        return _grad_memory(call, incoming, kept, grad_scores, sums, grad_query)
     if grad_query is not None and grad_scores is not None:
-        _grad_query(call, seeds, grad_scores, grad_query)
+        _grad_query(call, incoming, grad_scores, grad_query)
     if sums is not NOTHING:
         call.merge(sums)
     return None
@@ -279,7 +284,7 @@ def _concat_grads(
     factors: Factors,
     wanted: list[bool],
 ) -> tuple[Gradients, Sums]:
-    """Gradients of both projections and of v from those of the scores; v's is still to be summed.
+    """Gradients of both projections and of v from those of the scores; that of v in parts.
 
     grad_scores (B, T, S or more), contiguous.
     """
@@ -303,7 +308,7 @@ def _concat_grads(
             *(masks.strides[0], masks.strides[2], queries, source, call.widths[1], *peaks),
             grad_scores.shape[2],
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         BLOCKS=launch.power_of_2(max(peaks), 64),
         **plan.options,
         **call.unit,
@@ -324,8 +329,8 @@ def concat_scores(
     with torch.cuda.device_of(memory_proj):
         memory_proj, v = unit(memory_proj), v.contiguous()
         call = Call(query_proj, memory_proj, masking, "concat", (memory_proj,))
-        plan = launch.rows(call.chip, call.sizes[:4], call.kind, True, True)
-        # What does not count may hold anything, and has no gradient.
+        plan = launch.rows(call.chip, call.sizes[:4], call.kind, is_concat=True, backward=True)
+        # A position that does not count has no gradient, whatever is stored there.
         hidden = ~reference.counted_positions(memory_proj, masking)
         grads = grad_scores.masked_fill(hidden, 0.0).contiguous()
         factors = factors_of(call, memory_proj, plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"])
@@ -354,11 +359,12 @@ def concat(
             given = (grad_context, grad_weights, saved[2])
             return window.backward(call, *given, 1.0, inputs, wanted)
         plan = launch.backward(call.chip, "concat", call.sizes, call.kind)
-        seeds = _Seeds(call, grad_context, grad_weights, saved, _needs_deltas(plan))
+        incoming = _Incoming(call, grad_context, grad_weights, saved, _needs_deltas(plan))
         inputs = (memory_proj, v)
-        kept, grad_scores, _, factors, sums = _read_memory(call, plan, seeds, 1.0, inputs, False)
+        found = _read_memory(call, plan, incoming, 1.0, inputs, wants_query=False)
+        kept, grad_scores, _, factors, sums = found
         grads: Gradients = (None, None, None)
         if any(wanted[:3]):
             grads, sums = _concat_grads(call, memory_proj, v, grad_scores, factors, wanted)
-        grad_memory = _finish(call, seeds, kept, None, sums, None, wanted[3])
+        grad_memory = _finish(call, incoming, kept, None, sums, None, wanted[3])
         return *grads, grad_memory, None

@@ -1,4 +1,4 @@
-"""What forward and backward share: how arguments reach the kernels, workspaces, the launch."""
+"""Shared by forward and backward: arguments of the kernels, workspaces, the launch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+MASK_NONE, MASK_SHARED = tiles.MASK_NONE.value, tiles.MASK_SHARED.value
+MASK_PER_QUERY = tiles.MASK_PER_QUERY.value
+WINDOW_NONE, WINDOW_HARD = tiles.WINDOW_NONE.value, tiles.WINDOW_HARD.value
+WINDOW_GAUSSIAN = tiles.WINDOW_GAUSSIAN.value
+PITCH = tiles.PITCH.value
+
 MOST_PROGRAMS = 2**31 - 1  # of a launch, in its first dimension; the others take 65535
 _recorded: list[Launch] | None = None
 _recorded_chip: launch.Chip | None = None
@@ -32,10 +38,10 @@ _recorded_chip: launch.Chip | None = None
 
 @contextmanager
 def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
-    """Within it calls launch nothing, but tell what they would launch on such a chip.
+    """A context in which calls launch nothing, and record what they would launch on such a chip.
 
-    The ahead-of-time check calls the backend on meta tensors in here, so that what it compiles is
-    what a GPU would run. For one thread.
+    The ahead-of-time check calls the backend on meta tensors in here, so that it compiles what a
+    GPU would run. For one thread.
     """
     global _recorded, _recorded_chip
     launches: list[Launch] = []
@@ -62,7 +68,7 @@ def enqueue(
             f"{kernel.__name__} would need {programs[0]} programs and a launch has at most "
             f"{MOST_PROGRAMS}: give the batch in parts"
         )
-    # The default of fusing multiply and add is said to change after Triton 3.9.
+    # Triton 3.9 warns that the default of fusing multiply and add will change.
     options["enable_fp_fusion"] = True
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, (*tensors, *numbers), options))
@@ -91,45 +97,47 @@ class Masks(NamedTuple):
     lengths_stride: int
     mask: Tensor | None
     strides: tuple[int, int, int]  # of the mask: b, t, s
-    kind: int  # 0 no mask, 1 the same for all queries, 2 one for each
+    mask_kind: int  # MASK_NONE, MASK_SHARED or MASK_PER_QUERY
     keep: Tensor | None
     keep_scale: float
-    window: int = 0  # 0 none, 1 local attention, 2 with a Gaussian
+    window: int = WINDOW_NONE  # or WINDOW_HARD, WINDOW_GAUSSIAN
     centers: Tensor | None = None  # float32 (B, T)
     half_width: float = 0.0
     rate: float = 0.0  # 1 / sigma of the Gaussian
-    width: int = 0  # of a window, at most
+    width: int = 0  # the largest possible number of positions in a window
+
+    @property
+    def mask_per_query(self) -> bool:
+        return self.mask_kind == MASK_PER_QUERY
 
 
 def masks_of(masking: MaskingFields, source: int) -> Masks:
     lengths, mask, keep, keep_scale, window = masking
-    kind_of_mask, strides, bits = 0, (0, 0, 0), None
+    mask_kind, strides, bits = MASK_NONE, (0, 0, 0), None
     if mask is not None:
         bits = (mask if mask.dim() == 3 else mask.unsqueeze(1)).view(torch.uint8)
-        kind_of_mask = 1 if bits.shape[1] == 1 else 2
-        strides = (bits.stride(0), bits.stride(1) if kind_of_mask == 2 else 0, bits.stride(2))
+        is_shared = bits.shape[1] == 1
+        mask_kind = MASK_SHARED if is_shared else MASK_PER_QUERY
+        strides = (bits.stride(0), 0 if is_shared else bits.stride(1), bits.stride(2))
     kept = None if keep is None else keep.contiguous().view(torch.uint8)
     stride = 0 if lengths is None else lengths.stride(0)
-    fields = (lengths, stride, bits, strides, kind_of_mask, kept, keep_scale)
+    fields = (lengths, stride, bits, strides, mask_kind, kept, keep_scale)
     if window is None:
         return Masks(*fields)
     centers, half_width, gaussian = window
     width = min(int(2 * half_width) + 2, max(source, 1))  # one more, for edges that were rounded
     rate = 2.0 / half_width if gaussian else 0.0
-    kind = 2 if gaussian else 1
-    return Masks(*fields, kind, centers.contiguous(), float(half_width), rate, width)
-
-
-PITCH = tiles.PITCH.value
+    window_kind = WINDOW_GAUSSIAN if gaussian else WINDOW_HARD
+    return Masks(*fields, window_kind, centers.contiguous(), float(half_width), rate, width)
 
 
 def pitch(source: int) -> int:
-    """Units of a row of a workspace (B, T, S): padded, so that loads of 16 bytes do for any S."""
+    """Row length of a workspace (B, T, S), in units of PITCH: padded for loads of 16 bytes."""
     return -(-source // PITCH)
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """The tensor with unit stride in its last dimension; the others may be anything."""
+    """The tensor with unit stride in its last dimension; its other strides are arbitrary."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -137,15 +145,17 @@ _UNITS = {vector: {"UNIT": vector} for vector in (1, 4, 8)}
 
 
 @cache
-def _options(is_wide: bool, tf32: bool, is_nvidia: bool) -> tuple[dict[str, Any], dict[str, bool]]:
+def _options(
+    is_float32: bool, tf32: bool, is_nvidia: bool
+) -> tuple[dict[str, Any], dict[str, bool]]:
     """Constants of products, and of quotients."""
     interpreted = backend.INTERPRETED
-    precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_wide}
+    precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_float32}
     return precision, {"FAST_RCP": is_nvidia and not interpreted}
 
 
 class Call:
-    """What forward and backward share: sizes, the chip, precision and the masks."""
+    """Shared by forward and backward: sizes, the chip, precision and the masks."""
 
     def __init__(
         self,
@@ -160,9 +170,9 @@ class Call:
         batch, queries, score_dim = query.shape
         _, source, memory_dim = memory.shape
         self.sizes = (batch, queries, source, memory_dim, score_dim)
-        self.is_wide = memory.dtype == torch.float32
-        # Loads of 16 bytes need widths and strides that the compiler can see to be multiples.
-        vector = 4 if self.is_wide else 8
+        is_float32 = memory.dtype == torch.float32
+        # Loads of 16 bytes need widths and strides that the compiler knows to be multiples.
+        vector = 4 if is_float32 else 8
         bits = memory_dim | score_dim
         for rows in (query, memory, *others):
             if rows is not None:
@@ -173,13 +183,14 @@ class Call:
         self.masks, self.score = masks_of(masking, source), score
         self.chip = chip(memory.device)
         # Not allow_tf32: reading that raises once the newer setting has been used.
-        tf32 = self.is_wide and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        self.precision, self.fast = _options(self.is_wide, tf32, self.chip.is_nvidia)
-        has_dropout = self.masks.keep is not None
-        self.kind = launch.Kind(self.is_wide, self.vector > 1, self.masks.kind == 2, has_dropout)
+        tf32 = is_float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        self.precision, self.fast = _options(is_float32, tf32, self.chip.is_nvidia)
+        masks = self.masks
+        has_dropout = masks.keep is not None
+        self.kind = launch.Kind(is_float32, self.vector > 1, masks.mask_per_query, has_dropout)
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
-        """Of the batch and the rows of each, in units; as the kernels take widths too."""
+        """Strides of the batch and of the rows of each, in units of UNIT elements."""
         vector = self.vector
         found: list[int] = []
         for x in tensors:
@@ -189,14 +200,14 @@ class Call:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """E and the width of the score, in units."""
+        """E and the width of the score, in units of UNIT elements."""
         return self.sizes[3] // self.vector, self.sizes[4] // self.vector
 
     def floats(self, *shape: int) -> Tensor:
         return self.memory.new_empty(shape, dtype=torch.float32)
 
     def merge(self, sums: Sums) -> None:
-        """What is left of a backward pass whose memory needs no gradient."""
+        """The last launch of a backward pass whose memory needs no gradient."""
         tensors, numbers, programs = sums.arguments(self.sizes[0])
         masks = self.masks
         tensors = (masks.lengths, *tensors)
@@ -205,7 +216,7 @@ class Call:
 
 
 class Sums(NamedTuple):
-    """What `merge_sums` adds up: splits (B, splits, ...) of a gradient, and rows of that of v."""
+    """Operands of `merge_sums`: splits (B, splits, ...) of a gradient, and parts of that of v."""
 
     partial: Tensor | None
     total: Tensor | None
@@ -228,7 +239,10 @@ NOTHING = Sums(None, None)
 
 
 class Factors(NamedTuple):
-    """exp(2x) of both projections by columns, and the peaks of their rows; None for dot."""
+    """exp(2x) of both projections by columns, and the peaks of their rows; None for dot.
+
+    See `concat_exponentials`.
+    """
 
     query: Tensor | None = None
     memory: Tensor | None = None
@@ -259,7 +273,7 @@ def factors_of(call: Call, memory_proj: Tensor, block_t: int, block_s: int) -> F
             *(*call.strides(call.query, memory_proj), masks.lengths_stride, *masks.strides),
             *(queries, source, call.widths[1], even, *units),
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         BLOCK_R=block,
         BLOCK_A=32,
         **call.unit,

@@ -44,15 +44,15 @@ def _forward(
     if plan.regime == "columns":
         _columns_forward(call, plan, scale, concat_inputs, results)
         return results
-    # A softmax that ends with the last tile cannot write weights on its way: the merge does.
+    # The sum of an online softmax is known after the last tile only: the merge writes weights.
     run = _step_forward if plan.regime == "step" else _online_forward
     if plan.splits == 1 and not return_weights:
-        run(call, plan, scale, concat_inputs, (context, None, logsumexp, None), False)
+        run(call, plan, scale, concat_inputs, (context, None, logsumexp, None), is_split=False)
         return results
     partial = call.floats(batch, plan.splits, queries, memory_dim)
     stats = call.floats(batch, plan.splits, queries, 2)
     scores = call.floats(batch, queries, source) if return_weights else None
-    run(call, plan, scale, concat_inputs, (partial, None, stats, scores), True)
+    run(call, plan, scale, concat_inputs, (partial, None, stats, scores), is_split=True)
     _merge(call, plan, (partial, stats, scores), results)
     return results
 
@@ -93,7 +93,7 @@ def _step_forward(
             *(masks.half_width, masks.rate, plan.splits, plan.segment),
         ),
         CONCAT=inputs is not None,
-        SPOILED=masks.kind == 2,
+        MASK=masks.mask_kind,
         SPLIT=is_split,
         WINDOW=masks.window,
         BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
@@ -114,7 +114,7 @@ def _rows_forward(call: Call, plan: Any, scale: float, results: tuple[Any, ...])
             *(*call.strides(call.query, call.memory), masks.lengths_stride, *masks.strides),
             *(queries, source, call.widths[0], float(scale), float(masks.keep_scale)),
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         **plan.options,
         **call.unit,
         **call.precision,
@@ -144,7 +144,7 @@ def _columns_forward(
             pitch(source),
         ),
         CONCAT=inputs is not None,
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         **plan.options,
         **call.unit,
         **call.precision,
@@ -161,7 +161,7 @@ def _columns_forward(
             *(queries, source, call.widths[0], float(masks.keep_scale), plan.splits, plan.segment),
             pitch(source),
         ),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         BLOCKS=min(launch.power_of_2(plan.splits, 16), 32),
         **second.options,
         **call.unit,
@@ -181,7 +181,7 @@ def _online_forward(
         (batch * -(-queries // plan.tiles["BLOCK_T"]) * plan.splits,),
         (call.query, call.memory, masks.lengths, masks.mask, masks.keep, *results),
         (*steps, *sizes, plan.splits, plan.segment),
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         SPLIT=is_split,
         **plan.options,
         **call.unit,
@@ -210,7 +210,8 @@ def concat_scores(
         call = Call(query_proj, proj, masking, "concat", (proj,))
         batch, queries, source, width, _ = call.sizes
         sizes = (batch, queries, source, width)
-        masks, plan = call.masks, launch.rows(call.chip, sizes, call.kind, True, False)
+        plan = launch.rows(call.chip, sizes, call.kind, is_concat=True, backward=False)
+        masks = call.masks
         block_t, block_s = plan.tiles["BLOCK_T"], plan.tiles["BLOCK_S"]
         factors = factors_of(call, proj, block_t, block_s)
         scores = call.floats(batch, queries, source)
@@ -222,7 +223,7 @@ def concat_scores(
                 *(*call.strides(call.query, proj), masks.lengths_stride, *masks.strides),
                 *(queries, source, call.widths[1], *factors.sizes, plan.splits),
             ),
-            MASK=masks.kind,
+            MASK=masks.mask_kind,
             BLOCK_T=block_t,
             BLOCK_S=block_s,
             num_warps=plan.num_warps,

@@ -1,11 +1,11 @@
-"""Launches that go past Triton's front end, which takes 20 us to find a kernel launched before.
+"""Launches that bypass Triton's front end, which takes 20 us to find a kernel launched before.
 
 Triton compiles a kernel for the constants, the types of the arguments, which pointers are multiples
-of 16, and the values of integers, unless these are listed as `NUMBERS`: then only for those of 32
-and of 64 bits. A `Bound` kernel keeps what Triton compiled under exactly that, and launches it with
-the call that Triton's own `JITFunction.run` ends in. Nothing depends on it: in a version whose
-launcher takes other arguments than those known here, in the interpreter, and while anyone's hooks
-look at launches or compilations, the kernel is launched as Triton's documentation says.
+of 16, and the values of integers; for the integers listed in `NUMBERS` only for their size, 32 or
+64 bits. A `Bound` kernel keeps what Triton compiled under exactly that key, and launches it with
+the call that ends Triton's own `JITFunction.run`. Nothing depends on it: if Triton's launcher takes
+other arguments than those known here, in the interpreter, and while hooks observe launches or
+compilations, the kernel is launched as Triton's documentation says.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _HOOKS = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exi
 _KNOWN = ((*_PLACE, "args"), (*_PLACE, *_HOOKS, "args"))
 
 Numbers = tuple[int | float, ...]
-# What is kept of a compiled kernel: itself, since what it loaded goes with it, and what runs it.
+# A compiled kernel, which owns the module it loaded; its launcher, function and packed metadata.
 _Ready = tuple[Any, Callable[..., None], Any, Any]
 
 
 def _is_watched(kernel: Any) -> bool:
-    """Whether hooks want to see the launch or its compilation, or may, in an unknown version."""
+    """Whether hooks observe launches or compilations, or may do so in an unknown version."""
     runtime = knobs.runtime
     for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if chain is not None and getattr(chain, "calls", True):
@@ -39,7 +39,7 @@ def _is_watched(kernel: Any) -> bool:
 
 
 def _ready(compiled: Any) -> _Ready | None:
-    """What launches a compiled kernel, if it does so in a way that is known here."""
+    """The parts that launch a compiled kernel, if its launcher is one that is known here."""
     try:
         found = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
         names = tuple(inspect.signature(found[1]).parameters)
@@ -56,7 +56,7 @@ class Bound:
         self._is_compiled = isinstance(kernel, JITFunction)
         self._ready: dict[Any, _Ready | None] = {}
         names = getattr(kernel, "arg_names", ())
-        # A launcher skips the constants, but counts them.
+        # A launcher ignores the constants, but they have places among its arguments.
         self._constants = (None,) * sum(name in options for name in names)
 
     def __call__(
@@ -69,7 +69,7 @@ class Bound:
         active: Any = driver.active
         device = active.get_current_device()
         bits: int = 0
-        types: list[Any] = [device]  # what the key is made of
+        types: list[Any] = [device]  # becomes the key
         for x in tensors:
             if x is None:
                 types.append(None)
@@ -79,7 +79,7 @@ class Bound:
         if bits & 15:
             types.append(tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors]))
         if not max(numbers) < 2**31:  # also if one is NaN
-            types += "wide", tuple([isinstance(x, int) and x >= 2**31 for x in numbers])
+            types += "int64", tuple([isinstance(x, int) and x >= 2**31 for x in numbers])
         key = tuple(types)
         ready = self._ready.get(key)
         if ready is None or _is_watched(self.kernel):
@@ -98,9 +98,9 @@ _BOUND: dict[tuple[Any, ...], Bound] = {}
 
 
 def bound(kernel: Any, options: dict[str, Any]) -> Bound:
-    """The kernel with these constants and options of the compiler: one for the process."""
-    key = (id(kernel), *options, *options.values())  # its own hash locks, and takes 1 us
+    """The kernel with these constants and compiler options: one `Bound` in the process."""
+    key = (id(kernel), *options, *options.values())  # hashing the kernel takes a lock, and 1 us
     found = _BOUND.get(key)
     if found is None:
-        found = _BOUND[key] = Bound(kernel, options)  # it keeps the kernel, and so the id
+        found = _BOUND[key] = Bound(kernel, options)  # keeps the kernel, so its id is not reused
     return found

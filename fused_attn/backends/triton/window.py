@@ -1,11 +1,11 @@
-"""Backward calls of local attention; the forward pass is a step for each query."""
+"""Backward calls of local attention; the forward pass is the step kernel, a query at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_attn.backends.triton.call import Call, Sums, enqueue
+from fused_attn.backends.triton.call import WINDOW_GAUSSIAN, Call, Sums, enqueue
 from fused_attn.kernels import launch
 from fused_attn.kernels import window as kernels
 from fused_attn.reference import Gradients
@@ -24,13 +24,13 @@ def backward(
     batch, queries, source, memory_dim, width = call.sizes
     masks, memory = call.masks, call.memory
     proj, v = inputs or (None, None)
-    plan = launch.window(source, memory_dim, width if inputs else 1, True)
+    plan = launch.window(source, memory_dim, width if inputs else 1, backward=True)
     kept = call.floats(batch, queries, masks.width)
     grads = call.floats(batch, queries, masks.width)
     grad_query = memory.new_empty((batch, queries, width))
-    grad_centers = call.floats(batch, queries) if masks.window == 2 else None
+    grad_centers = call.floats(batch, queries) if masks.window == WINDOW_GAUSSIAN else None
     partial_v = None if v is None else call.floats(batch * queries, width)
-    extra = (0, 0, 0) if grad_weights is None else grad_weights.stride()
+    weights_strides = (0, 0, 0) if grad_weights is None else grad_weights.stride()
     results = (kept, grads, grad_query, grad_centers, partial_v)
     enqueue(
         kernels.window_backward,
@@ -40,12 +40,12 @@ def backward(
             *(masks.centers, grad_context, grad_weights, logsumexp, *results),
         ),
         (
-            *(*call.strides(call.query, memory, proj, grad_context), *extra),
+            *(*call.strides(call.query, memory, proj, grad_context), *weights_strides),
             *(masks.lengths_stride, *masks.strides, queries, source, *call.widths),
             *(float(scale), float(masks.keep_scale), masks.half_width, masks.rate, masks.width),
         ),
         CONCAT=inputs is not None,
-        SPOILED=masks.kind == 2,
+        MASK=masks.mask_kind,
         WINDOW=masks.window,
         BLOCK_A=launch.power_of_2(width, 16) if inputs else 16,
         **plan.options,
@@ -74,7 +74,7 @@ def _source(
     proj: Tensor | None,
     v: Tensor | None,
 ) -> Tensor:
-    """The gradient of the memory, or that of its projection if this is given."""
+    """The gradient of the memory, or of its projection if that is given."""
     batch, queries, source, memory_dim, score_dim = call.sizes
     is_proj, masks = proj is not None, call.masks
     width = score_dim if is_proj else memory_dim
@@ -94,7 +94,7 @@ def _source(
             *(call.widths[1 if is_proj else 0], masks.half_width, masks.width),
         ),
         PROJ=is_proj,
-        MASK=masks.kind,
+        MASK=masks.mask_kind,
         **plan.options,
         **call.unit,
     )
