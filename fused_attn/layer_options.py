@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_attn import checks, problem
+from fused_attn import checks
+from fused_attn.choices import LAYER_SCORES, LOCALS
 from fused_attn.composed import NORMALIZERS
 from fused_attn.prepared import PreparedMemory
-
-SCORES = (*problem.SCORES, "location")
-LOCALS = ("monotonic", "predictive")
 
 
 def check_size(name: str, size: object) -> int:
@@ -29,8 +27,10 @@ def check_optional_size(name: str, size: object) -> int | None:
 def check_score(
     score: object, query_dim: int, memory_dim: int, attn_dim: object, bias: bool, max_source: object
 ) -> None:
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+    if score not in LAYER_SCORES:
+        raise ValueError(
+            f"score must be one of {', '.join(map(repr, LAYER_SCORES))}, got {score!r}"
+        )
     if score == "dot" and query_dim != memory_dim:
         raise ValueError(
             f"score 'dot' requires query_dim == memory_dim, got {query_dim} and {memory_dim}"

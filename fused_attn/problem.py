@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-SCORES = ("dot", "general", "concat")  # that are fused; the layer has one more
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
@@ -18,7 +16,7 @@ class AttentionProblem:
     already projected), A for concat. The counts leave out projections, which are library GEMMs.
     """
 
-    score: str  # one of SCORES
+    score: str  # one of `choices.SCORES`
     batch: int  # B
     queries: int  # T
     source: int  # S

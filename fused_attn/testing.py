@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils import deterministic
 
-from fused_attn import functional, problem, reference
+from fused_attn import choices, functional, reference
 from fused_attn.reference import LocalWindow, Masking
 
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(FLOORS)
 # "projected" is the concat score with given projections, as the operator takes it.
-SCORES = (*problem.SCORES, "projected")
+SCORES = (*choices.SCORES, "projected")
 MASKS = ("none", "shared", "row", "cube")  # none, (B, S), (B, 1, S), (B, T, S)
 WINDOWS = ("none", "hard", "gaussian")
 LAYOUTS = ("contiguous", "transposed", "expanded", "sliced", "offset")

@@ -20,8 +20,10 @@ BUILD = (
     / f"build/native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 )
 OBJECTS = {
-    path.parents[2].name.removeprefix("fused_attn_kernels_").removesuffix(".dir"): path
-    for path in sorted(BUILD.glob("CMakeFiles/fused_attn_kernels_*.dir/csrc/cpu/kernels.cpp.o"))
+    path.parents[3].name.removeprefix("fused_attn_kernels_").removesuffix(".dir"): path
+    for path in sorted(
+        BUILD.glob("CMakeFiles/fused_attn_kernels_*.dir/csrc/cpu/per_isa/kernels.cpp.o")
+    )
 }
 X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 WIDER_REGISTERS = {"generic": r"%[yz]mm\d", "avx2": r"%zmm\d"} if X86 else {}

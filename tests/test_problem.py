@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from fused_attn.problem import SCORES, AttentionProblem
+from fused_attn.choices import SCORES
+from fused_attn.problem import AttentionProblem
 
 # B, T, S, E, A are primes, so that a missing or doubled factor is detected.
 SIZES = (2, 3, 5, 7, 11)

@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_attn import layer_options
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.config import (
     BRIDGES,
     CELLS,
-    LOCALS,
-    SCORES,
     ModelConfig,
     TrainingConfig,
 )
@@ -88,11 +85,6 @@ def test_a_batch_is_its_samples(config: ModelConfig) -> None:
     torch.testing.assert_close(together, alone)
     for got, expected in zip(gradients(model, together), gradients(model, alone), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
-
-
-def test_the_names_are_those_of_the_attention() -> None:
-    assert set(SCORES) - {"none"} == set(layer_options.SCORES)
-    assert LOCALS == layer_options.LOCALS
 
 
 @architectures

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fused_attn.choices import LAYER_SCORES, LOCALS
+
 CELLS = ("lstm", "gru", "rnn")
-SCORES = ("dot", "general", "concat", "location", "none")
-LOCALS = ("monotonic", "predictive")
+SCORES = (*LAYER_SCORES, "none")
 BRIDGES = ("zero", "last", "mean", "dense")
 TIES = ("output", "all")
 SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")

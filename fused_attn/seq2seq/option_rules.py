@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fused_attn.choices import SCORES
 from fused_attn.seq2seq.errors import OptionError
 
 Values = Mapping[str, Any]
-
-# Scores that run on a backend; location is composed of torch's operators.
-_ON_BACKENDS = ("dot", "general", "concat")
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ TRAINING_NEEDS = (
     Needs(
         "backend",
         "has no effect without a --score of dot, general or concat",
-        lambda v: v["score"] in _ON_BACKENDS,
+        lambda v: v["score"] in SCORES,
         ("score",),
         off="auto",
     ),

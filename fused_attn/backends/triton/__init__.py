@@ -9,21 +9,19 @@ so that a CUDA graph can capture every call once its kernels are compiled.
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fused_attn import operands
+from fused_attn.backends.triton import interpreter
 from fused_attn.problem import AttentionProblem
 from fused_attn.reference import Gradients, MaskingFields, Outputs, Saved
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (3, 6)
 LARGEST_WINDOW_WIDTH = 2048  # the window kernels hold whole rows in registers
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -35,14 +33,16 @@ def unavailable_reasons() -> list[str]:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         return [f"triton {triton.__version__} is older than {oldest}"]
-    if not INTERPRETED and not torch.cuda.is_available():
+    if not interpreter.INTERPRETED and not torch.cuda.is_available():
         return ["there is no GPU that torch can use, and TRITON_INTERPRET=1 is not set"]
     return []
 
 
 def not_supported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = list(unavailable_reasons())
-    if problem.device_type != "cuda" and not (INTERPRETED and problem.device_type == "cpu"):
+    if problem.device_type != "cuda" and not (
+        interpreter.INTERPRETED and problem.device_type == "cpu"
+    ):
         reasons.append(f"it runs on cuda, not on {problem.device_type}")
     if problem.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.backends import triton as backend
+from fused_attn.backends.triton import interpreter
 from fused_attn.backends.triton.launcher import Numbers, bound
 from fused_attn.kernels import concat, gradients, launch, tiles
 from fused_attn.reference import MaskingFields, check_lengths
@@ -149,7 +149,7 @@ def _options(
     is_float32: bool, tf32: bool, is_nvidia: bool
 ) -> tuple[dict[str, Any], dict[str, bool]]:
     """Constants of products, and of quotients."""
-    interpreted = backend.INTERPRETED
+    interpreted = interpreter.INTERPRETED
     precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_float32}
     return precision, {"FAST_RCP": is_nvidia and not interpreted}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_attn import backends, problem
+from fused_attn import backends, choices
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.devices import choose_device
@@ -20,7 +20,7 @@ def require_backend(backend: str, score: str, device: torch.device) -> None:
     """Raise `InputError` unless the backend can run a model with this score on the device."""
     try:
         backends.check_request(backend)
-        if score in problem.SCORES:  # other scores are composed in torch, or need no backend
+        if score in choices.SCORES:  # other scores are composed in torch, or need no backend
             backends.select(device.type, torch.float32, score, backend)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from fused_attn.choices import LOCALS
 from fused_attn.seq2seq.config import (
     BRIDGES,
     CELLS,
     LENGTH_PENALTIES,
-    LOCALS,
     LR_SCHEDULES,
     PRECISIONS,
     SAMPLING_UNITS,

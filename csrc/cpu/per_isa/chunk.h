@@ -1,10 +1,10 @@
 // The choice of the memory rows that a task reads, and their conversion to the arithmetic type.
 #pragma once
 
-#include "../attention_params.h"
+#include "../../attention_params.h"
+#include "../guard.h"
+#include "../plan.h"
 #include "convert.h"
-#include "guard.h"
-#include "plan.h"
 
 namespace fused_attn {
 namespace {
