@@ -373,7 +373,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
         (copy / files.METADATA).write_text(json.dumps({**meta, **values}))
 
     with_meta(format_version=1)
-    fails(["predict", copy, "a"], "format version 1", "reads 2")
+    fails(["predict", copy, "a"], "format version 1", "reads format version 2")
     with_meta(model={**meta["model"], "hidden": 24})
     fails(["predict", copy, "a"], "is damaged", "size mismatch")
     with_meta(model={"depth": 3})
@@ -421,7 +421,7 @@ def test_evaluate_on_given_words(
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == 3
     assert "1 word is not in the dictionary" in captured.err
-    assert "trained on 2 of these words" in captured.err
+    assert "2 of these words are in the training set" in captured.err
     (tmp_path / "words").write_text("nosuchword")
     fails(evaluate, "none of the words")
     fails(["evaluate", run, "--limit", "0"], "--limit must be positive")

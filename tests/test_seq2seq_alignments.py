@@ -102,7 +102,7 @@ def test_links_and_their_error_rate(
     assert capfd.readouterr().out == "AER  0.00 %\n"
     gold.write_text("0-0\n")
     assert main(["aer", str(links), str(gold)]) == 2
-    assert "has 3 lines and" in capfd.readouterr().err
+    assert "has 3 lines, but" in capfd.readouterr().err
     gold.write_text("0-0\n0=0\n0-0\n")
     assert main(["aer", str(links), str(gold)]) == 2
     assert f"{gold}, line 2: '0=0' is not a link" in capfd.readouterr().err

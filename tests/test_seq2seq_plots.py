@@ -88,7 +88,7 @@ def test_characters_of_any_script_have_a_font(
         [Prediction(("a", nowhere, "b"), ("c", "d"), "", 0.0, alignment=weights)],
         tmp_path / "b.png",
     )
-    assert f"no font on this machine has {nowhere}" in capfd.readouterr().err
+    assert f"no font on this machine has the characters {nowhere}" in capfd.readouterr().err
     assert list(recwarn) == []
     families, missing = font_families("고양이")
     if missing:

@@ -46,8 +46,8 @@ class SoftTargetTable:
     def __init__(self, symbols: Tensor, probabilities: Tensor, lengths: Tensor) -> None:
         if not len(symbols) == len(probabilities) == int(lengths.sum()):
             raise ValueError(
-                f"soft targets for {len(symbols)} and {len(probabilities)} target symbols, "
-                f"expected {int(lengths.sum())}"
+                f"the soft targets have {len(symbols)} and {len(probabilities)} rows, expected one "
+                f"for each of the {int(lengths.sum())} target symbols"
             )
         self.symbols = symbols
         self.probabilities = probabilities
