@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
     try:
         code = _run(parse(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a closed pipe can still be handled
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe can still be handled
     except InputError as error:
         text = error.on_the_command_line if isinstance(error, OptionError) else str(error)
         print(f"fused-attn: error: {text}", file=sys.stderr)

@@ -432,3 +432,47 @@ def test_resume_takes_the_options_of_the_start_only(
     for option in (["--batch-size", "64"], ["--score", "dot"], ["--no-bucket"], ["--window", "3"]):
         assert main([*resume, *option]) == 2
         assert f"was not started with this {option[0]};" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict --scores -- g2p -x --y",
+        "predict g2p --scores -- -x --y",
+        "predict g2p -- -x --y --scores",
+        "predict -- g2p -x --y",
+    ],
+)
+def test_what_follows_two_dashes_is_no_option(words: str) -> None:
+    args = parse(words.split())
+    expected = ["-x", "--y", "--scores"] if words.endswith("--scores") else ["-x", "--y"]
+    assert str(args.model) == "g2p" and args.text == expected
+    assert args.scores is ("--scores --" in words)
+
+
+def test_dashes_in_other_commands(tmp_path: Path) -> None:
+    args = parse(["explain", "--output", str(tmp_path / "e.html"), "--", "g2p", "--hello"])
+    assert args.text == "--hello" and args.output == tmp_path / "e.html"
+
+
+def test_options_that_are_repeated_add_up(tmp_path: Path) -> None:
+    file = config(tmp_path, "task: reverse", "output: o", "teacher: a")
+    args = parse(["train", file, "--teacher", "b", "--teacher", "c"])
+    assert [str(teacher) for teacher in args.teacher] == ["a", "b", "c"]
+
+
+def test_an_option_for_attention_needs_some(tmp_path: Path, fails: Fails) -> None:
+    assert "has no effect" in fails("predict g2p hello --replace-unknown")
+    none = tmp_path / "none"
+    lines = tmp_path / "lines.tsv"
+    lines.write_text("a b\tb a\nb a\ta b\nb b\tb b\na a\ta a\n")
+    common = f"--train {lines} --dev {lines} --hidden 8 --embedding 8 --max-steps 1"
+    assert main(f"train pairs {common} --score none --output {none}".split()) == 0
+    assert "coverage-penalty has no effect: the model has no attention" in fails(
+        f"predict {none} a --beam 2 --coverage-penalty 1"
+    )
+    file = config(tmp_path, "task: pairs", f"train: {lines}", "coverage_loss: 0.5", "hidden: 8")
+    output = tmp_path / "new"
+    found = fails(f"train {file} --score none --output {output}")
+    assert found.startswith("--coverage-loss needs a --score other than none")
+    assert not output.exists()

@@ -240,6 +240,8 @@ def test_the_command_line_uses_what_python_trained(
     for pairs in (str(lines), lines, spelled(15, seed=3), iter(spelled(15, seed=3))):
         measures = seq2seq.evaluate(model, pairs)
         assert measures == {name: report[name] for name in ("lines wrong", "symbols wrong")}
+    assert main(["evaluate", str(fitted)]) == 2
+    assert "name a file with --test" in capfd.readouterr().err
     assert main(["train", "pairs", "--output", str(fitted), "--resume"]) == 2
     assert "seq2seq.fit(..., resume=True)" in capfd.readouterr().err
     with pytest.raises(InputError, match="pair 2: expected a source and a target"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_attn import seq2seq
+from fused_attn.cli import main
 from fused_attn.seq2seq import (
     InputError,
     ModelConfig,
@@ -16,6 +19,7 @@ from fused_attn.seq2seq import (
     TrainingConfig,
     Vocabulary,
 )
+from fused_attn.seq2seq.tasks.chat import Chat, ChatConfig
 
 SHAPE = ModelConfig(hidden=8, embedding=8)
 RECIPE = TrainingConfig(epochs=1, batch_size=8)
@@ -179,7 +183,7 @@ def test_types_of_arguments(model: Predictor, tmp_path: Path) -> None:
         ({"vocabulary": 100}, InputError, "vocabulary has no effect without tokens subwords"),
         ({"epochs": 3}, TypeError, r"it belongs in training=TrainingConfig\(epochs=...\)"),
         ({"hidden": 3}, TypeError, r"it belongs in model=ModelConfig\(hidden=...\)"),
-        ({"colour": 3}, TypeError, "'colour': options of data are min_count, max_length,"),
+        ({"colour": 3}, TypeError, "'colour': those of data are min_count, max_length,"),
         ({"teachers": "nowhere"}, InputError, "no checkpoint at nowhere"),
         ({"output": ""}, InputError, "output must be the path of a directory, got ''"),
         ({"output": None}, InputError, "output must be the path of a directory, got None"),
@@ -235,3 +239,120 @@ def test_a_directory_of_that_name_does_not_hide_the_bundled_model(
     (tmp_path / "g2p").mkdir()
     monkeypatch.chdir(tmp_path)
     assert seq2seq.load("g2p")("hello").text == "HH EH L OW"
+
+
+def test_a_resumed_fit_refuses_what_it_was_not_started_with(tmp_path: Path, fitted: Path) -> None:
+    lines = tmp_path / "lines.tsv"
+    lines.write_text("".join(f"{source}\t{target}\n" for source, target in PAIRS))
+    again = {"output": fitted, "resume": True, "progress": False}
+    for options, message in (
+        ({"task": "translate"}, "^task is not that of the run in"),
+        ({"start_from": "g2p"}, "^start_from is not that of"),
+        ({"teachers": ["g2p"]}, "^teachers is not that of"),
+        ({"dev": PAIRS[2:4]}, "trained on other data|training pairs have changed"),
+        ({"dev": lines}, "^dev of the run in .* were given in Python: give the same ones"),
+    ):
+        with pytest.raises(InputError, match=message):
+            seq2seq.fit(PAIRS, **{"dev": PAIRS[:2]} | again | options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^pairs of the run in .* were given in Python"):
+        seq2seq.fit(lines, dev=PAIRS[:2], **again)  # type: ignore[arg-type]
+    run = tmp_path / "file"
+    options = {"tokens": ("chars", "words"), "model": SHAPE, "training": RECIPE}
+    seq2seq.fit(lines, output=run, progress=False, **options)
+    with pytest.raises(InputError, match=r"^pairs of the run in .* are those of the file .*lines"):
+        seq2seq.fit(PAIRS, output=run, resume=True, progress=False)
+    assert seq2seq.fit(lines, output=run, resume=True, progress=False)("ab").text
+
+
+def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path, fitted: Path) -> None:
+    def fails(message: str, training: TrainingConfig = RECIPE, **options: object) -> None:
+        for run in (tmp_path / "new", empty):
+            with pytest.raises(InputError, match=message):
+                seq2seq.fit(PAIRS, output=run, training=training, progress=False, **options)
+        assert sorted(tmp_path.iterdir()) == [empty] and not list(empty.iterdir())
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(
+        "teacher: the source vocabulary of .* differs from that of the data",
+        on_disk=True,
+        teachers=["g2p"],
+    )
+    fails("guided needs alignment links", TrainingConfig(guided=1.0), on_disk=True)
+    none = ModelConfig(score="none")
+    fails(
+        "coverage_loss needs a score other than none", TrainingConfig(coverage_loss=1), model=none
+    )
+    location = ModelConfig(hidden=8, score="location", max_source=2)
+    fails("max_source is 2, and a source has 3 symbols", model=location, tokens="chars")
+
+
+def test_a_model_of_ones_own_goes_everywhere(tmp_path: Path) -> None:
+    """What `Predictor.save` wrote, without a training of ours, starts one, and is exported."""
+    letters = Vocabulary("abc")
+    own = tmp_path / "own"
+    Predictor(Seq2Seq(SHAPE, len(letters), len(letters)), letters, letters).save(own)
+    pairs = [(source, source[::-1]) for source in ("a b c", "c a", "b b", "a c")] * 3
+    options = {"training": RECIPE, "progress": False, "start_from": own}
+    found = seq2seq.fit(pairs, dev=pairs[:1], output=tmp_path / "run", **options)
+    assert found.source.symbols == letters.symbols
+    arguments = ["export", str(own), "--average", str(own), "--output", str(tmp_path / "mean")]
+    assert main(arguments) == 0
+    assert seq2seq.load(tmp_path / "mean")("a b") == seq2seq.load(own)("a b")
+
+
+def test_predictions_stand_alone(model: Predictor) -> None:
+    many = model(["hello"] * 64, beam=3, nbest=3)
+    assert len(pickle.dumps(many[0])) < 4 * len(pickle.dumps(model("hello")))
+    alignment = many[0].alignment
+    assert alignment is not None
+    alignment += 1.0  # an ordinary tensor
+    weight = torch.ones(alignment.shape[1], requires_grad=True)
+    (alignment @ weight).sum().backward()
+
+
+def test_loading_draws_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = seq2seq.load("g2p")
+    Predictor.load("g2p")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.isfinite(p).all() for p in first.models[0].parameters())
+
+
+def test_perplexity_without_dropout(tmp_path: Path) -> None:
+    letters = Vocabulary("ab")
+    torch.manual_seed(0)
+    network = Seq2Seq(ModelConfig(hidden=8, embedding=8, dropout=0.5), len(letters), len(letters))
+    task = Chat(ChatConfig(tokens="words"))
+    chat = Predictor(network.train(), letters, letters, task=task)
+    pairs = [("a b", "b a"), ("b", "a")]
+    assert seq2seq.evaluate(chat, pairs) == seq2seq.evaluate(chat, pairs)
+    assert network.training
+
+
+def test_prefixes_and_data_sets(model: Predictor, tmp_path: Path) -> None:
+    assert model.predict(["hello"], prefixes=[[]])[0].tokens == model("hello").tokens
+    with pytest.raises(ValueError, match="expected 2 prefixes, one per source, got 1"):
+        model.predict(["a", "b"], prefixes=[["AH"]])
+    with pytest.raises(InputError, match="pair 1: expected a source and a target, got 'ab'"):
+        seq2seq.evaluate(model, ["ab", "cd"])  # type: ignore[list-item]
+    none = Seq2Seq(ModelConfig(hidden=8, score="none"), 5, 5)
+    silent = Predictor(none, Vocabulary("ab"), Vocabulary("ab"))
+    with pytest.raises(InputError, match="coverage_penalty has no effect: the model has no"):
+        silent("a", beam=2, coverage_penalty=1.0)
+    assert silent("a").alignment is None
+
+    class Endless:
+        """A map-style data set whose elements never end."""
+
+        def __len__(self) -> int:
+            return len(PAIRS)
+
+        def __getitem__(self, index: int) -> tuple[str, str]:
+            return PAIRS[index % len(PAIRS)]
+
+    options = {"tokens": ("chars", "words"), "model": SHAPE, "training": RECIPE}
+    with torch.no_grad(), torch.inference_mode():
+        run = tmp_path / "run"
+        seq2seq.fit(Endless(), dev=PAIRS[:2], output=run, progress=False, **options)  # type: ignore[arg-type]

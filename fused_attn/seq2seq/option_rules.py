@@ -96,7 +96,10 @@ TRAINING_NEEDS = (
         "residual",
         "has no effect without --layers above 1: no layer is as wide as its input",
         _adds_residuals,
-        ("layers", "encoder_layers", "hidden", "encoder_hidden", "embedding"),
+        (
+            *("layers", "encoder_layers", "hidden", "encoder_hidden", "embedding"),
+            *("bidirectional", "input_feeding"),
+        ),
         off=False,
     ),
     Needs(
@@ -211,7 +214,12 @@ SEARCH_NEEDS = (
 def merged(file: Values, line: Values) -> dict[str, Any]:
     """Return the options of a configuration file and of the command line, which overrides it."""
     dropped = {rule.other for rule in _active(line) if rule.other not in line}
-    return {name: value for name, value in file.items() if name not in dropped} | dict(line)
+    found = {name: value for name, value in file.items() if name not in dropped}
+    for name, value in line.items():
+        # Options that may be repeated add up.
+        both = isinstance(value, list) and name in found
+        found[name] = [*found[name], *value] if both else value
+    return found
 
 
 def settle(

@@ -36,8 +36,11 @@ def find_checkpoint(model: str | Path) -> Path:
     except TypeError:
         kind = type(model).__name__
         raise InputError(f"expected the name or the path of a model, got {kind}") from None
-    if (model / files.METADATA).exists():
-        return model
+    try:
+        if (model / files.METADATA).exists():
+            return model
+    except OSError as error:
+        raise InputError(f"no checkpoint at {str(model)[:60]}: {error.strerror}") from None
     found = checkpoints(model)
     shipped = SHIPPED / model
     if not found and (shipped / files.METADATA).exists():

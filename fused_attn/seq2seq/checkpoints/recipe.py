@@ -39,7 +39,8 @@ class Recipe:
         """
         return cls(
             ModelConfig(**values["model"]),
-            TrainingConfig(**values["training"]),
+            # Missing if the model was trained in a loop of its own.
+            TrainingConfig(**values.get("training", {})),
             make_task(values["task"]),
         )
 

@@ -14,6 +14,8 @@ def run(args: Namespace) -> int:
     set_threads(args.threads)
     search = search_config(args)
     predictor = load_models(args)
+    if sys.stdin is None:
+        raise InputError("there is no standard input")
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401, gives input() a history
@@ -27,11 +29,10 @@ def run(args: Namespace) -> int:
             return 0
         except UnicodeDecodeError:
             raise InputError("standard input is not UTF-8 text") from None
-        source = predictor.read(text)
-        if not source:
+        if not predictor.read(text):
             continue
         try:
-            (found,) = predictor.predict([source], search)
+            (found,) = predictor.predict([text], search)
         except InputError as error:  # an unknown symbol
             note(str(error))
             continue

@@ -64,13 +64,17 @@ def run(args: Namespace) -> int:
 def _items(args: Namespace, task: Task) -> list[Item]:
     """Return the items to evaluate on, in a pseudo-random order; print notes about them."""
     if args.test is None:
-        items = list(task.load().test)
+        items = list(task.load().test) if task.has_data else []
         if not items:
             raise InputError("the model has no test set: name a file with --test")
     else:
         items, notes = task.listed(args.test)
         for text in notes:
             note(text)
+        if not task.has_data:
+            units = task.units[0]
+            note(f"cannot check whether the model was trained on these {units}: not in a file")
+            return sorted(items, key=_shuffled)[: args.limit]
         try:
             data = task.load()
         except InputError as error:  # a model may be used where its training data is not available

@@ -7,10 +7,12 @@ told from a default. `Options.defaults` has the values to fill in afterwards.
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -45,11 +47,33 @@ class CommandParser(Parser):
         # argparse itself calls this method again: for the options, then for the arguments.
         if self._is_intermixing:
             return super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        arguments = words[end + 1 :]
+        # The second of these passes would read what follows "--" as options.
+        marked = [f"{_MARK}{number}" for number in range(len(arguments))]
         self._is_intermixing = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, rest = self.parse_known_intermixed_args([*words[:end], *marked], namespace)
         finally:
             self._is_intermixing = False
+        originals = dict(zip(marked, arguments, strict=True))
+        for name, value in vars(found).items():
+            setattr(found, name, _unmarked(value, originals))
+        return found, [originals.get(word, word) for word in rest]
+
+
+_MARK = "\0"  # in no argument of a process
+
+
+def _unmarked(value: Any, originals: dict[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_unmarked(each, originals) for each in value]
+    if isinstance(value, str):
+        return originals.get(value, value)
+    if isinstance(value, Path) and str(value) in originals:
+        return Path(originals[str(value)])
+    return value
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -14,11 +14,12 @@ from fused_attn.seq2seq.commands.options import load_models, search_config, set_
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.links import pharaoh
 from fused_attn.seq2seq.data.pairs import Symbols
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown, soft_alignment
 from fused_attn.seq2seq.inference.files import Group, predict_file
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.predictor import Predictor
+from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 # Largest number of heat maps in a picture of alignments.
 MAX_PANELS = 12
@@ -50,6 +51,8 @@ def run(args: Namespace) -> int:
         if getattr(args, option) and not has_attention:
             name = option.replace("_", "-")
             raise InputError(f"--{name} needs a model with attention, and this one has none")
+    if args.replace_unknown and UNKNOWN not in predictor.target.symbols:
+        raise OptionError("replace_unknown", f"has no effect: the model never writes {UNKNOWN}")
     weights = args.alignments is not None or args.replace_unknown
     output = _Output(search, weights, args.scores, args.replace_unknown)
     if args.output is not None:

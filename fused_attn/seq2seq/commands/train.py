@@ -19,11 +19,10 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import TASKS
-from fused_attn.seq2seq.training.fit import carry_out, is_new
 from fused_attn.seq2seq.training.processes import gathered, launch, leave
 from fused_attn.seq2seq.training.progress import make_progress
-from fused_attn.seq2seq.training.run import Run
-from fused_attn.seq2seq.training.start import Machine, resume_run, start_run
+from fused_attn.seq2seq.training.run import Run, carry_out
+from fused_attn.seq2seq.training.start import Machine, is_new, resume_run, start_run
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
 

@@ -130,7 +130,8 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = torch.full((len(sequences), int(lengths.max()) if len(sequences) else 0), PAD)
     inside = torch.arange(padded.shape[1]) < lengths[:, None]
-    padded[inside] = torch.tensor([number for sequence in sequences for number in sequence])
+    numbers = [number for sequence in sequences for number in sequence]
+    padded[inside] = torch.tensor(numbers, dtype=torch.int64)
     return padded, lengths
 
 

@@ -13,7 +13,7 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.pairs import Item, Pair, Symbols, grouped
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor, search_config
+from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor, evaluating, search_config
 from fused_attn.seq2seq.metrics import PERPLEXITY, ErrorRates, error_rates
 from fused_attn.seq2seq.tasks.base import Task
 
@@ -31,11 +31,13 @@ def perplexity(predictor: Predictor, items: Sequence[Item]) -> float:
     )
     loss = torch.zeros((), dtype=torch.float64, device=predictor.device)
     tokens = 0
-    for rows in torch.arange(len(examples)).split(BATCH_SIZE):
-        batch = examples.batch(rows).to(predictor.device)
-        mean = predictor.models[0].loss(batch.source, batch.source_lengths, batch.target)
-        loss += mean.double() * batch.tokens
-        tokens += batch.tokens
+    model = predictor.models[0]
+    with evaluating([model]):
+        for rows in torch.arange(len(examples)).split(BATCH_SIZE):
+            batch = examples.batch(rows).to(predictor.device)
+            mean = model.loss(batch.source, batch.source_lengths, batch.target)
+            loss += mean.double() * batch.tokens
+            tokens += batch.tokens
     return math.exp(loss.item() / tokens)
 
 
@@ -109,6 +111,8 @@ def evaluate(
 
 def _pair(predictor: Predictor, number: int, pair: tuple[Any, Any]) -> Pair:
     try:
+        if isinstance(pair, str):
+            raise TypeError
         source, target = pair
         read = predictor.task.read_target
         found = Pair(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.export import save_model
@@ -18,7 +19,7 @@ from fused_attn.seq2seq.checkpoints.load import load_model
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
@@ -86,6 +87,17 @@ class Predictor:
         cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
     ) -> Predictor:
         """Load a model, or the models of an ensemble; see `load`."""
+        with WithoutDraws():
+            return cls.drawn(*models, backend=backend, device=device)
+
+    @classmethod
+    def drawn(
+        cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
+    ) -> Predictor:
+        """As `load`, except that it draws from torch's generator, as a new model does.
+
+        For a run with teachers, whose numbers depend on it.
+        """
         if not models:
             raise TypeError("load needs the name or the path of a model")
         paths = [find_checkpoint(model) for model in models]
@@ -171,7 +183,7 @@ class Predictor:
                 iterator that reads ``batch_size`` texts at a time. An element may also be a
                 sequence of tokens.
             batch_size: number of texts decoded together. Results do not depend on it, except for
-                rounding.
+                rounding, and for the draws of ``sample=True``.
             alignments: whether predictions have their attention weights.
             search: fields of `SearchConfig`, such as ``beam=5, nbest=3``.
 
@@ -226,12 +238,16 @@ class Predictor:
         tokens: list[tuple[str, ...]] = []
         encoded: list[list[int]] = []
         for number, source in enumerate(sources, start=before + 1):
+            shown = source
             try:
                 tokens.append(self.read(source))
+                if not isinstance(source, str):
+                    shown = self.task.show(tokens[-1])
                 encoded.append(self.encode(tokens[-1]))
             except InputError as error:
-                name = f"{source!r}" if alone else f"source {number}, {source!r}"
+                name = f"{shown!r}" if alone else f"source {number}, {shown!r}"
                 raise InputError(f"{name}: {error}") from None
+        self._check_search(config, len(encoded), prefixes)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         found: dict[int, Prediction] = {}
         for start in range(0, len(order), batch_size):
@@ -243,6 +259,18 @@ class Predictor:
             for i, hypotheses in zip(chosen, results, strict=True):
                 found[i] = self._prediction(tokens[i], hypotheses)
         return [found[i] for i in range(len(encoded))]
+
+    def _check_search(
+        self, config: SearchConfig, count: int, prefixes: Sequence[Sequence[str]] | None
+    ) -> None:
+        if config.coverage_penalty and not self._attends:
+            raise OptionError("coverage_penalty", "has no effect: the model has no attention")
+        if prefixes is not None and len(prefixes) != count:
+            raise ValueError(f"expected {count} prefixes, one per source, got {len(prefixes)}")
+
+    @property
+    def _attends(self) -> bool:
+        return any(model.config.score != "none" for model in self.models)
 
     def read(self, source: Source) -> tuple[str, ...]:
         """Return the tokens of a text, or a sequence of tokens as a tuple.
@@ -278,8 +306,7 @@ class Predictor:
         alignments: bool,
     ) -> list[list[Hypothesis]]:
         symbols, lengths = pad(encoded)
-        attends = any(model.config.score != "none" for model in self.models)
-        with _evaluating(self.models):
+        with evaluating(self.models):
             return search(
                 self.models,
                 moved(symbols, self.device),
@@ -287,7 +314,7 @@ class Predictor:
                 config,
                 prefix=None if prefix is None else moved(prefix, self.device),
                 bound=self.bound,
-                return_weights=alignments and attends,
+                return_weights=alignments and self._attends,
             )
 
     def _prediction(self, source: tuple[str, ...], hypotheses: Sequence[Hypothesis]) -> Prediction:
@@ -301,7 +328,8 @@ class Predictor:
                 hypothesis.log_prob,
                 tuple(hypothesis.token_log_probs),
                 hypothesis.score,
-                hypothesis.weights,
+                # Not a view of its batch's weights, which it would keep alive.
+                None if hypothesis.weights is None else hypothesis.weights.clone(),
             )
             others = (found, *others)
         first, *rest = others
@@ -343,8 +371,18 @@ def _check_options(batch_size: int, alignments: bool) -> None:
         raise TypeError(f"alignments must be True or False, got {alignments!r}")
 
 
+class WithoutDraws(TorchFunctionMode):
+    """Leaves the parameters of new models uninitialised, in this thread: they are loaded anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 @contextmanager
-def _evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
+def evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
     """Put the models into evaluation mode for a while, in case they are being trained."""
     training = [model for model in models if model.training]
     for model in training:
@@ -370,5 +408,4 @@ def load(
     Raises `InputError` if a model is missing, damaged or of another format version, if the
     vocabularies of an ensemble differ, or if the device or the backend is not available.
     """
-    with torch.random.fork_rng(devices=[]):  # initialising the parameters draws random numbers
-        return Predictor.load(*models, backend=backend, device=device)
+    return Predictor.load(*models, backend=backend, device=device)

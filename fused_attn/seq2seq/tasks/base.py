@@ -52,6 +52,11 @@ class Task(ABC):
         """Return the fields of the configuration that ``--test path`` sets; raises `InputError`."""
         raise OptionError("test", f"is not an option of the task {cls.name}")
 
+    @property
+    def has_data(self) -> bool:
+        """Whether `load` knows where the data is: pairs that were given in Python are gone."""
+        return True
+
     def read(self, text: str) -> Symbols:
         """Return the source symbols of a text."""
         return tuple(text.split())

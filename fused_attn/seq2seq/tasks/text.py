@@ -172,6 +172,10 @@ class Pairs(TextTask):
         config = self.config
         return config.source_tokens or config.tokens, config.target_tokens or config.tokens
 
+    @property
+    def has_data(self) -> bool:
+        return "train" in self.given or self.config.train is not None
+
     def load(self) -> Data:
         texts = self._pairs("train", Reader(skip_bad=True))
         if texts is None:
@@ -225,6 +229,8 @@ class Pairs(TextTask):
     def _fingerprint(self, train: PairSource) -> str:
         """A digest of all pairs and of the choice of those held out."""
         held = "\n".join(sorted(" ".join(source) for source in train.without))
+        if "dev" in self.given:
+            held = fingerprint(PairList("dev", self.given["dev"], train.reader))
         return fingerprint([Pair((train.fingerprint(), held), ())])
 
     @classmethod

@@ -12,17 +12,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import CHECKPOINTS, best_checkpoint, checkpoints
+from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import cost
 from fused_attn.seq2seq.training.logs import RunLog
+from fused_attn.seq2seq.training.processes import total
 from fused_attn.seq2seq.training.progress import Progress
-
-if TYPE_CHECKING:  # avoids importing the trainer, and Lightning Fabric with it
-    from fused_attn.seq2seq.training.trainer import StepReport, Trainer
+from fused_attn.seq2seq.training.signals import stop_signals
+from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
 PAIRS = "pairs"
 # Number of the latest checkpoints to keep. The best one is always kept.
@@ -129,3 +134,48 @@ class Run:
         for path in found[:-KEPT_CHECKPOINTS]:
             if path != best:
                 files.remove(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of `carry_out`.
+
+    stopped: whether a signal stopped the run. was_complete: whether no steps were left to train.
+    """
+
+    run: Run
+    stopped: bool = False
+    was_complete: bool = False
+
+
+def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
+    """Train a run to its end, or until SIGINT or SIGTERM, which write a checkpoint and stop it.
+
+    directory: of the run. make_run: starts or resumes the run.
+
+    Raises `InputError` if the run cannot be started or written.
+    """
+    with stop_signals() as received:
+        try:
+            run = make_run()
+            if run.trainer.finished:
+                return Outcome(run, was_complete=True)
+            fabric = run.trainer.fabric
+            stopped = not run.train(lambda: _any(fabric, received()))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {error.filename or directory}: {error.strerror}; "
+                "earlier checkpoints are intact"
+            ) from None
+    if not stopped:
+        fabric.barrier()  # until process 0 has written the last checkpoint
+    return Outcome(run, stopped)
+
+
+def _any(fabric: Fabric, value: bool) -> bool:
+    """Whether ``value`` is true in any process: all must stop at the same step."""
+    if fabric.world_size == 1:
+        return value
+    return total(fabric, torch.tensor(float(value), device=fabric.device)).item() > 0

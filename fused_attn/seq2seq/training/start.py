@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,45 @@ def start_run(
     Raises `InputError` if the data cannot be read, the backend cannot run the model, or
     ``start_from`` or a teacher does not match them; OSError if the directory cannot be written.
     """
+    with _nothing_left(directory, machine.fabric):
+        return _start(directory, recipe, progress, machine, note, start_from, teachers)
+
+
+@contextmanager
+def _nothing_left(directory: Path, fabric: Fabric) -> Iterator[None]:
+    """Remove what a failed start has written into a directory that was empty, or did not exist."""
+    existed, was_new = directory.exists(), is_new(directory)
+    try:
+        yield
+    except BaseException:
+        if fabric.is_global_zero and was_new and directory.is_dir():
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed:
+                directory.rmdir()
+        raise
+
+
+def is_new(directory: Path) -> bool:
+    """Whether a run may start in a directory: it does not exist, or is empty."""
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def _start(
+    directory: Path,
+    recipe: Recipe,
+    progress: Progress,
+    machine: Machine,
+    note: Callable[[str], None],
+    start_from: str | Path | None,
+    teachers: Sequence[str | Path],
+) -> Run:
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     if recipe.training.rdrop and not recipe.model.dropout:
         raise OptionError("rdrop", "needs a dropout above 0: without it both passes are the same")
+    for name in ("coverage_loss", "guided"):
+        if getattr(recipe.training, name) and recipe.model.score == "none":
+            raise OptionError(name, "needs a --score other than none")
     origin = None if start_from is None else find_checkpoint(start_from)
 
     def with_known_vocabularies(data: Data) -> Data:
@@ -85,6 +122,9 @@ def start_run(
     recipe, data, examples = _load(directory, recipe, machine, with_known_vocabularies)
     for text in data.notes:
         note(text)
+    longest, most = int(examples.source_lengths.max()), recipe.model.max_source
+    if recipe.model.score == "location" and most is not None and longest > most:
+        raise OptionError("max_source", f"is {most}, and a source has {longest} symbols")
     torch.manual_seed(recipe.training.seed)
     sizes = len(data.source), len(data.target)
     try:
@@ -140,7 +180,7 @@ def _run_teachers(
     fabric = machine.fabric
     if fabric.is_global_zero:
         paths = [find_checkpoint(teacher) for teacher in teachers]
-        ensemble = Predictor.load(*paths, backend=machine.backend, device=fabric.device)
+        ensemble = Predictor.drawn(*paths, backend=machine.backend, device=fabric.device)
         for name, theirs, ours in (
             ("source", ensemble.source, data.source),
             ("target", ensemble.target, data.target),
@@ -185,16 +225,9 @@ def _load(
 
 
 def _write(data: Data, directory: Path) -> None:
-    """Write the encoded pairs to ``directory``; if that fails, new directories are removed."""
-    new = [path for path in (directory, directory.parent) if not path.exists()]
+    """Write the encoded pairs to ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        _encode(data, directory)
-    except BaseException:
-        shutil.rmtree(directory)
-        for path in new[1:]:
-            path.rmdir()
-        raise
+    _encode(data, directory)
 
 
 def _encode(data: Data, directory: Path | None) -> Examples:

@@ -1,0 +1,182 @@
+"""The arguments of `fit`: checked, and turned into a recipe, or compared with that of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
+from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
+from fused_attn.seq2seq.tasks.registry import TASKS
+from fused_attn.seq2seq.tasks.text import Pairs
+
+# Options of `fit` that go to the configuration of the task.
+DATA_OPTIONS = ("min_count", "max_length", "skip_bad", "vocabulary")
+
+
+def is_path(pairs: Any) -> bool:
+    """Whether pairs are in a file."""
+    return isinstance(pairs, (str, Path))
+
+
+def directory(output: Any) -> Path:
+    """Return the directory of a run; raises `OptionError` if it is not a path."""
+    if not is_path(output) or not str(output):
+        raise OptionError("output", f"must be the path of a directory, got {output!r}")
+    return Path(output)
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise `OptionError` unless a value is of a type, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(name, f"must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def kind_of_task(name: str | None) -> type[Pairs]:
+    """Return the task on pairs of this name; raises `OptionError` if there is none."""
+    known = {name: kind for name, kind in TASKS.items() if issubclass(kind, Pairs)}
+    name = "pairs" if name is None else name
+    if name not in known:
+        raise OptionError("task", f"must be {' or '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def listed(name: str, pairs: Any) -> list[Any]:
+    """Return pairs that were given in Python; raises `OptionError` if they are not iterable."""
+    try:
+        if hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__"):
+            if not hasattr(pairs, "__iter__"):  # a map-style data set
+                return [pairs[index] for index in range(len(pairs))]
+        return list(pairs)
+    except TypeError:
+        what = f"must be an iterable of pairs or the path of a file, got {type(pairs).__name__}"
+        raise OptionError("pairs" if name == "train" else name, what) from None
+
+
+def tokens(given: Any) -> dict[str, str | None]:
+    """Return the fields of the task's configuration that ``tokens`` sets."""
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {"tokens": given, "source_tokens": None, "target_tokens": None}
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise OptionError("tokens", f"must be a name or two, got {given!r}")
+    source, target = given
+    return {"source_tokens": source, "target_tokens": target}
+
+
+def data_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the data; raises TypeError for one that is not an option."""
+    elsewhere = {
+        field.name: f"{argument}={kind.__name__}({field.name}=...)"
+        for argument, kind in (("model", ModelConfig), ("training", TrainingConfig))
+        for field in fields(kind)
+    }
+    for name in options:
+        if name in elsewhere:
+            raise TypeError(f"unknown option {name!r}: it belongs in {elsewhere[name]}")
+        if name not in DATA_OPTIONS:
+            raise TypeError(f"unknown option {name!r}: those of data are {', '.join(DATA_OPTIONS)}")
+    return dict(options)
+
+
+def recipe(
+    kind: type[Pairs],
+    model: ModelConfig | None,
+    training: TrainingConfig | None,
+    start_from: str | Path | None,
+    chosen: Mapping[str, Any],
+    in_python: Mapping[str, list[Any]],
+) -> Recipe:
+    """Return the recipe of a new run.
+
+    chosen: fields of the task's configuration that are given. in_python: pairs by "train" and
+    "dev" that are not in files.
+
+    Raises `OptionError` if a value is not allowed, or an option has no effect.
+    """
+    shape, values = kind.model, {}
+    if start_from is not None:
+        origin = find_checkpoint(start_from)
+        before = load_recipe(origin, files.load_metadata(origin))
+        if before.task.name != kind.name:
+            what = f": {origin} has the task {before.task.name}, expected {kind.name}"
+            raise OptionError("start_from", what)
+        shape = before.model
+        values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
+    defaults = {f.name: getattr(kind.kind, f.name) for f in fields(kind.kind)} | values
+    rest = {**asdict(model or shape), **asdict(training or kind.training)}
+    rest |= {"start_from": start_from, "teacher": [], "backend": "auto"}
+    settle(TRAINING_NEEDS, rest | defaults, chosen)
+    try:
+        config = kind.kind(**{**values, **chosen})
+    except ValueError as error:
+        name, _, reason = str(error).partition(" ")
+        raise OptionError(name, reason) from None
+    return Recipe(model or shape, training or kind.training, kind(config, in_python))
+
+
+def recipe_to_resume(
+    run: Path,
+    asked: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    in_python: Mapping[str, list[Any]],
+) -> Recipe:
+    """Return the recipe of a run.
+
+    asked: task, model, training, start_from and teachers, None where they are not given.
+
+    Raises `InputError` if there is no run of pairs, or if something is asked for that it was not
+    started with.
+    """
+    last = last_checkpoint(run)
+    meta = files.load_metadata(last)
+    found = load_recipe(last, meta)
+    if not isinstance(found.task, Pairs):
+        raise InputError(
+            f"the run in {run} has the task {found.task.name}; resume it with "
+            f"fused-attn train {found.task.name} --output {run} --resume"
+        )
+    own = {"task": found.task.name, "model": found.model, "training": found.training}
+    own |= {"start_from": meta.get(START_FROM), "teachers": meta.get(TEACHER) or None}
+    own |= asdict(found.task.config)
+    started_from = asked["start_from"]
+    teachers = asked["teachers"]
+    given = {
+        **asked,
+        "start_from": None if started_from is None else str(started_from),
+        "teachers": None if teachers is None else [str(teacher) for teacher in teachers],
+    }
+    given = {name: value for name, value in given.items() if value is not None} | dict(chosen)
+    for name in in_python:
+        given[name] = None  # a run of pairs in Python has no file
+    for name, value in given.items():
+        if own[name] != value:
+            _refuse(run, name, own[name])
+    return found
+
+
+def _refuse(run: Path, name: str, value: Any) -> None:
+    if name in ("train", "dev"):
+        where = "were given in Python" if value is None else f"are those of the file {value}"
+        what = f" of the run in {run} {where}: give the same ones to resume it"
+        raise OptionError("pairs" if name == "train" else "dev", what.lstrip())
+    what = (
+        f"is not that of the run in {run}; leave it out to resume, or start another run, with "
+        "start_from to begin with this model"
+    )
+    raise OptionError("tokens" if name.endswith("tokens") else name, what)
+
+
+def why_not_new(run: Path) -> str:
+    """Return why a run cannot start in a directory, or a file, that exists."""
+    if not run.is_dir():
+        return f"output must be a directory, and {run} is a file"
+    resume = "; to resume the run in it, pass resume=True" if checkpoints(run) else ""
+    return f"{run} is not an empty directory{resume}"
