@@ -13,6 +13,7 @@ from fused_attn.seq2seq.config import (
     SCHEDULES,
     SCORES,
 )
+from fused_attn.seq2seq.data.pairs import DEV_SHARE
 from fused_attn.seq2seq.data.tokenizers import TOKENS
 from fused_attn.seq2seq.tasks.scan_grammar import SPLITS
 
@@ -98,7 +99,7 @@ _TEXT_HELP = {
 }
 _PAIRS_HELP = {
     "train": "file of lines SOURCE TAB TARGET, or SOURCES,TARGETS",
-    "dev": "development pairs (default: 2 %% of --train)",
+    "dev": f"development pairs (default: {100 * DEV_SHARE:g} %% of --train)",
     **_TEXT_HELP,
     "source_tokens": "symbols of sources (default: --tokens)",
     "target_tokens": "symbols of targets (default: --tokens)",
