@@ -49,11 +49,11 @@ class LuongAttention(nn.Module):
         local: None attends to all positions. "monotonic" attends to a window around p_t = t
             (local-m). "predictive" attends to a window around p_t = S sigmoid(v_p^T tanh(W_p h_t))
             and multiplies the weights by a Gaussian with sigma = window / 2 (local-p, eq. 9, 10).
-        window: half-width D of the window of local attention, in positions.
+        window: half-width of the window of local attention, in positions (the paper's D).
         dropout: probability of dropping an alignment weight in training mode.
         normalizer: "softmax", or "sparsemax", which sets small weights to exactly 0.
-        weight_norm: concat only: replaces v by ``g v / |v|`` (Salimans & Kingma 2016). The
-            normalised Bahdanau attention of TensorFlow and GNMT is this with bias=True.
+        weight_norm: concat only: replaces v by ``g v / |v|`` (Salimans & Kingma 2016). With
+            bias=True this is the normalised Bahdanau attention of TensorFlow and GNMT.
         layer_norm: concat only: applies layer normalisation (Ba et al. 2016) to both projections
             before they are added, as Marian does.
         coverage: concat only: adds a term for the sum of the weights of all previous steps
@@ -174,8 +174,8 @@ class LuongAttention(nn.Module):
     ) -> PreparedMemory:
         """Do the work that is the same in every decoder step: checks, projection, exponentials.
 
-        Takes the arguments of `forward`. Returns a `PreparedMemory` to pass as ``memory`` to
-        `forward`, without lengths and mask.
+        Takes memory, lengths and mask as `forward` does, and raises the same errors. Returns a
+        `PreparedMemory` to pass as ``memory`` to `forward`, without lengths and mask.
         """
         states, memory_lengths = checks.padded(memory, memory_lengths)
         (states,) = checks.autocast(states)
@@ -216,8 +216,8 @@ class LuongAttention(nn.Module):
             or a tensor that broadcasts to (B, T). None means 0..T-1; a 2-D query needs a value.
         coverage, previous_weights: (B, S) for one step, or (B, T, S) with one history per query.
             coverage (option coverage) is the sum of the weights of all previous steps;
-            previous_weights (option conv_channels) are the weights of the previous step. None at
-            the first step.
+            previous_weights (option conv_channels) are the weights of the previous step. Both are
+            None at the first step.
         return_weights: whether to return the alignment weights.
 
         Returns the context (B, T, E), or the attentional state (B, T, output_dim), and the weights
@@ -317,10 +317,10 @@ class LuongAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The scaled scores before the normalizer, and their log-sum-exp.
 
-        Takes query, memory, lengths, mask and positions as `forward` does. There is no coverage or
-        location term. Returns the scores (B, T, S), -inf at masked positions, and the log-sum-exp
-        (B, T), both in float32 (float64 for float64). For a 2-D query the results have no T
-        dimension. Raises the same errors as `forward`.
+        Takes query, memory, lengths, mask and positions as `forward` does. Coverage and location
+        terms are left out. Returns the scores (B, T, S), -inf at masked positions, and the
+        log-sum-exp (B, T), both in float32 (float64 for float64). For a 2-D query the results have
+        no T dimension. Raises the same errors as `forward`.
         """
         states: Any
         prepared = memory if isinstance(memory, PreparedMemory) else None
@@ -385,7 +385,7 @@ class LuongAttention(nn.Module):
     def _scored(self, query: Tensor, states: Tensor) -> Tensor:
         """The query as the score uses it: projected, unless the score is "dot".
 
-        For "location" these are already the scores, cut to the first S.
+        For "location" the projection gives the scores themselves; only the first S are kept.
         """
         if self.score == "dot":
             return query
@@ -462,7 +462,7 @@ class LuongAttention(nn.Module):
         Takes the arguments of `forward`, on the device where it will run. Compiles and loads the
         kernels of the forward pass and, if an input or parameter requires a gradient, of the
         backward pass. The results are discarded: no gradient is accumulated, and the state of the
-        random number generators does not change.
+        random number generators does not change. Raises the same errors as `forward`.
         """
         wanted = {"positions": positions, "return_weights": return_weights}
         warm_up.run(self, query, memory, (memory_lengths, memory_mask), wanted)

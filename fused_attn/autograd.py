@@ -185,7 +185,7 @@ class _Differentiated(torch.autograd.Function):
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
         direct = direct and _are_plain(*grads, *saved)  # a saved-tensor hook may return any tensor
         if not direct and (_is_transformed() or any(map(_is_batched, grads))):
-            found = operator.backward_composed(called)  # the graph is older than the transform
+            found = operator.backward_composed(called)  # the graph was built before the transform
         else:
             found = _run(operator.backward, operator.run_backward, direct, called)
         for i, grad in zip(operator.gradients, found, strict=True):

@@ -1,4 +1,7 @@
-"""Names that options may have, without torch: the command line reads them before it needs it."""
+"""The allowed names of some options.
+
+This module does not import torch: the command line reads it before it needs torch.
+"""
 
 from __future__ import annotations
 

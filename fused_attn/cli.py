@@ -1,8 +1,8 @@
-"""The ``fused-attn`` command: how it is read, and how it fails.
+"""The ``fused-attn`` command: its arguments, errors and exit codes.
 
-Exit codes: 0 done; 2 the input cannot be used, with one line on standard error; 130 interrupted;
-141 nobody reads the output any more.
-Nothing heavy is imported before the options are read, so that help and mistakes answer at once.
+Exit codes: 0 success; 2 the input cannot be used, with one line on standard error; 130 interrupted;
+141 the reader of the output has gone.
+Nothing heavy is imported before the options are read, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fused_attn.seq2seq.commands.parser import (
 from fused_attn.seq2seq.errors import InputError, OptionError
 
 INTERRUPTED = 130
-# What a shell reports for a program that SIGPIPE ended.
+# What a shell reports for a program that SIGPIPE killed.
 PIPE_CLOSED = 141
 
 
 def make_parser() -> Parser:
-    """Return the parser; `parse` makes what a command runs with of its namespace."""
+    """Return the parser. `parse` turns its namespace into the arguments of a command."""
     parser = Parser(
         prog="fused-attn",
         description="Fused Luong attention: train and use sequence-to-sequence models.",
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def _run(args: Namespace) -> int:
     command: Command = args.command
-    if command.name == "info":  # the one command that is not the toolkit's
+    if command.name == "info":  # the only command that is not part of the toolkit
         from fused_attn import info
 
         return info.main()
@@ -71,7 +71,7 @@ def _run(args: Namespace) -> int:
 
 
 def _discard_output() -> None:
-    """Drop what standard output cannot take: the interpreter would try once more when it exits."""
+    """Drop unwritten output: the interpreter would try to write it once more when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = "pip install 'fused-attn[seq2seq]'"
         print(f"fused-attn: error: {package} is not installed: {install}", file=sys.stderr)
         return USAGE_ERROR
-    except BrokenPipeError:  # nobody reads on
+    except BrokenPipeError:  # the reader of the output has gone
         _discard_output()
         return PIPE_CLOSED
     except OSError as error:

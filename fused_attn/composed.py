@@ -22,7 +22,7 @@ def sparsemax(scores: Tensor, counts: Tensor | None = None) -> Tensor:
     Each row sums to 1 and can contain exact zeros (Martins & Astudillo 2016, "From Softmax to
     Sparsemax", eq. 2). ``counts`` is a bool tensor that broadcasts to scores, True where a position
     takes part; a row without such positions is 0. The result has the shape and dtype of scores. It
-    can be differentiated twice: within a support it is linear in the scores,
+    can be differentiated twice: for a fixed support it is linear in the scores,
     ``z - (sum z - 1) / size``.
     """
     if scores.shape[-1] == 0:

@@ -25,7 +25,8 @@ Rules for all backends
     Masked positions have no effect on any result or gradient, whatever they hold, and the gradient
     of their memory is 0. A query whose positions are all masked gives context 0, weights 0 and zero
     gradients. Softmax and sums are computed in float32 for float32, bfloat16 and float16 inputs,
-    and in float64 for float64. The same input gives bitwise the same result, forward and backward.
+    and in float64 for float64. The same input gives bitwise identical results, in the forward and
+    in the backward pass.
 
 Raises
     TypeError: an argument has the wrong type or dtype.
@@ -74,7 +75,7 @@ def dot_attention(
     scale: a number, or a tensor of one element, which may require a gradient.
 
     Returns the context (B, T, E) and the weights (B, T, S) or None; (B, E) and (B, S) for a 2-D
-    query. The docstring of the module has the other arguments, the rules and the errors.
+    query. See the module docstring for the other arguments, the rules and the errors.
     """
     check_backend(backend)
     check_scale(scale)
@@ -117,7 +118,7 @@ def general_attention(
     weight: (D, E), the paper's W_a. It is applied to the T queries, not to the S memory rows.
     scale: a number, or a tensor of one element, which may require a gradient.
 
-    Returns context and weights as `dot_attention` does. The docstring of the module has the other
+    Returns context and weights as `dot_attention` does. See the module docstring for the other
     arguments, the rules and the errors.
     """
     check_backend(backend)
@@ -169,8 +170,8 @@ def concat_attention(
     bias: (A,), as in Bahdanau's additive attention; None for the paper's form.
 
     No tensor of shape (B, T, S, A) is materialised, except in the eager backend. Returns context
-    and weights as `dot_attention` does. The docstring of the module has the other arguments, the
-    rules and the errors.
+    and weights as `dot_attention` does. See the module docstring for the other arguments, the rules
+    and the errors.
     """
     check_backend(backend)
     masking: MaskingFields

@@ -1,9 +1,9 @@
 """Submodules must be called, so that whatever wraps them sees the call.
 
 Hooks, LoRA and similar adapters, pruning, the old weight_norm, quantisation and sharding all act
-when a module is called. The weight of a submodule may be read only if it is an `nn.Linear` that
-nothing has wrapped; fused forms need that. Methods other than `forward`, which run without the
-layer's hooks, are marked with `beside_forward`.
+when a module is called. Fused code paths read a submodule's weight instead, which is allowed only
+if it is an `nn.Linear` that nothing has wrapped. Methods other than `forward`, which run without
+the layer's hooks, are marked with `beside_forward`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _has_global_hooks() -> bool:
 def read_only(layer: nn.Module) -> str | None:
     """Why the weights of ``layer`` cannot be read and written as plain parameters, or None.
 
-    Computed weights cannot be written, and may be those of the previous step when they are read.
+    Computed weights cannot be written, and reading them may give those of the previous step.
     """
     for path, part in layer.named_modules():
         if isinstance(part, nn.LazyLinear):  # it has its own hook, and no weight yet
@@ -111,10 +111,10 @@ def project(
 
 
 def refresh(layer: nn.Module) -> None:
-    """Recompute the parameters of ``layer`` itself that are recomputed whenever it is called.
+    """Recompute those parameters of ``layer`` itself that every call of it recomputes.
 
     Pruning, and the old hook-based weight_norm and spectral_norm, replace a parameter by a tensor
-    of the last call, whose autograd graph may have been freed.
+    computed in the last call, whose autograd graph may have been freed.
     """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, _RECOMPUTES):

@@ -33,10 +33,10 @@ _CONCAT_INPUTS = (
 )
 
 # Results of a forward operator that were not requested are None: a tensor takes 1 us to make, and
-# a decoding step needs only the context. A backward operator returns None for gradients that are
-# not `wanted`: a bool for each input that may have a gradient, in order, and for the centers.
+# a decoding step needs only the context. ``wanted`` has a bool for each input that may have a
+# gradient, in order, then one for the centers; a backward operator returns None where it is False.
 _OTHER_ROWS = ("memory_proj", "memory_exp")  # operands with one row per row of a ragged memory
-LONGEST = 2**40  # source length: more than any memory holds, without overflow of index arithmetic
+LONGEST = 2**40  # maximum source length: fits in no memory, and overflows no index arithmetic
 library = torch.library.Library("fused_attn", "DEF")
 library.define(
     f"dot_attention(Tensor query, Tensor memory, {_POSITIONS}, {_WANTED}, "

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fused_attn.reference import arithmetic_dtype
 
-# exp(2m) is used for |m| up to this, where it fits float32; see `exponentials`. The same bound as
-# in kernels/step.py and csrc/attention_params.h.
+# exp(2m) is used for |m| up to this bound, so that it fits in float32; see `exponentials`. The
+# bound in kernels/step.py and csrc/attention_params.h must be the same.
 LARGEST_PROJECTION = 43.0
 
 

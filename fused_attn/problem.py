@@ -16,7 +16,7 @@ class AttentionProblem:
     already projected), A for concat. The counts leave out projections, which are library GEMMs.
     """
 
-    score: str  # one of `choices.SCORES`
+    score: str  # one of `choices.SCORES`, or "scores": those of concat without a softmax
     batch: int  # B
     queries: int  # T
     source: int  # S
@@ -25,7 +25,7 @@ class AttentionProblem:
     dtype: torch.dtype = torch.float32
     device_type: str = "cpu"
     return_weights: bool = False
-    backward: bool = False  # the call is one of the backward operator
+    backward: bool = False  # a call of the backward operator
     prepared: bool = False  # concat: the exponentials of the memory are given
     windowed: bool = False  # local attention: each query attends to a window of positions
 

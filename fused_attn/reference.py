@@ -1,14 +1,14 @@
 """The definition of Luong attention: eager, any floating-point dtype, differentiable twice.
 
-Every backend must return what this file returns, up to rounding. It also serves as the ``eager``
-backend and under transforms. It is written for clarity, not for speed: the concat score here builds
-the (B, T, S, A) tensor that the kernels avoid. A position "counts" for a query if it is not masked
-by lengths, mask or window.
+Every backend must return what this file returns, up to rounding. The ``eager`` backend and calls
+under torch.func transforms use it too. It is written for clarity, not for speed: the concat score
+here builds the (B, T, S, A) tensor that the kernels avoid. A position "counts" for a query if it is
+not masked by lengths, mask or window.
 
     score    dot: a . m        concat: v . tanh(q + m)          (Luong et al. 2015, section 3.1)
     weights  softmax of the scores over the positions that count                        (eq. 7)
     context  sum_s weights[s] * memory[s]
-    local    weights only within a window around p_t, or these times a Gaussian        (section 3.2)
+    local    weights only within a window around p_t, optionally times a Gaussian      (section 3.2)
 
 Shapes: B batch, T queries, S source positions, E memory width, A width of the concat score.
 """
@@ -178,7 +178,7 @@ def readable(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hide_absent(scores: Tensor, present: Tensor, counts: Tensor) -> Tensor:
-    """Make the scores of rows that `readable` replaced NaN. Masking later hides uncounted ones."""
+    """Set the scores of the rows that `readable` replaced to NaN; masking hides uncounted ones."""
     if counts.shape[1] > 1:
         return scores.masked_fill(~present[:, None], torch.nan)
     return scores
@@ -265,9 +265,9 @@ def concat_attention(
 def counted_concat_scores(
     query_proj: Tensor, memory_proj: Tensor, v: Tensor, masking: Masking
 ) -> tuple[Tensor, Tensor]:
-    """Concat scores (B, T, S) in the dtype of the arithmetic, and bool (B, T, S) of what counts.
+    """Concat scores in the dtype of the arithmetic, and where positions count, both (B, T, S).
 
-    Scores are -inf where a position does not count.
+    Scores are -inf where a position does not count; the second result is bool.
     """
     dtype = arithmetic_dtype(memory_proj.dtype)
     counts = counted_positions(memory_proj, masking)

@@ -59,9 +59,10 @@ def dot_scores(
 ) -> tuple[Tensor, Tensor]:
     """The scores of `dot_attention` before the softmax, and their log-sum-exp.
 
-    Takes the arguments of `dot_attention` and raises the same errors. Returns the scores (B, T, S),
-    -inf at masked positions, and the log-sum-exp (B, T), -inf if all positions are masked; both in
-    float32 (float64 for float64). For a 2-D query the results have no T dimension.
+    Takes the arguments of `dot_attention` that affect the scores, and raises the same errors.
+    Returns the scores (B, T, S), -inf at masked positions, and the log-sum-exp (B, T), -inf if all
+    positions are masked; both in float32 (float64 for float64). For a 2-D query the results have no
+    T dimension.
 
     ``exp(scores - logsumexp[..., None])`` are the attention weights. For a query whose positions
     are all masked this is NaN (-inf minus -inf), while its weights are 0:
@@ -86,7 +87,10 @@ def general_scores(
     memory_mask: Tensor | None = None,
     window: LocalWindow | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scores of `general_attention` before the softmax; see `dot_scores`."""
+    """The scores of `general_attention` before the softmax, and their log-sum-exp.
+
+    Arguments as in `general_attention`; results and errors as in `dot_scores`.
+    """
     checks.check_scale(scale)
     memory, memory_lengths = checks.padded(memory, memory_lengths)
     query, memory, weight = checks.autocast(query, memory, weight)
@@ -110,9 +114,10 @@ def concat_scores(
     window: LocalWindow | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The scores of `concat_attention` before the softmax; see `dot_scores`.
+    """The scores of `concat_attention` before the softmax, and their log-sum-exp.
 
-    No tensor of shape (B, T, S, A) is materialised, except in the eager backend.
+    Arguments as in `concat_attention`; results and errors as in `dot_scores`. No tensor of shape
+    (B, T, S, A) is materialised, except in the eager backend.
     """
     checks.check_backend(backend)
     memory, memory_lengths = checks.padded(memory, memory_lengths)

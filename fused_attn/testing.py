@@ -170,7 +170,7 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     if case.bias and case.score == "concat":
         tensors["bias"] = draw(attn_dim)
     masking = _masking(case, draw)
-    if masking.window is not None:  # positions are never narrower than the arithmetic
+    if masking.window is not None:  # centers always have the dtype of the arithmetic
         centers = masking.window.centers.to(device, reference.arithmetic_dtype(case.dtype))
         masking = masking._replace(window=masking.window._replace(centers=centers))
     grad_outputs = [draw(batch, queries, memory_dim), draw(batch, queries, source)]

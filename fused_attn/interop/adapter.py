@@ -17,8 +17,8 @@ class Adapter(nn.Module):
     """A layer with the interface of another toolkit's layer, the peer, on our operators.
 
     It has the peer's constructor and forward. Its parameters have the peer's names and shapes, so
-    that the peer's state_dict loads unchanged. Other than in some peers, rows whose positions are
-    all masked give 0, and padding is never read.
+    that the peer's state_dict loads unchanged. Unlike in some peers, rows whose positions are all
+    masked give 0, and padding is never read.
     """
 
     peer: ClassVar[str]  # project and class, for messages
@@ -76,7 +76,7 @@ def attend_concat(
     memory: Tensor,
     masking: Masking,
 ) -> tuple[Tensor, Tensor]:
-    """Concat attention in the same way. The memory is cast to the dtype of the projections."""
+    """Like `attend_dot`, for concat. The memory is cast to the dtype of the projections."""
     query_proj, memory_proj, v = autocast(query_proj, memory_proj, v)
     operands = (query_proj, memory_proj, memory_exp, v, memory.to(query_proj.dtype))
     return both(functional.attend_concat(*operands, masking, True, "auto"))
@@ -85,7 +85,7 @@ def attend_concat(
 def projected(part: nn.Module, states: Tensor) -> Tensor:
     """``part(states)`` for states whose mask is not known yet, so that padding may hold anything.
 
-    Rows that are not finite are projected as zeros, and their projections are set to NaN. So they
+    Rows that are not finite are projected as zeros, and their projections are set to NaN. They then
     affect only queries that attend to them, and put no NaN (from 0 * NaN) into the gradient of
     ``part``.
     """
@@ -106,8 +106,8 @@ def attend_energy(
     """Concat attention with the score ``scale * energy(tanh(q + m))``.
 
     query_proj (B, T, A) or (B, A), memory_proj (B, S, A), ``energy`` a linear layer A -> 1, the
-    rest as in `attend_concat`. An ``energy`` that must be called is given (B, S, A) for one query,
-    as by the peer, and (B, T, S, A) for more.
+    rest as in `attend_concat`. An ``energy`` that must be called gets (B, S, A) for one query, as
+    in the peer, and (B, T, S, A) for more.
     """
     weight = modules.readable_weight(energy)
     if weight is not None:

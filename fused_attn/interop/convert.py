@@ -24,7 +24,7 @@ from fused_attn.interop.speechbrain import ContentBasedAttention, LocationAwareA
 from fused_attn.interop.tensorflow import TFABahdanauAttention, TFALuongAttention
 from fused_attn.interop.tutorial import TutorialAttn
 
-# Pairs of the name of our parameter and their tensor, a view that can be written to.
+# Pairs of the name of our parameter and the peer's tensor, as a view that can be written to.
 Pairs = list[tuple[str, Tensor]]
 
 
@@ -255,7 +255,8 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
     """Copy the weights of a `LuongAttention` into an adapter with the same score and sizes.
 
     The inverse of `to_luong`. Parameters of the adapter outside its attention do not change. Raises
-    ValueError, and changes nothing, if the options of ``luong`` do not match ``layer``.
+    TypeError if ``layer`` is not an adapter, and ValueError if the options of ``luong`` do not
+    match ``layer``; nothing changes then.
     """
     options, pairs = _read(layer)
     _check_plain("luong", luong)

@@ -55,7 +55,8 @@ class _Mechanism(nn.Module):
     ) -> PreparedMemory:
         """Set the memory (B, S, E), with lengths (B,), a mask (B, S) (True = attend), or neither.
 
-        Returns what is stored on the module, for fully_shard's hooks on results.
+        Returns what is stored on the module, for fully_shard's hooks on results. Raises TypeError
+        or ValueError if the memory, the lengths or the mask cannot be used.
         """
         if memory_sequence_length is not None and memory_mask is not None:
             raise ValueError(
@@ -140,7 +141,10 @@ class TFALuongAttention(_Mechanism):
         return readable_weight(self.memory_layer, at_call=False)
 
     def load_kernels(self, weights: list[Any]) -> None:
-        """Load ``get_weights()``: the kernel (E, units), and attention_g with ``scale``."""
+        """Load ``get_weights()``: the kernel (E, units), and attention_g with ``scale``.
+
+        Raises ValueError for a wrong number or shape of arrays.
+        """
         _load(self, weights, ["memory_layer.weight", "attention_g"])
 
 
@@ -183,7 +187,8 @@ class TFABahdanauAttention(_Mechanism):
 
     def load_kernels(self, weights: list[Any]) -> None:
         """Load ``get_weights()``: attention_v, then with ``normalize`` attention_g and attention_b,
-        then the kernels of query_layer and memory_layer, (input width, units).
+        then the kernels of query_layer and memory_layer, (input width, units). Raises ValueError
+        for a wrong number or shape of arrays.
         """
         names = ["attention_v", "attention_g", "attention_b"]
         _load(self, weights, [*names, "query_layer.weight", "memory_layer.weight"])
