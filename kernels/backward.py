@@ -113,9 +113,10 @@ def score_gradients(
 def without_excess(grad_query, excess, context, offs_t, queries, offs_e, E):
     """dQ without the contribution of delta's error.
 
-    The score gradients of a softmax sum to 0. What their sum leaves is the error of delta, which
-    comes from a rounded context, and dQ contains that error times sum_s P memory, the context. In
-    bfloat16 subtracting it more than halves the error of dQ. Each split subtracts its own part.
+    The score gradients of a softmax sum to 0. Whatever remains in their sum is the error of delta,
+    which comes from a rounded context, and dQ contains that error times sum_s P memory, the
+    context. In bfloat16 subtracting it more than halves the error of dQ. Each split subtracts its
+    own part.
     """
     rows = load_tile(context, E, offs_t, queries, offs_e, E).to(tl.float32)
     return grad_query - excess[:, None] * rows

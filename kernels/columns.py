@@ -47,7 +47,7 @@ def score_rows(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FAST_RCP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores (B, T, P PITCH) of BLOCK_S rows, -inf where a query may not look, and softmax state.
+    """Scores (B, T, P PITCH) of BLOCK_S rows, -inf at masked positions, and softmax state.
 
     ``stats`` (B, splits, T, 2) as `store_softmax` leaves them; ``splits`` blocks cover S. Blocks of
     padding alone write nothing. query (B, T, K), memory (B, S, E); for concat also the output of

@@ -8,8 +8,8 @@ a clock against 128 multiply-adds, would be the limit.
 
 The product of two x overflows when q + m exceeds 22, one exponential when |q| or |m| exceeds 43.
 So `concat_exponentials` also stores the largest |q| or |m| of each block of rows, the block's peak.
-A tile whose peaks exceed PAIR_LIMIT takes a loop with the exponential of the sum, which is right
-for any number.
+A tile whose peaks exceed PAIR_LIMIT takes a loop with the exponential of the sum, which is correct
+for all inputs.
 """
 
 import triton
@@ -123,7 +123,7 @@ def concat_scores(
     query_t, proj_s, A, exp_width, exp_queries, exp_source,
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
 ):  # fmt: skip
-    """The scores (BLOCK_T, BLOCK_S) of a tile, and with a per-query mask the rows not finite.
+    """The scores (BLOCK_T, BLOCK_S) of a tile, and with a per-query mask the rows with inf or NaN.
 
     ``query`` and ``memory_proj`` point to the rows of batch row b; exp_width is a multiple of
     EXP_COLUMNS, exp_queries and exp_source are in units of EXP_ROWS.
@@ -178,7 +178,7 @@ def concat_scores_only(
     MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, FAST_RCP: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scores (B, T, S) in float32, -inf where a query may not look."""
+    """A tile of scores (B, T, S) in float32, -inf at masked positions."""
     query_b, query_t = elements(query_b, UNIT), elements(query_t, UNIT)
     proj_b, proj_s, A = elements(proj_b, UNIT), elements(proj_s, UNIT), A * UNIT
     program = tl.program_id(0)
@@ -273,7 +273,7 @@ def gradient_rows(
 
 @triton.jit
 def finite_or_zero(x):
-    """x with 0 for infinities and NaN: where they count, scores and their gradients are NaN."""
+    """x with infinities and NaN set to 0: where they count, scores and their gradients are NaN."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 

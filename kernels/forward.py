@@ -121,7 +121,7 @@ def online_forward(
 
     BLOCK_E covers all columns: the tile in shared memory is an operand of both products. A program
     walks ``segment`` rows of memory. Without SPLIT context and logsumexp are as in `rows_forward`.
-    With SPLIT they are float32 and hold one entry a split: context (B, splits, T, E) and, in place
+    With SPLIT they are float32 with one entry per split: context (B, splits, T, E) and, in place
     of logsumexp, split_max and split_sum (B, splits, T, 2). ``weights`` is None: `merge_forward`
     computes them from scores_out (B, T, S), since the sum is known only at the end.
     """

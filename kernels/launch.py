@@ -23,7 +23,7 @@ class Chip(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What decides about tiles besides the sizes."""
+    """What the choice of tiles depends on besides the sizes."""
 
     is_float32: bool  # products without matrix units
     is_aligned: bool  # loads of 16 bytes

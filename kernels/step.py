@@ -25,8 +25,8 @@ from .tiles import (
     window_bounds,
 )
 
-# exp(2x) is used for |x| up to this, where it fits float32. The same bound as in
-# fused_attn/prepared.py and csrc/attention_params.h.
+# exp(2x) is used for |x| up to this bound, so that it fits in float32. The bound in
+# fused_attn/prepared.py and csrc/attention_params.h must be the same.
 LARGEST_PROJECTION = tl.constexpr(43.0)
 
 

@@ -3,7 +3,7 @@
 A tile of memory is (BLOCK_S, width), a query tile (BLOCK_T, width), a tile of scores
 (BLOCK_T, BLOCK_S).
 
-All kernels use the same words for a softmax: running_max and running_sum are its state while rows
+All kernels use the same names in a softmax: running_max and running_sum are its state while rows
 of memory are read; split_max and split_sum are that state as a split leaves it in scratch memory;
 row_max and row_sum belong to rows of scores that are on chip as a whole.
 
@@ -167,7 +167,7 @@ def store_softmax(stats, at, split_max, split_sum, rows):
     """A split's softmax state: its largest score, and the sum of exp(score - that).
 
     They are stored apart: a log-sum-exp would be rounded to a unit of the score, which at scores
-    of 1e6 is an error of some percent in the share of a split. ``stats`` (..., 2), float32.
+    of 1e6 is an error of several percent in the share of a split. ``stats`` (..., 2), float32.
     """
     tl.store(stats + 2 * at, split_max, mask=rows)
     tl.store(stats + 2 * at + 1, split_sum, mask=rows)

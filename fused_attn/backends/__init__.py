@@ -1,4 +1,4 @@
-"""The choice of a backend for a call. Backends never import one another; each says its limits."""
+"""The choice of a backend for a call. Backends never import each other; each reports its limits."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Backend(Protocol):
         v: Tensor,
         masking: MaskingFields,
     ) -> Tensor:
-        """Scores (B, T, S) in the dtype of the arithmetic, -inf where a query may not look."""
+        """Scores (B, T, S) in the dtype of the arithmetic, -inf at masked positions."""
 
     def concat_scores_backward(
         self,
@@ -140,7 +140,7 @@ def select(
     prepared: bool = False,
     windowed: bool = False,
 ) -> Backend:
-    """Return the backend for such a call. A request by name never falls back to another one.
+    """Return the backend for this kind of call. A request by name never falls back to another.
 
     ``auto`` takes FUSED_ATTN_BACKEND if that is set, else the first backend that supports the
     problem and was not measured to be slower than a later one. The variable is read once per kind

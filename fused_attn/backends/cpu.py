@@ -17,7 +17,7 @@ native: Any
 try:
     from fused_attn import _C as native
 
-    native.bind_torch(torch)  # ImportError from a torch whose tensors it cannot read
+    native.bind_torch(torch)  # raises ImportError for a torch whose tensors it cannot read
 except ImportError as error:
     native, _import_error = None, str(error)
 

@@ -18,7 +18,7 @@ native: Any
 try:
     from fused_attn import _C as native
 
-    native.bind_torch(torch)  # ImportError from a torch whose tensors it cannot read
+    native.bind_torch(torch)  # raises ImportError for a torch whose tensors it cannot read
 except ImportError as error:
     native, _import_error = None, str(error)
 
@@ -32,7 +32,7 @@ def built_without() -> str | None:
 
 
 def can_run(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for these architectures, in CMake's notation, runs on such a GPU.
+    """Whether code for ``architectures`` (in CMake's notation) runs on a GPU of ``capability``.
 
     Machine code ("-real") runs on the same major and later minor versions, code for the driver to
     compile ("-virtual") on all later versions; without a suffix an architecture is both.

@@ -56,7 +56,7 @@ def not_supported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def is_slower(problem: AttentionProblem) -> bool:
-    """A library's float32 products are faster; so are its products for many overlapping windows.
+    """Library GEMMs are faster in float32, and for many overlapping windows.
 
     On an H200 at (64, 64, 1024, 512): float32 takes 3.1 times as long as eager (1.9 with the
     backward), windows of 65 rows 1.35 (1.77). See benchmarks/results.
@@ -68,7 +68,7 @@ def is_slower(problem: AttentionProblem) -> bool:
     return problem.dtype == torch.float32 and problem.queries > 8
 
 
-# The modules that launch import triton, which takes a second: they are imported by a call.
+# The modules that launch kernels import triton, which takes a second: calls import them.
 
 
 def dot_forward(

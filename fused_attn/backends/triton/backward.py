@@ -1,4 +1,4 @@
-"""Backward calls: the kernel that reads the memory, its gradient, and the sums of the splits."""
+"""Backward calls: the kernel that reads the memory, the memory's gradient, the sums of splits."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _read_memory(
 ) -> tuple[Tensor, Tensor, Tensor | None, Factors, Sums]:
     """One pass over the memory: P, dS, and for dot, if it is wanted, the query's gradient.
 
-    Rows of P and dS have `pitch` units. The sums are still to be computed, and with the regime
-    "columns" the query's gradient.
+    Rows of P and dS have `pitch` units. The sums over splits are still to be computed, and so is
+    the query's gradient in the regime "columns".
     """
     batch, queries, source, memory_dim, _ = call.sizes
     memory, masks, block_t = call.memory, call.masks, plan.tiles["BLOCK_T"]
@@ -168,7 +168,7 @@ def _query_plan(call: Call) -> tuple[launch.Plan, int]:
 
 
 def _grad_query(call: Call, incoming: _Incoming, grad_scores: Tensor, grad_query: Tensor) -> None:
-    """Its own launch, for a memory that needs no gradient."""
+    """Compute the query's gradient in its own launch, for a memory that needs no gradient."""
     _, queries, source, _, _ = call.sizes
     masks, memory = call.masks, call.memory
     plan, programs = _query_plan(call)
@@ -266,7 +266,7 @@ def _finish(
     grad_query: Tensor | None,
     wants_memory: bool,
 ) -> Tensor | None:
-    """The last launch: the gradient of the memory if it is wanted, and what is left to compute."""
+    """The last launch: the gradient of the memory if wanted, and whatever is left to compute."""
     if wants_memory:
         return _grad_memory(call, incoming, kept, grad_scores, sums, grad_query)
     if grad_query is not None and grad_scores is not None:
@@ -284,7 +284,7 @@ def _concat_grads(
     factors: Factors,
     wanted: list[bool],
 ) -> tuple[Gradients, Sums]:
-    """Gradients of both projections and of v from those of the scores; that of v in parts.
+    """Gradients of both projections from those of the scores, and parts of the gradient of v.
 
     grad_scores (B, T, S or more), contiguous.
     """

@@ -17,7 +17,7 @@ from fused_attn.reference import MaskingFields, check_lengths
 
 
 class Launch(NamedTuple):
-    """One kernel launch, as `recording` keeps it."""
+    """One kernel launch, as `recording` records it."""
 
     kernel: Any
     programs: tuple[int]
@@ -38,10 +38,10 @@ _recorded_chip: launch.Chip | None = None
 
 @contextmanager
 def recording(chip: launch.Chip) -> Iterator[list[Launch]]:
-    """A context in which calls launch nothing, and record what they would launch on such a chip.
+    """A context in which calls launch nothing, and record what they would launch on ``chip``.
 
     The ahead-of-time check calls the backend on meta tensors in here, so that it compiles what a
-    GPU would run. For one thread.
+    GPU would run. Not thread-safe.
     """
     global _recorded, _recorded_chip
     launches: list[Launch] = []
@@ -66,7 +66,7 @@ def enqueue(
     if programs[0] > MOST_PROGRAMS:
         raise ValueError(
             f"{kernel.__name__} would need {programs[0]} programs and a launch has at most "
-            f"{MOST_PROGRAMS}: give the batch in parts"
+            f"{MOST_PROGRAMS}: split the batch"
         )
     # Triton 3.9 warns that the default of fusing multiply and add will change.
     options["enable_fp_fusion"] = True
@@ -148,7 +148,7 @@ _UNITS = {vector: {"UNIT": vector} for vector in (1, 4, 8)}
 def _options(
     is_float32: bool, tf32: bool, is_nvidia: bool
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Constants of products, and of quotients."""
+    """Kernel constants for matrix products, and for reciprocals."""
     interpreted = interpreter.INTERPRETED
     precision = {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": interpreted and not is_float32}
     return precision, {"FAST_RCP": is_nvidia and not interpreted}
@@ -171,7 +171,7 @@ class Call:
         _, source, memory_dim = memory.shape
         self.sizes = (batch, queries, source, memory_dim, score_dim)
         is_float32 = memory.dtype == torch.float32
-        # Loads of 16 bytes need widths and strides that the compiler knows to be multiples.
+        # Loads of 16 bytes need widths and strides that the compiler knows to be multiples of that.
         vector = 4 if is_float32 else 8
         bits = memory_dim | score_dim
         for rows in (query, memory, *others):
@@ -216,7 +216,7 @@ class Call:
 
 
 class Sums(NamedTuple):
-    """Operands of `merge_sums`: splits (B, splits, ...) of a gradient, and parts of that of v."""
+    """Operands of `merge_sums`: splits (B, splits, ...) of a gradient, and parts of grad_v."""
 
     partial: Tensor | None
     total: Tensor | None

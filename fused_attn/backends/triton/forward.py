@@ -44,7 +44,7 @@ def _forward(
     if plan.regime == "columns":
         _columns_forward(call, plan, scale, concat_inputs, results)
         return results
-    # The sum of an online softmax is known after the last tile only: the merge writes weights.
+    # The sum of an online softmax is known only after the last tile, so the merge writes weights.
     run = _step_forward if plan.regime == "step" else _online_forward
     if plan.splits == 1 and not return_weights:
         run(call, plan, scale, concat_inputs, (context, None, logsumexp, None), is_split=False)
