@@ -15,8 +15,8 @@ enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 enum class Score : int32_t { dot = 0, concat = 1 };
 
-// exp(2x) is used for projections |x| up to this, where it fits float32; memory_exp is -1 beyond
-// it. The same bound as in fused_attn/prepared.py and kernels/step.py.
+// exp(2x) is used for projections |x| up to this bound, so that it fits in float32; memory_exp is
+// -1 beyond it. The bound in fused_attn/prepared.py and kernels/step.py must be the same.
 constexpr float kLargestProjection = 43.0f;
 
 // Rows of a (B, rows, width) tensor; or of concatenated sequences, (rows, width): then `starts`
@@ -70,7 +70,7 @@ struct AttentionParams {
   void* stream = nullptr;                // where the work is enqueued; null is the default stream
   const void* device_lengths = nullptr;  // (B), or null: all S. Clamped to 0..S where they are read
   int64_t length_stride = 1;
-  int length_bytes = 8;            // of each: 1, 2, 4 or 8
+  int length_bytes = 8;            // of each length: 1, 2, 4 or 8
   bool lengths_are_signed = true;  // always, unless length_bytes is 1
   float* workspace = nullptr;      // cuda_workspace() floats, uninitialised
 
@@ -82,7 +82,7 @@ struct AttentionParams {
   void* grad_memory = nullptr;       // (B, S, E), or (rows, E) where memory has starts
   void* grad_memory_proj = nullptr;  // (B, S, K), concat
   void* grad_v = nullptr;            // (K), concat
-  void* grad_centers = nullptr;      // (B, T) in the type of centers, with these
+  void* grad_centers = nullptr;      // (B, T) in the type of centers, if there are any
 };
 
 }  // namespace fused_attn

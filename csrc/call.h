@@ -62,7 +62,7 @@ class Call {
     }
     p.dtype = memory_.dtype();
     p.B = is_ragged_ ? query_.size(0) : memory_.size(0);
-    p.S = is_ragged_ ? 0 : memory_.size(1);  // of a ragged memory `take_offsets` sets it
+    p.S = is_ragged_ ? 0 : memory_.size(1);  // `take_offsets` sets that of a ragged memory
     p.E = memory_.size(memory_.ndim() - 1);
     p.T = query_.size(1);
     p.K = query_.size(2);
@@ -344,7 +344,7 @@ class Call {
     p.memory.starts = p.memory_proj.starts = p.memory_exp.starts = starts_.data();
   }
 
-  // Far more than fits in memory, and no product with it overflows. As fused_attn.ops.LONGEST.
+  // Far more than fits in memory, and no product with it overflows. See fused_attn.ops.LONGEST.
   static constexpr int64_t kLongest = int64_t(1) << 40;
 
   static int64_t integer_at(const Argument& tensor, int64_t index) {

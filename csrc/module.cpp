@@ -1,4 +1,4 @@
-// The binding table.
+// The Python bindings: the table of functions in fused_attn._C.
 //
 // The calls take CPython's array of arguments directly (METH_FASTCALL): converting them by pybind11
 // would take as long as a whole small problem.
@@ -138,7 +138,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native attention on torch's tensors; call bind_torch(torch) first.";
   m.def("bind_torch", &bind_torch, py::arg("torch"), "Learn to read the tensors of this torch.");
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
-  m.def("cpu_isas_supported", &cpu_isas_supported, "Those this machine can run, best first.");
+  m.def("cpu_isas_supported", &cpu_isas_supported,
+        "Instruction sets that this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
   m.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),

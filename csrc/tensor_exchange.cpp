@@ -119,7 +119,7 @@ void* current_stream(Device device) {
   if (!torch_api.table->current_work_stream ||
       torch_api.table->current_work_stream(device.type, device.id, &stream) != 0) {
     if (PyErr_Occurred()) throw py::error_already_set();
-    throw std::runtime_error("torch does not tell the current stream of its device");
+    throw std::runtime_error("torch does not report the current stream of its device");
   }
   return stream;
 }
@@ -136,7 +136,7 @@ Argument::Argument(const char* name, py::object&& object, Device device)
 
 void Argument::look() {
   if (!torch_api.table) throw std::runtime_error("bind_torch must be called first");
-  // DLPack's function takes any other object for a tensor and reads it as one.
+  // DLPack's function does not check: it would read any other object as if it were a tensor.
   if (!PyObject_TypeCheck(object_, torch_api.tensor_type)) {
     throw py::type_error(std::string(name_) + " must be a Tensor, got " +
                          Py_TYPE(object_)->tp_name);

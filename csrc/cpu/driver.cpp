@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kTasks = 64;              // enough for an even load on any usual machine
 constexpr int64_t kChunkBytes = 128 << 10;  // of memory rows: half of a small second-level cache
 constexpr int64_t kStepBytes = 32 << 10;    // for few queries: a first-level cache
-constexpr int64_t kThreadedWork = 1 << 18;  // multiply-adds below which a thread costs more
+constexpr int64_t kThreadedWork = 1 << 18;  // multiply-adds below which threads do not pay
 constexpr int64_t kKeptScratch = 16 << 20;  // a thread keeps scratch up to this size between calls
 
 int64_t arithmetic_bytes(const AttentionParams& p) { return p.dtype == DType::f64 ? 8 : 4; }

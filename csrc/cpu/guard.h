@@ -1,4 +1,4 @@
-// Guards behind the pieces of shared buffers and of scratch, in debug builds: bytes that nothing
+// Guards after the pieces of shared buffers and of scratch, in debug builds: bytes that nothing
 // may touch. AddressSanitizer reports any access at once, reads included; without it a changed
 // guard aborts the process when it is checked.
 #pragma once
@@ -22,7 +22,7 @@ constexpr int64_t kGuardBytes = 0;  // the functions below are then not called
 #endif
 constexpr unsigned char kGuardByte = 0xff;  // NaN as a float, so that using one shows in a result
 
-// Fills `bytes` of a fresh piece, and sets the guard behind it, up to `end`.
+// Fills `bytes` of a fresh piece, and sets the guard after it, up to `end`.
 [[maybe_unused]] static inline void set_guard(char* piece, int64_t bytes, char* end) {
 #if defined(FUSED_ATTN_GUARDS) && defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(piece, size_t(end - piece));
@@ -40,7 +40,7 @@ constexpr unsigned char kGuardByte = 0xff;  // NaN as a float, so that using one
 #if !defined(__SANITIZE_ADDRESS__)
   for (const char* at = piece + bytes; at < end; ++at) {
     if (static_cast<unsigned char>(*at) == kGuardByte) continue;
-    fprintf(stderr, "fused_attn: a kernel wrote %lld bytes behind a piece of %lld bytes\n",
+    fprintf(stderr, "fused_attn: a kernel wrote %lld bytes past the end of a piece of %lld bytes\n",
             static_cast<long long>(at - piece - bytes), static_cast<long long>(bytes));
     abort();
   }

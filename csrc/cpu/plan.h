@@ -6,7 +6,7 @@
 
 namespace fused_attn {
 
-// Up to this many queries a row of memory is read as one stream, with chunks for the first-level
+// Up to this many queries memory rows are read as one stream, in chunks that fit the first-level
 // cache; bfloat16 is not multiplied in pairs then (pairs.h).
 constexpr int64_t kFewQueries = 8;
 

@@ -11,7 +11,7 @@
 namespace fused_attn {
 namespace {
 
-// By the instruction rather than through cuda_fp16.h, which takes a second to compile.
+// The PTX instruction directly: including cuda_fp16.h takes a second to compile.
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

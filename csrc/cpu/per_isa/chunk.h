@@ -10,7 +10,7 @@ namespace fused_attn {
 namespace {
 
 // Hands out aligned pieces of a thread's scratch. With a null base it only counts the bytes; in a
-// debug build it also fills the pieces and sets guards behind them, or checks the guards that
+// debug build it also fills the pieces and sets guards after them, or checks the guards that
 // another carver set.
 class Carver {
  public:

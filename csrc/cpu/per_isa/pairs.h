@@ -1,6 +1,6 @@
 // Products of bfloat16 matrices by the instruction that multiplies pairs: two products for each
-// lane, with as many lanes as for float32, so twice the rate. Only in objects whose instruction set
-// has it.
+// lane, with as many lanes as for float32, so twice the rate. Compiled only for instruction sets
+// that have it.
 #pragma once
 
 #include "chunk.h"

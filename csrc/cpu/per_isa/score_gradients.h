@@ -5,7 +5,7 @@
 //
 // dO is grad_context, dW is grad_weights. The weight of a query that looks at one position is 1
 // whatever the score, so dS is 0. The difference above would leave a rounding error there, which an
-// optimiser like Adam scales up to the size of any gradient.
+// optimiser like Adam scales up to the size of any other gradient.
 //
 // The weights P are recomputed from the scores and the log-sum-exp, unless the forward pass was
 // asked for them: then they are read.

@@ -79,7 +79,7 @@ struct Partial {
 
 // What a backward task leaves: the gradients of all queries, by rows (T, width) for the dot score
 // and blocked (width / lanes, T, lanes) for concat, and those of v and of the centers. A task that
-// has all of a sum, without padding or rounding, sums directly in the result.
+// computes a whole sum, without padding or rounding, does so directly in the result.
 template <class X>
 struct Sums {
   using A = Arithmetic<X>;

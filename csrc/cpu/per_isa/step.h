@@ -12,7 +12,7 @@
 namespace fused_attn {
 namespace {
 
-// Rows in a group: old and new ones of usual width must stay well within that cache.
+// Rows in a group: old and new ones of usual width must fit well within the first-level cache.
 template <class X>
 constexpr int kGroup = sizeof(X) == 2 ? 4 : 2;
 

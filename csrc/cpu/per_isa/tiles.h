@@ -3,7 +3,7 @@
 //   rows_dot_rows     out[i][j] = sum_d a[i][d] b[j][d]        scores, dP: both operands by rows
 //   add_scaled_rows   c[i][:] (+)= sum_j p[i][j] x[j][:]       context, dMemory, dQuery
 //
-// Row widths are multiples of the vector length (shorter rows come copied and padded with zeros).
+// Row widths are multiples of the vector length (others are copied and padded with zeros first).
 #pragma once
 
 #include "sizes.h"
