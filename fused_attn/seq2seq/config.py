@@ -1,6 +1,7 @@
 """The configurations of a run: the shape of the model, the recipe of the training, the search.
 
-Plain values, checked when they are made; the command line shows their defaults. No torch here.
+Plain values, checked on creation; the command line shows their defaults. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ModelConfig:
     tie: None; "output" shares the weights of the target embedding and the output layer; "all" uses
         one embedding for source, target and output, which then have one vocabulary.
     reverse_source: read the source from its end (Sutskever et al. 2014).
-    bridge: initial state of the decoder: "zero", "last", "mean" or "dense".
+    bridge: initial state of the decoder: "zero", "last", "mean" or "dense"; see `Bridge`.
     score: attention score, or "none" for a decoder that sees the source through the bridge only.
         "dot" first projects the memory to the decoder's width where they differ.
     attn_dim: width of the concat score; the width of the memory if None.
@@ -47,6 +48,8 @@ class ModelConfig:
     input_feeding: feed h~ of a step into the next one (Luong et al. 2015, section 3.3).
     dropout: probability, on embeddings, between layers and on the attentional state.
     variational: use one dropout mask for all steps of a sequence.
+
+    Raises ValueError if a value is not allowed, or if values contradict one another.
     """
 
     cell: str = "lstm"
@@ -126,7 +129,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Recipe of a training.
+    """Options of a training run.
 
     epochs: passes over the training pairs; the schedule of the learning rate spans them.
     batch_size: pairs in a batch.
@@ -157,6 +160,8 @@ class TrainingConfig:
         counts as negative, so that lower is better); None for at once.
     seed: seed of the parameters, the dropout and the order of the pairs.
     max_steps: stop after this many steps, and plan the schedules for them; None for all epochs.
+
+    Raises ValueError if a value is not allowed.
     """
 
     epochs: int = 10
@@ -236,6 +241,8 @@ class SearchConfig:
     top_k, top_p: draw from the k likeliest symbols (0 for all), or from the likeliest whose
         probabilities reach p.
     seed: seed of the draw; None for a different draw each time.
+
+    Raises ValueError if a value is not allowed, or if values contradict one another.
     """
 
     beam: int = 1

@@ -1,4 +1,4 @@
-"""How options depend on one another. An option that is given is never silently without effect.
+"""How options depend on one another. An option that is given is never silently ignored.
 
 The configurations cannot decide this: they hold every field, given or not, and have to accept what
 is in the checkpoints of earlier versions. They refuse only values that no model can have.
@@ -53,7 +53,7 @@ REPLACES = (
     Replaces("batch_size", "batch_tokens", None),
     Replaces("batch_tokens", "bucket", True),
     Replaces("corpus", "dialogs", None),
-    # The width of a task's own concat score goes with that score.
+    # These are options of the concat score: another score drops a task's defaults for them.
     Replaces("score", "attn_dim", None, lambda score: score != "concat"),
     Replaces("score", "coverage", False, lambda score: score != "concat"),
 )

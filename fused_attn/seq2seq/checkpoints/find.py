@@ -1,4 +1,4 @@
-"""Find the checkpoint that a path, the directory of a run or the name of a bundled model means."""
+"""Find the checkpoint that a path, the directory of a run or a bundled model's name refers to."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Recipe:
         """
         return cls(
             ModelConfig(**values["model"]),
-            # Missing if the model was trained in a loop of its own.
+            # Missing if the model was trained in a loop of the user's own.
             TrainingConfig(**values.get("training", {})),
             make_task(values["task"]),
         )

@@ -1,6 +1,6 @@
 """The commands of ``fused-attn`` with their arguments and options.
 
-No torch here, so that help and mistakes answer at once.
+This module does not import torch, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BEAM_OF_EXPLAIN = 5
 
 
 def _as_given(_: CommandParser, given: dict[str, Any]) -> dict[str, Any]:
-    """What a command runs with whose options do not depend on one another."""
+    """The `Command.finish` of commands whose options do not depend on one another."""
     return given
 
 
@@ -195,7 +195,7 @@ def _add_export(options: Options) -> None:
 
 
 _SEARCHES = (_finish_search, texts.SELDOM_IN_SEARCH)
-# These take the best target of a source: --nbest is there for an error that says so.
+# These commands take only the best target of a source: --nbest exists for an error that says so.
 _BEST = (*_SEARCHES, frozenset({"nbest"}))
 COMMANDS = (
     Command(

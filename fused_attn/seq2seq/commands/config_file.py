@@ -18,7 +18,7 @@ def is_config_file(text: str) -> bool:
 def read_config(path: str) -> list[str]:
     """Return the arguments that a file stands for: its task, then its options.
 
-    Sections of the file are for its readers: an option in a section counts as one outside.
+    Sections only make the file readable: an option in a section counts like one outside of it.
 
     Raises `InputError` if the file cannot be read, names no task, or has an option with more than
     one value.

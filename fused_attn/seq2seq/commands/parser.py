@@ -1,7 +1,7 @@
 """How the options of a command are read and shown.
 
-While the command line is read, options that are not given are absent, so that what is given can be
-told from a default. `Options.defaults` has the values to fill in afterwards.
+The parsed namespace lacks the options that are not given, so that a given value can be told from a
+default. `Options.defaults` has the values to fill in afterwards.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CommandParser(Parser):
         return found, [originals.get(word, word) for word in rest]
 
 
-_MARK = "\0"  # in no argument of a process
+_MARK = "\0"  # cannot occur in an argument of a process
 
 
 def _unmarked(value: Any, originals: dict[str, str]) -> Any:
@@ -98,7 +98,7 @@ class Options:
         task: for ``train``, the task whose options and defaults the help shows; None for all.
 
     Attributes:
-        defaults: values of what is not given, by dest.
+        defaults: the values of options that are not given, by dest.
         left_out: number of options that the help leaves out.
     """
 
@@ -143,8 +143,8 @@ class Options:
     def field(self, config: type, name: str, text: str, shown: str | None) -> None:
         """Add the option of a configuration's field.
 
-        Absent it is None: the commands know the defaults. shown: the default that the help shows in
-        place of that in the text, if there is one.
+        It is None if it is not given: the commands know the defaults. shown: the default that the
+        help shows in place of the one in the text, if there is one.
         """
         hint = _hints(config)[name]
         kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not NoneType)
@@ -175,13 +175,13 @@ def _hints(config: type) -> dict[str, Any]:
 class Command:
     """A command of ``fused-attn``.
 
-    name: as it is typed. summary: a line on it. usage: what follows its name.
-    add: adds its arguments and options, the help included.
+    name: as it is typed. summary: one line about it. usage: what follows its name.
+    add: adds its arguments and options, --help included.
     finish: checks the options that are given, by dest, and returns what the command runs with.
     seldom: dests of the options that only --help-all shows.
-    hidden: dests of options that are only there for an error that says why not.
-    of_every_task: dests of the options that --help shows of ``train`` without a task.
-    module: the module of this package whose ``run`` runs it; its name if None.
+    hidden: dests of options that exist only for an error that says why they do not apply.
+    of_every_task: dests of the options that ``train --help`` shows if no task is given.
+    module: the module of this package whose ``run`` runs the command; None means ``name``.
     """
 
     name: str
@@ -202,9 +202,9 @@ class Command:
         self.add(options)
 
     def help_text(self, prog: str, *, everything: bool, task: str | None = None) -> str:
-        """Return the help; of ``train`` that of a task, or of all tasks if None.
+        """Return the help text; for ``train``, that of ``task``, or of all tasks if None.
 
-        prog: as the command is called. everything: whether to show what people seldom need.
+        prog: the command as it is called. everything: whether to show seldom-used options, too.
         """
 
         def is_shown(dest: str) -> bool:
@@ -224,7 +224,7 @@ class Command:
 
 
 class ShowHelp(argparse.Action):
-    """Prints the help, with the options that people seldom need if ``const`` is true."""
+    """Prints the help, including seldom-used options if ``const`` is true."""
 
     def __init__(self, **details: Any) -> None:
         super().__init__(nargs=0, **details)
@@ -236,7 +236,7 @@ class ShowHelp(argparse.Action):
 
 
 def add_machine(options: Options) -> None:
-    """Add the options on the machine, which every command has that runs a model."""
+    """Add the machine options, which every command that runs a model has."""
     options.section("machine")
     options.option(
         "device",
@@ -256,7 +256,7 @@ def add_machine(options: Options) -> None:
 
 
 def shown_default(values: set[Any]) -> str | None:
-    """A default as the help shows it, given that of each task; None for one that is None."""
+    """The default that the help shows, from the defaults of the tasks; None if that is None."""
     if len(values) > 1:
         return "depends on the task"
     (value,) = values

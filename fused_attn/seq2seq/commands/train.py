@@ -28,12 +28,12 @@ Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
 
 def run(args: Namespace) -> int:
-    """Return 0 at the end of the plan.
+    """Start or resume a run; return 0 when training is complete.
 
     Raises KeyboardInterrupt if a signal stopped it; a checkpoint is written then.
     """
     stopped = _train(args)
-    # Not after an error: another process may be waiting for this one, and this one then for it.
+    # Not after an error: another process may still wait for this one, and both would hang.
     leave()
     if stopped:
         raise KeyboardInterrupt
@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
 
 
 def _train(args: Namespace) -> bool:
-    """Return whether a signal stopped it."""
+    """Start or resume a run; return whether a signal stopped it."""
     set_threads(args.threads)
     directory: Path = args.output
     outcome = carry_out(directory, lambda: _resume(args) if args.resume else _start(args))

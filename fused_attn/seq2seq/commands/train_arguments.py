@@ -1,4 +1,7 @@
-"""The arguments and options of ``fused-attn train``, and its help for a task. No torch here."""
+"""The arguments and options of ``fused-attn train``, and its help for a task.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def _add_train(options: Options) -> None:
         for name, text in help_texts.items():
             values = {getattr(config, name) for config in configs}
             if name == "batch_size" and task and configs[0].batch_tokens is not None:
-                values = {"--batch-tokens"}  # which the recipe of this task goes by
+                values = {"--batch-tokens"}  # which this task's recipe sets instead
             options.field(kind, name, text, shown_default(values))
     add_machine(options)
     options.section("help")
@@ -69,7 +72,7 @@ def _add_train(options: Options) -> None:
 
 
 def _add_task(options: Options, names: list[str]) -> None:
-    """Add the options of tasks, each once; of several, with the tasks that have it."""
+    """Add the options of the tasks, each once; with several, the help names those that have it."""
     options.section("data")
     found: dict[str, list[str]] = {}
     for name in names:

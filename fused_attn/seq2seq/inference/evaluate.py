@@ -88,7 +88,8 @@ def evaluate(
     Returns rates as fractions in 0..1, not in per cent; for a task evaluated by perplexity, also
     the perplexity.
 
-    Raises `InputError` if a pair or the file cannot be used, or there are no pairs.
+    Raises `InputError` if a pair or the file cannot be used, or there are no pairs; TypeError if
+    ``predictor`` is not a `Predictor`.
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(f"predictor must be from load or fit, got {type(predictor).__name__}")

@@ -94,9 +94,9 @@ class Predictor:
     def drawn(
         cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
     ) -> Predictor:
-        """As `load`, except that it draws from torch's generator, as a new model does.
+        """Like `load`, but draw from torch's generator, as creating a new model does.
 
-        For a run with teachers, whose numbers depend on it.
+        For runs with teachers: their random numbers depend on these draws.
         """
         if not models:
             raise TypeError("load needs the name or the path of a model")
@@ -348,7 +348,7 @@ def _checked(models: Sequence[Seq2Seq]) -> list[Seq2Seq]:
 
 
 def search_config(options: Mapping[str, Any]) -> SearchConfig:
-    """Return the search of options that were given by name.
+    """Return the search configuration for options that were given by name.
 
     Raises TypeError for an unknown name, ValueError for a value, `InputError` for an option that
     has no effect.
@@ -358,7 +358,7 @@ def search_config(options: Mapping[str, Any]) -> SearchConfig:
         if name not in names:
             raise TypeError(f"unknown search option {name!r}, expected one of {', '.join(names)}")
     config = SearchConfig(**options)
-    # A prediction has its score and its alternatives.
+    # A `Prediction` shows its score and its alternatives.
     shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
     settle(SEARCH_NEEDS, asdict(SearchConfig()) | shown, options)
     return config

@@ -54,7 +54,7 @@ class Task(ABC):
 
     @property
     def has_data(self) -> bool:
-        """Whether `load` knows where the data is: pairs that were given in Python are gone."""
+        """Whether `load` can find the data: pairs that were given in Python are not stored."""
         return True
 
     def read(self, text: str) -> Symbols:

@@ -1,4 +1,4 @@
-"""The arguments of `fit`: checked, and turned into a recipe, or compared with that of a run."""
+"""The arguments of `fit`: checked, then turned into a recipe or compared with a run's recipe."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def fit(
     from torch meanwhile.
 
     Raises `InputError` if a pair, an option or the directory cannot be used, or if training fails;
-    earlier checkpoints are intact then.
+    earlier checkpoints are intact then. Raises TypeError for an unknown data option.
     """
     directory = arguments.directory(output)
     arguments.check_type("model", model, ModelConfig)

@@ -1,4 +1,4 @@
-"""The processes and the device of a training run, by Lightning Fabric.
+"""The processes and the device of a training run, managed by Lightning Fabric.
 
 Under ``torchrun`` each process handles its share of every batch (`DistributedDataParallel`, with
 gloo on CPUs and nccl on GPUs). A single process handles whole batches.

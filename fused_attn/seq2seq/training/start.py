@@ -35,7 +35,7 @@ from fused_attn.seq2seq.training.run import PAIRS, Run
 from fused_attn.seq2seq.training.trainer import Trainer
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError
 
-_ITEMS_AT_ONCE = 1024  # items of the development set between two checks whether to stop
+_ITEMS_AT_ONCE = 1024  # development items between two checks for a stop signal
 
 
 @dataclass(frozen=True)
