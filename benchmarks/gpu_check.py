@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a script, by an interpreter that has this package nowhere.
+    # Run as a script, by an interpreter that does not have this package on its path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from benchmarks.targets.gpu.check import main
 

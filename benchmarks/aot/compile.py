@@ -130,7 +130,7 @@ def launches(case: Case, chip: Chip) -> tuple[list[call.Launch], list[call.Launc
 def source_of(launch: call.Launch) -> tuple[ASTSource, dict[str, Any]]:
     """The kernel with its arguments' types, specialised as in a call, and its options.
 
-    A number that the kernel does not specialise matters by its type alone, 32 or 64 bits.
+    For a number that the kernel is not specialised on, only its type matters, 32 or 64 bits.
     """
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.arguments, strict=False))}

@@ -56,7 +56,7 @@ class Launcher:
 
 @contextmanager
 def idle() -> Iterator[Launcher]:
-    """Within it Triton launches kernels on `Driver`, without compiling them."""
+    """A context in which Triton launches kernels on `Driver`, without compiling them."""
     from triton.runtime import JITFunction, driver
 
     from benchmarks.common.chips import H100

@@ -139,7 +139,7 @@ def bottleneck(
 def judge(model: Seq2Seq, pairs: tuple[Sequences, Sequences]) -> dict[int, float]:
     """Share of correct symbols by source length, when the model decodes freely.
 
-    A bucket is named by its longest length. A symbol is compared with that at the same place.
+    A bucket is named by its longest length. Symbols are compared position by position.
     """
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for sources, targets in _batches(*pairs):
@@ -223,7 +223,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 
 
 def exposure(budget: Budget, tell: Callable[[str], None]) -> dict[str, dict[str, Spread]]:
-    """Shares of correct symbols fed correct ones and fed the model's own, and their gap."""
+    """Shares of correct symbols when fed correct ones and when fed its own, and their gap."""
     found: dict[str, dict[str, Spread]] = {}
     fresh = Examples.of(*walks(budget.judged, seed=2))
     shape = ModelConfig(cell="gru", hidden=48, embedding=16, dropout=0.1)

@@ -1,8 +1,8 @@
 """The calls that are timed: inputs, operands prepared beforehand, and calls without arguments.
 
 All sides receive their operands ready to use. Lengths say S for every row, so that no side gains
-from padding; sides that need a boolean mask receive the same as a mask. Projections are made
-beforehand too, where the row has them finished.
+from padding; sides that need a boolean mask receive the lengths as a mask. Projections are made
+beforehand too, for rows that take finished projections.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def on_device(inputs: Inputs, device: str) -> Inputs:
 
 
 def copies_of(inputs: Inputs, count: int) -> list[Inputs]:
-    """``inputs`` and ``count - 1`` copies with memory of their own, for caches not to hold them."""
+    """``inputs`` and ``count - 1`` copies with their own memory, so that caches miss."""
     found = [inputs]
     for _ in range(count - 1):
         tensors = {name: tensor.clone() for name, tensor in inputs.tensors.items()}

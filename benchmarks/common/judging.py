@@ -2,8 +2,8 @@
 
 The call is judged at its full size, as it is timed. The float64 oracle of a concat call would need
 gigabytes for (B, T, S, A), so it computes some rows of the batch and some of their queries only.
-The context is compared there. The incoming gradient is 0 everywhere else, so that the gradient of
-every input is that of the part.
+The context is compared there. The incoming gradient is 0 everywhere else, so that the gradients of
+the inputs come from that part alone.
 """
 
 from __future__ import annotations

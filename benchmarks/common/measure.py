@@ -1,4 +1,4 @@
-"""Time of several calls, which take turns: what the machine does meanwhile affects them all."""
+"""Time several calls in turns, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 

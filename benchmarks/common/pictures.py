@@ -12,7 +12,7 @@ METADATA = {"Date": None}
 
 
 def reproducible() -> AbstractContextManager[None]:
-    """Within it, SVG files keep their text as text and have element ids that do not change."""
+    """A context in which SVG files keep text as text and have element ids that do not change."""
     return rc_context({"svg.fonttype": "none", "svg.hashsalt": "fused_attn"})
 
 

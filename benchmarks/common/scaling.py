@@ -35,8 +35,8 @@ def timed(
 ) -> list[Call]:
     """The calls of ``sides`` on the same inputs, as they are timed.
 
-    With ``read_bytes`` each call cycles through copies of the inputs that are as large together:
-    a share of the read bandwidth means memory that no cache holds.
+    With ``read_bytes`` each call cycles through copies of the inputs of that total size: a share of
+    the read bandwidth refers to memory that no cache holds.
     """
     every = copies_of(inputs, 1 + read_bytes // row.read_bytes)
     return [in_turn([call_of(row, each, side(row, each)) for each in every]) for side in sides]

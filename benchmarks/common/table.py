@@ -31,6 +31,6 @@ def duration(seconds: float) -> str:
 
 
 def progress(text: str) -> None:
-    """Show what is being measured, on a terminal, in place of what was shown before."""
+    """On a terminal, show what is being measured, replacing what was shown before."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

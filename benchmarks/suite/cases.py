@@ -23,7 +23,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Names the case in all files of results."""
+        """Names the case in all result files."""
         row = self.row
         way = "both" if row.backward else "forward"
         sizes = "x".join(map(str, row.sizes))

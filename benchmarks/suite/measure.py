@@ -54,7 +54,7 @@ class Record:
     peak_bytes: growth of the process over the call; None if it was not measured.
     read_share, peak_share: what a forward call reads and computes at least, as a share of the
         machine's measured read bandwidth and multiply-adds.
-    tokens: of a call, where tokens per second are the figure.
+    tokens: tokens per call, if the figure is tokens per second.
     """
 
     id: str
@@ -135,7 +135,7 @@ def measure_case(
     )  # fmt: skip
     judge = Judge(row, inputs)
     if any(side.slow for side in sides):
-        torch.compiler.reset()  # it stops compiling a function after eight times
+        torch.compiler.reset()  # torch stops recompiling a function after eight times
     records: dict[str, Record] = {}
     attends: dict[str, Attend] = {}
     for side in sides:

@@ -70,7 +70,7 @@ def _fused(backend: str, row: Row, inputs: Inputs) -> Attend:
 
 
 def _compiler(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled for these shapes alone, and as one graph: a broken one would run as eager."""
+    """``call`` compiled for fixed shapes as one graph: after a break, parts would be eager."""
     return torch.compile(call, dynamic=False, fullgraph=True)
 
 

@@ -70,7 +70,7 @@ _ONLINE_SIZES, _STEP_SIZES, _ROW_SIZES = tuple(_ONLINE), tuple(_STEPS), tuple(_R
 
 
 def triton() -> list[Case]:
-    """A case for every variant, forward and backward; none that adds no variant."""
+    """Cases that reach every variant, forward and backward, and then local attention."""
     found: list[Case] = []
     seen: set[tuple[object, ...]] = set()
     for case in _candidates():

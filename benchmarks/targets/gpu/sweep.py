@@ -33,7 +33,7 @@ PHASES = (
     Phase("times", jobs=1, limit_s=20.0),
 )
 TABLE = "table"
-BUDGET_S = 0.03  # that a candidate is timed for
+BUDGET_S = 0.03  # seconds for which a candidate is timed
 TOLERANCE = 0.02  # of the largest value: two plans sum in different orders, in bfloat16
 REGISTERS = 200  # at most, of a thread for its part of the accumulator
 
@@ -261,7 +261,7 @@ def items(phase: str, options: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def overriding(name: str, plan: launch.Plan | None) -> Iterator[None]:
-    """Within it a function of the launch table returns this plan for every call."""
+    """A context in which a function of the launch table returns this plan for every call."""
     before = getattr(launch, name)
     if plan is not None:
         setattr(launch, name, lambda *_: plan)
