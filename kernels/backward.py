@@ -2,7 +2,7 @@
 
 Memory rows have 512 to 1024 columns and queries are few, so a (B, T, S) tensor is small compared to
 the memory, the opposite of self-attention. The first kernel therefore reads the memory once for the
-scores, the gradient of the weights and that of the query, and writes two such tensors: the weights
+scores and the gradients of the weights and the query, and writes two such tensors: the weights
 P after dropout, and the gradient dS of the scores. From them the second, `source_gradients`,
 computes dMemory = P^T dO + dS^T Q without reading the memory again. Each program owns rows of
 memory and processes all queries: no atomics, and the same bits every time. The two tensors live

@@ -82,7 +82,7 @@ def score_rows(
             query_t, proj_s, A, exp_width, exp_queries, exp_source,
             MASK, BLOCK_T, BLOCK_S, FAST_RCP,
         )  # fmt: skip
-        if MASK == MASK_PER_QUERY:  # a row that is not finite spoils the queries that see it
+        if MASK == MASK_PER_QUERY:  # a row that is not finite spoils queries that attend to it
             for e in range(0, E, BLOCK_E):
                 _, tile_spoiled = split_nonfinite(
                     load_tile(memory, memory_s, offs_s, rows, e + offs_e, E)

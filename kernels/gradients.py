@@ -2,7 +2,7 @@
 
 `source_gradients` reads P and dS, which a kernel of backward.py wrote, and not the memory. Work
 that is independent of it runs as further programs of the same launch: the sums of splits, and the
-gradient of the query where that is a product of its own. A launch costs more than any of these.
+gradient of the query if it is a separate product. A launch costs more than any of these.
 """
 
 import triton

@@ -32,7 +32,7 @@ LARGEST_PROJECTION = tl.constexpr(43.0)
 
 @triton.jit
 def looked_at(mask, mask_b, mask_t, mask_s, b, t, offs_s, end):
-    """Bool (BLOCK_S,): the positions that query ``t`` may see; no other row is read."""
+    """Bool (BLOCK_S,): the positions that query ``t`` may attend to; no other row is read."""
     rows = offs_s < end
     if mask is not None:
         at = mask + b.to(tl.int64) * mask_b + t.to(tl.int64) * mask_t

@@ -77,7 +77,7 @@ def readable_rows(mask, mask_b, mask_s, b, offs_s, count, MASK: tl.constexpr):
 
 @triton.jit
 def counted_positions(mask, mask_b, mask_t, mask_s, b, offs_t, offs_s, rows, T, MASK: tl.constexpr):
-    """Bool (BLOCK_T or 1, BLOCK_S): the positions that each query may look at."""
+    """Bool (BLOCK_T or 1, BLOCK_S): the positions that each query may attend to."""
     counts = rows[None, :]
     if MASK == MASK_PER_QUERY:
         at = mask + b.to(tl.int64) * mask_b + offs_t.to(tl.int64)[:, None] * mask_t
@@ -128,7 +128,7 @@ def in_squares(tile):
 
 @triton.jit
 def hide(scores, counts, spoiled, MASK: tl.constexpr):
-    """Scores with NaN where a query sees a row that is not finite, -inf where it may not look."""
+    """Scores with -inf at masked positions, and NaN where a query sees a row that is not finite."""
     if MASK == MASK_PER_QUERY:
         scores = tl.where(spoiled[None, :], float("nan"), scores)
     return tl.where(counts, scores, float("-inf"))

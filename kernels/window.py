@@ -81,7 +81,7 @@ def window_backward(
     CONCAT: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One query's weights and score gradients, its own gradient and that of its center.
+    """One query's weights and score gradients, and the gradients of the query and its center.
 
     centers (B, T) as in `step_forward`. kept_out and grads_out (B, T, W), float32: weights and
     score gradients (times scale) of the positions from the first of the window on. partial_v
@@ -221,7 +221,7 @@ def window_source(
                 grad = tl.load(grads + at, mask=inside, other=0.0)
                 q = tl.load(query + at_query, mask=columns, other=0.0).to(tl.float32)
                 r = 1.0 / (1.0 + tl.exp2((q[None, :] + m) * TWO_LOG2E))
-                # A row that is not finite contributes nothing for a query that does not see it.
+                # A row that is not finite contributes nothing where it is masked.
                 acc += tl.where(grad[:, None] == 0.0, 0.0, grad[:, None] * (r - r * r))
             else:
                 if grad_context is not None:

@@ -2,8 +2,8 @@
 //
 //   v . tanh(q + m) = sum v - 2 sum v / (1 + E),
 //
-// and the exponentials of the memory are prepared. Two terms share one reciprocal, of which a
-// multiprocessor computes 16 in a clock, against 128 multiplications:
+// and the exponentials of the memory are prepared. A multiprocessor computes 16 reciprocals in a
+// clock, against 128 multiplications, so two terms share one:
 //
 //   v0 / x0 + v1 / x1 = (v0 x1 + v1 x0) / (x0 x1).
 //

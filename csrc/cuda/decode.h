@@ -31,7 +31,7 @@ __device__ __forceinline__ int length_of(const AttentionParams& p, int b) {
   return int(length < 0 ? 0 : length > p.S ? p.S : length);
 }
 
-// Whether query t may look at position s, which is below the length.
+// Whether query t may attend to position s, which is below the length.
 __device__ __forceinline__ bool allows(const AttentionParams& p, int b, int t, int s) {
   return !p.mask || p.mask[b * p.mask_b + t * p.mask_t + s * p.mask_s] != 0;
 }
@@ -82,8 +82,8 @@ __device__ __forceinline__ void load_rows(const Decode& d, int b, int s, unsigne
   }
 }
 
-// With a per-query mask, a row that is not finite spoils only the queries that look at it: it is
-// zeroed in the sums, and its bit in the result makes their score NaN.
+// With a per-query mask, a row that is not finite spoils only the queries that attend to it:
+// it is zeroed in the sums, and its bit in the result makes their score NaN.
 template <class C>
 __device__ __forceinline__ unsigned zero_spoiled(uint4 (&raw)[C::rows][C::pieces]) {
   unsigned spoiled = 0;

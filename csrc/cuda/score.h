@@ -13,7 +13,7 @@
 namespace fused_attn {
 namespace {
 
-// The place of column d in that order, for elements of which 16 bytes hold `vector`.
+// The place of column d in that order, if 16 bytes hold `vector` elements.
 template <int vector>
 __device__ __forceinline__ int operand_at(int d) {
   const int piece = d / (kLanes * vector), lane = d / vector % kLanes, j = d % vector;

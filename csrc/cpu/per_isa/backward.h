@@ -247,8 +247,8 @@ struct BackwardTask : private ScoreGradients<X> {
     write_chunk(b, picked);
   }
 
-  // Whether a query looks at a row of its window. The mask alone is not enough: it is read a second
-  // time here, and another thread may have changed it since the rows were picked.
+  // Whether a query attends to a row of its window. The mask alone is not enough: it is read a
+  // second time here, and another thread may have changed it since the rows were picked.
   bool is_met(int64_t b, int64_t t, int64_t s, int64_t s0) const {
     return place[s - s0] >= 0 && (!p.mask || allowed(p, b, t, s));
   }

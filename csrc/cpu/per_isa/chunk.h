@@ -122,8 +122,8 @@ FA_INLINE Block<A> read_picked(const Rows& rows, int64_t b, const Picked& picked
   return {scratch, padded};
 }
 
-// With a per-query mask, a row that is not finite may spoil only the queries that look at it: it is
-// marked, and zeroed so that 0 x NaN does not reach the others.
+// With a per-query mask, a row that is not finite may spoil only the queries that attend to
+// it: it is marked, and zeroed so that 0 x NaN does not reach the others.
 template <class A>
 FA_INLINE void mark_spoiled(A* rows, int64_t stride, int64_t n, int64_t width, uint8_t* spoiled) {
   for (int64_t i = 0; i < n; ++i) {
@@ -136,8 +136,8 @@ FA_INLINE void mark_spoiled(A* rows, int64_t stride, int64_t n, int64_t width, u
   }
 }
 
-// Scales the scores, and writes -inf where a query may not look and in the padding, NaN where it
-// looks at a spoiled row.
+// Scales the scores, and writes -inf at masked positions and in the padding, and NaN where a query
+// attends to a spoiled row.
 template <class A>
 FA_INLINE void finish_scores(const AttentionParams& p, int64_t b, int64_t t0, int64_t rows,
                              const Picked& picked, const uint8_t* spoiled, A* scores, int64_t ld) {

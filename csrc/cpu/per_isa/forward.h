@@ -98,7 +98,7 @@ struct ForwardTask {
                    kept_scores());
   }
 
-  // Whether `attend_step` supports the task: one query that looks at every row, and no remainders.
+  // Whether `attend_step` supports the task: one query that attends to all rows, and no remainders.
   bool is_step() const {
     if (plan.t_block != 1 || p.mask || p.scores_only || p.E % Behind<X>::kColumns != 0)
       return false;

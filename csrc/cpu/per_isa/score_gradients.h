@@ -3,9 +3,9 @@
 //   P = exp(score - logsumexp)      dP = dO . m (+ dW)      dS = P (dP - delta)
 //   delta = sum_s P dP = dO . O + sum_s W dW
 //
-// dO is grad_context, dW is grad_weights. The weight of a query that looks at one position is 1
-// whatever the score, so dS is 0. The difference above would leave a rounding error there, which an
-// optimiser like Adam scales up to the size of any other gradient.
+// dO is grad_context, dW is grad_weights. The weight of a query that attends to one position is
+// 1 whatever the score, so dS is 0. The difference above would leave a rounding error there, which
+// an optimiser like Adam scales up to the size of any other gradient.
 //
 // The weights P are recomputed from the scores and the log-sum-exp, unless the forward pass was
 // asked for them: then they are read.
@@ -22,7 +22,7 @@ struct ScoreGradients {
   const AttentionParams& p;
   int64_t ld;  // padded
   A *scores, *grads, *kept, *delta, *base, *bell;
-  uint8_t* alone;  // by query: whether it looks at one position
+  uint8_t* alone;  // by query: whether it attends to one position only
 
   ScoreGradients(const AttentionParams& params, const Plan& plan, Carver& c)
       : p(params), ld(padded_chunk<A>(plan)) {
@@ -68,7 +68,7 @@ struct ScoreGradients {
       weigh(b, t0 + i, picked, weight, kept_row);
       if (through_scores()) differentiate(b, t0 + i, picked, weight, g, moment);
       if (!spoiled) continue;
-      // A query that a spoiled row made NaN must contribute nothing to rows that it does not see.
+      // A query that a spoiled row made NaN must contribute nothing to rows that are masked for it.
       for (int64_t j = 0; j < picked.count; ++j)
         if (!allowed(p, b, t0 + i, picked[j])) kept_row[j] = g[j] = A(0);
     }

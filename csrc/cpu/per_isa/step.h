@@ -1,7 +1,7 @@
 // One query: a decoding step, or one of local attention. A row is used once, so the pass is bound
 // by reading memory, and the weighted sum must not delay the reading: while a group of rows is read
 // for its scores, the same loop adds the group before it (for the dot score still in the
-// first-level cache) to the context. Two loops in turn would leave memory idle during the second.
+// first-level cache) to the context. Two separate loops would leave memory idle during the second.
 // Rows are read one after the other, because the hardware prefetches one long stream better than
 // several that end with every row; and groups are small, so that old and new rows do not evict one
 // another.
@@ -30,7 +30,7 @@ FA_INLINE void load_pair(const X* p, Vec<Arithmetic<X>>& a, Vec<Arithmetic<X>>& 
   }
 }
 
-// From the order of load_pair back to that of the columns, in place.
+// From the order of load_pair back to column order, in place.
 template <class X, class A>
 FA_INLINE void restore_order(A* x, int64_t width) {
   constexpr int L = kLanes<A>;
