@@ -1,7 +1,7 @@
 """The cost of a Triton call in Python, and the number of kernels that random batches compile.
 
-The driver here launches nothing and nothing is compiled. The time is that of everything before the
-launcher is called, including allocation. No GPU is needed.
+The driver here launches nothing and nothing is compiled. The measured time covers everything before
+the launcher is called, including allocation. No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Peak memory of one call of one side in a fresh process, in bytes: CASE SIDE DEVICE.
 
-CASE is the id of a case, or SCORE:BxTxSxD for a training step of those sizes. A process that did
+CASE is the id of a case, or SCORE:BxTxSxD for a training step of these sizes. A process that did
 other work before has a peak of its own. On a CPU it reads /proc, so it needs Linux; what libraries
 allocate on first use counts too, some megabytes.
 """

@@ -23,7 +23,7 @@ class Backend(Protocol):
     Forward returns context, weights and log-sum-exp, None for those not asked for, and raises
     ValueError for a length outside 0..S (lengths on a GPU are not read back to check them).
     Backward takes the ``saved`` outputs, and returns a gradient for each differentiable input, in
-    the inputs' order, and then that of the centers of a Gaussian window. ``wanted`` has a bool for
+    the inputs' order, then one for the centers of a Gaussian window. ``wanted`` has a bool for
     each: a gradient that is not wanted is None, and costs nothing.
 
     A backend whose module has ``TAKES_OFFSETS`` also takes a memory (N, E) of concatenated

@@ -88,7 +88,7 @@ class Device:
 
 
 def highest_clock() -> float:
-    """Hz, from the driver; that of an H200 where it gives none."""
+    """Hz, from the driver, or an H200's clock if the driver does not report it."""
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)

@@ -37,7 +37,7 @@ class Stage(Protocol):
 
 
 def module_of(stage: str) -> Any:
-    """The module of a stage; a name with a dot is that of a module."""
+    """The module of a stage; a name with a dot is a module's own name."""
     return import_module(stage if "." in stage else f"benchmarks.targets.gpu.{stage}")
 
 

@@ -110,7 +110,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def map_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     """Memory-map the tensors of a file. Pages are read on demand. Raises `InputError`."""
     with _readable(directory):
-        (directory / name).stat()  # its error names the file, that of safetensors does not
+        (directory / name).stat()  # its error names the file; safetensors' error does not
         return safetensors.torch.load_file(directory / name)
 
 

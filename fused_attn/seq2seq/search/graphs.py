@@ -1,7 +1,7 @@
 """Capture device work as a graph, and replay it without Python.
 
-A decoder step is some thirty kernels, each of which finishes before Python launches the next one. A
-graph of them takes one launch.
+A decoder step is about thirty kernels, each of which finishes before Python launches the next one.
+A graph of them takes one launch.
 """
 
 from __future__ import annotations
