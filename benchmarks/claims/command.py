@@ -78,12 +78,13 @@ def document(
         "Without attention one state has to hold the whole source. Reading the source backwards "
         "brings its first symbols close to where they are needed (Sutskever et al. 2014).",
         "",
-        *_table("longest", right, lambda value: f"{100 * value:.1f}"),
+        *_table("length up to", right, lambda value: f"{100 * value:.1f}"),
         "",
-        "## The vanishing gradient: its norm at the first source symbol",
+        "## The vanishing gradient: gradient norm at the first source symbol",
         "",
-        "The gradient of the first target symbol's loss, in untrained models, by source length. "
-        "Without attention it has to pass through every step between the two.",
+        "The table shows the gradient of the first target symbol's loss with respect to the first "
+        "source symbol's embedding, in untrained models, by source length. Without attention the "
+        "gradient has to pass through every step between these two symbols.",
         "",
         *_table("length", norms, lambda value: f"{value:.1e}", spread=False),
         "",
@@ -98,9 +99,9 @@ def document(
         "",
         "## Teacher forcing against scheduled sampling",
         "",
-        "A task in which one wrong symbol makes all later ones wrong. Correct symbols, %, where "
-        "the decoder is fed the correct symbols, and where it is fed its own. The gap is the "
-        "exposure bias.",
+        "In this task one wrong symbol makes all later ones wrong. The table shows the correct "
+        "symbols, in %, when the decoder is fed the correct previous symbols and when it is fed "
+        "its own. The gap is the exposure bias.",
         "",
         "| scheduled sampling | fed correct ones | fed its own | gap |",
         "|---|---|---|---|",
@@ -127,11 +128,10 @@ def _head(budget: Budget, seconds: float) -> list[str]:
         "# What attention is for, by experiment",
         "",
         f"`python -m benchmarks claims --output docs`: {seeds} seeds, {seconds / 60:.0f} minutes "
-        f"on {threads} of {where}. Every model is a GRU of width 64 in one "
-        f"direction, trained on {budget.pairs:,} sequences to copy, of 1 to {budget.longest} "
-        "symbols, for "
-        f"{budget.epochs} epochs. They differ only in their attention. Figures are means over the "
-        "seeds, with the lowest and the highest in brackets.",
+        f"on {threads} of {where}. Every model is a unidirectional GRU of width 64, trained for "
+        f"{budget.epochs} epochs to copy {budget.pairs:,} sequences of 1 to {budget.longest} "
+        "symbols. The models differ only in their attention. Figures are means over the seeds, "
+        "with the lowest and the highest in brackets.",
         "",
         f"![Correct symbols by length, and gradients by distance]({PICTURE})",
         "",

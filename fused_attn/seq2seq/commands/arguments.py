@@ -1,6 +1,6 @@
 """The commands of ``fused-attn`` with their arguments and options.
 
-This module does not import torch, so that help and errors appear at once.
+This module does not import torch, so that help and error messages appear at once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 
 _MODEL = (
-    "a checkpoint, the DIR of a training (its best checkpoint, or its last), or a bundled model: "
-    "g2p"
+    "a checkpoint, the output DIR of a training run (its best checkpoint, or its last), or a "
+    "bundled model: g2p"
 )
-# The beam of `explain`, which shows alternatives.
+# The default beam of `explain`, which shows several alternatives.
 _BEAM_OF_EXPLAIN = 5
 
 
 def _as_given(_: CommandParser, given: dict[str, Any]) -> dict[str, Any]:
-    """The `Command.finish` of commands whose options do not depend on one another."""
+    """Return the given options unchanged, for commands whose options are independent."""
     return given
 
 
@@ -42,26 +42,26 @@ def _add_predict(options: Options) -> None:
         nargs="*",
         metavar="TEXT",
         default=[],
-        help="sources; without any, the lines of standard input",
+        help="source texts (default: the lines of standard input)",
     )
     options.option(
         "input",
         type=Path,
         metavar="FILE",
-        help="read the sources from this file; under torchrun, processes share its lines",
+        help="read the sources from this file; under torchrun, the processes share its lines",
     )
     options.option(
         "output",
         type=Path,
         metavar="FILE",
-        help="write the targets of --input to this file, created only once complete",
+        help="write the targets for --input to this file, which is created only once complete",
     )
     options.option(
         "alignments",
         type=Path,
         metavar="FILE",
-        help="write the alignments: a picture (.png, .svg), links (.pharaoh) or all weights "
-        "(.soft)",
+        help="write the alignments to this file: a picture (.png, .svg), links (.pharaoh) or all "
+        "weights (.soft)",
     )
     options.option(
         "replace-unknown",
@@ -73,7 +73,7 @@ def _add_predict(options: Options) -> None:
         "scores",
         action="store_true",
         default=False,
-        help="print the score and a tab before each target",
+        help="print the score before each target, separated by a tab",
     )
     _add_search(options)
 
@@ -87,7 +87,7 @@ def _add_evaluate(options: Options) -> None:
         help="evaluate on this file (default: the held-out test set)",
     )
     options.option(
-        "limit", type=int, metavar="N", help="evaluate only N sources, the same ones every time"
+        "limit", type=int, metavar="N", help="evaluate only N sources, the same ones in every run"
     )
     options.option(
         "samples",
@@ -102,9 +102,9 @@ def _add_evaluate(options: Options) -> None:
 
 def _add_explain(options: Options) -> None:
     options.argument("model", type=Path, metavar="MODEL", help=_MODEL)
-    options.argument("text", metavar="TEXT", help="the source")
+    options.argument("text", metavar="TEXT", help="the source text")
     options.option(
-        "output", type=Path, required=True, metavar="PAGE.html", help="the page to write"
+        "output", type=Path, required=True, metavar="PAGE.html", help="the HTML page to write"
     )
     _add_search(options)
 
@@ -128,7 +128,7 @@ def _add_search(options: Options) -> None:
         action="append",
         default=[],
         metavar="MODEL",
-        help="average the probabilities with this model; can be repeated",
+        help="average the probabilities with those of this model; can be repeated",
     )
     add_machine(options)
     options.section("help")
@@ -136,7 +136,7 @@ def _add_search(options: Options) -> None:
 
 
 def _finish_search(parser: CommandParser, given: dict[str, Any]) -> dict[str, Any]:
-    """Check the options of the search."""
+    """Check the search options."""
     name = parser.get_default("command").name
     own_beam = name == "explain" and "beam" not in given and not given.get("sample")
     defaults = {
@@ -150,7 +150,7 @@ def _finish_search(parser: CommandParser, given: dict[str, Any]) -> dict[str, An
     return given
 
 
-# --- the rest
+# --- commands without a search
 
 
 def _add_info(options: Options) -> None:
@@ -158,25 +158,32 @@ def _add_info(options: Options) -> None:
 
 
 def _add_aer(options: Options) -> None:
-    form = "links in Pharaoh's format"
-    options.argument("found", type=Path, metavar="FOUND", help=f"a model's {form}")
+    form = "links in Pharaoh format"
+    options.argument("found", type=Path, metavar="FOUND", help=f"file of a model's {form}")
     options.argument(
-        "gold", type=Path, metavar="GOLD", help=f"the reference {form}; 0?1 is a possible link"
+        "gold",
+        type=Path,
+        metavar="GOLD",
+        help=f"file of reference {form}; 0?1 marks a possible link",
     )
     options.help(ShowHelp, has_more=False)
 
 
 def _add_curves(options: Options) -> None:
-    options.argument("runs", type=Path, nargs="+", metavar="DIR", help="directories of trainings")
+    options.argument(
+        "runs", type=Path, nargs="+", metavar="DIR", help="output directories of training runs"
+    )
     options.option(
-        "output", type=Path, required=True, metavar="FILE", help="a .png or .svg file to write"
+        "output", type=Path, required=True, metavar="FILE", help="the .png or .svg file to write"
     )
     options.help(ShowHelp, has_more=False)
 
 
 def _add_export(options: Options) -> None:
     options.argument("model", type=Path, metavar="MODEL", help=_MODEL)
-    options.option("output", type=Path, required=True, metavar="DIR", help="a new directory")
+    options.option(
+        "output", type=Path, required=True, metavar="DIR", help="the directory to create"
+    )
     options.option(
         "average",
         type=Path,
@@ -195,7 +202,7 @@ def _add_export(options: Options) -> None:
 
 
 _SEARCHES = (_finish_search, texts.SELDOM_IN_SEARCH)
-# These commands take only the best target of a source: --nbest exists for an error that says so.
+# These use only the best target of a source. They accept --nbest only to reject it with a reason.
 _BEST = (*_SEARCHES, frozenset({"nbest"}))
 COMMANDS = (
     Command(
@@ -211,7 +218,7 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "Measure the error rates of a model on its test set.",
+        "Compute the error rates of a model on its test set.",
         "MODEL [OPTION ...]",
         _add_evaluate,
         *_BEST,
@@ -225,7 +232,7 @@ COMMANDS = (
     ),
     Command(
         "aer",
-        "Print the alignment error rate of links against reference links.",
+        "Print the alignment error rate of links, compared with reference links.",
         "FOUND GOLD",
         _add_aer,
         _as_given,
@@ -240,14 +247,14 @@ COMMANDS = (
     ),
     Command(
         "curves",
-        "Plot the losses and error rates of trainings.",
+        "Plot the losses and error rates of training runs.",
         "DIR [DIR ...] --output FILE",
         _add_curves,
         _as_given,
     ),
     Command(
         "export",
-        "Write the model of a checkpoint without the state of its training.",
+        "Write the model of a checkpoint without its training state.",
         "MODEL --output DIR [OPTION ...]",
         _add_export,
         _as_given,

@@ -28,7 +28,7 @@ from fused_attn.seq2seq.tasks.registry import TASKS
 def _add_train(options: Options) -> None:
     task, parser = options.task, options.parser
     if task is None:
-        # It may be missing where help is asked for, and it may be a file.
+        # TASK may be missing when help is requested, and it may be a configuration file.
         options.argument("task", nargs="?", help=SUPPRESS)
         parser.description = _about_tasks(parser)
     else:
@@ -41,7 +41,7 @@ def _add_train(options: Options) -> None:
         "start-from",
         type=Path,
         metavar="MODEL",
-        help="start with the parameters and options of a model; a larger --hidden widens it",
+        help="start with the parameters and options of this model; a larger --hidden widens it",
     )
     options.option(
         "teacher",
@@ -50,10 +50,10 @@ def _add_train(options: Options) -> None:
         default=[],
         metavar="MODEL",
         help="also learn the probabilities that this model gives to every target symbol; can be "
-        "repeated, then the mean counts",
+        "repeated, to learn the mean of several models",
     )
     options.flag("tensorboard", help="also write TensorBoard events to DIR/tensorboard")
-    options.flag("on-disk", help="keep the encoded pairs in DIR, for data larger than memory")
+    options.flag("on-disk", help="store the encoded pairs in DIR, for data larger than memory")
     _add_task(options, list(TASKS) if task is None else [task])
     for title, attribute, kind, help_texts in (
         ("model", "model", ModelConfig, texts.MODEL_HELP),
@@ -64,7 +64,7 @@ def _add_train(options: Options) -> None:
         for name, text in help_texts.items():
             values = {getattr(config, name) for config in configs}
             if name == "batch_size" and task and configs[0].batch_tokens is not None:
-                values = {"--batch-tokens"}  # which this task's recipe sets instead
+                values = {"--batch-tokens"}  # the recipe of this task sets it instead
             options.field(kind, name, text, shown_default(values))
     add_machine(options)
     options.section("help")
@@ -94,16 +94,16 @@ def _of(owners: list[str], names: list[str]) -> str:
 
 
 def _about_tasks(parser: CommandParser) -> str:
-    file = {"FILE.yaml": "a file with 'task: NAME' and options, which the command line overrides"}
+    file = {"FILE.yaml": "a file with 'task: NAME' and options; the command line overrides it"}
     rows = [f"  {name:<11}{text}" for name, text in {**texts.TASK_SUMMARIES, **file}.items()]
     shows = f"'{parser.prog} TASK --help' shows the options of a task and their defaults."
     return "\n".join((str(parser.description), "", "tasks:", *rows, "", shows))
 
 
 def _finish_train(parser: CommandParser, given: dict[str, Any]) -> dict[str, Any]:
-    """Read the configuration file, if TASK is one, and print the help if it is asked for.
+    """Read the configuration file if TASK is one, and print the help if it is requested.
 
-    ``line`` and ``file`` are the options that the command line and the file give.
+    ``line`` and ``file`` are the options given on the command line and in the file.
     """
     line: dict[str, Any] = dict(given)
     file: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _finish_train(parser: CommandParser, given: dict[str, Any]) -> dict[str, Any
 
 
 def _from_file(parser: CommandParser, path: str) -> tuple[str | None, dict[str, Any]]:
-    """The task and the options of a configuration file."""
+    """Return the task and the options in a configuration file."""
     found, unknown = parser.parse_known_args(read_config(path))
     unknown += ["--help"] if "all" in found else []
     if unknown:
