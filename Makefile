@@ -53,7 +53,7 @@ demo: setup build ## train the pronunciation model, show what it learned, compar
 	$(BIN)/python -m benchmarks quick
 
 test: setup build ## run the tests
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/pytest -n 2
 
 # Creates its own environments. MATRIX takes combinations and options: MATRIX='3.12/2.14.1 --strict'.
 test-matrix: ## run the tests on other versions of torch and Python

@@ -30,6 +30,28 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=1000, p
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
+def _scope(nodeid: str) -> str:
+    """Name what runs in one worker: tests that share builds, and tests that start processes.
+
+    xdist_group marks do that too, but xdist 3.8 loses them under pytest 9.2.
+    """
+    file, _, test = nodeid.partition("::")
+    if file.endswith("test_packaging.py"):
+        return "packaging"
+    return "processes" if test.startswith("test_two_processes") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run a test with the number of threads from its marker, and restore the number afterwards."""

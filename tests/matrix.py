@@ -199,7 +199,7 @@ def read_results(results: Path) -> Outcome:
 def run_tests(python: Path, combination: Combination, options: Sequence[str], log: Path) -> Outcome:
     results = combination.directory / "results.xml"
     results.unlink(missing_ok=True)
-    command = [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-k", SELECTION]
+    command = [python, "-m", "pytest", "-n", "2", "-k", SELECTION]
     command.append(f"--junitxml={results}")
     try:
         # With PYTHONSAFEPATH the checkout is not on sys.path: the installed package is tested.

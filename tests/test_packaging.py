@@ -24,8 +24,8 @@ import fused_attn
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SHIPPED = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "*.so", "_native_*.txt")
-# One xdist group: the builds are shared, and concurrent builds would slow each other down.
-pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.timeout(900)]
+# In one worker, see conftest: the builds are shared.
+pytestmark = pytest.mark.timeout(900)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -223,7 +223,6 @@ def table(directory: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """The same batches, half of each in a process, give the same loss and metrics."""
     taught = ["--bucket", "--teacher", str(run(tmp_path, "teacher", 1, "--max-steps", "4"))]
@@ -270,7 +269,6 @@ def predict(tmp_path: Path, name: str, processes: int, source: Path) -> tuple[in
     return done.returncode, done.stderr, output
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None:
     words = [f"{first}{second}{i % 7 * 'a'}" for i in range(5) for first in LETTERS
              for second in LETTERS]  # fmt: skip
