@@ -360,9 +360,12 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     source, target = Vocabulary("abc"), Vocabulary(["A", "B"])
     network = Seq2Seq(ModelConfig(hidden=8, embedding=4, score="concat"), len(source), len(target))
     model = Predictor(network, source, target)
-    assert network.training
+    network.encoder.eval()  # frozen, in the middle of a training
+    modes = [module.training for module in network.modules()]
+    assert network.training and not all(modes)
     first = model("a b c")
-    assert first == model("a b c") and network.training  # no dropout, and training mode is restored
+    assert first == model("a b c")  # no dropout
+    assert [module.training for module in network.modules()] == modes
     model.save(tmp_path / "own")
     again = seq2seq.load(tmp_path / "own", device="cpu")
     assert again("a b c") == first and again.task.name == "pairs"

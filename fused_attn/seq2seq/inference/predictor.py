@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.export import save_model
@@ -21,6 +19,7 @@ from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.inference.prediction import Prediction
+from fused_attn.seq2seq.model.modes import WithoutDraws, evaluating
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.search.constraints import LengthBound
@@ -238,13 +237,12 @@ class Predictor:
         tokens: list[tuple[str, ...]] = []
         encoded: list[list[int]] = []
         for number, source in enumerate(sources, start=before + 1):
-            shown = source
             try:
                 tokens.append(self.read(source))
-                if not isinstance(source, str):
-                    shown = self.task.show(tokens[-1])
                 encoded.append(self.encode(tokens[-1]))
             except InputError as error:
+                was_read = len(tokens) > len(encoded) and not isinstance(source, str)
+                shown = self.task.show(tokens[-1]) if was_read else source
                 name = f"{shown!r}" if alone else f"source {number}, {shown!r}"
                 raise InputError(f"{name}: {error}") from None
         self._check_search(config, len(encoded), prefixes)
@@ -369,29 +367,6 @@ def _check_options(batch_size: int, alignments: bool) -> None:
         raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
     if not isinstance(alignments, bool):
         raise TypeError(f"alignments must be True or False, got {alignments!r}")
-
-
-class WithoutDraws(TorchFunctionMode):
-    """Leaves the parameters of new models uninitialised, in this thread: they are loaded anyway."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
-
-
-@contextmanager
-def evaluating(models: Sequence[Seq2Seq]) -> Iterator[None]:
-    """Put the models into evaluation mode for a while, in case they are being trained."""
-    training = [model for model in models if model.training]
-    for model in training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in training:
-            model.train()
 
 
 def load(
