@@ -23,7 +23,7 @@ from fused_attn.seq2seq.commands.parser import (
     Parser,
     given_options,
 )
-from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.errors import InputError
 
 INTERRUPTED = 130
 # What a shell reports for a program that SIGPIPE killed.
@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a closed pipe can still be handled
     except InputError as error:
-        text = error.on_the_command_line if isinstance(error, OptionError) else str(error)
-        print(f"fused-attn: error: {text}", file=sys.stderr)
+        print(f"fused-attn: error: {error.on_the_command_line}", file=sys.stderr)
         return USAGE_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "fused_attn").partition(".")[0]

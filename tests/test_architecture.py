@@ -40,7 +40,7 @@ LAYERS = (
     ("__main__",),
 )
 # The rooms of the toolkit, lowest first. The ground are modules; the others are packages.
-GROUND = ("config", "errors", "vocabulary", "metrics", "devices", "option_rules")
+GROUND = ("config", "errors", "vocabulary", "metrics", "devices", "option_rules", "outputs")
 ROOMS = (
     "data",
     "tasks",
@@ -56,7 +56,7 @@ WITHOUT_TORCH = (
     *("config", "errors", "vocabulary", "metrics", "tasks"),
     *("data.pairs", "data.links", "data.pair_files", "data.tokenizers"),
     *("commands.arguments", "commands.config_file", "commands.option_help"),
-    *("option_rules", "commands.parser", "commands.train_arguments"),
+    *("option_rules", "outputs", "commands.parser", "commands.train_arguments"),
 )
 # These may use the packages of the extras; everything else needs only torch.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")

@@ -15,6 +15,7 @@ import torch
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.outputs import write_atomically
 
 MODEL = {"weight": torch.arange(6.0).view(2, 3)}
 TRAINING = {"generator": torch.arange(9, dtype=torch.uint8)}
@@ -116,17 +117,17 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "log"
-    files.write_atomically(file, b"old")
+    write_atomically(file, b"old")
 
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        files.write_atomically(file, b"new")
+        write_atomically(file, b"new")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["log"] and file.read_bytes() == b"old"
-    files.write_atomically(file, b"new")
+    write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
 
 

@@ -9,7 +9,14 @@ class InputError(Exception):
     """An input cannot be used. The message is one line that names the input and the reason.
 
     The command prints the message without a traceback and exits with code 2.
+
+    text: the input and the reason.
+    hint: what helps. It names options as they are typed: ``--skip-bad``.
     """
+
+    def __init__(self, text: str, hint: str | None = None) -> None:
+        super().__init__(text if hint is None else f"{text}; {_named_in_python(hint)}")
+        self.on_the_command_line = text if hint is None else f"{text}; {hint}"
 
 
 class OptionError(InputError):
@@ -22,13 +29,13 @@ class OptionError(InputError):
     """
 
     def __init__(self, name: str, reason: str, typed: str | None = None) -> None:
-        in_python = re.sub(r"--[a-z][a-z-]*", lambda found: _in_python(found[0]), reason)
-        super().__init__(_sentence(name, in_python))
+        super().__init__(_sentence(name, _named_in_python(reason)))
         self.on_the_command_line = _sentence(typed or f"--{name.replace('_', '-')}", reason)
 
 
-def _in_python(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
+def _named_in_python(text: str) -> str:
+    """Replace options as they are typed by their names in Python: ``skip_bad``."""
+    return re.sub(r"--[a-z][a-z-]*", lambda found: found[0][2:].replace("-", "_"), text)
 
 
 def _sentence(name: str, reason: str) -> str:

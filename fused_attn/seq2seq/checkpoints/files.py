@@ -7,11 +7,10 @@ renamed. A full disk or a kill at any moment leaves earlier checkpoints intact.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,18 @@ from torch import Tensor
 
 from fused_attn.seq2seq.checkpoints.compress import widened
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.outputs import (
+    TEMPORARY_PREFIX,
+    sync_directory,
+    write_atomically,
+    write_synced,
+)
 
 FORMAT_VERSION = 2
 
 METADATA = "checkpoint.json"
 MODEL = "model.safetensors"
 TRAINING = "training.safetensors"
-
-_TEMPORARY_PREFIX = ".writing-"
 
 
 def save(
@@ -46,32 +49,32 @@ def save(
     Raises OSError if it cannot be written; no part of it is left then.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=directory.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=directory.parent))
     try:
-        _write(temporary / MODEL, safetensors.torch.save(_contiguous(model)))
+        write_synced(temporary / MODEL, safetensors.torch.save(_contiguous(model)))
         if training is not None:
-            _write(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
+            write_synced(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
         document = {"format_version": FORMAT_VERSION, **meta}
-        _write(temporary / METADATA, json.dumps(document).encode())
+        write_synced(temporary / METADATA, json.dumps(document).encode())
         temporary.chmod(0o755)  # mkdtemp creates it readable by its owner only
-        _sync(temporary)
+        sync_directory(temporary)
         temporary.rename(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(directory.parent)
+    sync_directory(directory.parent)
 
 
 def remove(directory: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that no partial checkpoint is ever visible."""
-    doomed = directory.with_name(_TEMPORARY_PREFIX + directory.name)
+    doomed = directory.with_name(TEMPORARY_PREFIX + directory.name)
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_unfinished(parent: Path) -> None:
     """Remove half-written and half-removed checkpoints that killed processes left in ``parent``."""
-    for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -137,21 +140,6 @@ def damaged(directory: Path, error: Exception) -> InputError:
     return InputError(f"the checkpoint {directory} is damaged: {reason}")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically, replacing an older one; raises OSError."""
-    descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        _write(temporary, data)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give each tensor memory of its own: safetensors cannot store shared memory."""
     copies: dict[str, Tensor] = {}
@@ -162,19 +150,3 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies[name] = own.clone() if address in taken else own
         taken.add(address)
     return copies
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Sync the entries of a directory to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

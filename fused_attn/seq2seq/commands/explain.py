@@ -9,10 +9,10 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.prediction import Prediction
+from fused_attn.seq2seq.outputs import write_atomically
 
 
 def run(args: Namespace) -> int:

@@ -14,10 +14,10 @@ from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.metrics import PERPLEXITY
+from fused_attn.seq2seq.outputs import write_atomically
 from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_rows
 
 # In inches: the side of a cell, the room left of a map and above it, the margin, a letter.

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.links import pharaoh
@@ -19,6 +18,7 @@ from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown,
 from fused_attn.seq2seq.inference.files import Group, predict_file
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.predictor import Predictor
+from fused_attn.seq2seq.outputs import write_atomically
 from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 # Largest number of heat maps in a picture of alignments.

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fused_attn.seq2seq.checkpoints.files import write_atomically
 from fused_attn.seq2seq.data.pair_files import read_lines
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.outputs import write_atomically
 
 BATCH_LINES = 1024  # lines
 # Processes wait for the slowest one.

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from fused_attn.seq2seq.checkpoints.files import write_atomically
+from fused_attn.seq2seq.outputs import write_atomically
 
 if TYPE_CHECKING:
     from fused_attn.seq2seq.training.trainer import Position, StepReport
