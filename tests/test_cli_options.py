@@ -357,13 +357,9 @@ def test_a_given_score_wins_over_the_width_of_a_recipe_s_own(tmp_path: Path) -> 
     assert (model["score"], model["attn_dim"]) == ("dot", None)
 
 
-def test_a_model_to_start_from_brings_its_vocabulary(
+def test_a_model_to_start_from_brings_its_subwords(
     tmp_path: Path, pairs: str, fails: Fails
 ) -> None:
-    start = tmp_path / "start"
-    trained(start, "pairs", "--train", pairs)
-    command = f"train pairs --train {pairs} --start-from {start}"
-    assert fails(f"{command} --min-count 2").startswith("--min-count has no effect with --start-")
     start = tmp_path / "subwords"
     trained(start, "translate", "--train", pairs, "--vocabulary", "40")
     command = f"train translate --train {pairs} --start-from {start}"
@@ -420,18 +416,18 @@ def test_a_file_is_held_to_the_rules_as_well(tmp_path: Path, fails: Fails) -> No
     assert fails(f"train {file}").endswith("there is no option --help")
 
 
-def test_resume_takes_the_options_of_the_start_only(
+def test_resume_takes_no_other_model_and_no_other_data(
     tmp_path: Path, pairs: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     small = ["translate", "--train", pairs, "--vocabulary", "40"]
     trained(run, *small)
     resume = ["train", *small, "--output", str(run), "--resume"]
-    assert main([*resume, "--batch-tokens", "4000", "--batch-size", "128"]) == 0
+    assert main([*resume, "--batch-tokens", "4000"]) == 0
     capfd.readouterr()
-    for option in (["--batch-size", "64"], ["--score", "dot"], ["--no-bucket"], ["--window", "3"]):
+    for option in (["--seed", "2"], ["--score", "dot"], ["--max-length", "9"], ["--hidden", "12"]):
         assert main([*resume, *option]) == 2
-        assert f"was not started with this {option[0]};" in capfd.readouterr().err
+        assert f"{option[0]} is not that of the run in" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,8 +208,8 @@ def test_the_output_of_fit(tmp_path: Path, fitted: Path) -> None:
     with pytest.raises(InputError, match="to resume the run in it, pass resume=True"):
         seq2seq.fit(PAIRS, output=fitted, progress=False)
     for options, name in (
-        ({"model": ModelConfig(hidden=16)}, "model"),
-        ({"training": TrainingConfig(epochs=6)}, "training"),
+        ({"model": replace(SHAPE, hidden=16)}, "hidden"),
+        ({"training": replace(RECIPE, seed=6)}, "seed"),
         ({"tokens": "chars"}, "tokens"),
         ({"min_count": 2}, "min_count"),
     ):

@@ -110,7 +110,7 @@ def test_it_can_be_resumed(
     # The same --start-from again, as from a configuration file, is fine; another is refused.
     capfd.readouterr()
     assert train(again, few, "--resume", "--start-from", str(run)) == 2
-    assert "was not started with this --start-from; leave it out" in capfd.readouterr().err
+    assert "--start-from is not that of the run in" in capfd.readouterr().err
     assert train(again, few, "--resume", "--start-from", str(base)) == 0
     expected, found = (
         files.load_tensors(checkpoints(path)[-1], files.MODEL) for path in (run, again)
@@ -122,11 +122,9 @@ def test_what_does_not_fit_is_refused(
     base: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, start = tmp_path / "run", ["--start-from", str(base)]
-    strange = write(tmp_path / "strange.tsv", ["two two\tzwei zwei", "six\tsechs"])
     cases = [
         (few, [*start, "--hidden", "23"], "--start-from: .* has another shape: .*size mismatch"),
         (few, [*start, "--cell", "lstm"], "--start-from: .* has another shape"),
-        (strange, start, "strange.tsv, line 2: the target has only unknown symbols"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
     ]
     for data, options, message in cases:

@@ -156,12 +156,6 @@ TRAINING_NEEDS = (
         off=1,
     ),
     Needs(
-        "min_count",
-        "has no effect with --start-from, which keeps the vocabulary of that model",
-        lambda v: v["start_from"] is None,
-        ("start_from",),
-    ),
-    Needs(
         "backend",
         "has no effect without a --score of dot, general or concat",
         lambda v: v["score"] in SCORES,

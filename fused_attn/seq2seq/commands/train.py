@@ -15,14 +15,17 @@ from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import TASKS
+from fused_attn.seq2seq.training.directory import is_new
+from fused_attn.seq2seq.training.prepare import Machine
 from fused_attn.seq2seq.training.processes import gathered, launch, leave
 from fused_attn.seq2seq.training.progress import make_progress
+from fused_attn.seq2seq.training.resume import changed, resume_run
 from fused_attn.seq2seq.training.run import Run, carry_out
-from fused_attn.seq2seq.training.start import Machine, is_new, resume_run, start_run
+from fused_attn.seq2seq.training.start import start_run
 
 Config = TypeVar("Config", ModelConfig, TrainingConfig)
 
@@ -48,7 +51,11 @@ def _train(args: Namespace) -> bool:
     trainer = outcome.run.trainer
     tell = trainer.fabric.print
     if outcome.was_complete:
-        tell(f"{directory} is complete: all {trainer.position.step} steps are done")
+        steps = f"all {trainer.position.step} steps are done"
+        if trainer.stopped_early:
+            steps = f"no improvement for {trainer.position.waited} epochs"
+        option = "patience" if trainer.stopped_early else "epochs"
+        tell(f"{directory} is complete: {steps}; --resume with a larger --{option} continues it")
     elif outcome.stopped:
         tell(
             f"stopped at step {trainer.position.step} of {trainer.total_steps}; resume with: "
@@ -98,22 +105,27 @@ def _resume(args: Namespace) -> Run:
     recipe = load_recipe(last, meta)
     if recipe.task.name != args.task:
         raise InputError(f"the task of the run in {args.output} is {recipe.task.name}")
+    kind = type(recipe.task)
     options = merged(args.file, args.line)
-    _refuse_options_of_other_tasks(type(recipe.task), options)
-    given = {**options, **_of_task(type(recipe.task), options)}
-    if args.start_from is not None:
-        given[START_FROM] = str(args.start_from)
-    if args.teacher:
-        given[TEACHER] = [str(teacher) for teacher in args.teacher]
+    _refuse_options_of_other_tasks(kind, options)
     before = {START_FROM: meta.get(START_FROM), TEACHER: meta.get(TEACHER, [])}
-    for part in (before, *recipe.to_json().values()):
-        for name, value in part.items():
-            if name in given and given[name] != value:
-                raise InputError(
-                    f"the run in {args.output} was not started with this "
-                    f"{spelled(name, given[name])}; leave it out to resume, or start another run"
-                )
-    return resume_run(args.output, make_progress(), _machine(args, recipe))
+    started = {START_FROM: args.start_from and str(args.start_from)}
+    started[TEACHER] = [str(teacher) for teacher in args.teacher]
+    for name, value in started.items():
+        if value and value != before[name]:
+            raise OptionError(
+                name, f"is not that of the run in {args.output}: leave it out to resume"
+            )
+    own = {**asdict(recipe.model), **asdict(recipe.training), **asdict(recipe.task.config)}
+    values = own | before | {"backend": args.backend}
+    given = settle(TRAINING_NEEDS, values, args.line, args.file)
+    given = {n: v for n, v in {**given, **_of_task(kind, given)}.items() if n in own}
+    recipe, changes = changed(args.output, recipe, given)
+    machine = _machine(args, recipe)
+    tell = note if machine.fabric.is_global_zero else lambda text: None
+    if changes:
+        tell(f"resuming with {', '.join(changes)}")
+    return resume_run(args.output, make_progress(), machine, recipe=recipe, note=tell)
 
 
 def _updated(config: Config, options: Mapping[str, Any]) -> Config:

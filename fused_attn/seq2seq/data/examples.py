@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.seq2seq.config import TrainingConfig
-from fused_attn.seq2seq.data.sequences import Sequences, SequenceWriter
+from fused_attn.seq2seq.data.sequences import Sequences, SequenceWriter, sequence_files
 from fused_attn.seq2seq.data.soft_targets import SoftTargets, SoftTargetTable
 from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
@@ -114,6 +114,8 @@ class Examples:
 
 
 _COLUMNS = ("source", "target", "links")
+# The names of all files in the directory of `Examples.collect`.
+FILES = {file.name for name in _COLUMNS for file in sequence_files(Path(name))}
 
 
 def _alignment(links: Tensor, counts: Tensor, shape: tuple[int, int, int]) -> Tensor:

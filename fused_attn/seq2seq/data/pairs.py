@@ -43,6 +43,7 @@ class Data:
 
     train: iterable any number of times. Large data is read from its file in each pass.
     fingerprint: a digest of the training pairs.
+    dev_fingerprint: a digest of the development pairs, if they are not held out from the others.
     notes: remarks about the data to show the user, such as how many lines were skipped.
     """
 
@@ -53,6 +54,7 @@ class Data:
     test: Sequence[Item]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    dev_fingerprint: str = ""
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:

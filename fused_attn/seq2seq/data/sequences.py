@@ -29,7 +29,7 @@ class Sequences:
     @classmethod
     def open(cls, path: Path) -> Sequences:
         """Memory-map what a `SequenceWriter` wrote to ``path``. Pages are read on demand."""
-        return cls(*(_mapped(file) for file in _files(path)))
+        return cls(*(_mapped(file) for file in sequence_files(path)))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -54,7 +54,7 @@ class SequenceWriter:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._parts = (array("i"), array("i"))
-        self._open = [] if path is None else [file.open("wb") for file in _files(path)]
+        self._open = [] if path is None else [file.open("wb") for file in sequence_files(path)]
 
     def append(self, numbers: Sequence[int]) -> None:
         """Add a sequence."""
@@ -83,7 +83,8 @@ def _tensor(part: array[int]) -> Tensor:
     return torch.frombuffer(part, dtype=torch.int32) if part else torch.empty(0, dtype=torch.int32)
 
 
-def _files(path: Path) -> tuple[Path, Path]:
+def sequence_files(path: Path) -> tuple[Path, Path]:
+    """Return the files of the sequences at ``path``: their values and their lengths."""
     return path.with_name(path.name + ".values"), path.with_name(path.name + ".lengths")
 
 

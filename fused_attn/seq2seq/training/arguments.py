@@ -15,6 +15,7 @@ from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
 from fused_attn.seq2seq.tasks.registry import TASKS
 from fused_attn.seq2seq.tasks.text import Pairs
+from fused_attn.seq2seq.training.resume import changed
 
 # Options of `fit` that go to the configuration of the task.
 DATA_OPTIONS = ("min_count", "max_length", "skip_bad", "vocabulary")
@@ -127,13 +128,13 @@ def recipe_to_resume(
     asked: Mapping[str, Any],
     chosen: Mapping[str, Any],
     in_python: Mapping[str, list[Any]],
-) -> Recipe:
-    """Return the recipe of a run.
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe to resume a run with, and what has changed, in words.
 
     asked: task, model, training, start_from and teachers, None where they are not given.
 
     Raises `InputError` if there is no run of pairs, or if something is asked for that it was not
-    started with.
+    started with and that may not change.
     """
     last = last_checkpoint(run)
     meta = files.load_metadata(last)
@@ -143,35 +144,20 @@ def recipe_to_resume(
             f"the run in {run} has the task {found.task.name}; resume it with "
             f"fused-attn train {found.task.name} --output {run} --resume"
         )
-    own = {"task": found.task.name, "model": found.model, "training": found.training}
-    own |= {"start_from": meta.get(START_FROM), "teachers": meta.get(TEACHER) or None}
-    own |= asdict(found.task.config)
-    started_from = asked["start_from"]
-    teachers = asked["teachers"]
-    given = {
-        **asked,
-        "start_from": None if started_from is None else str(started_from),
-        "teachers": None if teachers is None else [str(teacher) for teacher in teachers],
-    }
-    given = {name: value for name, value in given.items() if value is not None} | dict(chosen)
-    for name in in_python:
-        given[name] = None  # a run of pairs in Python has no file
+    own = {"task": found.task.name, "start_from": meta.get(START_FROM)}
+    own["teachers"] = meta.get(TEACHER) or None
+    given = {name: asked[name] for name in own}
+    if given["start_from"] is not None:
+        given["start_from"] = str(given["start_from"])
+    if given["teachers"] is not None:
+        given["teachers"] = [str(teacher) for teacher in given["teachers"]]
     for name, value in given.items():
-        if own[name] != value:
-            _refuse(run, name, own[name])
-    return found
-
-
-def _refuse(run: Path, name: str, value: Any) -> None:
-    if name in ("train", "dev"):
-        where = "were given in Python" if value is None else f"are those of the file {value}"
-        what = f" of the run in {run} {where}: give the same ones to resume it"
-        raise OptionError("pairs" if name == "train" else "dev", what.lstrip())
-    what = (
-        f"is not that of the run in {run}; leave it out to resume, or start another run, with "
-        "start_from to begin with this model"
-    )
-    raise OptionError("tokens" if name.endswith("tokens") else name, what)
+        if value is not None and value != own[name]:
+            raise OptionError(name, f"is not that of the run in {run}: leave it out to resume")
+    values = dict(chosen) | dict.fromkeys(in_python)  # pairs in Python have no file
+    for config in (asked["model"], asked["training"]):
+        values |= {} if config is None else asdict(config)
+    return changed(run, found, values)
 
 
 def why_not_new(run: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.predictor import Predictor, load
 from fused_attn.seq2seq.training import arguments
 from fused_attn.seq2seq.training.arguments import is_path
+from fused_attn.seq2seq.training.directory import is_new
+from fused_attn.seq2seq.training.prepare import Machine
 from fused_attn.seq2seq.training.processes import gathered, launch, leave
 from fused_attn.seq2seq.training.progress import NoProgress, make_progress
+from fused_attn.seq2seq.training.resume import resume_run
 from fused_attn.seq2seq.training.run import Run, carry_out
-from fused_attn.seq2seq.training.start import Machine, is_new, resume_run, start_run
+from fused_attn.seq2seq.training.start import start_run
 
 # Pairs in memory, or a file of them.
 Source = str | Path | Iterable[tuple[str | Sequence[str], str | Sequence[str]]]
@@ -60,8 +63,10 @@ def fit(
             the shape of ``start_from`` if that is given.
         start_from: a model to start from, with its parameters and vocabularies.
         teachers: models whose probabilities are learned besides the targets (distillation).
-        resume: resume the run in ``output``. Give the same pairs and dev; everything else is that
-            of the run, and an argument that differs from it is refused.
+        resume: resume the run in ``output``. Give the same pairs and dev; a file may have moved.
+            ``training`` may differ from the run, except for its seed: more epochs, another
+            learning rate. So may the dropout of ``model``. Everything else is that of the run, and
+            an argument that differs from it is refused.
         backend: backend of the attention, "auto" or a name.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         progress: show a progress bar on a terminal, lines elsewhere, and notes about the data.
@@ -94,19 +99,27 @@ def fit(
         if resume:
             asked: dict[str, Any] = {"task": task, "model": model, "training": training}
             asked |= {"start_from": start_from, "teachers": teachers or None}
-            recipe = arguments.recipe_to_resume(directory, asked, chosen | paths, in_python)
-            return resume_run(directory, shown, machine_of(recipe), in_python)
+            recipe, changes = arguments.recipe_to_resume(
+                directory, asked, chosen | paths, in_python
+            )
+            machine = machine_of(recipe)
+            note = note_of(machine)
+            if changes:
+                note(f"resuming with {', '.join(changes)}")
+            return resume_run(directory, shown, machine, in_python, recipe, note)
         if not is_new(directory):
             raise InputError(arguments.why_not_new(directory))
         recipe = arguments.recipe(kind, model, training, start_from, chosen | paths, in_python)
         machine = machine_of(recipe)
         gathered(machine.fabric, None)  # all check the directory before one of them writes there
-        note = _note if progress and machine.fabric.is_global_zero else _ignore
-        return start_run(directory, recipe, shown, machine, note, start_from, teachers)
+        return start_run(directory, recipe, shown, machine, note_of(machine), start_from, teachers)
 
     def machine_of(recipe: Recipe) -> Machine:
         fabric = launch(str(device), recipe.training.precision)
         return Machine(fabric, backend, on_disk, tensorboard)
+
+    def note_of(machine: Machine) -> Callable[[str], None]:
+        return _note if progress and machine.fabric.is_global_zero else _ignore
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         outcome = carry_out(directory, make_run)

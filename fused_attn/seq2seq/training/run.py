@@ -1,11 +1,4 @@
-"""A run: training in a directory with logs and checkpoints.
-
-DIR/steps.csv, DIR/epochs.csv           logs, see `logs`
-DIR/teacher.safetensors                 the soft targets of the teachers, with --teacher
-DIR/pairs/                              the encoded pairs, if they are kept on disk
-DIR/checkpoints/step-0000465            the start of the run, or the step where it was stopped
-DIR/checkpoints/step-0000926-epoch-02   the end of an epoch, with its development metrics
-"""
+"""A run: training in a directory with logs and checkpoints; see `directory`."""
 
 from __future__ import annotations
 
@@ -23,13 +16,13 @@ from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import CHECKPOINTS, best_checkpoint, checkpoints
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import cost
+from fused_attn.seq2seq.training.directory import owned
 from fused_attn.seq2seq.training.logs import RunLog
 from fused_attn.seq2seq.training.processes import total
 from fused_attn.seq2seq.training.progress import Progress
 from fused_attn.seq2seq.training.signals import stop_signals
 from fused_attn.seq2seq.training.trainer import StepReport, Trainer
 
-PAIRS = "pairs"
 # Number of the latest checkpoints to keep. The best one is always kept.
 KEPT_CHECKPOINTS = 2
 
@@ -76,7 +69,8 @@ class Run:
         """
         trainer = self.trainer
         if self._first:
-            files.remove_unfinished(self.directory / CHECKPOINTS)
+            for place in (self.directory, self.directory / CHECKPOINTS):
+                files.remove_unfinished(place)
         with ExitStack() as stack:
             progress, log = stack.enter_context(self.progress), None
             if self._first:
@@ -153,15 +147,16 @@ def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
 
     directory: of the run. make_run: starts or resumes the run.
 
-    Raises `InputError` if the run cannot be started or written.
+    Raises `InputError` if the run cannot be started or written, or another process owns it.
     """
     with stop_signals() as received:
         try:
-            run = make_run()
-            if run.trainer.finished:
-                return Outcome(run, was_complete=True)
-            fabric = run.trainer.fabric
-            stopped = not run.train(lambda: _any(fabric, received()))
+            with owned(directory):
+                run = make_run()
+                if run.trainer.finished:
+                    return Outcome(run, was_complete=True)
+                fabric = run.trainer.fabric
+                stopped = not run.train(lambda: _any(fabric, received()))
         except BrokenPipeError:
             raise
         except OSError as error:

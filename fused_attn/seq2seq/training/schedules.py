@@ -16,9 +16,12 @@ _STEEPNESS = 12.0
 _PLATEAU_FACTOR = 0.5
 
 
-def planned_steps(batches_per_epoch: int, config: TrainingConfig) -> int:
-    """Return the number of optimizer steps of a whole run."""
-    steps = batches_per_epoch * config.epochs
+def planned_steps(batches_per_epoch: int, config: TrainingConfig, extra: int = 0) -> int:
+    """Return the number of optimizer steps of a whole run.
+
+    extra: steps beyond those of ``config.epochs`` epochs; see `Position`.
+    """
+    steps = batches_per_epoch * config.epochs + extra
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 

@@ -1,57 +1,44 @@
-"""Start or resume a run: load the data, build the model and the trainer."""
+"""Start a run: load the data, build the model and the trainer."""
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
-from fused_attn.seq2seq.checkpoints.load import load_model, load_vocabularies, require_backend
-from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint
+from fused_attn.seq2seq.checkpoints.load import load_vocabularies, require_backend
+from fused_attn.seq2seq.checkpoints.recipe import Recipe, load_recipe
+from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.data.examples import Examples
-from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
-from fused_attn.seq2seq.errors import InputError, OptionError
-from fused_attn.seq2seq.inference.evaluate import measures, perplexity, targets
+from fused_attn.seq2seq.data.pairs import Data
+from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.inference.predictor import Predictor
-from fused_attn.seq2seq.metrics import PERPLEXITY
+from fused_attn.seq2seq.model.extend import extended
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.model.widen import can_grow, grown
-from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.tasks.base import Task
-from fused_attn.seq2seq.tasks.text import Pairs
+from fused_attn.seq2seq.tasks.text import TextTask
 from fused_attn.seq2seq.training import distillation
+from fused_attn.seq2seq.training.directory import clear, is_new
+from fused_attn.seq2seq.training.prepare import (
+    Machine,
+    check_recipe,
+    load_data,
+    make_run,
+    metadata,
+)
 from fused_attn.seq2seq.training.processes import gathered
-from fused_attn.seq2seq.training.progress import NoProgress, Progress
-from fused_attn.seq2seq.training.run import PAIRS, Run
+from fused_attn.seq2seq.training.progress import Progress
+from fused_attn.seq2seq.training.run import Run
 from fused_attn.seq2seq.training.trainer import Trainer
-from fused_attn.seq2seq.vocabulary import UnknownSymbolError
+from fused_attn.seq2seq.vocabulary import UNKNOWN, Vocabulary
 
-_ITEMS_AT_ONCE = 1024  # development items between two checks for a stop signal
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a run is executed. This does not change its results, except for rounding.
-
-    fabric: of this process.
-    backend: backend of the attention, "auto" or a name.
-    on_disk: whether to keep the encoded pairs in the run's directory instead of in memory.
-    tensorboard: whether to write events for TensorBoard.
-    """
-
-    fabric: Fabric
-    backend: str = "auto"
-    on_disk: bool = False
-    tensorboard: bool = False
+_SHOWN_SYMBOLS = 8  # of those that are new to a vocabulary
 
 
 def start_run(
@@ -66,7 +53,8 @@ def start_run(
     """Start a run: write its first checkpoint and return it.
 
     note: called with remarks for the user, such as how many lines of the data were skipped.
-    start_from: a model whose parameters and vocabularies the run starts with.
+    start_from: a model whose parameters and vocabularies the run starts with. Symbols of the data
+        that are new to a vocabulary are added to it, unless it has subwords.
     teachers: models whose probabilities the run learns besides the data.
 
     Raises `InputError` if the data cannot be read, the backend cannot run the model, or
@@ -78,22 +66,22 @@ def start_run(
 
 @contextmanager
 def _nothing_left(directory: Path, fabric: Fabric) -> Iterator[None]:
-    """Remove what a failed start has written into a directory that was empty, or did not exist."""
-    existed, was_new = directory.exists(), is_new(directory)
+    """Remove what a failed start writes into the directory of a new run.
+
+    First remove what a start has left that was killed.
+    """
+    existed = directory.exists()
+    cleans = fabric.is_global_zero and is_new(directory)
+    if cleans and existed:
+        clear(directory)
     try:
         yield
     except BaseException:
-        if fabric.is_global_zero and was_new and directory.is_dir():
-            for path in directory.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if cleans and directory.is_dir():
+            clear(directory)
             if not existed:
                 directory.rmdir()
         raise
-
-
-def is_new(directory: Path) -> bool:
-    """Whether a run may start in a directory: it does not exist, or is empty."""
-    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
 
 
 def _start(
@@ -106,20 +94,17 @@ def _start(
     teachers: Sequence[str | Path],
 ) -> Run:
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
-    if recipe.training.rdrop and not recipe.model.dropout:
-        raise OptionError("rdrop", "needs a dropout above 0: without it both passes are the same")
-    for name in ("coverage_loss", "guided"):
-        if getattr(recipe.training, name) and recipe.model.score == "none":
-            raise OptionError(name, "needs a --score other than none")
+    check_recipe(recipe)
     origin = None if start_from is None else find_checkpoint(start_from)
 
     def with_known_vocabularies(data: Data) -> Data:
         if origin is None:
             return data
         known = load_vocabularies(origin, files.load_metadata(origin))
-        return recipe.task.with_vocabularies(data, *known)
+        wider = _with_new_symbols(recipe.task, recipe.model, data, known)
+        return recipe.task.with_vocabularies(data, *wider)
 
-    recipe, data, examples = _load(directory, recipe, machine, with_known_vocabularies)
+    recipe, data, examples = load_data(directory, recipe, machine, with_known_vocabularies)
     for text in data.notes:
         note(text)
     longest, most = int(examples.source_lengths.max()), recipe.model.max_source
@@ -133,31 +118,50 @@ def _start(
         name, _, reason = str(error).partition(" ")
         raise OptionError(name, reason) from None
     if origin is not None:
-        _initialise_from(model, origin)
+        _initialise_from(model, origin, data, note)
     if teachers:
         _run_teachers(teachers, data, examples, directory, machine, note)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
     if rank := machine.fabric.global_rank:  # dropout differs between processes
         torch.manual_seed(recipe.training.seed + rank)
-    meta = {
-        **recipe.to_json(),
-        "source": data.source.symbols,
-        "target": data.target.symbols,
-        "training_pairs": data.fingerprint,
-        "target_bound": asdict(_bound(examples)),
-        START_FROM: None if start_from is None else str(start_from),
-        TEACHER: [str(teacher) for teacher in teachers],
-    }
-    run = _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
+    began = None if start_from is None else str(start_from)
+    meta = metadata(recipe, data, examples, began, [str(teacher) for teacher in teachers])
+    run = make_run(directory, trainer, meta, recipe.task, data, progress, machine)
     run.start()
     return run
 
 
-def _initialise_from(model: Seq2Seq, origin: Path) -> None:
-    """Load the parameters of a checkpoint, whose model may be narrower; see `widen`."""
+def _with_new_symbols(
+    task: Task, model: ModelConfig, data: Data, known: tuple[Vocabulary, Vocabulary]
+) -> tuple[Vocabulary, Vocabulary]:
+    """The vocabularies of a model, with the symbols of the data that are new at their ends."""
+    if not isinstance(task, TextTask):
+        return known
+    new: list[list[str]] = []
+    for vocabulary, own, tokens in zip(known, (data.source, data.target), task.tokens, strict=True):
+        present = set(vocabulary.symbols)
+        found = () if tokens == "subwords" else own.symbols
+        more = [symbol for symbol in found if symbol not in present]
+        new.append([] if more == [UNKNOWN] else more)
+    if model.tie == "all":  # one vocabulary for both
+        new = [list(dict.fromkeys(new[0] + new[1]))] * 2
+    source, target = (
+        Vocabulary([*vocabulary.symbols, *symbols])
+        for vocabulary, symbols in zip(known, new, strict=True)
+    )
+    return source, target
+
+
+def _initialise_from(model: Seq2Seq, origin: Path, data: Data, note: Callable[[str], None]) -> None:
+    """Load the parameters of a checkpoint, whose model may be narrower and have fewer symbols; see
+    `widen` and `extend`.
+    """
     parameters = files.load_tensors(origin, files.MODEL)
-    before = load_recipe(origin, files.load_metadata(origin)).model
+    meta = files.load_metadata(origin)
+    before = load_recipe(origin, meta).model
+    known = load_vocabularies(origin, meta)
     try:
+        parameters = extended(parameters, model.state_dict(), before.tie is not None)
         if can_grow(before, model.config):
             parameters = grown(before, parameters, model.config, model.state_dict())
         model.load_state_dict(parameters)
@@ -166,6 +170,11 @@ def _initialise_from(model: Seq2Seq, origin: Path) -> None:
     except RuntimeError as error:  # names or shapes of parameters do not match
         reason = " ".join(str(error).split())
         raise OptionError("start_from", f": {origin} has another shape: {reason}") from None
+    for name, old, now in zip(("source", "target"), known, (data.source, data.target), strict=True):
+        if new := now.symbols[len(old.symbols) :]:
+            shown = " ".join(new[:_SHOWN_SYMBOLS]) + (" ..." if len(new) > _SHOWN_SYMBOLS else "")
+            plural = "" if len(new) == 1 else "s"
+            note(f"{len(new):,} new {name} symbol{plural} added to the vocabulary: {shown}")
 
 
 def _run_teachers(
@@ -197,150 +206,3 @@ def _run_teachers(
         distillation.save(table, directory)
     gathered(fabric, None)
     examples.soft_targets = distillation.load(directory, examples)
-
-
-def _load(
-    directory: Path, recipe: Recipe, machine: Machine, adapt: Callable[[Data], Data]
-) -> tuple[Recipe, Data, Examples]:
-    """Load and encode the data. The first process goes ahead: it learns subwords and writes files.
-
-    adapt: applied to the loaded data; sets the vocabularies of an existing model, for example.
-    """
-    fabric, task = machine.fabric, recipe.task
-    path = directory / PAIRS if machine.on_disk else None
-    data: Data | None = None
-    if fabric.is_global_zero:
-        data = adapt(task.load())
-        if path is not None:
-            _write(data, path)
-    learned = task.updated(gathered(fabric, task.to_json())[0])
-    if data is None:
-        data = adapt(learned.load())
-    examples = _encode(data, None) if path is None else Examples.open(path)
-    if not len(examples):
-        raise InputError("there are no pairs to train on")
-    if recipe.training.guided and not examples.has_links:
-        raise OptionError("guided", "needs alignment links, and no training pair has any")
-    return replace(recipe, task=learned), data, examples
-
-
-def _write(data: Data, directory: Path) -> None:
-    """Write the encoded pairs to ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _encode(data, directory)
-
-
-def _encode(data: Data, directory: Path | None) -> Examples:
-    pairs = (
-        (data.source.encode(pair.source), data.target.encode(pair.target), pair.links)
-        for pair in data.train
-    )
-    try:
-        return Examples.collect(pairs, directory)
-    except UnknownSymbolError as error:
-        raise InputError(
-            f"the training pairs contain the symbol {error.symbol!r}, which is not in the "
-            "vocabulary of the model"
-        ) from None
-
-
-def _bound(examples: Examples) -> LengthBound:
-    """The length bound for predictions: 99.9 % of the training pairs are within its ratio."""
-    targets = examples.target_lengths - 2  # BOS and EOS
-    ratios = targets / examples.source_lengths
-    rank = max(1, math.ceil(0.999 * len(ratios)))
-    return LengthBound(ratios.kthvalue(rank).values.item(), int(targets.max()))
-
-
-def resume_run(
-    directory: Path,
-    progress: Progress,
-    machine: Machine,
-    given: Mapping[str, Sequence[Any]] | None = None,
-) -> Run:
-    """Resume the run in ``directory`` from its last checkpoint.
-
-    given: the pairs, if the run was started with pairs given in Python; see `Pairs`.
-
-    Raises `InputError` if there is no checkpoint, it is damaged, or the training pairs have
-    changed.
-    """
-    last = last_checkpoint(directory)
-    meta = files.load_metadata(last)
-    before = load_recipe(last, meta)
-    if isinstance(before.task, Pairs):
-        before.task.given = dict(given or {})
-
-    def with_known_vocabularies(data: Data) -> Data:
-        if data.fingerprint != meta.get("training_pairs"):
-            raise InputError(
-                f"cannot resume {directory}: the training pairs have changed since it was started"
-            )
-        return before.task.with_vocabularies(data, *load_vocabularies(last, meta))
-
-    recipe, data, examples = _load(directory, before, machine, with_known_vocabularies)
-    if meta.get(TEACHER):
-        examples.soft_targets = distillation.load(directory, examples)
-    model, _, _ = load_model(last, meta, backend=machine.backend, device=machine.fabric.device)
-    trainer = Trainer(model, examples, recipe.training, machine.fabric)
-    tensors = files.load_tensors(last, files.TRAINING)
-    try:
-        trainer.load_state(meta["position"], tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise files.damaged(last, error) from None
-    kept = ("model", "training", "task", "source", "target", "training_pairs")
-    meta = {key: meta[key] for key in kept} | {
-        "target_bound": asdict(_bound(examples)),
-        START_FROM: meta.get(START_FROM),
-        TEACHER: meta.get(TEACHER, []),
-    }
-    return _make_run(directory, trainer, meta, recipe.task, data, progress, machine)
-
-
-def _make_run(
-    directory: Path,
-    trainer: Trainer,
-    meta: dict[str, Any],
-    task: Task,
-    data: Data,
-    progress: Progress,
-    machine: Machine,
-) -> Run:
-    bound = LengthBound(**meta["target_bound"])
-    predictor = Predictor(trainer.model, data.source, data.target, bound, task)
-    judge_dev = _by_perplexity if task.by_perplexity else _by_targets
-
-    def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        trainer.model.eval()
-        return judge_dev(task, predictor, data.dev, machine.fabric, should_stop)
-
-    shown = progress if machine.fabric.is_global_zero else NoProgress()
-    return Run(directory, trainer, meta, evaluate, shown, machine.tensorboard)
-
-
-def _by_targets(
-    task: Task,
-    predictor: Predictor,
-    items: Sequence[Item],
-    fabric: Fabric,
-    should_stop: Callable[[], bool],
-) -> dict[str, float] | None:
-    """The metrics of the predicted targets. Each process predicts its share of the items."""
-    found: list[Symbols] = []
-    for start in range(0, len(items), _ITEMS_AT_ONCE):
-        if should_stop():
-            return None
-        chunk = items[start : start + _ITEMS_AT_ONCE]
-        parts = gathered(fabric, targets(predictor, chunk[fabric.global_rank :: fabric.world_size]))
-        found += [parts[i % len(parts)][i // len(parts)] for i in range(len(chunk))]
-    return measures(task, found, items)
-
-
-def _by_perplexity(
-    task: Task,
-    predictor: Predictor,
-    items: Sequence[Item],
-    fabric: Fabric,
-    should_stop: Callable[[], bool],
-) -> dict[str, float] | None:
-    return None if should_stop() else {PERPLEXITY: perplexity(predictor, items)}

@@ -35,6 +35,8 @@ class Position:
     best: float | None = None  # best value so far of the first development metric, as a cost
     waited: int = 0  # epochs since the best value
     plateaus: int = 0  # all epochs that did not improve on the best value
+    # Steps done beyond the finished epochs' batches, if a resumed run has changed its batches.
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,6 @@ class Trainer:
         self._stepper: Any = fabric.setup_optimizers(self.optimizer)
         self._batches = self._epoch_batches()
         self.batches_per_epoch = len(self._batches)
-        self.total_steps = planned_steps(self.batches_per_epoch, config)
 
     def __repr__(self) -> str:
         position = self.position
@@ -101,11 +102,19 @@ class Trainer:
         )
 
     @property
+    def total_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return planned_steps(self.batches_per_epoch, self.config, self.position.extra)
+
+    @property
     def finished(self) -> bool:
-        """Whether all planned steps are done, or early stopping (``config.patience``) applies."""
-        patience = self.config.patience
-        stopped_early = patience is not None and self.position.waited >= patience
-        return stopped_early or self.position.step >= self.total_steps
+        """Whether all planned steps are done, or early stopping applies."""
+        return self.stopped_early or self.position.step >= self.total_steps
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether ``config.patience`` epochs have passed without a new best development metric."""
+        return self.config.patience is not None and self.position.waited >= self.config.patience
 
     @property
     def at_epoch_end(self) -> bool:
@@ -231,6 +240,8 @@ class Trainer:
             best=best,
             waited=waited,
             plateaus=plateaus,
+            # An epoch that ends early, at the last step, has fewer batches.
+            extra=before.extra + min(0, before.batch - self.batches_per_epoch),
         )
         self._batches = self._epoch_batches()
 
@@ -251,8 +262,17 @@ class Trainer:
             tensors[f"scaler.{name}"] = torch.tensor(value)
         return asdict(self.position), tensors
 
-    def load_state(self, position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load_state(
+        self,
+        position: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        config: TrainingConfig | None = None,
+    ) -> None:
         """Restore what `state` returned; the caller loads the parameters of the model.
+
+        config: what the state was saved with, if that may differ. The schedules are then those of
+        a run with the present configuration, from the saved step on. If the batches differ, an
+        epoch that was begun begins again.
 
         Raises KeyError, TypeError or ValueError if the state does not match the model.
         """
@@ -266,9 +286,20 @@ class Trainer:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         precision = self.fabric.strategy.precision
-        precision.load_state_dict(
-            {name: tensors[f"scaler.{name}"].item() for name in precision.state_dict()}
-        )
+        scaler = {name: f"scaler.{name}" for name in precision.state_dict()}
+        # There is none if the precision has changed.
+        if config is None or config.precision == self.config.precision:
+            precision.load_state_dict({name: tensors[key].item() for name, key in scaler.items()})
+        if config is not None and _batching(config) != _batching(self.config):
+            restored.batch, restored.loss, restored.tokens = 0, 0.0, 0
+            restored.extra = restored.step - restored.epoch * self.batches_per_epoch
         self.position = restored
         self._batches = self._epoch_batches()
         restore_generator(self.fabric, tensors[_GENERATOR], self.config.seed + restored.step)
+
+
+def _batching(config: TrainingConfig) -> tuple[object, ...]:
+    """The options that decide which pairs are in a batch."""
+    if config.batch_tokens is not None:
+        return (config.batch_tokens,)
+    return config.batch_size, config.bucket
