@@ -250,7 +250,7 @@ def test_from_python(two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     )
     rates = [float(row["lr"]) for row in steps(run)]
     assert rates == pytest.approx([0.002] * (len(rates) // 3) + [0.001] * (len(rates) // 3 * 2))
-    with pytest.raises(InputError, match="^seed is not that of the run"):
+    with pytest.raises(InputError, match=r"^seed is not that of the run"):
         seq2seq.fit(
             PAIRS,
             dev=PAIRS,
