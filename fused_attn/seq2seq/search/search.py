@@ -173,7 +173,7 @@ def _score(
 
 def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:
     """Sample a symbol for each row of (N, V), with temperature, top-k and top-p; int64 (N,)."""
-    # Of nan or of nothing but -inf any symbol is drawn; the total then shows that something is wrong.
+    # Of nan, or of nothing but -inf, any symbol is drawn. The total then shows what is wrong.
     tempered = torch.log_softmax(log_probs / config.temperature, dim=-1).nan_to_num(nan=0.0)
     ranked, order = tempered.sort(dim=-1, descending=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)

@@ -15,6 +15,7 @@ from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.data.examples import Batch, Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.training import stored
 from fused_attn.seq2seq.training.processes import generator_state, launch, restore_generator, total
 from fused_attn.seq2seq.training.schedules import learning_rate, planned_steps, sampling_probability
 
@@ -254,21 +255,25 @@ class Trainer:
     def load_state(self, position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned; the caller loads the parameters of the model.
 
-        Raises KeyError, TypeError or ValueError if the state does not match the model.
+        Raises KeyError, TypeError or ValueError that names what does not match the model.
         """
         restored = Position(**position)
+        stored.check_position(restored)
+        batches = epoch_batches(self.examples, self.config, restored.epoch)
+        if restored.batch > len(batches):
+            raise ValueError(f"batch must be at most {len(batches)}, got {restored.batch}")
+        state = {}
         if restored.step:
-            state = {}
             for number, (name, parameter) in enumerate(self.parameters.items()):
                 state[number] = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
-                if state[number]["exp_avg"].shape != parameter.shape:
-                    raise ValueError(f"exp_avg.{name} does not have the shape of its parameter")
+                stored.check_moments(name, state[number], parameter)
+        stored.check_generator(_GENERATOR, tensors[_GENERATOR])
+        precision = self.fabric.strategy.precision
+        scaler = {name: stored.number(tensors, f"scaler.{name}") for name in precision.state_dict()}
+        if restored.step:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        precision = self.fabric.strategy.precision
-        precision.load_state_dict(
-            {name: tensors[f"scaler.{name}"].item() for name in precision.state_dict()}
-        )
+        precision.load_state_dict(scaler)
         self.position = restored
-        self._batches = self._epoch_batches()
+        self._batches = batches
         restore_generator(self.fabric, tensors[_GENERATOR], self.config.seed + restored.step)
