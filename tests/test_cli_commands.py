@@ -368,6 +368,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     fails(["predict", copy, "a"], f"the checkpoint {copy} is damaged")
     (copy / files.MODEL).write_bytes(model)
     meta = json.loads((whole / files.METADATA).read_text())
+    del meta[files.DIGESTS]  # a hostile file may have none, or right ones
 
     def with_meta(**values: object) -> None:
         (copy / files.METADATA).write_text(json.dumps({**meta, **values}))
@@ -375,7 +376,7 @@ def test_predict_refuses_damaged_checkpoints(run: Path, fails: Fails, tmp_path: 
     with_meta(format_version=1)
     fails(["predict", copy, "a"], "format version 1", "reads format version 2")
     with_meta(model={**meta["model"], "hidden": 24})
-    fails(["predict", copy, "a"], "is damaged", "size mismatch")
+    fails(["predict", copy, "a"], "is damaged", "has shape", "expected")
     with_meta(model={"depth": 3})
     fails(["predict", copy, "a"], "is damaged", "depth")
     (copy / files.METADATA).write_text(json.dumps({"format_version": 2}))

@@ -219,7 +219,7 @@ def test_a_beam_of_one_is_greedy(shape: str, name: str) -> None:
     with torch.inference_mode():
         ensemble = Ensemble([model], source, lengths, return_weights=True)
         limits = lengths.new_full((len(lengths),), 12)
-        beamed = beam_search(ensemble, source, lengths, limits, 12, config, None, True)
+        beamed = beam_search(ensemble, source, lengths, limits, (12, 12), config, None, True)
     for (one,), (other,) in zip(greedy, beamed, strict=True):
         assert one.tokens == other.tokens
         assert (one.log_prob, one.score) == pytest.approx((other.log_prob, other.score))

@@ -235,7 +235,8 @@ class SearchConfig:
     min_length: minimum length of a target in symbols.
     max_length: maximum length; None for twice the source plus 10, or more for a model whose
         training targets were longer.
-    block_ngrams: never repeat an n-gram of this many symbols; 0 allows it.
+    block_ngrams: never repeat an n-gram of this many symbols; 0 allows it. A target that has no
+        other way to go on ends, even before min_length.
     sample: draw symbols at random instead of taking the likeliest, with beam=1.
     temperature: temperature of the draw; below 1 is sharper.
     top_k, top_p: draw from the k likeliest symbols (0 for all), or from the likeliest whose

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.load import load_vocabularies
+from fused_attn.seq2seq.checkpoints.load import check_shapes, load_vocabularies
 from fused_attn.seq2seq.checkpoints.recipe import load_recipe
 from fused_attn.seq2seq.errors import InputError
 
@@ -28,8 +28,8 @@ def averaged(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     differ from those of the first.
     """
     shapes = []
-    for path in paths:
-        meta = files.load_metadata(path)
+    metas = [files.load_metadata(path) for path in paths]
+    for path, meta in zip(paths, metas, strict=True):
         model = load_recipe(path, meta).model
         symbols = [vocabulary.symbols for vocabulary in load_vocabularies(path, meta)]
         # Options that only training uses may differ.
@@ -38,14 +38,12 @@ def averaged(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise InputError(f"the model options of {path} differ from those of {paths[0]}")
         if symbols != shapes[0][1]:
             raise InputError(f"the vocabularies of {path} differ from those of {paths[0]}")
+    source, target = load_vocabularies(paths[0], metas[0])
     total: dict[str, Tensor] = {}
-    for path in paths:
-        parameters = files.load_tensors(path, files.MODEL)
-        if total and parameters.keys() != total.keys():
-            raise files.damaged(path, ValueError(f"its parameters differ from {paths[0]}"))
+    for path, meta in zip(paths, metas, strict=True):
+        parameters = files.load_tensors(path, files.MODEL, meta)
+        check_shapes(path, shapes[0][0], len(source), len(target), parameters)
         for name, tensor in parameters.items():
             # In float64 the mean of one model equals that model bit for bit.
             total[name] = total[name] + tensor if name in total else tensor.double()
-    return files.load_metadata(paths[0]), {
-        name: (tensor / len(paths)).float() for name, tensor in total.items()
-    }
+    return metas[0], {name: (tensor / len(paths)).float() for name, tensor in total.items()}

@@ -2,36 +2,48 @@
 
 A checkpoint is written under a temporary name in the same parent directory, synced to disk and then
 renamed. A full disk or a kill at any moment leaves earlier checkpoints intact.
+
+Its metadata has the SHA-256 digests of all parts. Loading verifies them, so that a file that was
+changed, cut short or taken from another checkpoint is noticed. Checkpoints of earlier versions have
+no digests.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fused_attn.seq2seq.checkpoints.compress import widened
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.outputs import (
-    TEMPORARY_PREFIX,
+    new_directory,
     sync_directory,
     write_atomically,
     write_synced,
 )
+from fused_attn.seq2seq.outputs import remove_unfinished as remove_unfinished
 
 FORMAT_VERSION = 2
 
 METADATA = "checkpoint.json"
 MODEL = "model.safetensors"
 TRAINING = "training.safetensors"
+
+DIGESTS = "digests"  # key in the metadata: SHA-256 of each file by its name
+
+# The dtypes that parameters may have. An int8 matrix is float32 once it is read.
+_PARAMETERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save(
@@ -42,40 +54,74 @@ def save(
 ) -> None:
     """Write the checkpoint ``directory``, which must not exist, atomically.
 
-    meta: JSON values; the format version is added.
+    meta: JSON values; the format version and the digests are added.
     model: the parameters.
     training: optimizer and random generator state to resume from; None for an exported model.
 
-    Raises OSError if it cannot be written; no part of it is left then.
+    Raises OSError if it cannot be written; neither a part of it nor a new parent directory is left
+    then.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=directory.parent))
+    created = _make_parents(directory.parent)
     try:
-        write_synced(temporary / MODEL, safetensors.torch.save(_contiguous(model)))
-        if training is not None:
-            write_synced(temporary / TRAINING, safetensors.torch.save(_contiguous(training)))
-        document = {"format_version": FORMAT_VERSION, **meta}
-        write_synced(temporary / METADATA, json.dumps(document).encode())
-        temporary.chmod(0o755)  # mkdtemp creates it readable by its owner only
-        sync_directory(temporary)
-        temporary.rename(directory)
+        temporary = new_directory(directory.parent)
+        try:
+            _write(temporary, meta, model, training)
+            temporary.rename(directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # not empty: another process uses it
+            for parent in created:
+                parent.rmdir()
         raise
     sync_directory(directory.parent)
 
 
+def _make_parents(parent: Path) -> list[Path]:
+    """Create a directory and its parents; returns those that did not exist, the innermost first."""
+    created = [path for path in (parent, *parent.parents) if not path.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return created
+
+
+def _write(
+    directory: Path,
+    meta: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    training: Mapping[str, Tensor] | None,
+) -> None:
+    digests = {}
+    for name, tensors in ((MODEL, model), (TRAINING, training)):
+        if tensors is not None:
+            data = safetensors.torch.save(_contiguous(tensors))
+            digests[name] = hashlib.sha256(data).hexdigest()
+            write_synced(directory / name, data)
+    rest = {key: value for key, value in meta.items() if key != DIGESTS}
+    # As it will be read: JSON has only strings as keys, which decides their order in the digest.
+    document = json.loads(json.dumps({"format_version": FORMAT_VERSION, **rest}))
+    digests[METADATA] = _digest(document)
+    write_synced(directory / METADATA, json.dumps({**document, DIGESTS: digests}).encode())
+    sync_directory(directory)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """The digest of metadata without digests, which does not depend on white space or order."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def remove(directory: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that no partial checkpoint is ever visible."""
-    doomed = directory.with_name(TEMPORARY_PREFIX + directory.name)
-    directory.rename(doomed)
+    """Remove a checkpoint. It is renamed first, so that no partial checkpoint is ever visible.
+
+    If it is a symbolic link, only the link is removed.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        return
+    doomed = new_directory(directory.parent)
+    directory.rename(doomed)  # replaces the empty directory
     shutil.rmtree(doomed)
-
-
-def remove_unfinished(parent: Path) -> None:
-    """Remove half-written and half-removed checkpoints that killed processes left in ``parent``."""
-    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_metadata(directory: Path) -> dict[str, Any]:
@@ -84,25 +130,75 @@ def load_metadata(directory: Path) -> dict[str, Any]:
     Raises `InputError` if it is missing or damaged, or has another format version.
     """
     with _readable(directory):
-        document = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+        text = (directory / METADATA).read_text(encoding="utf-8")
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
         version = document["format_version"]
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"the checkpoint {directory} has format version {version}; "
-            f"this version of fused-attn reads format version {FORMAT_VERSION}"
-        )
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"the checkpoint {directory} has format version {str(version)[:20]}; "
+                f"this version of fused-attn reads format version {FORMAT_VERSION}"
+            )
+        digests = document.get(DIGESTS)
+        if digests is not None:
+            rest = {key: value for key, value in document.items() if key != DIGESTS}
+            _check(directory, METADATA, digests, _digest(rest))
     return dict(document)
 
 
-def load_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of the file ``name``, `MODEL` or `TRAINING`; raises `InputError`.
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{METADATA} has the number {text}")
+    return value
 
-    Matrices stored in int8 are converted to float32.
+
+def _check(directory: Path, name: str, digests: Mapping[str, Any], found: str) -> None:
+    """Raise ValueError unless a file has the digest that the metadata names."""
+    if not isinstance(digests, dict):
+        raise TypeError(f"{DIGESTS} must be a table")
+    if name not in digests:
+        raise ValueError(f"{name} does not belong to it: {METADATA} does not mention the file")
+    if digests[name] != found:
+        other = "" if name == METADATA else " or belongs to another checkpoint"
+        raise ValueError(
+            f"{name} was changed{other}: its SHA-256 digest differs from the one in {METADATA}"
+        )
+
+
+def load_tensors(
+    directory: Path, name: str, meta: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of the file ``name``, `MODEL` or `TRAINING`.
+
+    meta: the metadata of the checkpoint, if it has been read already.
+
+    Matrices stored in int8 are converted to float32. Raises `InputError` if the file is missing or
+    damaged, or if a parameter is not of a floating dtype or not finite.
     """
+    digests = (load_metadata(directory) if meta is None else meta).get(DIGESTS)
     with _readable(directory):
-        tensors = widened(safetensors.torch.load((directory / name).read_bytes()))
-    # They are views of one buffer at any offset. Clones have the usual alignment.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+        data = (directory / name).read_bytes()
+        if digests is not None:
+            _check(directory, name, digests, hashlib.sha256(data).hexdigest())
+        stored = safetensors.torch.load(data)
+        tensors = widened(stored)
+        if name == MODEL:
+            check_parameters(tensors)
+    # Stored tensors are views of one buffer at any offset. Clones have the usual alignment.
+    return {
+        key: tensor.clone() if tensor is stored[key] else tensor for key, tensor in tensors.items()
+    }
+
+
+def check_parameters(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that names a parameter of another dtype than floats, or not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _PARAMETERS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name!r} must be of a floating dtype, got {kind}")
+        # The largest and the smallest are nan if any element is.
+        if tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+            raise ValueError(f"{name!r} has values that are not finite")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -128,16 +224,28 @@ def _readable(directory: Path) -> Iterator[None]:
         raise InputError(f"no checkpoint at {directory}: {what}") from None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except RecursionError:
+        raise damaged(directory, ValueError(f"{METADATA} is nested too deeply")) from None
+    except UNUSABLE as error:
         raise damaged(directory, error) from None
+
+
+# What reading values of the wrong kind raises.
+UNUSABLE = (
+    *(SafetensorError, ValueError, KeyError, TypeError, AttributeError),
+    *(IndexError, OverflowError, RecursionError, RuntimeError, MemoryError),
+)
 
 
 def damaged(directory: Path, error: Exception) -> InputError:
     """Return the `InputError` to raise for a checkpoint whose contents are not consistent."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
     if isinstance(error, KeyError):  # its text is only the key
         reason = f"{reason} is missing"
     return InputError(f"the checkpoint {directory} is damaged: {reason}")
+
+
+_LONGEST_REASON = 400  # characters: an error may quote what it could not read
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ def checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints of a run, the latest last."""
     # Sorted by step. At the same step, the one with an epoch comes last: the other was written when
     # the run was stopped during the evaluation at the end of that epoch.
-    return sorted((directory / CHECKPOINTS).glob("step-*"))
+    return sorted(path for path in (directory / CHECKPOINTS).glob("step-*") if path.is_dir())
 
 
 # The bundled models, each a checkpoint without training state.
@@ -74,5 +74,9 @@ def best_checkpoint(found: list[Path]) -> Path | None:
     costs: dict[Path, tuple[float, ...]] = {}
     for path in found:
         if dev := files.load_metadata(path).get("dev"):
-            costs[path] = tuple(cost(name, value) for name, value in dev.items())
+            try:
+                costs[path] = tuple(cost(name, float(value)) for name, value in dev.items())
+            except files.UNUSABLE:
+                reason = ValueError("dev must be a table of numbers")
+                raise files.damaged(path, reason) from None
     return min(costs, key=lambda path: costs[path], default=None)

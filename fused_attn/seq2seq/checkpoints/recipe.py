@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.checkpoints import files
+from fused_attn.seq2seq.checkpoints.values import check_types, configured
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.tokenizers import check_subwords
+from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
+
+# A search may go on for as many symbols as the longest training target has, so a damaged checkpoint
+# must not name any number.
+LONGEST_TARGET = 1_000_000
 
 # Keys in the metadata of a run: the model it started from, and the teachers it learns from.
 START_FROM, TEACHER = "start_from", "teacher"
@@ -35,14 +42,37 @@ class Recipe:
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """Return the recipe in the metadata of a checkpoint.
 
-        Raises KeyError, TypeError or ValueError if the metadata is not valid.
+        Raises one of `files.UNUSABLE` if the metadata is not valid.
         """
         return cls(
-            ModelConfig(**values["model"]),
+            configured(ModelConfig, values["model"]),
             # Missing if the model was trained in a loop of the user's own.
-            TrainingConfig(**values.get("training", {})),
-            make_task(values["task"]),
+            configured(TrainingConfig, values.get("training", {})),
+            stored_task(values),
         )
+
+
+def stored_task(meta: dict[str, Any]) -> Task:
+    """Return the task in the metadata of a checkpoint.
+
+    Raises one of `files.UNUSABLE` if the metadata is not valid.
+    """
+    task = make_task(meta["task"])
+    check_types(task.config)
+    if (model := getattr(task.config, "subwords", None)) is not None:
+        check_subwords(model)
+    return task
+
+
+def stored_bound(meta: dict[str, Any]) -> LengthBound:
+    """Return the bound on target lengths in the metadata of a checkpoint.
+
+    Raises one of `files.UNUSABLE` if the metadata is not valid.
+    """
+    bound = configured(LengthBound, meta.get("target_bound", {}))
+    if not (bound.ratio >= 0 and 0 <= bound.longest <= LONGEST_TARGET):
+        raise ValueError(f"target_bound is out of range: {bound.ratio}, {bound.longest}")
+    return bound
 
 
 def load_recipe(directory: Path, meta: dict[str, Any]) -> Recipe:
@@ -52,5 +82,5 @@ def load_recipe(directory: Path, meta: dict[str, Any]) -> Recipe:
     """
     try:
         return Recipe.from_json(meta)
-    except (KeyError, TypeError, ValueError) as error:
+    except files.UNUSABLE as error:
         raise files.damaged(directory, error) from None

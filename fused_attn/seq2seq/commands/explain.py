@@ -32,6 +32,8 @@ def run(args: Namespace) -> int:
     (found,) = predictor.predict([source], search, alignments=True)
     try:
         write_atomically(path, page(found).encode())
+    except BrokenPipeError:  # the reader of a FIFO or of standard output has gone
+        raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     print(f"{path}: {predictor.task.show(source)} -> {found.text}")

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from fused_attn.seq2seq.data.pairs import Symbols
-from fused_attn.seq2seq.errors import OptionError
+from fused_attn.seq2seq.errors import InputError, OptionError
 
 # The kinds of symbols. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
 TOKENS = ("words", "chars", "subwords")
@@ -63,7 +63,15 @@ class Subwords(Tokenizer):
     def _processor(self) -> Any:
         from sentencepiece import SentencePieceProcessor
 
-        return SentencePieceProcessor(model_proto=base64.b64decode(self._model))
+        try:
+            processor = SentencePieceProcessor(
+                model_proto=base64.b64decode(self._model, validate=True)
+            )
+            processor.encode("a", out_type=str)  # some damage shows only here
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"the subword model is damaged: {reason}") from None
+        return processor
 
     @property
     def pieces(self) -> list[str]:
@@ -107,6 +115,18 @@ def learn_subwords(lines: Iterator[str], size: int) -> str:
         reason = str(error).splitlines()[-1]
         raise OptionError("vocabulary", f"{size}: cannot learn subwords: {reason}") from None
     return base64.b64encode(written.getvalue()).decode()
+
+
+def check_subwords(model: str) -> None:
+    """Raise ValueError unless ``model`` is a subword model that can be used, in base64."""
+    tokenizer = make_tokenizer("subwords", model)
+    assert isinstance(tokenizer, Subwords)
+    try:
+        pieces = tokenizer.pieces
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    if not pieces:
+        raise ValueError("the subword model has no pieces")
 
 
 @lru_cache(maxsize=8)

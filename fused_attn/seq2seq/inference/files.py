@@ -1,8 +1,8 @@
 """Predict for a large file, in one process or in all processes that ``torchrun`` started.
 
 Process r of n handles the batches r, r + n, r + 2 n, ... of lines, and writes one file for each to
-the directory OUTPUT.parts, which must be on a file system that all processes share. Process 0 then
-concatenates the files in the order of the input.
+a temporary directory beside the output, which must be on a file system that all processes share.
+Process 0 then concatenates the files in the order of the input.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from fused_attn.seq2seq.data.pair_files import read_lines
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.outputs import write_atomically
+from fused_attn.seq2seq.outputs import scratch_directory, write_synced, writing
 
 BATCH_LINES = 1024  # lines
 # Processes wait for the slowest one.
@@ -58,34 +59,53 @@ def predict_file(
     answer: maps a batch of lines, and the number of lines before it, to the text to write.
     group: the processes that share the work. All of them must call this function.
 
-    Raises `InputError` in all processes if ``answer`` raises it in any of them; ``target`` is not
-    changed then.
+    Raises `InputError` in all processes if ``answer`` raises it in any of them, or if the output
+    cannot be written; ``target`` is not changed then, unless it is a device or a FIFO.
     """
-    parts = target.with_name(target.name + ".parts")
-    if group.rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
-    group.gather(None)
-    problem: InputError | None = None
+    problem: str | None = None
+    parts: Path | None = None
+    try:
+        if group.rank == 0:
+            try:
+                parts = scratch_directory(target)
+            except OSError as error:
+                problem = _cannot_write(target, error)
+        shared, stopped = group.gather((parts, problem))[0]
+        if stopped is None:
+            problem = _write_parts(source, target, shared, answer, group)
+        problems = [text for text in group.gather(problem) if text is not None]
+        if not problems and parts is not None:
+            problem = _join(parts, target)
+        problems = problems or [text for text in group.gather(problem) if text is not None]
+    finally:
+        if parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
+        if dist.is_initialized():
+            with suppress(RuntimeError):  # another process may have died
+                dist.destroy_process_group()
+    if problems:
+        raise InputError(problems[0])
+
+
+def _write_parts(
+    source: Path,
+    target: Path,
+    parts: Path,
+    answer: Callable[[list[bytes], int], str],
+    group: Group,
+) -> str | None:
+    """Write the batches of this process; returns what went wrong, if anything did."""
     try:
         for number, batch in enumerate(_batches(source)):
             if number % group.size == group.rank:
-                text = answer(batch, number * BATCH_LINES)
-                write_atomically(parts / f"{number:09}", text.encode())
+                text = answer(batch, number * BATCH_LINES).encode()
+                try:
+                    write_synced(parts / f"{number:09}", text)
+                except OSError as error:
+                    return _cannot_write(target, error)
     except InputError as error:
-        problem = error
-    problems = [text for text in group.gather(problem and str(problem)) if text is not None]
-    try:
-        if not problems and group.rank == 0:
-            _join(parts, target)
-    finally:
-        if group.rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-        group.gather(None)  # no process returns before the output is complete
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if problems:
-        raise InputError(problems[0])
+        return error.on_the_command_line
+    return None
 
 
 def _batches(source: Path) -> Iterator[list[bytes]]:
@@ -94,12 +114,19 @@ def _batches(source: Path) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _join(parts: Path, target: Path) -> None:
-    whole = parts / "whole"
-    with whole.open("wb") as file:
-        for part in sorted(path for path in parts.iterdir() if path.name.isdecimal()):
-            with part.open("rb") as text:
-                shutil.copyfileobj(text, file)
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(target)
+def _join(parts: Path, target: Path) -> str | None:
+    """Write all parts to the output; returns what went wrong, if anything did."""
+    try:
+        with writing(target) as file:
+            for part in sorted(parts.iterdir()):
+                with part.open("rb") as text:
+                    shutil.copyfileobj(text, file)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _cannot_write(target, error)
+    return None
+
+
+def _cannot_write(target: Path, error: OSError) -> str:
+    return f"cannot write {target}: {error.strerror}"

@@ -14,6 +14,7 @@ from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.export import save_model
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.checkpoints.load import load_model
+from fused_attn.seq2seq.checkpoints.recipe import stored_bound, stored_task
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
@@ -26,7 +27,6 @@ from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.search import search
 from fused_attn.seq2seq.tasks.base import Task
-from fused_attn.seq2seq.tasks.registry import make_task
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
@@ -106,9 +106,9 @@ class Predictor:
             for path, meta in zip(paths, metas, strict=True)
         ]
         try:
-            bound = LengthBound(**metas[0].get("target_bound", {}))
-            task = make_task(metas[0]["task"])
-        except (KeyError, TypeError, ValueError) as error:
+            bound = stored_bound(metas[0])
+            task = stored_task(metas[0])
+        except files.UNUSABLE as error:
             raise files.damaged(paths[0], error) from None
         (_, source, target), *others = loaded
         for path, (_, *vocabularies) in zip(paths[1:], others, strict=True):

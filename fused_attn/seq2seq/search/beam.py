@@ -14,7 +14,12 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.devices import LOOK_EVERY
 from fused_attn.seq2seq.search.constraints import constrain
 from fused_attn.seq2seq.search.ensemble import Ensemble
-from fused_attn.seq2seq.search.hypothesis import Hypothesis, coverage_penalty, length_penalty
+from fused_attn.seq2seq.search.hypothesis import (
+    Hypothesis,
+    coverage_penalty,
+    length_penalty,
+    not_numbers,
+)
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -83,7 +88,7 @@ def beam_search(
     source: Tensor,
     lengths: Tensor,
     limits: Tensor,
-    shortest: int,
+    extremes: tuple[int, int],
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
@@ -92,14 +97,18 @@ def beam_search(
 
     ensemble: has ``config.beam`` rows per sentence, and weights if anything here needs them.
     source: int64 (B, S). lengths: int64 (B,), of the sources.
-    limits: int64 (B,), largest target length of each sentence. shortest: the minimum of ``limits``.
+    limits: int64 (B,), largest target length of each sentence. extremes: the smallest and the
+        largest of them.
 
     Each sentence has K = ``config.beam`` live hypotheses. A step extends all of them by one symbol
     and ranks the extensions. Those among the first K that end with EOS are finished; the first K
     others stay alive. A sentence is done, and leaves the batch, when K hypotheses are finished or
     when no live one can still enter the n best. The bound for that: a log probability never
     increases, the length penalty of the longest target helps most, and coverage never helps.
+
+    Raises `InputError` if the probabilities of a sentence are nan, or none of its targets ends.
     """
+    shortest, longest = extremes
     with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
     with_weights = return_weights and ensemble.has_attention
     alive, ended = _begin(source, config, with_weights, with_coverage)
@@ -107,39 +116,41 @@ def beam_search(
     symbols = torch.full((len(source) * config.beam,), BOS, device=source.device)
     found: dict[int, list[Hypothesis]] = {}
     look_every = LOOK_EVERY.get(source.device.type, 1)
-    done = torch.zeros_like(rows, dtype=torch.bool)
+    is_open = torch.ones_like(rows, dtype=torch.bool)  # sentences that are not done
     row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
-    step = 0
-    while True:
+    # At its limit every target ends, and done sentences are looked for every few steps.
+    for step in range(1, longest + look_every + 2):
         log_probs, weights = ensemble.step(symbols)
         allowed = constrain(
             log_probs, alive.tokens.flatten(0, 1), row_limits, config, row_prefix, shortest
         )
         extended, parents = _extend(alive, allowed, weights)
-        ended = _take_ended(ended, extended, lengths, config, done)
+        ended = _take_ended(ended, extended, lengths, config, is_open)
         alive, slots = _keep_alive(extended, config.beam)
         offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
         ensemble.reorder((offsets + parents.gather(1, slots)).flatten())
         symbols = alive.tokens[:, :, -1].flatten()
-        done = done | _is_done(alive, ended, limits, config)
-        step += 1
-        if step % look_every or not bool(done.any()):
+        is_open = is_open & _is_open(alive, ended, limits, config)
+        if step % look_every or bool(is_open.all()):
             continue
-        finished = done.nonzero()[:, 0]
+        finished = (~is_open).nonzero()[:, 0]
+        if bool(alive.log_prob[finished].isnan().any()):
+            raise not_numbers()
         results = ended.rows(finished).on_host()
         sizes = lengths[finished].tolist()
         for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
             found[row] = _hypotheses(results, i, size, config.nbest, return_weights)
-        remaining = (~done).nonzero()[:, 0]
+        remaining = is_open.nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
-        rows, done = rows[remaining], done[remaining]
+        rows, is_open = rows[remaining], is_open[remaining]
         limits, lengths = limits[remaining], lengths[remaining]
         prefix = None if prefix is None else prefix[remaining]
         row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
         alive, ended = alive.rows(remaining), ended.rows(remaining)
         symbols = symbols.view(-1, config.beam)[remaining].flatten()
         ensemble.keep(remaining)
+    raise not_numbers()
 
 
 def _begin(
@@ -190,7 +201,7 @@ def _extend(alive: _Pool, log_probs: Tensor, weights: Tensor | None) -> tuple[_P
 
 
 def _take_ended(
-    ended: _Pool, extended: _Pool, lengths: Tensor, config: SearchConfig, done: Tensor
+    ended: _Pool, extended: _Pool, lengths: Tensor, config: SearchConfig, is_open: Tensor
 ) -> _Pool:
     """The best finished hypotheses, including those that end now; done sentences do not change."""
     length = extended.tokens.shape[2]
@@ -200,7 +211,7 @@ def _take_ended(
         penalty = coverage_penalty(extended.coverage.flatten(0, 1), each, config)
         score = score + penalty.view_as(score)
     fresh = replace(extended)
-    ends = (extended.tokens[:, :, -1] == EOS) & ~done[:, None]
+    ends = (extended.tokens[:, :, -1] == EOS) & is_open[:, None]
     ends[:, config.beam :] = False
     fresh.score = score.masked_fill(~ends, -torch.inf)
     return ended.padded().joined(fresh).best(config.beam)
@@ -213,22 +224,30 @@ def _keep_alive(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
     return extended.alive(slots, log_prob), slots
 
 
-def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
-    """Bool (B,): whether K hypotheses are finished, or no live one can enter the n best."""
+def _is_open(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
+    """Bool (B,): whether fewer than K hypotheses are finished and a live one can enter the n best.
+
+    A sentence with a probability of nan is not open, because nan is not above anything.
+    """
     longest = (limits + 1).to(alive.log_prob.dtype)
     bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
-    return (ended.score[:, -1] > -torch.inf) | (ended.score[:, config.nbest - 1] >= bound)
+    return (ended.score[:, -1] == -torch.inf) & (ended.score[:, config.nbest - 1] < bound)
 
 
 def _hypotheses(
     ended: _Pool, row: int, length: int, nbest: int, return_weights: bool
 ) -> list[Hypothesis]:
-    """The n best hypotheses of a done sentence; fewer if there are not n."""
+    """The n best hypotheses of a done sentence; fewer if there are not n.
+
+    Raises `InputError` if there are none, or if their probabilities are nan.
+    """
     found = []
     for slot in range(nbest):
         score = float(ended.score[row, slot])
         if score == -torch.inf:
             break
+        if score != score:
+            raise not_numbers()
         tokens = [token for token in ended.tokens[row, slot].tolist() if token not in (PAD, EOS)]
         weights = None
         if return_weights:
@@ -239,4 +258,6 @@ def _hypotheses(
         token_log_probs = [after - before for before, after in pairwise(totals)]
         log_prob = float(ended.log_prob[row, slot])
         found.append(Hypothesis(tokens, log_prob, score, weights, token_log_probs))
+    if not found:
+        raise not_numbers()
     return found

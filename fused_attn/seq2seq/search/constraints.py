@@ -57,6 +57,8 @@ def constrain(
 ) -> Tensor:
     """Return the log probabilities (N, V) with -inf for symbols that may not come next.
 
+    If blocked n-grams and the minimum length leave no symbol, the target ends.
+
     tokens: int64 (N, t), the symbols so far, without BOS.
     limits: int64 (N,), the largest target lengths. At its limit a target must end.
     prefix: int64 (N, P), what each target must begin with, padded at the end.
@@ -68,6 +70,9 @@ def constrain(
     if config.block_ngrams:
         repeats = _repeats(tokens, config.block_ngrams, size)
         allowed = allowed.masked_fill(repeats, -torch.inf)
+        if is_short:
+            stuck = (allowed == -torch.inf).all(dim=1)
+            allowed[:, EOS] = torch.where(stuck, log_probs[:, EOS], allowed[:, EOS])
     only: Tensor | None = None  # (N,), the only symbol allowed, or -1 for no such constraint
     if prefix is not None and step < prefix.shape[1]:
         only = prefix[:, step].masked_fill(prefix[:, step] == PAD, -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Hypothesis:
     score: float  # for ranking: log_prob with length and coverage penalties
     weights: Tensor | None  # alignment (T, S), one row per token; None if not asked for
     token_log_probs: list[float]  # of each token, without EOS, in nats
+
+
+def not_numbers() -> InputError:
+    """Return the error to raise for a model whose probabilities cannot rank targets."""
+    return InputError(
+        "the probabilities of the model are not finite numbers: "
+        "its parameters or states are too large, or not finite"
+    )
 
 
 def length_penalty(length: Tensor | float, config: SearchConfig) -> Tensor | float:

@@ -13,7 +13,12 @@ from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.beam import beam_search
 from fused_attn.seq2seq.search.constraints import LengthBound, constrain, limits_of
 from fused_attn.seq2seq.search.ensemble import Ensemble
-from fused_attn.seq2seq.search.hypothesis import Hypothesis, coverage_penalty, length_penalty
+from fused_attn.seq2seq.search.hypothesis import (
+    Hypothesis,
+    coverage_penalty,
+    length_penalty,
+    not_numbers,
+)
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 
@@ -37,12 +42,14 @@ def search(
     bound: bounds the target lengths if ``config.max_length`` is None.
     return_weights: whether hypotheses have alignment weights, float32 (T, S).
     graphs: whether steps on a GPU may replay a captured graph; see `Ensemble`.
+
+    Raises `InputError` if the probabilities of the models are nan.
     """
     members = [models] if isinstance(models, Seq2Seq) else list(models)
     on_host = limits_of(source_lengths.cpu(), config, bound)
-    shortest = int(on_host.min()) if len(on_host) else 0
+    extremes = (int(on_host.min()), int(on_host.max())) if len(on_host) else (0, 0)
     lengths, limits = (moved(each, source.device) for each in (source_lengths, on_host))
-    rest = (source, lengths, limits, shortest, config, prefix, return_weights)
+    rest = (source, lengths, limits, extremes, config, prefix, return_weights)
     penalised = config.coverage_penalty > 0
     with Ensemble(
         members,
@@ -63,15 +70,16 @@ def _decode(
     source: Tensor,
     lengths: Tensor,
     limits: Tensor,
-    shortest: int,
+    extremes: tuple[int, int],
     config: SearchConfig,
     prefix: Tensor | None,
     return_weights: bool,
 ) -> list[Hypothesis]:
     """Decode each row symbol by symbol, taking the most probable symbol or a sampled one.
 
-    The arguments are those of `beam_search`.
+    The arguments and the errors are those of `beam_search`.
     """
+    shortest, longest = extremes
     look_every = LOOK_EVERY.get(source.device.type, 1)
     generator = None
     if config.seed is not None:
@@ -103,6 +111,9 @@ def _decode(
             continue
         ended = done.nonzero()[:, 0]
         if not len(ended):
+            # At its limit every target ends, and done rows are looked for every few steps.
+            if tokens.shape[1] > longest + look_every:
+                raise not_numbers()
             continue
         aligned = torch.stack([step[ended] for step in steps], dim=1) if steps else None
         chosen = (tokens[ended], total[ended], gains[ended], lengths[rows[ended]], aligned)
@@ -128,7 +139,7 @@ def _hypotheses(
     config: SearchConfig,
     return_weights: bool,
 ) -> list[Hypothesis]:
-    """The hypotheses of M finished rows.
+    """The hypotheses of M finished rows; raises `InputError` if a probability is not finite.
 
     tokens: int64 (M, t), each row with an EOS, and padding after it.
     total: (M,), log probabilities. gains: (M, t), log probability of each symbol.
@@ -136,6 +147,8 @@ def _hypotheses(
     """
     total, gains, lengths = total.cpu(), gains.cpu(), lengths.cpu()
     aligned = None if aligned is None else aligned.cpu()
+    if not bool(total.isfinite().all()):
+        raise not_numbers()
     found = []
     for i, symbols in enumerate(tokens.tolist()):
         length, size = symbols.index(EOS) + 1, int(lengths[i])
@@ -160,7 +173,8 @@ def _score(
 
 def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:
     """Sample a symbol for each row of (N, V), with temperature, top-k and top-p; int64 (N,)."""
-    tempered = torch.log_softmax(log_probs / config.temperature, dim=-1)
+    # Of nan, or of nothing but -inf, any symbol is drawn. The total then shows what is wrong.
+    tempered = torch.log_softmax(log_probs / config.temperature, dim=-1).nan_to_num(nan=0.0)
     ranked, order = tempered.sort(dim=-1, descending=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if config.top_k:

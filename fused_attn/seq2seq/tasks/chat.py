@@ -61,7 +61,8 @@ class ChatConfig(TextConfig):
     """Options of the task chat, besides those of `TextConfig`.
 
     corpus: a language of chatterbot-corpus: "english", "korean", ...
-    dialogs: a file to use instead: one utterance per line, a blank line between dialogs.
+    dialogs: a file to use instead: one utterance per line, a blank line between dialogs. The corpus
+        is None then.
     skip_bad: True here, because some utterances of the corpus are a page long.
     """
 
@@ -69,8 +70,13 @@ class ChatConfig(TextConfig):
     vocabulary: int = 4_000
     max_length: int = 80
     skip_bad: bool = True
-    corpus: str = "english"
+    corpus: str | None = "english"
     dialogs: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dialogs is not None:
+            object.__setattr__(self, "corpus", None)
 
 
 class Chat(TextTask):
@@ -79,16 +85,23 @@ class Chat(TextTask):
     name, kind = "chat", ChatConfig
     units, rates = ("utterances", "symbols"), ("replies wrong", "symbols wrong")
     by_perplexity = True
+    only_trained_on = ("dialogs",)
     model = ModelConfig(hidden=256, embedding=128, input_feeding=True, dropout=0.3)
     training = TrainingConfig(epochs=30, batch_size=64, lr=2e-3)
     config: ChatConfig
 
+    @property
+    def has_data(self) -> bool:  # an exported model does not name the file of its dialogs
+        return self.config.corpus is not None or self.config.dialogs is not None
+
     def load(self) -> Data:
         config = self.config
-        if config.dialogs is None:
+        if config.dialogs is not None:
+            found, where = read_dialogs(Path(config.dialogs)), config.dialogs
+        elif config.corpus is not None:
             found, where = read_corpus(config.corpus), f"--corpus {config.corpus}"
         else:
-            found, where = read_dialogs(Path(config.dialogs)), config.dialogs
+            raise InputError("the model does not name the dialogs that it was trained on")
         self.learn((utterance, "") for dialog in found for utterance in dialog)
         pairs, skipped = self._pairs(found, where)
         held = {pair.source for pair in pairs if unit_hash(pair.source) < DEV_SHARE}

@@ -161,6 +161,7 @@ class Pairs(TextTask):
 
     name, kind = "pairs", PairsConfig
     units, rates = ("lines", "symbols"), ("lines wrong", "symbols wrong")
+    only_trained_on = ("train", "dev", "test")
     config: PairsConfig
 
     def __init__(self, config: Any, given: Mapping[str, Sequence[Any]] | None = None) -> None:

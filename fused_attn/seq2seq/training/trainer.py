@@ -15,6 +15,7 @@ from fused_attn.seq2seq.config import TrainingConfig
 from fused_attn.seq2seq.data.examples import Batch, Examples, epoch_batches, split_batch
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.training import stored
 from fused_attn.seq2seq.training.processes import generator_state, launch, restore_generator, total
 from fused_attn.seq2seq.training.schedules import learning_rate, planned_steps, sampling_probability
 
@@ -274,27 +275,33 @@ class Trainer:
         a run with the present configuration, from the saved step on. If the batches differ, an
         epoch that was begun begins again.
 
-        Raises KeyError, TypeError or ValueError if the state does not match the model.
+        Raises KeyError, TypeError or ValueError that names what does not match the model.
         """
+        before = self.config if config is None else config
         restored = Position(**position)
-        if restored.step:
-            state = {}
-            for number, (name, parameter) in enumerate(self.parameters.items()):
-                state[number] = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
-                if state[number]["exp_avg"].shape != parameter.shape:
-                    raise ValueError(f"exp_avg.{name} does not have the shape of its parameter")
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        precision = self.fabric.strategy.precision
-        scaler = {name: f"scaler.{name}" for name in precision.state_dict()}
-        # There is none if the precision has changed.
-        if config is None or config.precision == self.config.precision:
-            precision.load_state_dict({name: tensors[key].item() for name, key in scaler.items()})
-        if config is not None and _batching(config) != _batching(self.config):
+        stored.check_position(restored)
+        if _batching(before) != _batching(self.config):
             restored.batch, restored.loss, restored.tokens = 0, 0.0, 0
             restored.extra = restored.step - restored.epoch * self.batches_per_epoch
+        batches = epoch_batches(self.examples, self.config, restored.epoch)
+        if restored.batch > len(batches):
+            raise ValueError(f"batch must be at most {len(batches)}, got {restored.batch}")
+        state = {}
+        if restored.step:
+            for number, (name, parameter) in enumerate(self.parameters.items()):
+                state[number] = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+                stored.check_moments(name, state[number], parameter)
+        stored.check_generator(_GENERATOR, tensors[_GENERATOR])
+        precision = self.fabric.strategy.precision
+        names = precision.state_dict() if before.precision == self.config.precision else ()
+        scaler = {name: stored.number(tensors, f"scaler.{name}") for name in names}
+        if restored.step:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if scaler:
+            precision.load_state_dict(scaler)
         self.position = restored
-        self._batches = self._epoch_batches()
+        self._batches = batches
         restore_generator(self.fabric, tensors[_GENERATOR], self.config.seed + restored.step)
 
 
