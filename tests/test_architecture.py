@@ -55,6 +55,7 @@ ROOMS = (
 WITHOUT_TORCH = (
     *("config", "errors", "vocabulary", "metrics", "tasks"),
     *("data.pairs", "data.links", "data.pair_files", "data.tokenizers"),
+    *("data.texts", "data.text_files"),
     *("commands.arguments", "commands.config_file", "commands.option_help"),
     *("option_rules", "outputs", "commands.parser", "commands.train_arguments"),
 )

@@ -118,6 +118,7 @@ def test_parsing() -> None:
 def test_the_dictionary(dictionary: cmudict.Lexicon) -> None:
     assert len(dictionary) > 120_000
     assert len(cmudict.phones(dictionary)) == 39
+    assert set(cmudict.phones(dictionary)) == cmudict.PHONES
     assert dictionary["hello"] == (("HH", "AH", "L", "OW"), ("HH", "EH", "L", "OW"))
     assert set("".join(dictionary)) == set(cmudict.LETTERS)
 
@@ -171,5 +172,5 @@ def test_splits_that_cannot_be() -> None:
 def test_the_published_test_words_are_all_known(dictionary: cmudict.Lexicon) -> None:
     if not TEST_WORDS.exists():
         pytest.skip("the published test words were not found next to this checkout")
-    split = cmudict.split_words(dictionary, cmudict.read_words(TEST_WORDS))
+    split = cmudict.split_words(dictionary, cmudict.read_test(TEST_WORDS))
     assert len(split.test) == 11_994

@@ -141,7 +141,7 @@ BAD = {
     "one column": (b"a\tb\nlonely\n", ", line 2: expected a source and a target separated"),
     "four columns": (
         b"a\tb\tc\td\n",
-        ", line 1: expected a source and a target separated by a tab, got 4 columns",
+        ", line 1: expected a source, a target and links separated by tabs, got 4 columns",
     ),
     "no link": (b"a\tb\n" + b"a\tb\tc\n", ", line 2: 'c' is not a link"),
     "far link": (b"a\tb\t0-1\n", ", line 1: the link 0-1 is out of range for 1"),
@@ -151,7 +151,7 @@ BAD = {
     "no target": (b"a\t\n", ", line 1: the target is empty"),
     "long": (
         b"a\tb\n" + b"a " * 6 + b"\tb\n",
-        ", line 2: the source has 6 symbols, more than the 5 allowed (max_length)",
+        ", line 2: the source has 6 symbols, more than the 5 allowed",
     ),
 }
 
@@ -161,12 +161,13 @@ def test_bad_lines_are_named(tmp_path: Path, kind: str) -> None:
     """Errors name the file and the line; with skip_bad bad lines are counted instead."""
     content, message = BAD[kind]
     path = write(tmp_path / "a.tsv", content)
-    strict = PairFile(str(path), Reader(max_length=5))
-    patient = PairFile(str(path), Reader(max_length=5, skip_bad=True))
+    strict = PairFile(str(path), Reader(max_length=5, links=True))
+    patient = PairFile(str(path), Reader(max_length=5, links=True, skip_bad=True))
     strict.known = patient.known = {"b"}
     with pytest.raises(InputError) as error:
         list(strict)
     assert str(error.value).startswith(f"{path}{message}")
+    assert (" --skip-bad skips such lines" in error.value.on_the_command_line) == bool(content)
     good = content.count(b"a\tb\n")
     if not good:
         reason = "is empty" if kind == "empty" else r"no usable lines \(1 skipped\)"

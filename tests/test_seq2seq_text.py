@@ -129,7 +129,7 @@ def test_columns_of_different_length_are_refused(tmp_path: Path) -> None:
 def test_links_guide_the_alignment(tmp_path: Path) -> None:
     """With links, the weights agree with them after the same amount of training."""
     train = write(tmp_path / "train.tsv", sentences(400))
-    data = Pairs(PairsConfig(train=str(train), dev=str(train))).load()
+    data = Pairs(PairsConfig(train=str(train), dev=str(train))).load(links=True)
     pair = next(iter(data.train))
     assert pair.links[:2] == (0, len(pair.source) - 1)
     argv = f"pairs --train {train} --dev {train} --hidden 32 --embedding 16 --epochs 4 --lr 0.01"

@@ -15,7 +15,7 @@ class InputError(Exception):
     """
 
     def __init__(self, text: str, hint: str | None = None) -> None:
-        super().__init__(text if hint is None else f"{text}; {_named_in_python(hint)}")
+        super().__init__(text if hint is None else f"{text}; {named_in_python(hint)}")
         self.on_the_command_line = text if hint is None else f"{text}; {hint}"
 
 
@@ -29,11 +29,11 @@ class OptionError(InputError):
     """
 
     def __init__(self, name: str, reason: str, typed: str | None = None) -> None:
-        super().__init__(_sentence(name, _named_in_python(reason)))
+        super().__init__(_sentence(name, named_in_python(reason)))
         self.on_the_command_line = _sentence(typed or f"--{name.replace('_', '-')}", reason)
 
 
-def _named_in_python(text: str) -> str:
+def named_in_python(text: str) -> str:
     """Replace options as they are typed by their names in Python: ``skip_bad``."""
     return re.sub(r"--[a-z][a-z-]*", lambda found: found[0][2:].replace("-", "_"), text)
 

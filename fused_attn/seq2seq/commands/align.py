@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from fused_attn.seq2seq.data.links import parse_pharaoh
-from fused_attn.seq2seq.data.pair_files import read_text
+from fused_attn.seq2seq.data.text_files import read_numbered
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import Link, alignment_error_rate
 
@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
 
 def _read_links(path: Path) -> list[tuple[set[Link], set[Link]]]:
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in read_numbered(path):
         try:
             found.append(parse_pharaoh(line))
         except ValueError as error:

@@ -100,7 +100,7 @@ _TEXT_HELP = {
 _PAIRS_HELP = {
     "train": "training pairs: a file with SOURCE TAB TARGET on each line, or two files as "
     "SOURCES,TARGETS",
-    "dev": f"development pairs (default: {100 * DEV_SHARE:g} %% of --train)",
+    "dev": f"development pairs (default: {100 * DEV_SHARE:g} %% of --train, or all if too few)",
     **_TEXT_HELP,
     "source_tokens": "what a symbol of a source is (default: --tokens)",
     "target_tokens": "what a symbol of a target is (default: --tokens)",
@@ -128,7 +128,8 @@ TASK_HELP: dict[str, dict[str, str]] = {
 }
 # --test sets a field with a different name. Tasks that are not listed have no --test.
 TEST_HELP = {
-    "g2p": "file of words to hold out as the test set (default: chosen by a hash)",
+    "g2p": "file of words to hold out as the test set, alone or with their phones (default: chosen "
+    "by a hash)",
     "scan": "file of commands to hold out as the test set of --split simple (default: chosen by a "
     "hash)",
     "pairs": "test pairs, for 'fused-attn evaluate'",

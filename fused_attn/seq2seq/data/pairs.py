@@ -43,8 +43,8 @@ class Data:
 
     train: iterable any number of times. Large data is read from its file in each pass.
     fingerprint: a digest of the training pairs.
-    dev_fingerprint: a digest of the development pairs, if they are not held out from the others.
-    notes: remarks about the data to show the user, such as how many lines were skipped.
+    notes: remarks about the data to show the user, such as how many lines were skipped. They name
+        options as they are typed: ``--dev``.
     """
 
     source: Vocabulary
@@ -54,7 +54,11 @@ class Data:
     test: Sequence[Item]
     fingerprint: str
     notes: tuple[str, ...] = ()
-    dev_fingerprint: str = ""
+
+    @property
+    def dev_fingerprint(self) -> str:
+        """A digest of the development pairs, which does not depend on where they are stored."""
+        return fingerprint(Pair(item.source, r) for item in self.dev for r in item.references)
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:

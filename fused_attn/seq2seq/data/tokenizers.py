@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from fused_attn.seq2seq.data.pairs import Symbols
+from fused_attn.seq2seq.data.texts import cleaned
 from fused_attn.seq2seq.errors import InputError, OptionError
 
 # The kinds of symbols. "subwords" are those of SentencePiece (Kudo & Richardson 2018).
@@ -19,11 +20,21 @@ SPACE = "▁"
 
 
 class Tokenizer(ABC):
-    """Splits a text into symbols, and joins symbols into a text."""
+    """Splits a text into symbols, and joins symbols into a text.
 
-    @abstractmethod
+    normalization: the form that texts are put into first, see `cleaned`; None for none.
+    """
+
+    def __init__(self, normalization: str | None = "NFC") -> None:
+        self.normalization = normalization
+
     def split(self, text: str) -> Symbols:
         """Return the symbols of a text."""
+        return self._split(cleaned(text, self.normalization))
+
+    @abstractmethod
+    def _split(self, text: str) -> Symbols:
+        """Return the symbols of a normalized text."""
 
     @abstractmethod
     def join(self, symbols: Iterable[str]) -> str:
@@ -33,7 +44,7 @@ class Tokenizer(ABC):
 class Words(Tokenizer):
     """Words separated by white space."""
 
-    def split(self, text: str) -> Symbols:
+    def _split(self, text: str) -> Symbols:
         return tuple(text.split())
 
     def join(self, symbols: Iterable[str]) -> str:
@@ -43,7 +54,7 @@ class Words(Tokenizer):
 class Characters(Tokenizer):
     """Unicode code points. A run of white space of any kind is one symbol, `SPACE`."""
 
-    def split(self, text: str) -> Symbols:
+    def _split(self, text: str) -> Symbols:
         return tuple(SPACE.join(text.split()))
 
     def join(self, symbols: Iterable[str]) -> str:
@@ -56,7 +67,8 @@ class Subwords(Tokenizer):
     model: the bytes of the model in base64, as stored in a checkpoint.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, normalization: str | None = "NFC") -> None:
+        super().__init__(normalization)
         self._model = model
 
     @cached_property
@@ -81,7 +93,7 @@ class Subwords(Tokenizer):
         special = (processor.is_unknown, processor.is_control)
         return [processor.id_to_piece(n) for n in numbers if not any(kind(n) for kind in special)]
 
-    def split(self, text: str) -> Symbols:
+    def _split(self, text: str) -> Symbols:
         return tuple(self._processor.encode(text, out_type=str))
 
     def join(self, symbols: Iterable[str]) -> str:
@@ -91,8 +103,9 @@ class Subwords(Tokenizer):
 def learn_subwords(lines: Iterator[str], size: int) -> str:
     """Learn a unigram model of about ``size`` pieces; returns it in base64, for `Subwords`.
 
-    Uses at most 2 million lines, drawn at random. Raises `InputError` if SentencePiece cannot learn
-    that many pieces from the lines.
+    lines: normalized texts. At most 2 million of them are used, drawn at random.
+
+    Raises `InputError` if SentencePiece cannot learn that many pieces from the lines.
     """
     import sentencepiece
 
@@ -130,11 +143,14 @@ def check_subwords(model: str) -> None:
 
 
 @lru_cache(maxsize=8)
-def make_tokenizer(tokens: str, subwords: str | None) -> Tokenizer:
+def make_tokenizer(
+    tokens: str, subwords: str | None, normalization: str | None = "NFC"
+) -> Tokenizer:
     """Return the tokenizer for one of `TOKENS`; "subwords" needs its model, ``subwords``."""
     if tokens == "words":
-        return Words()
+        return Words(normalization)
     if tokens == "chars":
-        return Characters()
-    assert subwords is not None
-    return Subwords(subwords)
+        return Characters(normalization)
+    if subwords is None:
+        raise InputError("the model has no subword model")
+    return Subwords(subwords, normalization)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fused_attn.seq2seq.data.pair_files import read_lines
+from fused_attn.seq2seq.data.text_files import read_lines
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.outputs import scratch_directory, write_synced, writing
 

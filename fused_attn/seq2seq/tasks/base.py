@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
+from fused_attn.seq2seq.data.tokenizers import Words
 from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
@@ -37,8 +38,10 @@ class Task(ABC):
         self.config = config
 
     @abstractmethod
-    def load(self) -> Data:
+    def load(self, *, links: bool = False) -> Data:
         """Read or generate the data; raises `InputError` if that fails.
+
+        links: whether to read the alignment links of the training pairs, if they have any.
 
         What is learned from the data, a subword model, is stored in the configuration.
         """
@@ -59,11 +62,11 @@ class Task(ABC):
 
     def read(self, text: str) -> Symbols:
         """Return the source symbols of a text."""
-        return tuple(text.split())
+        return Words().split(text)
 
     def read_target(self, text: str) -> Symbols:
         """Return the target symbols of a text."""
-        return tuple(text.split())
+        return Words().split(text)
 
     def write(self, target: Iterable[str]) -> str:
         """Return the text of a target."""
@@ -94,8 +97,12 @@ class Task(ABC):
     def config_of(cls, values: dict[str, Any]) -> Any:
         """Return the configuration in ``values``, as from `to_json`.
 
+        Fields that a checkpoint of an earlier version lacks have the values in the mapping
+        ``if_absent`` of the configuration, if it has one, else their defaults.
+
         Raises TypeError or ValueError if the fields or their values are not valid.
         """
+        values = {**getattr(cls.kind, "if_absent", {}), **values}
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls.kind(**{key: v for key, v in (values | lists).items() if key != "name"})
 

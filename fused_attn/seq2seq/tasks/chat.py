@@ -9,10 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.data.pair_files import read_text
 from fused_attn.seq2seq.data.pairs import DEV_SHARE, Data, Pair, fingerprint, grouped, unit_hash
+from fused_attn.seq2seq.data.text_files import check_file, read_numbered
+from fused_attn.seq2seq.data.texts import counted, quoted
 from fused_attn.seq2seq.errors import InputError, OptionError
-from fused_attn.seq2seq.tasks.text import TextConfig, TextTask
+from fused_attn.seq2seq.tasks.text import (
+    DEV_PAIRS,
+    TextConfig,
+    TextTask,
+    check_name,
+    held_out,
+    nothing_held_out,
+)
 
 Dialogs = list[list[str]]
 
@@ -34,15 +42,18 @@ def read_corpus(language: str) -> Dialogs:
     return found
 
 
-def read_dialogs(path: Path) -> Dialogs:
+def read_dialogs(path: Path, normalization: str | None = "NFC") -> list[list[tuple[int, str]]]:
     """Return the dialogs of a file: one utterance per line, a blank line between dialogs.
+
+    Each utterance comes with the number of its line, from 1.
 
     Raises `InputError` if the file cannot be read or has no dialog of two utterances.
     """
-    found: Dialogs = [[]]
-    for line in read_text(path).splitlines():
+    check_file(path)
+    found: list[list[tuple[int, str]]] = [[]]
+    for number, line in read_numbered(path, normalization):
         if line.strip():
-            found[-1].append(_one_line(line))
+            found[-1].append((number, _one_line(line)))
         elif found[-1]:
             found.append([])
     if not any(len(dialog) > 1 for dialog in found):
@@ -75,6 +86,8 @@ class ChatConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("corpus", "dialogs"):
+            check_name(name, getattr(self, name))
         if self.dialogs is not None:
             object.__setattr__(self, "corpus", None)
 
@@ -94,34 +107,53 @@ class Chat(TextTask):
     def has_data(self) -> bool:  # an exported model does not name the file of its dialogs
         return self.config.corpus is not None or self.config.dialogs is not None
 
-    def load(self) -> Data:
+    def load(self, *, links: bool = False) -> Data:
         config = self.config
+        dialogs: list[list[tuple[int, str]]]
         if config.dialogs is not None:
-            found, where = read_dialogs(Path(config.dialogs)), config.dialogs
+            where = config.dialogs
+            dialogs = read_dialogs(Path(config.dialogs), config.normalization)
         elif config.corpus is not None:
-            found, where = read_corpus(config.corpus), f"--corpus {config.corpus}"
+            where = f"--corpus {config.corpus}"
+            dialogs = [list(enumerate(dialog, 1)) for dialog in read_corpus(config.corpus)]
         else:
             raise InputError("the model does not name the dialogs that it was trained on")
-        self.learn((utterance, "") for dialog in found for utterance in dialog)
-        pairs, skipped = self._pairs(found, where)
+        self.learn((utterance, "") for dialog in dialogs for _, utterance in dialog)
+        pairs, notes = self._pairs(dialogs, where)
         held = {pair.source for pair in pairs if unit_hash(pair.source) < DEV_SHARE}
-        train = [pair for pair in pairs if pair.source not in held]
-        dev = [pair for pair in pairs if pair.source in held] or pairs[:1]
+        if len(held) < config.least_dev:
+            train, dev = pairs, pairs[:DEV_PAIRS]
+            about = nothing_held_out(counted(len(dev), "pair"))
+        else:
+            train = [pair for pair in pairs if pair.source not in held]
+            dev = [pair for pair in pairs if pair.source in held] or pairs[:1]
+            about = held_out(len(dev), len(pairs))
         if not train:
-            raise InputError(f"{where}: too few utterances, every pair is held out for development")
+            raise InputError(f"{where}: no pair of utterances is left to train on")
+        notes.append(f"{where}: {about}")
         source, target = self.vocabularies(train)
-        plural = "" if skipped == 1 else "s"
-        notes = (f"{where}: skipped {skipped} bad pair{plural}",) if skipped else ()
-        return Data(source, target, train, grouped(dev), grouped(dev), fingerprint(train), notes)
+        digest = fingerprint(train)
+        return Data(source, target, train, grouped(dev), grouped(dev), digest, tuple(notes))
 
-    def _pairs(self, found: Sequence[Sequence[str]], where: str) -> tuple[list[Pair], int]:
-        pairs, skipped, reader = [], 0, self.reader
-        for dialog in found:
-            for source, target in pairwise(dialog):
+    def _pairs(
+        self, dialogs: Sequence[Sequence[tuple[int, str]]], where: str
+    ) -> tuple[list[Pair], list[str]]:
+        """The pairs of successive utterances, and notes."""
+        pairs: list[Pair] = []
+        skipped: list[str] = []
+        reader = self.reader
+        for dialog in dialogs:
+            for (number, source), (_, target) in pairwise(dialog):
                 try:
                     pairs.append(reader.pair(source, target))
                 except ValueError as error:
+                    line = "" if self.config.dialogs is None else f", line {number}"
+                    reason = f"{where}{line}: {error}, in {quoted(source)} and its reply"
                     if not reader.skip_bad:
-                        raise InputError(f"{where}: {source[:40]!r}: {error}") from None
-                    skipped += 1
-        return pairs, skipped
+                        raise InputError(reason, reader.hint(error, "pair")) from None
+                    skipped.append(reason)
+        if skipped and not pairs:
+            raise InputError(
+                f"{where}: no usable pairs ({len(skipped)} skipped), first {skipped[0]}"
+            )
+        return pairs, [f"{where}: skipped {counted(len(skipped), 'bad pair')}"] if skipped else []

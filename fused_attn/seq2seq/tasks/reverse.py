@@ -42,7 +42,7 @@ class Reverse(Task):
     training = TrainingConfig(epochs=4, batch_size=128, lr=4e-3)
     judged: ClassVar[int] = 1_000  # sequences in each of the development and test sets
 
-    def load(self) -> Data:
+    def load(self, *, links: bool = False) -> Data:
         config = self.config
         generator = random.Random(0)
         symbols = [str(number) for number in range(config.numbers)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.data.pair_files import read_text
 from fused_attn.seq2seq.data.pairs import (
     DEV_SHARE,
     Data,
@@ -19,7 +18,9 @@ from fused_attn.seq2seq.data.pairs import (
     fingerprint,
     unit_hash,
 )
-from fused_attn.seq2seq.errors import OptionError
+from fused_attn.seq2seq.data.text_files import read_numbered
+from fused_attn.seq2seq.data.texts import quoted
+from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks import scan_grammar
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import Vocabulary
@@ -57,7 +58,7 @@ class Scan(Task):
     model = ModelConfig(hidden=128, embedding=64, dropout=0.1)
     training = TrainingConfig(epochs=10, batch_size=64, bucket=False, lr=4e-3)
 
-    def load(self) -> Data:
+    def load(self, *, links: bool = False) -> Data:
         every = scan_grammar.commands()
         if self.config.split == "simple":
             train, test = self._simple(every)
@@ -81,14 +82,20 @@ class Scan(Task):
 
     @classmethod
     def test_option(cls, path: Path) -> dict[str, Any]:
-        lines = (" ".join(line.split()) for line in read_text(path).splitlines())
-        return {"test_commands": tuple(sorted({line for line in lines if line}))}
+        known = {" ".join(source) for source, _ in scan_grammar.commands()}
+        found = set()
+        for number, text in read_numbered(path):
+            line = " ".join(text.split())
+            if line and line not in known:
+                raise InputError(f"{path}, line {number}: {quoted(line)} is not a command of SCAN")
+            found.add(line)
+        return {"test_commands": tuple(sorted(found - {""}))}
 
     def listed(self, path: Path) -> tuple[list[Item], list[str]]:
         meaning = dict(scan_grammar.commands())
         lines = [tuple(line.split()) for line in self.test_option(path)["test_commands"]]
-        if unknown := [line for line in lines if line not in meaning]:
-            raise OptionError("test", f": {' '.join(unknown[0])!r} is not a command of SCAN")
+        if not lines:
+            raise InputError(f"{path} has no commands")
         return [Item(line, (meaning[line],)) for line in lines], []
 
     def _simple(

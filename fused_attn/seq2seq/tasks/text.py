@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.data.pair_files import PairFile, PairList, PairSource, Reader, frequent
@@ -21,13 +21,16 @@ from fused_attn.seq2seq.data.pairs import (
     grouped,
     unit_hash,
 )
+from fused_attn.seq2seq.data.texts import FORMS, cleaned, counted, quoted
 from fused_attn.seq2seq.data.tokenizers import TOKENS, Subwords, learn_subwords, make_tokenizer
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import UNKNOWN, Vocabulary
 
 # Largest development set taken from the training pairs.
-_DEV_PAIRS = 2_000
+DEV_PAIRS = 2_000
+# Smallest number of sources to hold out. With fewer, the training pairs are the development set.
+LEAST_DEV = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,14 @@ class TextConfig:
     min_count: words or characters that occur less often become the unknown symbol.
     max_length: longest source or target allowed, in symbols.
     skip_bad: skip and count lines that cannot be used, instead of stopping at the first.
+    normalization: the Unicode normalization form of all texts, see `texts.cleaned`; None reads
+        texts as they are, as earlier versions did.
+    least_dev: smallest number of sources to hold out as the development set. If 2 % of them are
+        fewer, nothing is held out. 0 always holds out one, as earlier versions did.
     """
+
+    # Values of the fields that checkpoints of earlier versions lack.
+    if_absent: ClassVar[Mapping[str, Any]] = {"normalization": None, "least_dev": 0}
 
     tokens: str = "words"
     vocabulary: int = 8_000
@@ -48,9 +58,18 @@ class TextConfig:
     min_count: int = 1
     max_length: int = 200
     skip_bad: bool = False
+    normalization: str | None = "NFC"
+    least_dev: int = LEAST_DEV
 
     def __post_init__(self) -> None:
         _check_tokens("tokens", self.tokens)
+        if self.normalization not in (*FORMS, None):
+            raise ValueError(
+                f"normalization must be one of {', '.join(FORMS)} or None, "
+                f"got {quoted(self.normalization)}"
+            )
+        if self.least_dev < 0:
+            raise ValueError(f"least_dev must be at least 0, got {self.least_dev}")
         for name in ("vocabulary", "min_count", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -58,7 +77,27 @@ class TextConfig:
 
 def _check_tokens(name: str, tokens: str) -> None:
     if tokens not in TOKENS:
-        raise ValueError(f"{name} must be one of {', '.join(TOKENS)}, got {tokens!r}")
+        raise ValueError(f"{name} must be one of {', '.join(TOKENS)}, got {quoted(tokens)}")
+
+
+def check_name(name: str, value: str | None) -> None:
+    """Raise ValueError unless the value of a field is a str, or None."""
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} must be a str, got {quoted(value)}")
+
+
+def held_out(number: int, pairs: int) -> str:
+    """Return what a note says about a development set of this number of all pairs."""
+    share = f"{100 * number / pairs:.1f} %"
+    return f"held out {number:,} of {counted(pairs, 'pair')} ({share}) as the development set"
+
+
+def nothing_held_out(pairs: str) -> str:
+    """Return what a note says if the training pairs are the development set."""
+    return (
+        f"too small to hold out a development set, so the training pairs ({pairs}) choose the best "
+        "checkpoint"
+    )
 
 
 class TextTask(Task):
@@ -75,7 +114,9 @@ class TextTask(Task):
     def reader(self) -> Reader:
         """How texts become pairs."""
         config = self.config
-        source, target = (make_tokenizer(tokens, config.subwords) for tokens in self.tokens)
+        source, target = (
+            make_tokenizer(tokens, config.subwords, config.normalization) for tokens in self.tokens
+        )
         return Reader(source, target, config.max_length, config.skip_bad)
 
     def learn(self, texts: Iterable[tuple[str, ...]]) -> None:
@@ -85,7 +126,7 @@ class TextTask(Task):
         """
         if "subwords" in self.tokens and self.config.subwords is None:
             lines = (
-                text
+                cleaned(text, self.config.normalization)
                 for pair in texts
                 for text, tokens in zip(pair, self.tokens, strict=True)
                 if tokens == "subwords" and text.strip()
@@ -122,12 +163,8 @@ class TextTask(Task):
         return self.reader.source.join(source)
 
     def listed(self, path: Path) -> tuple[list[Item], list[str]]:
-        pairs = PairFile(str(path), self.reader)
-        return grouped(pairs), pairs.note()
-
-
-def _known(vocabulary: Vocabulary) -> set[str]:
-    return {symbol for symbol in vocabulary.symbols if symbol != UNKNOWN}
+        pairs = PairFile(str(path), replace(self.reader, trains=False), read_once=True)
+        return grouped(pairs), pairs.notes()
 
 
 @dataclass(frozen=True)
@@ -135,7 +172,8 @@ class PairsConfig(TextConfig):
     """Options of the task pairs, besides those of `TextConfig`.
 
     train, dev, test: files, see `PairFile`, or None if the pairs are given in Python. Without a dev
-        file, 2 % of the training pairs, at most 2,000, are held out for development.
+        file, 2 % of the training pairs, at most 2,000, are held out for development; or none, see
+        ``least_dev``.
     source_tokens, target_tokens: ``tokens`` for the sources and for the targets, if they differ;
         None means ``tokens``.
     """
@@ -151,6 +189,8 @@ class PairsConfig(TextConfig):
         for name in ("source_tokens", "target_tokens"):
             if getattr(self, name) is not None:
                 _check_tokens(name, getattr(self, name))
+        for name in ("train", "dev", "test"):
+            check_name(name, getattr(self, name))
 
 
 class Pairs(TextTask):
@@ -177,7 +217,7 @@ class Pairs(TextTask):
     def has_data(self) -> bool:
         return "train" in self.given or self.config.train is not None
 
-    def load(self) -> Data:
+    def load(self, *, links: bool = False) -> Data:
         texts = self._pairs("train", Reader(skip_bad=True))
         if texts is None:
             raise OptionError(
@@ -186,30 +226,45 @@ class Pairs(TextTask):
                 "seq2seq.fit(..., resume=True))",
             )
         self.learn(texts.texts())
-        train = self._pairs("train", self.reader)
+        reader = replace(self.reader, links=links)
+        train = self._pairs("train", reader)
         assert train is not None
         notes: list[str] = []
-        dev = self._items("dev", notes)
+        dev, test = (self._items(split, reader, notes) for split in ("dev", "test"))
+        holds_out = dev is None
         if dev is None:
-            chosen = (pair for pair in train if unit_hash(pair.source) < DEV_SHARE)
-            dev = grouped(list(islice(chosen, _DEV_PAIRS)) or islice(train, 1))
-            test = self._items("test", notes)
-            train.without = {item.source for item in dev}
-        else:
-            test = self._items("test", notes)
+            dev = self._dev_of(train)
         source, target = self.vocabularies(train)
-        train.known = _known(target)
-        if next(iter(train), None) is None:
-            raise InputError(f"{train.name}: too few {train.unit}s for training and development")
+        train.known = set(target.symbols)
         for _ in train:  # report bad entries before training begins
             pass
-        notes = [*train.note(), *notes]
+        if not train.used:
+            raise InputError(f"{train.name}: too few {train.unit}s for training and development")
+        own = [*train.notes(), self._about_dev(train)] if holds_out else train.notes()
         digest = self._fingerprint(train)
-        return Data(source, target, train, dev, test or [], digest, tuple(notes))
+        return Data(source, target, train, dev, test or [], digest, (*own, *notes))
+
+    def _dev_of(self, train: PairSource) -> list[Item]:
+        """Hold out a development set, or return the training pairs if it would be too small."""
+        chosen = (pair for pair in train if unit_hash(pair.source) < DEV_SHARE)
+        dev = grouped(islice(chosen, DEV_PAIRS))
+        if len(dev) < self.config.least_dev:
+            return grouped(islice(train, DEV_PAIRS))
+        dev = dev or grouped(islice(train, 1))
+        train.without = {item.source for item in dev}
+        return dev
+
+    def _about_dev(self, train: PairSource) -> str:
+        """A note about the development set that `_dev_of` returned, after a pass."""
+        pairs = train.used + train.held_out
+        if train.without:
+            return f"{train.name}: {held_out(train.held_out, pairs)}; --dev names another"
+        what = f"its first {DEV_PAIRS:,} pairs" if pairs > DEV_PAIRS else counted(pairs, "pair")
+        return f"{train.name}: {nothing_held_out(what)}; --dev names others"
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
         assert isinstance(data.train, PairSource)
-        data.train.known = _known(target)
+        data.train.known = set(target.symbols)
         return super().with_vocabularies(data, source, target)
 
     def _pairs(self, split: str, reader: Reader) -> PairSource | None:
@@ -219,12 +274,12 @@ class Pairs(TextTask):
         name = getattr(self.config, split)
         return None if name is None else PairFile(name, reader)
 
-    def _items(self, split: str, notes: list[str]) -> list[Item] | None:
-        pairs = self._pairs(split, self.reader)
+    def _items(self, split: str, reader: Reader, notes: list[str]) -> list[Item] | None:
+        pairs = self._pairs(split, reader)
         if pairs is None:
             return None
         items = grouped(pairs)
-        notes += pairs.note()
+        notes += pairs.notes()
         return items
 
     def _fingerprint(self, train: PairSource) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fused_attn.seq2seq.checkpoints.recipe import Recipe
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
-from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.errors import InputError, named_in_python
 from fused_attn.seq2seq.inference.predictor import Predictor, load
 from fused_attn.seq2seq.training import arguments
 from fused_attn.seq2seq.training.arguments import is_path
@@ -134,7 +134,7 @@ def fit(
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {named_in_python(text)}", file=sys.stderr)
 
 
 def _ignore(_: str) -> None:

@@ -63,14 +63,15 @@ def load_data(
     """
     fabric, task = machine.fabric, recipe.task
     path = directory / PAIRS if machine.on_disk else None
+    links = bool(recipe.training.guided)
     data: Data | None = None
     if fabric.is_global_zero:
-        data = adapt(task.load())
+        data = adapt(task.load(links=links))
         if path is not None:
             _write(data, path)
     learned = task.updated(gathered(fabric, task.to_json())[0])
     if data is None:
-        data = adapt(learned.load())
+        data = adapt(learned.load(links=links))
     examples = _encode(data, None) if path is None else Examples.open(path)
     if not len(examples):
         raise InputError("there are no pairs to train on")

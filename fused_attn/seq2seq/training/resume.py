@@ -155,9 +155,9 @@ def _check_files(directory: Path, recipe: Recipe) -> None:
         given = getattr(recipe.task, "given", {})
         if value is None or name == "test" or name in given:
             continue
-        paths = PairFile(value, Reader()).paths if name in ("train", "dev") else [Path(value)]
+        paths = PairFile(value, Reader()).paths if name in ("train", "dev") else [value]
         for path in paths:
-            if not path.exists():
+            if not Path(path).exists():
                 raise InputError(
                     f"cannot resume {directory}: there is no file {path}",
                     f"--{name} FILE names the file with the same data",
