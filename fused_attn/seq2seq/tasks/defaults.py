@@ -47,19 +47,13 @@ def defaults(
     if embedding != model.embedding and "embedding" not in given:
         model = replace(model, embedding=embedding)
         notes.append(f"embedding {embedding} ({size:,} {side} symbols)")
-    chosen = {"epochs": _epochs(training, pairs), "batch_size": _batch_size(training, pairs)}
-    changed = {
-        name: value
-        for name, value in chosen.items()
-        if name not in given and value != getattr(training, name)
-    }
-    if changed:
-        training = replace(training, **changed)
-        shown = {
-            "epochs": f"{training.epochs} epochs",
-            "batch_size": f"batches of {training.batch_size}",
-        }
-        notes.append(f"{' of '.join(shown[name] for name in changed)} ({pairs:,} pairs)")
+    epochs = training.epochs if "epochs" in given else _epochs(training, pairs)
+    batch = training.batch_size if "batch_size" in given else _batch_size(training, pairs)
+    parts = [f"{epochs} epochs"] if epochs != training.epochs else []
+    parts += [f"batches of {batch}"] if batch != training.batch_size else []
+    if parts:
+        training = replace(training, epochs=epochs, batch_size=batch)
+        notes.append(f"{' of '.join(parts)} ({pairs:,} pairs)")
     return model, training, notes
 
 
