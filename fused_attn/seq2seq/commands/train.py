@@ -18,7 +18,9 @@ from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, merged, settle, spelled
 from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.tasks.defaults import FOLLOWING
 from fused_attn.seq2seq.tasks.registry import TASKS
+from fused_attn.seq2seq.tasks.text import Pairs
 from fused_attn.seq2seq.training.directory import is_new
 from fused_attn.seq2seq.training.prepare import Machine
 from fused_attn.seq2seq.training.processes import gathered, launch, leave
@@ -94,8 +96,11 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
+    free = set(FOLLOWING) - given.keys() if issubclass(kind, Pairs) else set()
+    if args.start_from is not None:
+        free -= {"embedding"}  # part of the model
     return start_run(
-        directory, recipe, make_progress(), machine, tell, args.start_from, args.teacher
+        directory, recipe, make_progress(), machine, tell, args.start_from, args.teacher, free
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 
+# The fields that may follow the data.
+FOLLOWING = ("embedding", "epochs", "batch_size")
 # The width of the embedding for more than this many symbols, widest first.
 EMBEDDINGS = ((256, 256), (128, 128))
 # A run sees at least this many pairs, repetitions included, unless that takes too many epochs.

@@ -60,7 +60,8 @@ def fit(
         task: "pairs" (words by default), or "translate" for sentences (subwords, larger model,
             BLEU); "pairs" if None.
         model, training: shape of the model and training options; None takes those of the task, and
-            the shape of ``start_from`` if that is given.
+            the shape of ``start_from`` if that is given. The task's embedding, epochs and batch
+            size follow the data; see `fused_attn.seq2seq.tasks.defaults`.
         start_from: a model to start from, with its parameters and vocabularies.
         teachers: models whose probabilities are learned besides the targets (distillation).
         resume: resume the run in ``output``. Give the same pairs and dev; a file may have moved.

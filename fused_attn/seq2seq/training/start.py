@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fused_attn.seq2seq.model.extend import extended
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.model.widen import can_grow, grown
 from fused_attn.seq2seq.tasks.base import Task
+from fused_attn.seq2seq.tasks.defaults import FOLLOWING, defaults
 from fused_attn.seq2seq.tasks.text import TextTask
 from fused_attn.seq2seq.training import distillation
 from fused_attn.seq2seq.training.directory import clear, is_new
@@ -49,6 +51,7 @@ def start_run(
     note: Callable[[str], None] = lambda text: None,
     start_from: str | Path | None = None,
     teachers: Sequence[str | Path] = (),
+    free: Collection[str] = (),
 ) -> Run:
     """Start a run: write its first checkpoint and return it.
 
@@ -56,12 +59,13 @@ def start_run(
     start_from: a model whose parameters and vocabularies the run starts with. Symbols of the data
         that are new to a vocabulary are added to it, unless it has subwords.
     teachers: models whose probabilities the run learns besides the data.
+    free: fields of the recipe that follow the data, see `defaults`: those nobody has set.
 
     Raises `InputError` if the data cannot be read, the backend cannot run the model, or
     ``start_from`` or a teacher does not match them; OSError if the directory cannot be written.
     """
     with _nothing_left(directory, machine.fabric):
-        return _start(directory, recipe, progress, machine, note, start_from, teachers)
+        return _start(directory, recipe, progress, machine, note, start_from, teachers, free)
 
 
 @contextmanager
@@ -92,6 +96,7 @@ def _start(
     note: Callable[[str], None],
     start_from: str | Path | None,
     teachers: Sequence[str | Path],
+    free: Collection[str],
 ) -> Run:
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     check_recipe(recipe)
@@ -107,6 +112,7 @@ def _start(
     recipe, data, examples = load_data(directory, recipe, machine, with_known_vocabularies)
     for text in data.notes:
         note(text)
+    recipe = _following(recipe, data, len(examples), free, note)
     longest, most = int(examples.source_lengths.max()), recipe.model.max_source
     if recipe.model.score == "location" and most is not None and longest > most:
         raise OptionError("max_source", f"is {most}, and a source has {longest} symbols")
@@ -129,6 +135,18 @@ def _start(
     run = make_run(directory, trainer, meta, recipe.task, data, progress, machine)
     run.start()
     return run
+
+
+def _following(
+    recipe: Recipe, data: Data, pairs: int, free: Collection[str], note: Callable[[str], None]
+) -> Recipe:
+    """The recipe with defaults that suit the data."""
+    sizes = len(data.source.symbols), len(data.target.symbols)
+    given = [name for name in FOLLOWING if name not in free]
+    model, training, chosen = defaults(recipe.model, recipe.training, given, pairs, *sizes)
+    for text in chosen:
+        note(f"chosen for this data: {text}")
+    return replace(recipe, model=model, training=training)
 
 
 def _with_new_symbols(
