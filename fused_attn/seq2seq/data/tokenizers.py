@@ -76,7 +76,9 @@ class Subwords(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         try:
-            return SentencePieceProcessor(model_proto=base64.b64decode(self._model))
+            if not (model := base64.b64decode(self._model)):
+                raise ValueError("no bytes")
+            return SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError, ValueError):
             raise InputError("the subword model of this model is damaged") from None
 
@@ -89,7 +91,10 @@ class Subwords(Tokenizer):
         return [processor.id_to_piece(n) for n in numbers if not any(kind(n) for kind in special)]
 
     def _split(self, text: str) -> Symbols:
-        return tuple(self._processor.encode(text, out_type=str))
+        try:
+            return tuple(self._processor.encode(text, out_type=str))
+        except RuntimeError:  # such as half of a surrogate pair
+            raise InputError("the subword model cannot split this text") from None
 
     def join(self, symbols: Iterable[str]) -> str:
         return "".join(symbols).replace(SPACE, " ").strip()
