@@ -115,6 +115,21 @@ def test_a_development_set_of_ones_own_holds_out_nothing(tmp_path: Path) -> None
     assert len(list(data.train)) == 2_000 and len(data.dev) == 1 and data.notes == ()
 
 
+def test_rare_targets_are_trained_on_as_unknown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With --min-count a good line may have a target of only rare symbols: it is not refused."""
+    path = write(tmp_path / "a.tsv", ["a\tA", "a\tA B", "b\tRare", "c\tB Other"])
+    run = tmp_path / "run"
+    argv = ["train", "pairs", "--train", path, "--output", str(run), *TINY, "--min-count", "2"]
+    assert main([*argv, "--max-steps", "3"]) == 0
+    error = capfd.readouterr().err
+    assert f"{path}: 1 target with only unknown symbols; a smaller --min-count keeps more" in error
+    assert main(["train", "pairs", "--output", str(run), "--resume"]) == 0
+    data = Pairs(PairsConfig(train=path, min_count=2)).load()
+    assert len(list(data.train)) == 4 and data.target.symbols == ("<unk>", "A", "B")
+
+
 def test_dialogs(tmp_path: Path) -> None:
     few = write(tmp_path / "few.txt", [f"line {n}" for n in range(30)])
     data = Chat(ChatConfig(dialogs=few, tokens="words")).load()

@@ -399,6 +399,22 @@ def test_a_test_set_may_come_from_a_fifo(fifo: str, task: Pairs | G2P | Scan, te
     assert len(items) == 1
 
 
+def test_a_fifo_that_a_model_names_does_not_stop_an_evaluation(
+    tmp_path: Path, fifo: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its training file is only asked whether it has the test sources."""
+    path, run = write(tmp_path / "a.tsv", "a\tA\nb\tB\n"), tmp_path / "run"
+    train = ["train", "pairs", "--train", path, "--dev", path, "--output", str(run)]
+    assert main([*train, *TINY]) == 0
+    os.rename(path, tmp_path / "moved.tsv")
+    os.rename(fifo, path)
+    assert main(["evaluate", str(run), "--test", str(tmp_path / "moved.tsv")]) == 0
+    error = capfd.readouterr().err
+    assert f"cannot check whether the model was trained on these lines: cannot read {path}" in error
+    assert main(["train", "pairs", "--output", str(run), "--resume"]) == 2
+    assert f"cannot read {path}: expected a regular file" in capfd.readouterr().err
+
+
 NAMES = {
     "empty": ("", "cannot read '': the name of the file is empty"),
     "an empty part": ("{good},", "the name of the file is empty"),
