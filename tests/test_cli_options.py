@@ -361,7 +361,7 @@ def test_a_model_to_start_from_brings_its_subwords(
     tmp_path: Path, pairs: str, fails: Fails
 ) -> None:
     start = tmp_path / "subwords"
-    trained(start, "translate", "--train", pairs, "--vocabulary", "40")
+    trained(start, "translate", "--train", pairs, "--dev", pairs, "--vocabulary", "40")
     command = f"train translate --train {pairs} --start-from {start}"
     assert fails(f"{command} --vocabulary 30").startswith("--vocabulary has no effect with --star")
 

@@ -221,13 +221,13 @@ def test_the_output_of_fit(tmp_path: Path, fitted: Path) -> None:
 
 
 def test_held_out_pairs_may_have_symbols_of_their_own(tmp_path: Path) -> None:
-    """Every tenth word has a symbol that no other has; those that are held out do not stop it."""
-    pairs = [(f"w{i}", f"v{i}") for i in range(300)]
+    """Every word has a symbol that no other has; those that are held out do not stop it."""
+    pairs = [(f"w{i}", f"v{i}") for i in range(1500)]
     options = {"training": RECIPE, "model": SHAPE, "progress": False}
     found = seq2seq.fit(pairs, output=tmp_path / "run", **options)
-    assert 270 < len(found.target.symbols) - 1 < 300  # some are held out
-    held_out = {f"v{i}" for i in range(300)} - set(found.target.symbols)
-    assert 0 < len(held_out) < 30
+    assert 1350 < len(found.target.symbols) - 1 < 1500  # some are held out
+    held_out = {f"v{i}" for i in range(1500)} - set(found.target.symbols)
+    assert 0 < len(held_out) < 150
     lines = tmp_path / "lines.tsv"
     lines.write_text("a\tA\n\nb\tB\n")
     with pytest.raises(InputError, match="line 2: the line is blank"):

@@ -100,7 +100,7 @@ _TEXT_HELP = {
 _PAIRS_HELP = {
     "train": "training pairs: a file with SOURCE TAB TARGET on each line, or two files as "
     "SOURCES,TARGETS",
-    "dev": f"development pairs (default: {100 * DEV_SHARE:g} %% of --train, or all if too few)",
+    "dev": f"development pairs (default: {100 * DEV_SHARE:g} %% of --train)",
     **_TEXT_HELP,
     "source_tokens": "what a symbol of a source is (default: --tokens)",
     "target_tokens": "what a symbol of a target is (default: --tokens)",

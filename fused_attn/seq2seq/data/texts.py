@@ -50,9 +50,11 @@ def decoded(raw: bytes) -> str:
             f"{_convert('LATIN1')}"
         ) from None
     if "\0" in text:
+        place = raw.index(0)
+        order = "LE" if place % 2 else "BE"
         raise BadEntry(
-            f"a NUL character (byte {raw.index(0) + 1}), which text does not have; if the file is "
-            f"UTF-16, {_convert('UTF-16LE')}"
+            f"a NUL character (byte {place + 1}), which text does not have; if the file is UTF-16, "
+            f"{_convert(f'UTF-16{order}')}"
         )
     return text
 
@@ -66,7 +68,7 @@ def other_encoding(start: bytes) -> str | None:
         (b"\xfe\xff", "UTF-16"),
     ):
         if start.startswith(mark):
-            return f"the file is {name}, expected UTF-8; {_convert(name)}"
+            return f"not UTF-8 text but {name}; {_convert(name)}"
     return None
 
 

@@ -76,9 +76,9 @@ class Subwords(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         try:
-            processor = SentencePieceProcessor(
-                model_proto=base64.b64decode(self._model, validate=True)
-            )
+            if not (model := base64.b64decode(self._model, validate=True)):
+                raise ValueError("it is empty")
+            processor = SentencePieceProcessor(model_proto=model)
             processor.encode("a", out_type=str)  # some damage shows only here
         except (ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -94,7 +94,10 @@ class Subwords(Tokenizer):
         return [processor.id_to_piece(n) for n in numbers if not any(kind(n) for kind in special)]
 
     def _split(self, text: str) -> Symbols:
-        return tuple(self._processor.encode(text, out_type=str))
+        try:
+            return tuple(self._processor.encode(text, out_type=str))
+        except RuntimeError:  # such as half of a surrogate pair
+            raise InputError("the subword model cannot split this text") from None
 
     def join(self, symbols: Iterable[str]) -> str:
         return "".join(symbols).replace(SPACE, " ").strip()

@@ -235,14 +235,27 @@ class Pairs(TextTask):
         if dev is None:
             dev = self._dev_of(train)
         source, target = self.vocabularies(train)
-        train.known = set(target.symbols)
-        for _ in train:  # report bad entries before training begins
-            pass
+        known = set(target.symbols)
+        if self._refuses_unknown:
+            train.known = known
+        # This pass also reports bad entries, before training begins.
+        unknown = sum(known.isdisjoint(pair.target) for pair in train)
         if not train.used:
             raise InputError(f"{train.name}: too few {train.unit}s for training and development")
-        own = [*train.notes(), self._about_dev(train)] if holds_out else train.notes()
+        own = [*train.notes(), *([self._about_dev(train)] if holds_out else [])]
+        if unknown:
+            own.append(self._about_unknown(train, unknown))
         digest = self._fingerprint(train)
         return Data(source, target, train, dev, test or [], digest, (*own, *notes))
+
+    @property
+    def _refuses_unknown(self) -> bool:
+        """Whether a target of only unknown symbols is bad, as in runs of earlier versions."""
+        return self.config.normalization is None
+
+    def _about_unknown(self, train: PairSource, count: int) -> str:
+        hint = "; a smaller --min-count keeps more" if self.config.min_count > 1 else ""
+        return f"{train.name}: {counted(count, 'target')} with only unknown symbols{hint}"
 
     def _dev_of(self, train: PairSource) -> list[Item]:
         """Hold out a development set, or return the training pairs if it would be too small."""
@@ -264,7 +277,8 @@ class Pairs(TextTask):
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
         assert isinstance(data.train, PairSource)
-        data.train.known = set(target.symbols)
+        if self._refuses_unknown or target.symbols != data.target.symbols:
+            data.train.known = set(target.symbols)
         return super().with_vocabularies(data, source, target)
 
     def _pairs(self, split: str, reader: Reader) -> PairSource | None:
