@@ -51,13 +51,19 @@ def test_a_large_vocabulary_gets_a_wide_embedding(sizes: tuple[int, int]) -> Non
 def test_few_pairs_get_more_epochs_of_smaller_batches() -> None:
     model, training, notes = found(500)
     assert model is MODEL
-    assert asdict(training) == asdict(TRAINING) | {"epochs": 64, "batch_size": 32}
-    assert notes == ["64 epochs of batches of 32 (500 pairs)"]
+    assert asdict(training) == asdict(TRAINING) | {"epochs": 80, "batch_size": 32}
+    assert notes == ["80 epochs of batches of 32 (500 pairs)"]
+
+
+def test_eight_thousand_pairs_get_smaller_batches_only() -> None:
+    _, training, notes = found(7_840)
+    assert asdict(training) == asdict(TRAINING) | {"batch_size": 32}
+    assert notes == ["batches of 32 (7,840 pairs)"]
 
 
 def test_notes_name_only_what_has_changed() -> None:
     assert found(500, given=("epochs",))[2] == ["batches of 32 (500 pairs)"]
-    assert found(500, given=("batch_size",))[2] == ["64 epochs (500 pairs)"]
+    assert found(500, given=("batch_size",))[2] == ["80 epochs (500 pairs)"]
     assert len(found(500, (1_100, 1_100))[2]) == 2
 
 

@@ -13,10 +13,11 @@ from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 
 # The fields that may follow the data.
 FOLLOWING = ("embedding", "epochs", "batch_size")
-# The width of the embedding for more than this many symbols, widest first.
-EMBEDDINGS = ((256, 256), (128, 128))
+# Vocabularies of more symbols than this get an embedding of at least WIDE_EMBEDDING.
+SMALL_VOCABULARY = 200
+WIDE_EMBEDDING = 256
 # A run sees at least this many pairs, repetitions included, unless that takes too many epochs.
-PAIRS_SEEN = 32_000
+PAIRS_SEEN = 40_000
 MOST_EPOCHS = 100
 # Batches are halved until an epoch has this many, but not below SMALLEST_BATCH.
 BATCHES_PER_EPOCH = 125
@@ -64,10 +65,9 @@ def _embedding(model: ModelConfig, size: int) -> int:
 
     Residual connections depend on the width, so a model with them keeps its own.
     """
-    if model.residual:
+    if model.residual or size <= SMALL_VOCABULARY:
         return model.embedding
-    wanted = next((width for above, width in EMBEDDINGS if size > above), model.embedding)
-    return max(model.embedding, min(wanted, model.hidden))
+    return max(model.embedding, min(WIDE_EMBEDDING, model.hidden))
 
 
 def _epochs(training: TrainingConfig, pairs: int) -> int:
