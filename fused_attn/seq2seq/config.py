@@ -19,6 +19,8 @@ SCHEDULES = ("none", "constant", "linear", "exponential", "inverse-sigmoid")
 SAMPLING_UNITS = ("token", "example")
 LR_SCHEDULES = ("linear", "cosine", "constant", "inverse-sqrt", "plateau")
 PRECISIONS = ("32", "bf16", "16")
+# No size, length or number of epochs is larger. Torch reads sizes as 64-bit integers.
+LARGEST_INT = 2**31 - 1
 LENGTH_PENALTIES = ("none", "average", "gnmt")
 
 
@@ -269,6 +271,7 @@ class SearchConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+            _check_size(name, value)
         _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
         for name in ("alpha", "coverage_penalty"):
             value = getattr(self, name)
@@ -297,3 +300,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    _check_size(name, value)
+
+
+def _check_size(name: str, value: int) -> None:
+    if value > LARGEST_INT:
+        raise ValueError(f"{name} must be at most {LARGEST_INT}, got a larger number")

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
-_T = TypeVar("_T")
+from fused_attn.seq2seq.config import LARGEST_INT
 
-# No size, length or number of epochs is larger. Torch reads sizes as 64-bit integers.
-LARGEST_INT = 2**31 - 1
+_T = TypeVar("_T")
 
 
 def configured(kind: Callable[..., _T], values: Mapping[str, Any]) -> _T:

@@ -18,7 +18,7 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.metrics import PERPLEXITY
 from fused_attn.seq2seq.outputs import write_atomically
-from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_rows
+from fused_attn.seq2seq.training.logs import EPOCHS, STEPS, read_table
 
 # In inches: the side of a cell, the room left of a map and above it, the margin, a letter.
 _CELL, _LEFT, _TOP, _EDGE, _LETTER = 0.32, 0.6, 0.45, 0.15, 0.1
@@ -91,13 +91,16 @@ def _letters(symbol: str) -> int:
 def curves_figure(runs: Sequence[Path]) -> Figure:
     """Return a figure with the loss of each step, and each metric after each epoch, of all runs.
 
-    Raises `InputError` if a directory has no training log.
+    Raises `InputError` if a directory has no training log that can be read. Prints a note if only a
+    part of it can be read.
     """
-    steps = {run: read_rows(run / STEPS) for run in runs}
-    epochs = {run: read_rows(run / EPOCHS) for run in runs}
+    steps = {run: _rows(run / STEPS) for run in runs}
+    epochs = {run: _rows(run / EPOCHS) for run in runs}
     for run, rows in steps.items():
         if not rows:
             raise InputError(f"{run} has no training log: {STEPS} is missing or empty")
+        if "loss" not in rows[0]:
+            raise InputError(f"{run / STEPS} is not a training log: it has no column loss")
     others = ("epoch", "step", "train_loss", "seconds")
     metrics = list(
         dict.fromkeys(n for rows in epochs.values() for r in rows for n in r if n not in others)
@@ -123,6 +126,18 @@ def curves_figure(runs: Sequence[Path]) -> Figure:
     if len(runs) > 1:
         axes[0].legend()
     return figure
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        table = read_table(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if table.unreadable and not table.rows:
+        raise InputError(f"{path} is not a training log, or is damaged: no line can be read")
+    if table.unreadable:
+        print(f"note: {path}: {table.unreadable} of its lines cannot be read", file=sys.stderr)
+    return table.rows
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
