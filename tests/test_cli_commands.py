@@ -162,7 +162,7 @@ def test_resuming_a_finished_run_does_nothing(run: Path, capfd: pytest.CaptureFi
 def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     train = ["train", "g2p", "--output"]
     fails([*train, run], "is not an empty directory", "--resume")
-    fails([*train, run, "--resume", "--lr", "0.5"], "was not started with this --lr")
+    fails([*train, run, "--resume", "--seed", "9"], "--seed is not that of the run in")
     fails([*train, tmp_path / "none", "--resume"], "nothing to resume", "no such directory")
     fails([*train, tmp_path, "--resume"], "contains no checkpoint")
     new = [*train, tmp_path / "new"]
@@ -189,7 +189,7 @@ def test_train_refuses(fails: Fails, run: Path, tmp_path: Path) -> None:
     fails([*new, "--backend", "gpu"], "backend must be one of", "'gpu'")
     fails(["train", "spin", "--output", tmp_path], "TASK must be one of g2p, scan", "'spin'")
     fails([*new, "--split", "jump"], "--split is not an option of the task g2p")
-    fails([*train, run, "--resume", "--hidden", "17"], "was not started with this --hidden")
+    fails([*train, run, "--resume", "--hidden", "17"], "--hidden is not that of the run in")
     fails(["train", "scan", "--output", run, "--resume"], "the task of the run in", "is g2p")
     fails(
         ["train", "reverse", "--output", tmp_path / "new", "--test", run], "--test is not an option"

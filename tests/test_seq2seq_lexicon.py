@@ -129,7 +129,7 @@ def test_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "the training pairs have changed" in capfd.readouterr().err
     file.unlink()
     assert main([*train, "--resume"]) == 2
-    assert f"cannot read {file}: No such file" in capfd.readouterr().err
+    assert f"there is no file {file}; --lexicon FILE names" in capfd.readouterr().err
     exported = tmp_path / "model"
     assert main(["export", str(run), "--output", str(exported)]) == 0
     meta = json.loads((exported / files.METADATA).read_text())

@@ -137,6 +137,7 @@ def test_links_guide_the_alignment(tmp_path: Path) -> None:
     for guided in (0.0, 1.0):
         run = tmp_path / f"guided-{guided}"
         options = [*argv.split(), "--output", str(run), "--dropout", "0", "--guided", str(guided)]
+        options += ["--batch-size", "128"]
         assert main(["train", *options]) == 0
         lines = sentences(40, seed=3)
         gold = write(tmp_path / "gold.pharaoh", [line.split("\t")[2] for line in lines])

@@ -110,9 +110,8 @@ def _start(
         return recipe.task.with_vocabularies(data, *wider)
 
     recipe, data, examples = load_data(directory, recipe, machine, with_known_vocabularies)
-    for text in data.notes:
-        note(text)
-    recipe = _following(recipe, data, len(examples), free, note)
+    notes = list(data.notes)
+    recipe = _following(recipe, data, len(examples), free, notes)
     longest, most = int(examples.source_lengths.max()), recipe.model.max_source
     if recipe.model.score == "location" and most is not None and longest > most:
         raise OptionError("max_source", f"is {most}, and a source has {longest} symbols")
@@ -124,7 +123,9 @@ def _start(
         name, _, reason = str(error).partition(" ")
         raise OptionError(name, reason) from None
     if origin is not None:
-        _initialise_from(model, origin, data, note)
+        _initialise_from(model, origin, data, notes)
+    for text in notes:
+        note(text)
     if teachers:
         _run_teachers(teachers, data, examples, directory, machine, note)
     trainer = Trainer(model, examples, recipe.training, machine.fabric)
@@ -138,14 +139,13 @@ def _start(
 
 
 def _following(
-    recipe: Recipe, data: Data, pairs: int, free: Collection[str], note: Callable[[str], None]
+    recipe: Recipe, data: Data, pairs: int, free: Collection[str], notes: list[str]
 ) -> Recipe:
-    """The recipe with defaults that suit the data."""
+    """The recipe with defaults that suit the data; ``notes`` gets what was chosen."""
     sizes = len(data.source.symbols), len(data.target.symbols)
     given = [name for name in FOLLOWING if name not in free]
     model, training, chosen = defaults(recipe.model, recipe.training, given, pairs, *sizes)
-    for text in chosen:
-        note(f"chosen for this data: {text}")
+    notes += (f"chosen for this data: {text}" for text in chosen)
     return replace(recipe, model=model, training=training)
 
 
@@ -170,9 +170,9 @@ def _with_new_symbols(
     return source, target
 
 
-def _initialise_from(model: Seq2Seq, origin: Path, data: Data, note: Callable[[str], None]) -> None:
+def _initialise_from(model: Seq2Seq, origin: Path, data: Data, notes: list[str]) -> None:
     """Load the parameters of a checkpoint, whose model may be narrower and have fewer symbols; see
-    `widen` and `extend`.
+    `widen` and `extend`. ``notes`` gets the symbols that are new.
     """
     parameters = files.load_tensors(origin, files.MODEL)
     meta = files.load_metadata(origin)
@@ -192,7 +192,7 @@ def _initialise_from(model: Seq2Seq, origin: Path, data: Data, note: Callable[[s
         if new := now.symbols[len(old.symbols) :]:
             shown = " ".join(new[:_SHOWN_SYMBOLS]) + (" ..." if len(new) > _SHOWN_SYMBOLS else "")
             plural = "" if len(new) == 1 else "s"
-            note(f"{len(new):,} new {name} symbol{plural} added to the vocabulary: {shown}")
+            notes.append(f"{len(new):,} new {name} symbol{plural} added to the vocabulary: {shown}")
 
 
 def _run_teachers(
