@@ -49,7 +49,8 @@ def _train(args: Namespace) -> bool:
     """Start or resume a run; return whether a signal stopped it."""
     set_threads(args.threads)
     directory: Path = args.output
-    outcome = carry_out(directory, lambda: _resume(args) if args.resume else _start(args))
+    act = _resume if args.resume else _start
+    outcome = carry_out(directory, lambda: act(args), resume=args.resume)
     trainer = outcome.run.trainer
     tell = trainer.fabric.print
     if outcome.was_complete:

@@ -123,7 +123,7 @@ def fit(
         return _note if progress and machine.fabric.is_global_zero else _ignore
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
-        outcome = carry_out(directory, make_run)
+        outcome = carry_out(directory, make_run, resume=resume)
         found = outcome.run.trainer.fabric.device
     if not initialized:
         leave()

@@ -13,7 +13,12 @@ import torch
 from lightning_fabric import Fabric
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import CHECKPOINTS, best_checkpoint, checkpoints
+from fused_attn.seq2seq.checkpoints.find import (
+    CHECKPOINTS,
+    best_checkpoint,
+    checkpoints,
+    last_checkpoint,
+)
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.metrics import cost
 from fused_attn.seq2seq.training.directory import owned
@@ -142,13 +147,15 @@ class Outcome:
     was_complete: bool = False
 
 
-def carry_out(directory: Path, make_run: Callable[[], Run]) -> Outcome:
+def carry_out(directory: Path, make_run: Callable[[], Run], *, resume: bool) -> Outcome:
     """Train a run to its end, or until SIGINT or SIGTERM, which write a checkpoint and stop it.
 
-    directory: of the run. make_run: starts or resumes the run.
+    directory: of the run. make_run: starts or resumes the run. resume: which of these it does.
 
     Raises `InputError` if the run cannot be started or written, or another process owns it.
     """
+    if resume:
+        last_checkpoint(directory)  # so that no directory is made if there is nothing to resume
     with stop_signals() as received:
         try:
             with owned(directory):
