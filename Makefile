@@ -63,8 +63,9 @@ test-matrix: ## run the tests on other versions of torch and Python
 test-tiles: setup build ## run every tile variant of the Triton kernels
 	TILES=all $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_backends_tiles.py
 
-test-fuzz: setup build ## run the fuzz tests on many more calls, with new random draws
-	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py
+test-fuzz: setup build ## run the fuzz tests on many more calls and files, with new random draws
+	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py \
+	  tests/test_seq2seq_damage.py
 
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))

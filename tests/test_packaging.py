@@ -137,6 +137,9 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     assert {PurePosixPath(name).parts[0] for name in held} == {"fused_attn", metadata}
     assert shipped("fused_attn/**/*.py", "fused_attn/py.typed", "fused_attn/*.pyi") <= held
     assert {f"fused_attn/{name}" for name in shipped("kernels/*.py")} <= held
+    # A model, and the notice of the data that it was trained on.
+    models = shipped("fused_attn/models/*/*")
+    assert "fused_attn/models/g2p/NOTICE" in models and models <= held
     assert f"{metadata}/licenses/LICENSE" in held
     binaries = {name for name in held if ".so" in name}
     assert len(binaries) == 1 and binaries.pop().startswith("fused_attn/_C.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +184,15 @@ def test_curves_of_a_damaged_log_are_one_line(
         assert code in (0, 2) and error.count("\n") == (code == 2 or bool(error)), error
         assert not error or str(run) in error
         assert (run / name).read_bytes() == data
+
+
+@pytest.mark.timeout(30)
+def test_a_log_that_is_no_file_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / STEPS)
+    with pytest.raises(OSError, match="not a regular file"):
+        go_on(tmp_path)
+    assert main(["curves", str(tmp_path), "--output", str(tmp_path / "curves.svg")]) == 2
+    expected = f"error: cannot read {tmp_path / STEPS}: it is not a regular file\n"
+    assert capsys.readouterr().err.endswith(expected)

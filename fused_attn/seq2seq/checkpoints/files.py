@@ -130,7 +130,7 @@ def load_metadata(directory: Path) -> dict[str, Any]:
     Raises `InputError` if it is missing or damaged, or has another format version.
     """
     with _readable(directory):
-        text = (directory / METADATA).read_text(encoding="utf-8")
+        text = _read(directory / METADATA).decode()
         document = json.loads(text, parse_constant=_finite, parse_float=_finite)
         version = document["format_version"]
         if version != FORMAT_VERSION:
@@ -143,6 +143,13 @@ def load_metadata(directory: Path) -> dict[str, Any]:
             rest = {key: value for key, value in document.items() if key != DIGESTS}
             _check(directory, METADATA, digests, _digest(rest))
     return dict(document)
+
+
+def _read(path: Path) -> bytes:
+    """Read a file. A FIFO would not end, and a device could be endless: they raise ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
+    return path.read_bytes()
 
 
 def _finite(text: str) -> float:
@@ -177,7 +184,7 @@ def load_tensors(
     """
     digests = (load_metadata(directory) if meta is None else meta).get(DIGESTS)
     with _readable(directory):
-        data = (directory / name).read_bytes()
+        data = _read(directory / name)
         if digests is not None:
             _check(directory, name, digests, hashlib.sha256(data).hexdigest())
         stored = safetensors.torch.load(data)
@@ -210,6 +217,8 @@ def map_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     """Memory-map the tensors of a file. Pages are read on demand. Raises `InputError`."""
     with _readable(directory):
         (directory / name).stat()  # its error names the file; safetensors' error does not
+        if not (directory / name).is_file():
+            raise ValueError(f"{name} is not a regular file")
         return safetensors.torch.load_file(directory / name)
 
 

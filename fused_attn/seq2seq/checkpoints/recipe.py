@@ -13,6 +13,7 @@ from fused_attn.seq2seq.data.tokenizers import check_subwords
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.registry import make_task
+from fused_attn.seq2seq.tasks.text import TextTask
 
 # A search may go on for as many symbols as the longest training target has, so a damaged checkpoint
 # must not name any number.
@@ -59,8 +60,11 @@ def stored_task(meta: dict[str, Any]) -> Task:
     """
     task = make_task(meta["task"])
     check_types(task.config)
-    if (model := getattr(task.config, "subwords", None)) is not None:
-        check_subwords(model)
+    if isinstance(task, TextTask):
+        if task.config.subwords is not None:
+            check_subwords(task.config.subwords)
+        elif "subwords" in task.tokens:
+            raise ValueError("its subword model is missing")
     return task
 
 

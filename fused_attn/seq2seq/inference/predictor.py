@@ -123,8 +123,8 @@ class Predictor:
         directory: a directory that does not exist yet.
         store: dtype of the stored parameters, "float32", "float16" or "int8".
 
-        Raises `InputError` if the directory exists or this is an ensemble, OSError if it cannot be
-        written.
+        Raises `InputError` if the directory exists, this is an ensemble or a parameter is not
+        finite, OSError if it cannot be written.
         """
         if len(self.models) > 1:
             raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import io
 import math
 import sys
@@ -130,6 +131,8 @@ def read_table(path: Path) -> Table:
     """
     if not path.exists():
         return Table()
+    if not path.is_file():  # a FIFO would not end
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     # A kill may leave an incomplete last line, which is no damage.
     first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
     if not first and not lines:
