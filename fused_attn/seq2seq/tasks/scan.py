@@ -47,7 +47,7 @@ class ScanConfig:
                 f"split must be one of {', '.join(scan_grammar.SPLITS)}, got {self.split!r}"
             )
         if self.test_commands is not None and self.split != "simple":
-            raise ValueError(f"test needs the split simple, got {self.split!r}")
+            raise ValueError(f"test needs --split simple, got {self.split!r}")
 
 
 class Scan(Task):

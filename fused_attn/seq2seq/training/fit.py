@@ -54,7 +54,7 @@ def fit(
             file with lines SOURCE TAB TARGET.
         output: a new directory for checkpoints and logs, which `load` and ``fused-attn`` can read.
         dev: development set, which chooses the best checkpoint, in the form of ``pairs``; None
-            holds out 2 % of ``pairs``.
+            holds out 2 % of ``pairs``, or none of them if they are few; a note says so.
         tokens: how to split texts: "words", "chars" or "subwords", or a tuple of two of these for
             sources and targets; None takes the default of the task.
         task: "pairs" (words by default), or "translate" for sentences (subwords, larger model,
