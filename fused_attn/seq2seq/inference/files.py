@@ -51,12 +51,18 @@ class Group:
 
 
 def predict_file(
-    source: Path, target: Path, answer: Callable[[list[bytes], int], str], group: Group
-) -> None:
+    source: Path,
+    target: Path,
+    answer: Callable[[list[bytes], int], str],
+    group: Group,
+    tally: Callable[[], Any] = lambda: None,
+) -> list[Any]:
     """Write the output of ``answer`` for all lines of ``source`` to ``target``, in their order.
 
     answer: maps a batch of lines, and the number of lines before it, to the text to write.
     group: the processes that share the work. All of them must call this function.
+    tally: called once after the last line of this process. Returns the values of all processes, by
+        rank.
 
     Raises `InputError` in all processes if ``answer`` raises it in any of them; ``target`` is not
     changed then.
@@ -75,6 +81,7 @@ def predict_file(
     except InputError as error:
         problem = error
     problems = [text for text in group.gather(problem and str(problem)) if text is not None]
+    tallies = group.gather(tally())
     try:
         if not problems and group.rank == 0:
             _join(parts, target)
@@ -86,6 +93,7 @@ def predict_file(
             dist.destroy_process_group()
     if problems:
         raise InputError(problems[0])
+    return tallies
 
 
 def _batches(source: Path) -> Iterator[list[bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -129,7 +130,7 @@ def beam_search(
         results = ended.rows(finished).on_host()
         sizes = lengths[finished].tolist()
         for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
-            found[row] = _hypotheses(results, i, size, config.nbest, return_weights)
+            found[row] = _hypotheses(results, i, size, config, return_weights)
         remaining = (~done).nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
@@ -217,17 +218,18 @@ def _is_done(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -
     """Bool (B,): whether K hypotheses are finished, or no live one can enter the n best."""
     longest = (limits + 1).to(alive.log_prob.dtype)
     bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
-    return (ended.score[:, -1] > -torch.inf) | (ended.score[:, config.nbest - 1] >= bound)
+    return (ended.score[:, -1] > -torch.inf) | (ended.score[:, config.most - 1] >= bound)
 
 
 def _hypotheses(
-    ended: _Pool, row: int, length: int, nbest: int, return_weights: bool
+    ended: _Pool, row: int, length: int, config: SearchConfig, return_weights: bool
 ) -> list[Hypothesis]:
-    """The n best hypotheses of a done sentence; fewer if there are not n."""
-    found = []
-    for slot in range(nbest):
+    """The best hypotheses of a done sentence, at most ``config.most``."""
+    found: list[Hypothesis] = []
+    mass = 0.0
+    for slot in range(config.most):
         score = float(ended.score[row, slot])
-        if score == -torch.inf:
+        if score == -torch.inf or (config.nbest_mass is not None and mass >= config.nbest_mass):
             break
         tokens = [token for token in ended.tokens[row, slot].tolist() if token not in (PAD, EOS)]
         weights = None
@@ -238,5 +240,6 @@ def _hypotheses(
         totals = [0.0, *ended.totals[row, slot, : len(tokens)].tolist()]
         token_log_probs = [after - before for before, after in pairwise(totals)]
         log_prob = float(ended.log_prob[row, slot])
+        mass += math.exp(log_prob)
         found.append(Hypothesis(tokens, log_prob, score, weights, token_log_probs))
     return found
