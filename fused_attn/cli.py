@@ -1,7 +1,6 @@
 """The ``fused-attn`` command: its arguments, errors and exit codes.
 
-Exit codes: 0 success; 2 the input cannot be used, with one line on standard error; 130 interrupted;
-141 the reader of the output has gone.
+The exit codes are in `EXIT_CODES`. Input and output are UTF-8 in every locale.
 Nothing heavy is imported before the options are read, so that help and errors appear at once.
 """
 
@@ -10,12 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from argparse import Namespace
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from fused_attn import __version__
 from fused_attn.seq2seq.commands.arguments import COMMANDS
 from fused_attn.seq2seq.commands.parser import (
+    INCOMPLETE,
     USAGE_ERROR,
     Command,
     CommandParser,
@@ -23,11 +23,19 @@ from fused_attn.seq2seq.commands.parser import (
     Parser,
     given_options,
 )
+from fused_attn.seq2seq.commands.streams import utf8_streams
 from fused_attn.seq2seq.errors import InputError
 
 INTERRUPTED = 130
 # What a shell reports for a program that SIGPIPE killed.
 PIPE_CLOSED = 141
+EXIT_CODES = f"""exit codes:
+  0    success
+  {INCOMPLETE}    predict: done, but some sources could not be read
+  {USAGE_ERROR}    failed; one line on standard error says why
+  {INTERRUPTED}  interrupted (SIGINT or SIGTERM); a training can be resumed
+  {PIPE_CLOSED}  the reader of the output has gone
+"""
 
 
 def make_parser() -> Parser:
@@ -35,6 +43,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="fused-attn",
         description="Fused Luong attention: train and use sequence-to-sequence models.",
+        epilog=EXIT_CODES,
+        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fused-attn {__version__}")
@@ -80,28 +90,40 @@ def _discard_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
+    with utf8_streams():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        code = _run(parse(sys.argv[1:] if argv is None else argv))
+        code = _run(parse(argv))
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a closed pipe can still be handled
     except InputError as error:
-        print(f"fused-attn: error: {error.on_the_command_line}", file=sys.stderr)
-        return USAGE_ERROR
+        return _fail(error.on_the_command_line)
     except ModuleNotFoundError as error:
         package = (error.name or "fused_attn").partition(".")[0]
         if package == "fused_attn":
             raise
         install = "pip install 'fused-attn[seq2seq]'"
-        print(f"fused-attn: error: {package} is not installed: {install}", file=sys.stderr)
-        return USAGE_ERROR
+        return _fail(f"{package} is not installed: {install}")
     except BrokenPipeError:  # the reader of the output has gone
         _discard_output()
         return PIPE_CLOSED
     except OSError as error:
         _discard_output()
         place = f"{error.filename}: " if error.filename else ""
-        print(f"fused-attn: error: {place}{error.strerror}", file=sys.stderr)
-        return USAGE_ERROR
+        return _fail(f"{place}{error.strerror or error}")
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        return _fail(f"this locale has no file name {error.object}: set LC_ALL=C.UTF-8")
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
+
+
+def _fail(message: str) -> int:
+    if sys.stderr is not None:  # print() would take standard output instead
+        print(f"fused-attn: error: {message}", file=sys.stderr)
+    return USAGE_ERROR

@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     *("data.texts", "data.text_files"),
     *("commands.arguments", "commands.config_file", "commands.option_help"),
     *("option_rules", "outputs", "commands.parser", "commands.train_arguments"),
+    "commands.streams",
 )
 # These may use the packages of the extras; everything else needs only torch.
 NEEDS_EXTRAS = ("seq2seq", "interop", "cli", "__main__")

@@ -16,6 +16,9 @@ OPTIONS = json.loads(
 )
 TEXT = {"tokens", "vocabulary", "min-count", "max-length", "skip-bad"}
 SINCE = {"source-tokens", "target-tokens"}  # options that came later
+SEARCH_SINCE = {"nbest-mass"}
+OUTPUT_SINCE = {"format", "with-alignment", "strict"}  # of predict
+SEARCHING = ("predict", "evaluate", "explain", "chat")
 PAIRS = {"train", "dev", "test"} | TEXT | SINCE
 OWN = {
     "g2p": {"limit-words", "lexicon", "test"},
@@ -66,6 +69,8 @@ def every_option(command: str) -> set[str]:
     """All options that a command has had since before there were --help-all and --[no-]."""
     names = {name[2:] for name in OPTIONS[command] if name.startswith("--")}
     names = {name for name in names if not name.startswith("no-")} | {"help-all"}
+    if command in SEARCHING:
+        names |= SEARCH_SINCE | (OUTPUT_SINCE if command == "predict" else set())
     return names | SINCE if command == "train" else names
 
 
@@ -124,13 +129,13 @@ def test_help_finds_the_task(
     assert help_of("train", *argv) == help_of("train", "translate", "--help")
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate", "explain", "chat"])
+@pytest.mark.parametrize("command", SEARCHING)
 def test_a_search_s_seldom_options_are_in_help_all(command: str, help_of: Help) -> None:
     text = help_of(command, "--help")
     short, whole = options_of(text), options_of(help_of(command, "--help-all"))
     assert {"beam", "max-length", "sample"} <= short.keys()
     assert {"alpha", "temperature", "block-ngrams"} <= whole.keys() - short.keys()
-    unused = {"nbest"} if command in ("evaluate", "chat") else set()
+    unused = {"nbest", "nbest-mass"} if command in ("evaluate", "chat") else set()
     assert whole.keys() == every_option(command) - unused
     assert text.count("\n") < 45
 
@@ -190,6 +195,7 @@ def test_arguments_stand_between_options() -> None:
         (["curves", "--output", "a.svg"], "required: DIR"),
         (["explain", "g2p", "--output", "a.html"], "required: TEXT"),
         (["explain", "g2p", "hello"], "required: --output"),
+        (["predict", "g2p", "--format", "xml"], "--format: invalid choice: 'xml'"),
     ],
 )
 def test_what_cannot_be_read(
@@ -252,6 +258,15 @@ WITHOUT_EFFECT = {
     "evaluate g2p --beam 3 --nbest 3": "--nbest has no effect here",
     "chat g2p --beam 3 --nbest 2": "--nbest has no effect here",
     "explain g2p hello --output x.html --nbest 3": "--nbest needs --beam",
+    "predict g2p a --nbest-mass 0.9": "--nbest-mass needs --beam above 1",
+    "predict g2p a --sample --nbest-mass 0.9": "--nbest-mass needs --beam above 1",
+    "evaluate g2p --beam 3 --nbest-mass 0.9": "--nbest-mass has no effect here",
+    "chat g2p --beam 3 --nbest-mass 0.9": "--nbest-mass has no effect here",
+    "predict g2p a --format json --scores": "--scores goes with --format text",
+    "predict g2p a --scores --format tsv": "--scores goes with --format text",
+    "predict g2p a --with-alignment": "--with-alignment needs --format tsv or json",
+    "predict g2p a --format text --with-alignment":
+        "--with-alignment needs --format tsv or json",
 }  # fmt: skip
 
 
@@ -273,6 +288,8 @@ CONTRADICTIONS = {
         "--score general and --coverage contradict each other",
     "predict g2p a --beam 2 --nbest 3": "--nbest must be at most beam = 2",
     "predict g2p a --beam 2 --sample": "--sample goes with beam = 1",
+    "predict g2p a --beam 2 --nbest-mass 1.5": "--nbest-mass must be above 0 and at most 1",
+    "explain g2p a --output x.html --nbest-mass 0": "--nbest-mass must be above 0 and at most 1",
 }  # fmt: skip
 
 
@@ -289,6 +306,8 @@ def test_options_that_contradict_each_other_are_named(command: str, fails: Fails
         "predict g2p hello --beam 2 --length-penalty gnmt --alpha 0.5",
         "predict g2p hello --scores --length-penalty none",
         "predict g2p hello --sample --seed 3 --temperature 0.7",
+        "predict g2p hello --beam 2 --nbest-mass 0.9 --format tsv --with-alignment --strict",
+        "predict g2p hello --format text --scores",
     ],
 )
 def test_options_with_an_effect_are_taken(command: str) -> None:

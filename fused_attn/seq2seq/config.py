@@ -230,6 +230,9 @@ class SearchConfig:
 
     beam: beam size; 1 takes the likeliest symbol at every step.
     nbest: hypotheses returned for each source, the best first; at most beam.
+    nbest_mass: return only the fewest of the best hypotheses whose probabilities add up to at
+        least this share, above 0 and at most 1: at most nbest of them if that is above 1, else at
+        most beam. The probabilities are the model's own. None does not limit the number this way.
     length_penalty: what the log-probability is divided by: "none"; "average", the length; "gnmt",
         ((5 + length) / 6)^alpha (Wu et al. 2016, eq. 14). EOS counts.
     alpha: the exponent of "gnmt".
@@ -250,6 +253,7 @@ class SearchConfig:
 
     beam: int = 1
     nbest: int = 1
+    nbest_mass: float | None = None
     length_penalty: str = "average"
     alpha: float = 0.6
     coverage_penalty: float = 0.0
@@ -272,6 +276,8 @@ class SearchConfig:
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
             _check_size(name, value)
+        if self.nbest_mass is not None:
+            _check_mass(self.nbest_mass)
         _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
         for name in ("alpha", "coverage_penalty"):
             value = getattr(self, name)
@@ -289,6 +295,16 @@ class SearchConfig:
             raise ValueError(
                 f"min_length must be at most max_length = {self.max_length}, got {self.min_length}"
             )
+
+    @property
+    def most(self) -> int:
+        """The largest number of hypotheses returned for a source."""
+        return self.beam if self.nbest == 1 and self.nbest_mass is not None else self.nbest
+
+
+def _check_mass(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"nbest_mass must be above 0 and at most 1, got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -174,6 +174,7 @@ def _ranks(values: Values) -> bool:
     return bool(values["beam"] > 1 or values["shows_scores"])
 
 
+_BEST_ONLY = "has no effect here: this command takes the best target of each source"
 SEARCH_NEEDS = (
     *(
         Needs(option, "has no effect without --sample", _draws, ("sample",), off)
@@ -185,22 +186,36 @@ SEARCH_NEEDS = (
         lambda v: v["length_penalty"] == "gnmt",
         ("length_penalty",),
     ),
+    Needs("nbest_mass", _BEST_ONLY, lambda v: v["returns_several"], ()),
+    Needs("nbest_mass", "needs --beam above 1", lambda v: v["beam"] > 1, ("beam",)),
     *(
         Needs(option, "has no effect without --beam above 1", _ranks, ("beam",), off)
         for option, off in (("length_penalty", None), ("coverage_penalty", 0.0))
     ),
-    Needs(
-        "nbest",
-        "has no effect here: this command takes the best target of each source",
-        lambda v: v["returns_several"],
-        (),
-        off=1,
-    ),
+    Needs("nbest", _BEST_ONLY, lambda v: v["returns_several"], (), off=1),
     Needs(
         "nbest",
         "needs --beam: without it this command chooses a beam and shows all of it",
         lambda v: not v["own_beam"],
         ("beam",),
+    ),
+)
+
+# What `predict` writes.
+OUTPUT_NEEDS = (
+    Needs(
+        "scores",
+        "goes with --format text: the other formats have log probabilities",
+        lambda v: v["format"] == "text",
+        ("format",),
+        off=False,
+    ),
+    Needs(
+        "with_alignment",
+        "needs --format tsv or json (--alignments writes a file of alignments)",
+        lambda v: v["format"] != "text",
+        ("format",),
+        off=False,
     ),
 )
 

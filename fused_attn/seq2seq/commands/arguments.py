@@ -20,7 +20,7 @@ from fused_attn.seq2seq.commands.parser import (
 )
 from fused_attn.seq2seq.commands.train_arguments import TRAIN
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
+from fused_attn.seq2seq.option_rules import OUTPUT_NEEDS, SEARCH_NEEDS, settle
 
 _MODEL = (
     "a checkpoint, the output DIR of a training run (its best checkpoint, or its last), or a "
@@ -74,6 +74,24 @@ def _add_predict(options: Options) -> None:
         action="store_true",
         default=False,
         help="print the score before each target, separated by a tab",
+    )
+    options.option(
+        "format",
+        choices=["text", "tsv", "json"],
+        default="text",
+        help="text (targets only), or for programs: tsv or json (default: text)",
+    )
+    options.option(
+        "with-alignment",
+        action="store_true",
+        default=False,
+        help="add the alignment to tsv (as links) or json (as weights)",
+    )
+    options.option(
+        "strict",
+        action="store_true",
+        default=False,
+        help="stop at the first source that cannot be read (default: note it and go on)",
     )
     _add_search(options)
 
@@ -141,12 +159,13 @@ def _finish_search(parser: CommandParser, given: dict[str, Any]) -> dict[str, An
     own_beam = name == "explain" and "beam" not in given and not given.get("sample")
     defaults = {
         **asdict(SearchConfig()),
+        "format": "text",
         **({"beam": _BEAM_OF_EXPLAIN} if own_beam else {}),
         "own_beam": own_beam,
         "shows_scores": name == "explain" or given.get("scores", False),
         "returns_several": name in ("predict", "explain"),
     }
-    settle(SEARCH_NEEDS, defaults, given)
+    settle((*SEARCH_NEEDS, *OUTPUT_NEEDS), defaults, given)
     return given
 
 
@@ -202,8 +221,8 @@ def _add_export(options: Options) -> None:
 
 
 _SEARCHES = (_finish_search, texts.SELDOM_IN_SEARCH)
-# These use only the best target of a source. They accept --nbest only to reject it with a reason.
-_BEST = (*_SEARCHES, frozenset({"nbest"}))
+# These use only the best target of a source. They accept these only to reject them with a reason.
+_BEST = (*_SEARCHES, frozenset({"nbest", "nbest_mass"}))
 COMMANDS = (
     Command(
         "info", "Show versions, the CPU's instruction set, and backends.", "", _add_info, _as_given

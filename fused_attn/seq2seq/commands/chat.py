@@ -5,8 +5,15 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from fused_attn.seq2seq.commands.options import load_models, note, search_config, set_threads
+from fused_attn.seq2seq.commands.options import (
+    load_models,
+    note,
+    search_config,
+    set_threads,
+    tell,
+)
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference.records import read_line
 
 
 def run(args: Namespace) -> int:
@@ -20,20 +27,19 @@ def run(args: Namespace) -> int:
     if interactive:
         import readline  # noqa: F401, gives input() a history
 
-        print("Type a message; Ctrl-D exits.")
+        tell("Type a message; Ctrl-D exits.")
     while True:
         try:
             text = input("> " if interactive else "")
         except EOFError:
             print(end="\n" if interactive else "")
             return 0
-        except UnicodeDecodeError:
-            raise InputError("standard input is not UTF-8 text") from None
-        if not predictor.read(text):
+        line = read_line(predictor, text.encode("utf-8", "surrogateescape"))
+        if line.error is not None:
+            note(line.problem("this message"))
+        if line.source is None:
             continue
-        try:
-            (found,) = predictor.predict([text], search)
-        except InputError as error:  # an unknown symbol
-            note(str(error))
-            continue
+        if long := predictor.long_note("this message", line.source):
+            note(long)
+        (found,) = predictor.decode([line.source], search)
         print(found.text, flush=True)

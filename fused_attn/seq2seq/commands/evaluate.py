@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.commands.options import load_models, note, search_config, set_threads
-from fused_attn.seq2seq.data.pairs import Item
+from fused_attn.seq2seq.data.pairs import Item, Symbols
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.evaluate import judge, measures, perplexity, targets
+from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.metrics import PERPLEXITY, shown
 from fused_attn.seq2seq.tasks.base import Task
 
@@ -27,7 +29,10 @@ def run(args: Namespace) -> int:
     search = search_config(args)
     predictor = load_models(args)
     task = predictor.task
-    items = _items(args, task)
+    items, notes = _items(args, task)
+    notes += _long(predictor, items)
+    for text in notes:
+        note(text)
     found = targets(predictor, items, search)
     errors = judge(found, items)
     measured = measures(task, found, items)
@@ -35,18 +40,20 @@ def run(args: Namespace) -> int:
         measured = {PERPLEXITY: perplexity(predictor, items), **measured}
     samples = list(zip(items, found, strict=True))[: args.samples]
     if args.json:
+        # JSON has no infinity and no NaN.
+        metrics = {n: v if math.isfinite(v) else None for n, v in measured.items()}
         report = {
             "checkpoint": str(find_checkpoint(args.model)),
             "task": task.name,
+            "units": dict(zip(("sources", "symbols"), task.units, strict=True)),
             "count": errors.count,
             "wrong": errors.wrong,
             "symbols": errors.reference_symbols,
             "edits": errors.edits,
-            **measured,
-            "samples": [
-                {"source": i.source, "model": target, "references": i.references}
-                for i, target in samples
-            ],
+            **metrics,
+            "metrics": metrics,
+            "samples": [_sample(task, item, target) for item, target in samples],
+            "notes": notes,
         }
         print(json.dumps(report, ensure_ascii=False))
         return 0
@@ -61,33 +68,67 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _items(args: Namespace, task: Task) -> list[Item]:
-    """Return the items to evaluate on, in a pseudo-random order; print notes about them."""
+def _sample(task: Task, item: Item, target: Symbols) -> dict[str, object]:
+    """A sample as symbols, and as the texts in the table."""
+    return {
+        "source": item.source,
+        "model": target,
+        "references": item.references,
+        "source_text": task.show(item.source),
+        "model_text": task.write(target),
+        "reference_texts": [task.write(reference) for reference in item.references],
+    }
+
+
+def _long(predictor: Predictor, items: Sequence[Item]) -> list[str]:
+    """The note about sources that are longer than those of the training, if there are any."""
+    longest = predictor.longest_source
+    count = sum(longest is not None and len(item.source) > longest for item in items)
+    if not count:
+        return []
+    units = predictor.task.units[0]
+    return [
+        f"{count:,} of {len(items):,} {units} are longer than the longest source of the training "
+        f"({longest} symbols): their targets may be incomplete"
+    ]
+
+
+def _items(args: Namespace, task: Task) -> tuple[list[Item], list[str]]:
+    """Return the items to evaluate on, in a pseudo-random order, and notes about them."""
+    notes: list[str] = []
     if args.test is None:
         items = list(task.load().test) if task.has_data else []
         if not items:
             raise InputError("the model has no test set: name a file with --test")
     else:
         items, notes = task.listed(args.test)
-        for text in notes:
-            note(text)
         if not task.has_data:
             units = task.units[0]
-            note(f"cannot check whether the model was trained on these {units}: not in a file")
-            return sorted(items, key=_shuffled)[: args.limit]
+            notes.append(
+                f"cannot check whether the model was trained on these {units}: not in a file"
+            )
+            return _chosen(items, args.limit), notes
         try:
             data = task.load()
         except InputError as error:  # a model may be used where its training data is not available
-            note(f"cannot check whether the model was trained on these {task.units[0]}: {error}")
-            return sorted(items, key=_shuffled)[: args.limit]
+            notes.append(
+                f"cannot check whether the model was trained on these {task.units[0]}: {error}"
+            )
+            return _chosen(items, args.limit), notes
         judged = {item.source for item in items}
         trained = {pair.source for pair in data.train if pair.source in judged}
         chosen = ({item.source for item in data.dev} & judged) - trained
         for where, seen in (("training", trained), ("development", chosen)):
             if seen:
                 verb = "is" if len(seen) == 1 else "are"
-                note(f"{len(seen)} of these {task.units[0]} {verb} in the {where} set of the model")
-    return sorted(items, key=_shuffled)[: args.limit]
+                notes.append(
+                    f"{len(seen)} of these {task.units[0]} {verb} in the {where} set of the model"
+                )
+    return _chosen(items, args.limit), notes
+
+
+def _chosen(items: Sequence[Item], limit: int | None) -> list[Item]:
+    return sorted(items, key=_shuffled)[:limit]
 
 
 def _shuffled(item: Item) -> bytes:

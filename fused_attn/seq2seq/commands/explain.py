@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
+from fused_attn.seq2seq.commands.options import load_models, note, search_config, set_threads
+from fused_attn.seq2seq.commands.streams import argument_bytes
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.prediction import Prediction
+from fused_attn.seq2seq.inference.records import read_line
 from fused_attn.seq2seq.outputs import write_atomically
 
 
@@ -25,18 +26,20 @@ def run(args: Namespace) -> int:
     if args.beam is None and not search.sample:
         search = replace(search, beam=5, nbest=5)
     predictor = load_models(args)
+    line = read_line(predictor, argument_bytes(args.text))
+    if line.source is None:
+        raise InputError(line.problem("TEXT"))
+    if text := predictor.long_note("TEXT", line.source):
+        note(text)
+    (found,) = predictor.decode([line.source], search, alignments=True)
     try:
-        source = predictor.read(os.fsencode(args.text).decode())
-    except UnicodeDecodeError:
-        raise InputError("TEXT is not UTF-8 text") from None
-    (found,) = predictor.predict([source], search, alignments=True)
-    try:
-        write_atomically(path, page(found).encode())
+        # A model may have symbols that UTF-8 cannot encode.
+        write_atomically(path, page(found).encode("utf-8", "backslashreplace"))
     except BrokenPipeError:  # the reader of a FIFO or of standard output has gone
         raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
-    print(f"{path}: {predictor.task.show(source)} -> {found.text}")
+    print(f"{path}: {predictor.task.show(found.source)} -> {found.text}")
     return 0
 
 

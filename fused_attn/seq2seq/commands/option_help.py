@@ -69,6 +69,8 @@ TRAINING_HELP = {
 SEARCH_HELP = {
     "beam": "beam size; 1 is greedy search",
     "nbest": "targets to return for each source, at most --beam",
+    "nbest_mass": "return the fewest best targets whose probabilities add up to at least this, at "
+    "most --nbest, or --beam",
     "max_length": "maximum length of a target (default: twice the source length plus 10, or more "
     "if training targets were longer)",
     "length_penalty": f"what the log-probability is divided by: {', '.join(LENGTH_PENALTIES)}",
@@ -156,6 +158,6 @@ SELDOM_IN_TRAINING = frozenset(
 SELDOM_IN_SEARCH = frozenset(
     {
         *("alpha", "coverage_penalty", "min_length", "block_ngrams", "length_penalty"),
-        *("temperature", "top_k", "top_p", "seed", "backend"),
+        *("temperature", "top_k", "top_p", "seed", "backend", "nbest_mass"),
     }
 )

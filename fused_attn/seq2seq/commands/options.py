@@ -46,4 +46,10 @@ def set_threads(threads: int | None) -> None:
 
 def note(text: str) -> None:
     """Print a note to standard error."""
-    print(f"note: {text}", file=sys.stderr)
+    tell(f"note: {text}")
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error, if that is open."""
+    if sys.stderr is not None:  # print() would take standard output instead
+        print(text, file=sys.stderr, flush=True)

@@ -18,7 +18,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from fused_attn.seq2seq.commands.option_help import FILES
 
-USAGE_ERROR = 2
+# Exit codes of commands. INCOMPLETE: done, but some sources could not be read.
+INCOMPLETE, USAGE_ERROR = 1, 2
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,24 +7,33 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from fused_attn.seq2seq.commands.options import load_models, search_config, set_threads
+from fused_attn.seq2seq.commands.alignment_files import AlignmentFile, check_name
+from fused_attn.seq2seq.commands.options import (
+    load_models,
+    note,
+    search_config,
+    set_threads,
+    tell,
+)
+from fused_attn.seq2seq.commands.parser import INCOMPLETE
+from fused_attn.seq2seq.commands.streams import argument_bytes
+from fused_attn.seq2seq.commands.tally import Tally
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.data.links import pharaoh
-from fused_attn.seq2seq.data.pairs import Symbols
 from fused_attn.seq2seq.errors import InputError, OptionError
-from fused_attn.seq2seq.inference.alignments import hard_links, replace_unknown, soft_alignment
 from fused_attn.seq2seq.inference.files import Group, predict_file
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.predictor import Predictor
-from fused_attn.seq2seq.outputs import write_atomically
+from fused_attn.seq2seq.inference.records import (
+    Line,
+    answer,
+    as_json,
+    as_text,
+    as_tsv,
+    read_line,
+    with_unknown_replaced,
+)
 from fused_attn.seq2seq.vocabulary import UNKNOWN
-
-# Largest number of heat maps in a picture of alignments.
-MAX_PANELS = 12
-# File name endings for --alignments: a picture, or a text file with one line per source.
-PICTURES, TEXTS = (".png", ".svg"), (".pharaoh", ".soft")
 
 _READ_BYTES = 1 << 16
 
@@ -34,9 +43,12 @@ class _Output:
     """What to compute and print for each batch of lines."""
 
     search: SearchConfig
-    weights: bool
+    format: str
     scores: bool
     replace_unknown: bool
+    with_alignment: bool
+    strict: bool
+    weights: bool  # whether anything here needs the attention weights
 
 
 def run(args: Namespace) -> int:
@@ -46,39 +58,33 @@ def run(args: Namespace) -> int:
     _check_files(args, group)
     search = search_config(args)
     predictor = load_models(args)
-    has_attention = any(model.config.score != "none" for model in predictor.models)
-    for option in ("alignments", "replace_unknown"):
-        if getattr(args, option) and not has_attention:
-            name = option.replace("_", "-")
-            raise InputError(f"--{name} needs a model with attention, and this one has none")
-    if args.replace_unknown and UNKNOWN not in predictor.target.symbols:
-        raise OptionError("replace_unknown", f"has no effect: the model never writes {UNKNOWN}")
-    weights = args.alignments is not None or args.replace_unknown
-    output = _Output(search, weights, args.scores, args.replace_unknown)
+    _check_model(args, predictor)
+    output = _Output(
+        search,
+        args.format,
+        args.scores,
+        args.replace_unknown,
+        args.with_alignment,
+        args.strict,
+        weights=args.alignments is not None or args.replace_unknown or args.with_alignment,
+    )
     if args.output is not None:
-
-        def answer(batch: list[bytes], before: int) -> str:
-            lines, _, problem = _predict_batch(predictor, batch, "line", before, output)
-            if problem is not None:
-                raise problem
-            return lines
-
-        predict_file(args.input, args.output, answer, group)
-        return 0
-    return _predict_stream(args, predictor, output)
+        tally = _predict_file(args, predictor, output, group)
+    else:
+        tally = _predict_stream(args, predictor, output)
+    if group.rank == 0:
+        for text in tally.summary(predictor):
+            note(text)
+    return INCOMPLETE if tally.unread.count else 0
 
 
 def _check_files(args: Namespace, group: Group) -> None:
-    path: Path | None = args.alignments
-    if path is not None and path.suffix.lower() not in (*PICTURES, *TEXTS):
-        endings = ", ".join((*PICTURES, *TEXTS))
-        raise InputError(f"--alignments must be a file name ending in one of {endings}, got {path}")
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"--alignments: there is no directory {path.parent}")
+    if args.alignments is not None:
+        check_name(args.alignments)
     if (args.input is None) != (args.output is None):
         raise InputError("--input and --output must be given together")
     if args.output is not None:
-        if args.text or path is not None:
+        if args.text or args.alignments is not None:
             raise InputError("--input cannot be combined with TEXT or --alignments")
         if not args.output.parent.is_dir():
             raise InputError(f"--output: there is no directory {args.output.parent}")
@@ -86,41 +92,68 @@ def _check_files(args: Namespace, group: Group) -> None:
         raise InputError("prediction with several processes needs --input and --output")
 
 
-def _predict_stream(args: Namespace, predictor: Predictor, output: _Output) -> int:
-    path: Path | None = args.alignments
-    ending = "" if path is None else path.suffix.lower()
-    found: list[Prediction] = []  # for --alignments: all for a text file, the first for a picture
-    count = 0
-    for batch, kind in _batches(args):
-        lines, predictions, problem = _predict_batch(predictor, batch, kind, count, output)
-        print(lines, end="", flush=True)
+def _check_model(args: Namespace, predictor: Predictor) -> None:
+    has_attention = any(model.config.score != "none" for model in predictor.models)
+    for option in ("alignments", "replace_unknown", "with_alignment"):
+        if getattr(args, option) and not has_attention:
+            name = option.replace("_", "-")
+            raise InputError(f"--{name} needs a model with attention, and this one has none")
+    if args.replace_unknown and UNKNOWN not in predictor.target.symbols:
+        raise OptionError("replace_unknown", f"has no effect: the model never writes {UNKNOWN}")
+
+
+def _predict_file(args: Namespace, predictor: Predictor, output: _Output, group: Group) -> Tally:
+    """Predict for ``args.input``. The notes come at the end, from the first process."""
+    own = Tally("line")
+
+    def answer_batch(batch: list[bytes], before: int) -> str:
+        lines, _, problem = _read_batch(predictor, batch, before, own, output.strict)
         if problem is not None:
             raise problem
-        for prediction in predictions:
-            if ending in TEXTS:
-                found.append(prediction)
-            elif path is not None and len(found) < MAX_PANELS and prediction.tokens:
-                found.append(prediction)
-        count += len(batch)
-    if path is not None:
-        _write_alignments(found, path, count)
-    return 0
+        _, text = _predict_batch(predictor, lines, output)
+        # A model may have symbols that UTF-8 cannot encode.
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    whole = Tally.joined(predict_file(args.input, args.output, answer_batch, group, lambda: own))
+    if group.rank == 0:
+        for text in whole.notes:
+            note(text)
+    return whole
 
 
-def _batches(args: Namespace) -> Iterator[tuple[list[bytes], str]]:
-    """Yield the sources in batches, each with what error messages call a source."""
+def _predict_stream(args: Namespace, predictor: Predictor, output: _Output) -> Tally:
+    """Predict for the arguments or standard input, printing notes and targets as they come."""
+    file = None if args.alignments is None else AlignmentFile(args.alignments)
+    tally = Tally("argument" if args.text else "line")
+    for batch in _batches(args):
+        lines, notes, problem = _read_batch(predictor, batch, tally.total, tally, output.strict)
+        for text in notes:
+            note(text)
+        predictions, written = _predict_batch(predictor, lines, output)
+        print(written, end="", flush=True)
+        if problem is not None:
+            raise problem
+        if file is not None:
+            file.add(predictions)
+    if file is not None and (told := file.write()):
+        tell(told)
+    return tally
+
+
+def _batches(args: Namespace) -> Iterator[list[bytes]]:
+    """Yield the sources in batches."""
     if args.text:
-        yield [os.fsencode(text) for text in args.text], "argument"
+        yield [argument_bytes(text) for text in args.text]
     elif sys.stdin is None:
         raise InputError("there is no TEXT, and standard input is closed")
     else:
         try:
             descriptor = sys.stdin.fileno()
         except (OSError, ValueError):  # not a file, as in a test or a notebook
-            yield sys.stdin.read().encode().splitlines(), "line"
+            data = sys.stdin.read().encode("utf-8", "surrogatepass")
+            yield data.removesuffix(b"\n").split(b"\n") if data else []
             return
-        for lines in _available_lines(descriptor):
-            yield lines, "line"
+        yield from _available_lines(descriptor)
 
 
 def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
@@ -134,73 +167,45 @@ def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _predict_batch(
-    predictor: Predictor,
-    batch: Sequence[bytes],
-    kind: str,
-    before: int,
-    output: _Output,
-) -> tuple[str, list[Prediction], InputError | None]:
-    """Predict for a batch of lines, up to the first one that cannot be used.
+def _read_batch(
+    predictor: Predictor, batch: Sequence[bytes], before: int, tally: Tally, strict: bool
+) -> tuple[list[Line], list[str], InputError | None]:
+    """Read a batch of lines and count them; if ``strict``, up to the first without a source.
 
-    kind: what error messages call a line. before: number of lines before this batch.
+    before: number of lines before this batch.
 
-    Returns the text to write, the predictions, and the error of the bad line, or None. Every source
-    has ``search.nbest`` lines of text; they are empty where fewer targets were found.
+    Returns the lines, the notes about them, and the error of the line that is not used, or None.
     """
-    sources: list[Symbols] = []
-    problem: InputError | None = None
-    for number, text in enumerate(batch, start=before + 1):
-        try:
-            source = predictor.read(text.decode())
-            predictor.encode(source)
-        except UnicodeDecodeError:
-            problem = InputError(f"{kind} {number} is not UTF-8 text")
-            break
-        except InputError as error:
-            problem = InputError(f"{kind} {number}: {error}")
-            break
-        sources.append(source)
-    predictions = predictor.predict(sources, output.search, alignments=output.weights)
-    lines = []
-    for best in predictions:
-        for prediction in best.alternatives:
-            score = f"{prediction.ranking_score:.4f}\t" if output.scores else ""
-            lines.append(score + _text(prediction, predictor, output))
-        lines += [""] * (output.search.nbest - len(best.alternatives))
-    written = "".join(f"{line}\n" for line in lines)
-    return written, predictions, problem
+    lines: list[Line] = []
+    notes: list[str] = []
+    for number, data in enumerate(batch, start=before + 1):
+        line = read_line(predictor, data)
+        if strict and line.source is None:
+            return lines, notes, InputError(line.problem(f"{tally.unit} {number}"))
+        notes += tally.add(number, line, predictor)
+        lines.append(line)
+    return lines, notes, None
 
 
-def _text(prediction: Prediction, predictor: Predictor, output: _Output) -> str:
-    if not output.replace_unknown:
-        return prediction.text
-    copied = replace_unknown(prediction.tokens, prediction.source, prediction.alignment)
-    return predictor.task.write(copied)
+def _predict_batch(
+    predictor: Predictor, lines: Sequence[Line], output: _Output
+) -> tuple[list[Prediction | None], str]:
+    """Return the prediction for each line, None without a source, and the text to write."""
+    predictions = answer(predictor, lines, output.search, alignments=output.weights)
+    written: list[str] = []
+    for line, found in zip(lines, predictions, strict=True):
+        written += _written(line, found, predictor, output)
+    return predictions, "".join(f"{text}\n" for text in written)
 
 
-def _write_alignments(found: Sequence[Prediction], path: Path, count: int) -> None:
-    try:
-        if path.suffix.lower() in TEXTS:
-            write_atomically(path, _lines(found, path.suffix.lower()).encode())
-            return
-        from fused_attn.seq2seq.commands.plots import (
-            save_alignments,  # matplotlib is slow to import
-        )
-
-        if not found:
-            raise InputError("--alignments: nothing to draw, all targets are empty")
-        save_alignments(found, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    if len(found) < count:
-        print(f"{path} shows the first {len(found)} of {count} sources", file=sys.stderr)
-
-
-def _lines(found: Sequence[Prediction], kind: str) -> str:
-    lines = []
-    for prediction in found:
-        assert prediction.alignment is not None
-        weights = prediction.alignment
-        lines.append(soft_alignment(weights) if kind == ".soft" else pharaoh(hard_links(weights)))
-    return "".join(f"{line}\n" for line in lines)
+def _written(
+    line: Line, found: Prediction | None, predictor: Predictor, output: _Output
+) -> list[str]:
+    """The lines to write for a line of input."""
+    if output.replace_unknown and found is not None:
+        found = with_unknown_replaced(found, predictor.task)
+    if output.format == "json":
+        return [as_json(line, found, output.with_alignment)]
+    if output.format == "tsv":
+        return as_tsv(line, found, output.with_alignment)
+    return as_text(found, output.search.most, output.scores)

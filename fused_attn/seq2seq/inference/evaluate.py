@@ -49,8 +49,8 @@ def targets(
     batch_size: int = BATCH_SIZE,
 ) -> list[Symbols]:
     """Return the best target for the source of each item."""
-    sources = [item.source for item in items]
-    return [found.tokens for found in predictor.predict(sources, config, batch_size=batch_size)]
+    sources = predictor.read_all([item.source for item in items])
+    return [found.tokens for found in predictor.decode(sources, config, batch_size=batch_size)]
 
 
 def judge(found: Sequence[Symbols], items: Sequence[Item]) -> ErrorRates:
@@ -90,7 +90,8 @@ def evaluate(
     the perplexity.
 
     Raises `InputError` if a pair or the file cannot be used, or there are no pairs; TypeError if
-    ``predictor`` is not a `Predictor`.
+    ``predictor`` is not a `Predictor`. Warns once, with a UserWarning, if sources are longer than
+    those of the training.
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(f"predictor must be from load or fit, got {type(predictor).__name__}")
@@ -104,7 +105,9 @@ def evaluate(
         items = grouped(_pair(predictor, number, each) for number, each in enumerate(pairs, 1))
     if not items:
         raise InputError("there are no pairs to evaluate on")
-    found = targets(predictor, items, config, batch_size)
+    sources = predictor.read_all([item.source for item in items])
+    predictor.warn_of_long(sources)
+    found = [each.tokens for each in predictor.decode(sources, config, batch_size=batch_size)]
     result = measures(task, found, items)
     if task.by_perplexity:
         result = {PERPLEXITY: perplexity(predictor, items), **result}

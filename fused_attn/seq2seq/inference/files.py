@@ -52,12 +52,18 @@ class Group:
 
 
 def predict_file(
-    source: Path, target: Path, answer: Callable[[list[bytes], int], str], group: Group
-) -> None:
+    source: Path,
+    target: Path,
+    answer: Callable[[list[bytes], int], str],
+    group: Group,
+    tally: Callable[[], Any] = lambda: None,
+) -> list[Any]:
     """Write the output of ``answer`` for all lines of ``source`` to ``target``, in their order.
 
     answer: maps a batch of lines, and the number of lines before it, to the text to write.
     group: the processes that share the work. All of them must call this function.
+    tally: called once after the last line of this process. Returns the values of all processes, by
+        rank.
 
     Raises `InputError` in all processes if ``answer`` raises it in any of them, or if the output
     cannot be written; ``target`` is not changed then, unless it is a device or a FIFO.
@@ -74,6 +80,7 @@ def predict_file(
         if stopped is None:
             problem = _write_parts(source, target, shared, answer, group)
         problems = [text for text in group.gather(problem) if text is not None]
+        tallies = group.gather(tally())
         if not problems and parts is not None:
             problem = _join(parts, target)
         problems = problems or [text for text in group.gather(problem) if text is not None]
@@ -85,6 +92,7 @@ def predict_file(
                 dist.destroy_process_group()
     if problems:
         raise InputError(problems[0])
+    return tallies
 
 
 def _write_parts(

@@ -20,6 +20,7 @@ from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.inference.prediction import Prediction
+from fused_attn.seq2seq.inference.sources import EncodedSource, Source, SourceReader
 from fused_attn.seq2seq.model.modes import WithoutDraws, evaluating
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
@@ -28,15 +29,15 @@ from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.search import search
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
-from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
+from fused_attn.seq2seq.vocabulary import Vocabulary
 
 BATCH_SIZE = 256
 
-# A text, or a sequence of tokens of the vocabulary.
-Source = str | Sequence[str]
+# Key in the metadata of a checkpoint.
+_LONGEST = "longest_source"
 
 
-class Predictor:
+class Predictor(SourceReader):
     """A model with its vocabularies and its task: ``predictor("hello")``.
 
     Several models form an ensemble, which averages their probabilities.
@@ -48,6 +49,8 @@ class Predictor:
         task: converts texts to source symbols, and target symbols to texts; None splits texts into
             words at white space.
         meta: additional metadata for checkpoints of the model, as JSON values.
+        longest_source: number of symbols of the longest source that the models were trained on;
+            None takes it from ``meta``, where it may be missing.
     """
 
     def __init__(
@@ -58,13 +61,21 @@ class Predictor:
         bound: LengthBound = LengthBound(),  # noqa: B008, it is frozen
         task: Task | None = None,
         meta: Mapping[str, Any] | None = None,
+        longest_source: int | None = None,
     ) -> None:
         self.models = [models] if isinstance(models, Seq2Seq) else _checked(models)
+        self._meta = dict(meta or {})
+        known: int | None = self._meta.get(_LONGEST)
+        sizes = (m.config.max_source for m in self.models if m.config.score == "location")
+        super().__init__(
+            source,
+            Pairs(PairsConfig()) if task is None else task,
+            known if longest_source is None else longest_source,
+            min(filter(None, sizes), default=None),
+        )
         self.source = source
         self.target = target
         self.bound = bound
-        self.task = Pairs(PairsConfig()) if task is None else task
-        self._meta = dict(meta or {})
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +118,7 @@ class Predictor:
         ]
         try:
             bound = stored_bound(metas[0])
+            longest = min(filter(None, map(_longest_source, metas)), default=None)
             task = stored_task(metas[0])
         except files.UNUSABLE as error:
             raise files.damaged(paths[0], error) from None
@@ -115,7 +127,7 @@ class Predictor:
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
                 raise InputError(f"the vocabularies of {path} differ from those of {paths[0]}")
         members = [model.eval() for model, _, _ in loaded]
-        return cls(members, source, target, bound, task, metas[0])
+        return cls(members, source, target, bound, task, metas[0], longest)
 
     def save(self, directory: str | Path, *, store: str = "float32") -> None:
         """Write the model as a checkpoint for `load`, without training state.
@@ -138,6 +150,7 @@ class Predictor:
             "source": self.source.symbols,
             "target": self.target.symbols,
             "target_bound": asdict(self.bound),
+            **({} if self.longest_source is None else {_LONGEST: self.longest_source}),
         }
         save_model(Path(directory), meta, model.state_dict(), store)
 
@@ -188,25 +201,33 @@ class Predictor:
 
         Raises `InputError` that names the text if it is empty, or has a symbol that is unknown to a
         vocabulary without ``<unk>``; or if a search option has no effect without another one.
-        Raises ValueError for the value of an option, TypeError for an unknown option.
+        Raises ValueError for the value of an option, TypeError for an unknown option. Warns once,
+        with a UserWarning, if texts are longer than `longest_source`.
         """
         config = search_config(search)
         _check_options(batch_size, alignments)
         if isinstance(texts, str):
-            return self.predict([texts], config, batch_size=batch_size, alignments=alignments)[0]
+            sources = self.read_all([texts])
+            self.warn_of_long(sources)
+            return self.decode(sources, config, alignments=alignments)[0]
         if isinstance(texts, (bytes, Mapping, Set)) or not isinstance(texts, Iterable):
             kind = type(texts).__name__
             raise InputError(f"expected a text, a list of texts or an iterator, got {kind}")
         if not isinstance(texts, Sized):
             return self._stream(iter(texts), config, batch_size, alignments)
-        return self.predict(list(texts), config, batch_size=batch_size, alignments=alignments)
+        sources = self.read_all(list(texts))
+        self.warn_of_long(sources)
+        return self.decode(sources, config, alignments=alignments, batch_size=batch_size)
 
     def _stream(
         self, texts: Iterator[Source], config: SearchConfig, batch_size: int, alignments: bool
     ) -> Iterator[Prediction]:
         before = 0
+        warned = False
         while batch := list(islice(texts, batch_size)):
-            yield from self.predict(batch, config, alignments=alignments, before=before)
+            sources = self.read_all(batch, before)
+            warned = warned or self.warn_of_long(sources, before)
+            yield from self.decode(sources, config, alignments=alignments)
             before += len(batch)
 
     def predict(
@@ -217,7 +238,6 @@ class Predictor:
         prefixes: Sequence[Sequence[str]] | None = None,
         alignments: bool = False,
         batch_size: int = BATCH_SIZE,
-        before: int = 0,
     ) -> list[Prediction]:
         """Return the best prediction for each source, in the same order.
 
@@ -225,38 +245,40 @@ class Predictor:
         prefixes: tokens that each target must begin with, one sequence per source.
         alignments: whether predictions have their attention weights.
         batch_size: number of sources decoded together.
-        before: number of sources before these, added to the numbers in error messages.
 
         Raises `InputError` that names the source if it is empty, or has a symbol that is unknown to
-        a vocabulary without ``<unk>``.
+        a vocabulary without ``<unk>``. Warns once, with a UserWarning, if sources are longer than
+        `longest_source`.
         """
-        if isinstance(sources, str):
-            sources = [sources]
+        read = self.read_all([sources] if isinstance(sources, str) else sources)
+        self.warn_of_long(read)
+        return self.decode(
+            read, config, prefixes=prefixes, alignments=alignments, batch_size=batch_size
+        )
+
+    def decode(
+        self,
+        sources: Sequence[EncodedSource],
+        config: SearchConfig = SearchConfig(),  # noqa: B008, it is frozen
+        *,
+        prefixes: Sequence[Sequence[str]] | None = None,
+        alignments: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Prediction]:
+        """`predict` for sources that are read already. Never warns."""
         _check_options(batch_size, alignments)
-        alone = len(sources) == 1 and not before
-        tokens: list[tuple[str, ...]] = []
-        encoded: list[list[int]] = []
-        for number, source in enumerate(sources, start=before + 1):
-            try:
-                tokens.append(self.read(source))
-                encoded.append(self.encode(tokens[-1]))
-            except InputError as error:
-                was_read = len(tokens) > len(encoded) and not isinstance(source, str)
-                shown = self.task.show(tokens[-1]) if was_read else source
-                name = f"{shown!r}" if alone else f"source {number}, {shown!r}"
-                raise InputError(f"{name}: {error}") from None
-        self._check_search(config, len(encoded), prefixes)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        self._check_search(config, len(sources), prefixes)
+        order = sorted(range(len(sources)), key=lambda i: len(sources[i].ids))
         found: dict[int, Prediction] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]  # of similar length
             prefix = None
             if prefixes is not None:
                 prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
-            results = self._search([encoded[i] for i in chosen], config, prefix, alignments)
+            results = self._search([sources[i].ids for i in chosen], config, prefix, alignments)
             for i, hypotheses in zip(chosen, results, strict=True):
-                found[i] = self._prediction(tokens[i], hypotheses)
-        return [found[i] for i in range(len(encoded))]
+                found[i] = self._prediction(sources[i], hypotheses)
+        return [found[i] for i in range(len(sources))]
 
     def _check_search(
         self, config: SearchConfig, count: int, prefixes: Sequence[Sequence[str]] | None
@@ -269,32 +291,6 @@ class Predictor:
     @property
     def _attends(self) -> bool:
         return any(model.config.score != "none" for model in self.models)
-
-    def read(self, source: Source) -> tuple[str, ...]:
-        """Return the tokens of a text, or a sequence of tokens as a tuple.
-
-        Raises `InputError` for anything else.
-        """
-        if isinstance(source, str):
-            return self.task.read(source)
-        if isinstance(source, (bytes, Mapping, Set)) or not isinstance(source, Iterable):
-            kind = type(source).__name__
-            raise InputError(f"expected a text or a sequence of tokens, got {kind}")
-        tokens = tuple(source)
-        for number, token in enumerate(tokens, start=1):
-            if not isinstance(token, str):
-                raise InputError(f"token {number} is not a str but {type(token).__name__}")
-        return tokens
-
-    def encode(self, tokens: Sequence[str]) -> list[int]:
-        """Return the ids of source tokens; raises `InputError` if empty or a token is unknown."""
-        if not tokens:
-            raise InputError("the source is empty")
-        try:
-            return self.source.encode(tokens)
-        except UnknownSymbolError as error:
-            known = " ".join(self.source.symbols)
-            raise InputError(f"unknown symbol {error.symbol!r}; known symbols: {known}") from None
 
     def _search(
         self,
@@ -315,12 +311,12 @@ class Predictor:
                 return_weights=alignments and self._attends,
             )
 
-    def _prediction(self, source: tuple[str, ...], hypotheses: Sequence[Hypothesis]) -> Prediction:
+    def _prediction(self, source: EncodedSource, hypotheses: Sequence[Hypothesis]) -> Prediction:
         others: tuple[Prediction, ...] = ()
         for hypothesis in reversed(hypotheses):
             tokens = self.target.decode(hypothesis.tokens)
             found = Prediction(
-                source,
+                source.tokens,
                 tokens,
                 self.task.write(tokens),
                 hypothesis.log_prob,
@@ -328,6 +324,7 @@ class Predictor:
                 hypothesis.score,
                 # Not a view of its batch's weights, which it would keep alive.
                 None if hypothesis.weights is None else hypothesis.weights.clone(),
+                source_text=source.text,
             )
             others = (found, *others)
         first, *rest = others
@@ -360,6 +357,14 @@ def search_config(options: Mapping[str, Any]) -> SearchConfig:
     shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
     settle(SEARCH_NEEDS, asdict(SearchConfig()) | shown, options)
     return config
+
+
+def _longest_source(meta: Mapping[str, Any]) -> int | None:
+    """The length of the longest training source in metadata, None if it is not known."""
+    value = meta.get(_LONGEST)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{_LONGEST} must be a positive whole number, got {value!r}")
+    return value
 
 
 def _check_options(batch_size: int, alignments: bool) -> None:

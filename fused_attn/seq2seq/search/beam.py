@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -139,7 +140,7 @@ def beam_search(
         results = ended.rows(finished).on_host()
         sizes = lengths[finished].tolist()
         for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
-            found[row] = _hypotheses(results, i, size, config.nbest, return_weights)
+            found[row] = _hypotheses(results, i, size, config, return_weights)
         remaining = is_open.nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
@@ -231,20 +232,21 @@ def _is_open(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -
     """
     longest = (limits + 1).to(alive.log_prob.dtype)
     bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
-    return (ended.score[:, -1] == -torch.inf) & (ended.score[:, config.nbest - 1] < bound)
+    return (ended.score[:, -1] == -torch.inf) & (ended.score[:, config.most - 1] < bound)
 
 
 def _hypotheses(
-    ended: _Pool, row: int, length: int, nbest: int, return_weights: bool
+    ended: _Pool, row: int, length: int, config: SearchConfig, return_weights: bool
 ) -> list[Hypothesis]:
-    """The n best hypotheses of a done sentence; fewer if there are not n.
+    """The best hypotheses of a done sentence, at most ``config.most``.
 
     Raises `InputError` if there are none, or if their probabilities are nan.
     """
-    found = []
-    for slot in range(nbest):
+    found: list[Hypothesis] = []
+    mass = 0.0
+    for slot in range(config.most):
         score = float(ended.score[row, slot])
-        if score == -torch.inf:
+        if score == -torch.inf or (config.nbest_mass is not None and mass >= config.nbest_mass):
             break
         if score != score:
             raise not_numbers()
@@ -257,6 +259,7 @@ def _hypotheses(
         totals = [0.0, *ended.totals[row, slot, : len(tokens)].tolist()]
         token_log_probs = [after - before for before, after in pairwise(totals)]
         log_prob = float(ended.log_prob[row, slot])
+        mass += math.exp(log_prob)
         found.append(Hypothesis(tokens, log_prob, score, weights, token_log_probs))
     if not found:
         raise not_numbers()

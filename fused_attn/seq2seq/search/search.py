@@ -34,7 +34,7 @@ def search(
     return_weights: bool = False,
     graphs: bool = True,
 ) -> list[list[Hypothesis]]:
-    """Return the ``config.nbest`` best hypotheses of each source, best first.
+    """Return the best hypotheses of each source, at most ``config.most``, best first.
 
     models: one, or an ensemble with the same vocabularies; in evaluation mode, on one device.
     source: int64 (B, S), padded at the end. source_lengths: int64 (B,), 1..S, on any device.

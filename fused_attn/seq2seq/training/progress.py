@@ -146,8 +146,10 @@ class BarProgress(Progress):
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
-    """Return a bar if ``stream`` is a terminal, else lines; None means standard output."""
-    stream = stream or sys.stdout
+    """Return a bar if ``stream`` is a terminal, else lines; None means standard error."""
+    stream = stream or sys.stderr
+    if stream is None:  # it is closed
+        return NoProgress()
     if not stream.isatty():
         return LineProgress(stream)
     from rich.console import Console
