@@ -16,7 +16,7 @@ NATIVE_ENV = FUSED_ATTN_REQUIRE_NATIVE=$(if $(shell command -v $(CXX)),1,0)
 TEST_ENV = PYTHONSAFEPATH=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-matrix test-tiles test-fuzz test-asan test-tsan lint lint-python lint-native \
+.PHONY: help setup build demo test aot gpu-check test-triton-oldest test-matrix test-tiles test-fuzz test-kill test-asan test-tsan lint lint-python lint-native \
         lint-bans format wheel bench clean
 
 help: ## list the targets
@@ -66,6 +66,10 @@ test-tiles: setup build ## run every tile variant of the Triton kernels
 test-fuzz: setup build ## run the fuzz tests on many more calls and files, with new random draws
 	HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/pytest -n 2 tests/test_fuzz.py \
 	  tests/test_seq2seq_damage.py
+
+# Options: make test-kill KILL='--kills 500 --seed 1'.
+test-kill: setup build ## kill training at random, fill its disk, damage its files: is anything lost?
+	$(TEST_ENV) $(BIN)/python tests/kill.py $(KILL)
 
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))

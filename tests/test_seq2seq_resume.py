@@ -259,3 +259,23 @@ def test_from_python(two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
             progress=False,
             training=TrainingConfig(seed=3),
         )
+
+
+@pytest.mark.parametrize("name", [files.METADATA, files.MODEL, files.TRAINING])
+def test_a_damaged_last_checkpoint(
+    two: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error says how to go on from the one before, and that gives the same results."""
+    run = shutil.copytree(two, tmp_path / "run")
+    before, last = sorted((run / "checkpoints").iterdir())[-2:]
+    (last / name).write_bytes((last / name).read_bytes()[:-9])
+    capfd.readouterr()
+    assert resume(run, "--epochs", "3") == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert f"{last} is damaged" in error
+    assert error.endswith(f"to resume from the one before it, {before.name}, remove it")
+    shutil.rmtree(last)
+    assert resume(run) == 0
+    assert steps(run) == steps(two)
+    expected = parameters(two)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters(run).items())

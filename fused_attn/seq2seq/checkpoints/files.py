@@ -46,6 +46,10 @@ DIGESTS = "digests"  # key in the metadata: SHA-256 of each file by its name
 _PARAMETERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+class DamagedError(InputError):
+    """The contents of a checkpoint are missing, or are not consistent."""
+
+
 def save(
     directory: Path,
     meta: Mapping[str, Any],
@@ -230,7 +234,7 @@ def _readable(directory: Path) -> Iterator[None]:
         what = "there is no such directory"
         if directory.is_dir():
             what = f"{Path(error.filename).name} is missing"
-        raise InputError(f"no checkpoint at {directory}: {what}") from None
+        raise DamagedError(f"no checkpoint at {directory}: {what}") from None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
     except RecursionError:
@@ -246,12 +250,12 @@ UNUSABLE = (
 )
 
 
-def damaged(directory: Path, error: Exception) -> InputError:
-    """Return the `InputError` to raise for a checkpoint whose contents are not consistent."""
+def damaged(directory: Path, error: Exception) -> DamagedError:
+    """Return the error to raise for a checkpoint whose contents are not consistent."""
     reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
     if isinstance(error, KeyError):  # its text is only the key
         reason = f"{reason} is missing"
-    return InputError(f"the checkpoint {directory} is damaged: {reason}")
+    return DamagedError(f"the checkpoint {directory} is damaged: {reason}")
 
 
 _LONGEST_REASON = 400  # characters: an error may quote what it could not read

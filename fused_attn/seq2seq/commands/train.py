@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.commands.options import as_option, note, set_threads
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
@@ -25,7 +25,7 @@ from fused_attn.seq2seq.training.directory import is_new
 from fused_attn.seq2seq.training.prepare import Machine
 from fused_attn.seq2seq.training.processes import gathered, launch, leave
 from fused_attn.seq2seq.training.progress import make_progress
-from fused_attn.seq2seq.training.resume import changed, resume_run
+from fused_attn.seq2seq.training.resume import changed, resume_run, stored_run
 from fused_attn.seq2seq.training.run import Run, carry_out
 from fused_attn.seq2seq.training.start import start_run
 
@@ -106,9 +106,7 @@ def _start(args: Namespace) -> Run:
 
 
 def _resume(args: Namespace) -> Run:
-    last = last_checkpoint(args.output)
-    meta = files.load_metadata(last)
-    recipe = load_recipe(last, meta)
+    _, meta, recipe = stored_run(args.output)
     if recipe.task.name != args.task:
         raise InputError(f"the task of the run in {args.output} is {recipe.task.name}")
     kind = type(recipe.task)

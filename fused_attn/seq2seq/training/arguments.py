@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint, last_checkpoint
+from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
 from fused_attn.seq2seq.tasks.registry import TASKS
 from fused_attn.seq2seq.tasks.text import Pairs
-from fused_attn.seq2seq.training.resume import changed
+from fused_attn.seq2seq.training.resume import changed, stored_run
 
 # Options of `fit` that go to the configuration of the task.
 DATA_OPTIONS = ("min_count", "max_length", "skip_bad", "vocabulary")
@@ -136,9 +136,7 @@ def recipe_to_resume(
     Raises `InputError` if there is no run of pairs, or if something is asked for that it was not
     started with and that may not change.
     """
-    last = last_checkpoint(run)
-    meta = files.load_metadata(last)
-    found = load_recipe(last, meta)
+    _, meta, found = stored_run(run)
     if not isinstance(found.task, Pairs):
         raise InputError(
             f"the run in {run} has the task {found.task.name}; resume it with "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fused_attn.seq2seq.checkpoints import files
-from fused_attn.seq2seq.checkpoints.find import last_checkpoint
+from fused_attn.seq2seq.checkpoints.find import checkpoints, last_checkpoint
 from fused_attn.seq2seq.checkpoints.load import load_model, load_vocabularies
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.config import TrainingConfig
@@ -36,6 +37,27 @@ _OF_MODEL = ("dropout", "variational")
 _OF_TRAINING = tuple(f.name for f in fields(TrainingConfig) if f.name != "seed")
 # Files that may have moved. Their content must be the same, except for the test set.
 _FILES = ("train", "dev", "test", "lexicon", "dialogs")
+
+
+def stored_run(run: Path) -> tuple[Path, dict[str, Any], Recipe]:
+    """Return the last checkpoint of a run, its metadata and its recipe; raises `InputError`."""
+    last = last_checkpoint(run)
+    with _damage_explained(run, last):
+        meta = files.load_metadata(last)
+        return last, meta, load_recipe(last, meta)
+
+
+@contextmanager
+def _damage_explained(run: Path, last: Path) -> Iterator[None]:
+    """Add to the error of a damaged checkpoint from which one a run can be resumed instead."""
+    try:
+        yield
+    except files.DamagedError as error:
+        earlier = [path for path in checkpoints(run) if path != last]
+        if not earlier:
+            raise
+        hint = f"to resume from the one before it, {earlier[-1].name}, remove it"
+        raise InputError(str(error), hint) from None
 
 
 def changed(run: Path, recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
@@ -110,9 +132,7 @@ def resume_run(
     Raises `InputError` if there is no checkpoint, it is damaged, or the pairs are not those that
     the run was started with.
     """
-    last = last_checkpoint(directory)
-    meta = files.load_metadata(last)
-    before = load_recipe(last, meta)
+    last, meta, before = stored_run(directory)
     recipe = before if recipe is None else recipe
     task = recipe.task
     check_recipe(recipe)
@@ -135,13 +155,14 @@ def resume_run(
     if meta.get(TEACHER):
         examples.soft_targets = distillation.load(directory, examples)
     now = {**meta, **recipe.to_json()}
-    model, _, _ = load_model(last, now, backend=machine.backend, device=machine.fabric.device)
-    trainer = Trainer(model, examples, recipe.training, machine.fabric)
-    tensors = files.load_tensors(last, files.TRAINING)
-    try:
-        trainer.load_state(meta["position"], tensors, before.training)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise files.damaged(last, error) from None
+    with _damage_explained(directory, last):
+        model, _, _ = load_model(last, now, backend=machine.backend, device=machine.fabric.device)
+        trainer = Trainer(model, examples, recipe.training, machine.fabric)
+        tensors = files.load_tensors(last, files.TRAINING)
+        try:
+            trainer.load_state(meta["position"], tensors, before.training)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise files.damaged(last, error) from None
     if trainer.position.batch < meta["position"]["batch"]:
         note(f"epoch {trainer.position.epoch + 1} begins again: its batches have changed")
     found = metadata(recipe, data, examples, meta.get(START_FROM), meta.get(TEACHER, []))
