@@ -24,14 +24,14 @@ help: ## list the targets
 
 setup: $(SETUP_STAMP) ## create .venv and install the package into it, editable, with all extras
 
-$(SETUP_STAMP): pyproject.toml setup.py
+$(SETUP_STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo 'make setup needs Python 3.11 or later with venv and pip (python3-venv)'; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing $(TORCH) into .venv'
 	@$(PIP) install '$(TORCH)'
 	@echo 'building fused_attn and installing it into .venv, editable, with all extras'
-	@$(NATIVE_ENV) $(PIP) install --editable '.[seq2seq,bench,test,dev]'
+	@$(NATIVE_ENV) $(PIP) install --constraint constraints.txt --editable '.[seq2seq,bench,test,dev]'
 	@mkdir -p build && touch $(BUILD_STAMP) $@
 
 build: $(BUILD_STAMP) ## rebuild the native module if csrc/ changed
