@@ -217,6 +217,18 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     assert main([*argv, "--resume"]) == 0
 
 
+def test_a_run_of_an_earlier_version_skips_the_lines_that_it_did(tmp_path: Path) -> None:
+    """A third column that is no links, and a target of only rare symbols, were bad lines."""
+    path = write(tmp_path / "a.tsv", ["a\tA", "b\tA\t0-0", "c\tA\tCC-BY", "d\tRare", "e\tA"])
+    values = {"name": "pairs", "train": path, "dev": path, "skip_bad": True, "min_count": 2}
+    found = {}
+    for name, new in (("before", {}), ("now", {"least_dev": 10})):
+        found[name] = list(make_task(values | new).load().train)
+    assert ["".join(pair.source) for pair in found["before"]] == ["a", "b", "e"]
+    assert found["before"][1].links == (0, 0)
+    assert ["".join(pair.source) for pair in found["now"]] == ["a", "b", "c", "d", "e"]
+
+
 # --- the digest of the development set
 
 

@@ -46,7 +46,8 @@ class TextConfig:
     normalization: the Unicode normalization form of all texts, see `texts.cleaned`; None reads
         texts as they are, as earlier versions did.
     least_dev: smallest number of sources to hold out as the development set. If 2 % of them are
-        fewer, nothing is held out. 0 always holds out one, as earlier versions did.
+        fewer, nothing is held out. 0 stands for a run of an earlier version: it always holds out
+        one, reads any third column as links, and refuses a target of only unknown symbols.
     """
 
     # Values of the fields that checkpoints of earlier versions lack.
@@ -226,7 +227,7 @@ class Pairs(TextTask):
                 "seq2seq.fit(..., resume=True))",
             )
         self.learn(texts.texts())
-        reader = replace(self.reader, links=links)
+        reader = replace(self.reader, links=links or self._is_earlier)
         train = self._pairs("train", reader)
         assert train is not None
         notes: list[str] = []
@@ -236,7 +237,7 @@ class Pairs(TextTask):
             dev = self._dev_of(train)
         source, target = self.vocabularies(train)
         known = set(target.symbols)
-        if self._refuses_unknown:
+        if self._is_earlier:
             train.known = known
         # This pass also reports bad entries, before training begins.
         unknown = sum(known.isdisjoint(pair.target) for pair in train)
@@ -249,9 +250,9 @@ class Pairs(TextTask):
         return Data(source, target, train, dev, test or [], digest, (*own, *notes))
 
     @property
-    def _refuses_unknown(self) -> bool:
-        """Whether a target of only unknown symbols is bad, as in runs of earlier versions."""
-        return self.config.normalization is None
+    def _is_earlier(self) -> bool:
+        """Whether an earlier version started the run, whose pairs must stay the same."""
+        return self.config.least_dev == 0
 
     def _about_unknown(self, train: PairSource, count: int) -> str:
         hint = "; a smaller --min-count keeps more" if self.config.min_count > 1 else ""
@@ -277,7 +278,7 @@ class Pairs(TextTask):
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
         assert isinstance(data.train, PairSource)
-        if self._refuses_unknown or target.symbols != data.target.symbols:
+        if self._is_earlier or target.symbols != data.target.symbols:
             data.train.known = set(target.symbols)
         return super().with_vocabularies(data, source, target)
 
