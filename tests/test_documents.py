@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fused_attn import interop, seq2seq
-from fused_attn.cli import parse
+from fused_attn.cli import main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = ROOT / "docs" / "features.md"
@@ -99,6 +101,23 @@ def test_the_toolkit_in_python(
     assert nbest.count("(") == 3 and "HH EH L OW" in nbest
     assert streamed == ["AH T EH N SH AH N", "W ER L D"]
     assert measures == "{'WER': 0.5, 'PER': 0.125}"
+
+
+def test_the_toolkit_s_output_for_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/toolkit.md").read_text(encoding="utf-8")
+    typed, *shown = re.findall(r"^(?:\$ printf|\{).*", text, re.MULTILINE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nsnake_case\n"))
+    assert typed == r"$ printf 'hello\nsnake_case\n' | fused-attn predict g2p --format json"
+    assert main(typed.partition("fused-attn ")[2].split()) == 1
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = [json.loads(line) for line in shown]
+    for each, other in zip(records, expected, strict=True):
+        for found, wanted in zip(each["targets"], other["targets"], strict=True):
+            for name in ("log_prob", "token_log_probs"):  # the last digits depend on the processor
+                assert found.pop(name) == pytest.approx(wanted.pop(name), abs=1e-4)
+    assert records == expected
 
 
 @pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))

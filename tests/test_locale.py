@@ -106,6 +106,8 @@ def test_errors_with_accents(setting: str, tmp_path: Path) -> None:
     assert code == 2 and err.count("\n") == 1 and missing in err
     code, _, err = run("predict", "g2p", "a", "--fórmat", "é", setting=setting)
     assert code == 2 and err.count("\n") == 1 and "--fórmat" in err
+    code, _, err = run("train", "chat", "--corpus", "é", "--output", "x", setting=setting)
+    assert code == 2 and err.endswith("got 'é'\n")
     unreadable = os.fsencode(tmp_path) + b"/m\xff"
     code, _, err = run("predict", unreadable, "a", setting=setting)
     assert code == 2 and err.count("\n") == 1 and "m\\udcff" in err

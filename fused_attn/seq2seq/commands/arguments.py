@@ -79,7 +79,8 @@ def _add_predict(options: Options) -> None:
         "format",
         choices=["text", "tsv", "json"],
         default="text",
-        help="text (targets only), or for programs: tsv or json (default: text)",
+        metavar="FORMAT",
+        help="text, or for programs tsv or json (default: text)",
     )
     options.option(
         "with-alignment",
@@ -91,7 +92,7 @@ def _add_predict(options: Options) -> None:
         "strict",
         action="store_true",
         default=False,
-        help="stop at the first source that cannot be read (default: note it and go on)",
+        help="stop at the first source that cannot be read",
     )
     _add_search(options)
 

@@ -158,6 +158,6 @@ SELDOM_IN_TRAINING = frozenset(
 SELDOM_IN_SEARCH = frozenset(
     {
         *("alpha", "coverage_penalty", "min_length", "block_ngrams", "length_penalty"),
-        *("temperature", "top_k", "top_p", "seed", "backend", "nbest_mass"),
+        *("temperature", "top_k", "top_p", "seed", "backend", "nbest_mass", "with_alignment"),
     }
 )

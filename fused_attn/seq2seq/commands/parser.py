@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from fused_attn.seq2seq.commands.option_help import FILES
+from fused_attn.seq2seq.commands.streams import argument_bytes
 
 # Exit codes of commands. INCOMPLETE: done, but some sources could not be read.
 INCOMPLETE, USAGE_ERROR = 1, 2
@@ -156,7 +157,8 @@ class Options:
             self.flag(option, help=text, default=None)
         else:
             metavar = "FILE" if name in FILES else kind.__name__.upper()
-            self.option(option, help=text, type=kind, metavar=metavar)
+            is_text = kind is str and name not in FILES
+            self.option(option, help=text, type=as_text if is_text else kind, metavar=metavar)
 
     def help(self, action: str | type[argparse.Action], has_more: bool) -> None:
         """Add --help, and --help-all if there is more to show."""
@@ -165,6 +167,11 @@ class Options:
         if has_more:
             text = "show all options"
             add("--help-all", dest="all", action=action, const=True, help=text)
+
+
+def as_text(argument: str) -> str:
+    """Return an argument that is not a file name as UTF-8 text, whatever the locale."""
+    return argument_bytes(argument).decode("utf-8", "surrogateescape")
 
 
 @cache
