@@ -88,6 +88,7 @@ def _start(args: Namespace) -> Run:
         if before.task.name != args.task:
             raise InputError(f"--start-from: the task of {origin} is {before.task.name}")
         model, values = before.model, asdict(before.task.config)
+        values.pop("least_dev", None)  # about its data, not about this run's
     defaults = {**asdict(model), **asdict(kind.training), **values}
     defaults |= {"teacher": args.teacher, "start_from": args.start_from, "backend": args.backend}
     given = settle(TRAINING_NEEDS, defaults, args.line, args.file)
@@ -97,7 +98,7 @@ def _start(args: Namespace) -> Run:
     machine = _machine(args, recipe)
     gathered(machine.fabric, None)  # all have looked into the directory before one writes there
     tell = note if machine.fabric.is_global_zero else lambda text: None
-    free = set(FOLLOWING) - given.keys() if issubclass(kind, Pairs) else set()
+    free = FOLLOWING.keys() - given.keys() if issubclass(kind, Pairs) else set()
     if args.start_from is not None:
         free -= {"embedding"}  # part of the model
     return start_run(

@@ -22,7 +22,9 @@ from fused_attn.seq2seq.commands.parser import (
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.option_rules import merged
+from fused_attn.seq2seq.tasks.defaults import FOLLOWING, WIDE_EMBEDDING
 from fused_attn.seq2seq.tasks.registry import TASKS
+from fused_attn.seq2seq.tasks.text import Pairs
 
 
 def _add_train(options: Options) -> None:
@@ -65,6 +67,13 @@ def _add_train(options: Options) -> None:
             values = {getattr(config, name) for config in configs}
             if name == "batch_size" and task and configs[0].batch_tokens is not None:
                 values = {"--batch-tokens"}  # the recipe of this task sets it instead
+            elif (
+                task
+                and name in FOLLOWING
+                and values != {WIDE_EMBEDDING}
+                and issubclass(TASKS[task], Pairs)
+            ):
+                values = {f"{values.pop()} or {FOLLOWING[name]}"}
             options.field(kind, name, text, shown_default(values))
     add_machine(options)
     options.section("help")

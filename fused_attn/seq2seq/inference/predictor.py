@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import asdict, fields
 from itertools import islice
@@ -69,7 +70,7 @@ class Predictor(SourceReader):
         sizes = (m.config.max_source for m in self.models if m.config.score == "location")
         super().__init__(
             source,
-            Pairs(PairsConfig()) if task is None else task,
+            _words(source, target) if task is None else task,
             known if longest_source is None else longest_source,
             min(filter(None, sizes), default=None),
         )
@@ -357,6 +358,13 @@ def search_config(options: Mapping[str, Any]) -> SearchConfig:
     shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
     settle(SEARCH_NEEDS, asdict(SearchConfig()) | shown, options)
     return config
+
+
+def _words(source: Vocabulary, target: Vocabulary) -> Task:
+    """The task of a model that was trained without one: words, in the form of its vocabularies."""
+    symbols = (*source.symbols, *target.symbols)
+    is_composed = all(unicodedata.is_normalized("NFC", symbol) for symbol in symbols)
+    return Pairs(PairsConfig(normalization="NFC" if is_composed else None))
 
 
 def _longest_source(meta: Mapping[str, Any]) -> int | None:

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 
-# The fields that may follow the data.
-FOLLOWING = ("embedding", "epochs", "batch_size")
+# The fields that may follow the data, and in which direction.
+FOLLOWING = {"embedding": "more", "epochs": "more", "batch_size": "less"}
 # Vocabularies of more symbols than this get an embedding of at least WIDE_EMBEDDING.
 SMALL_VOCABULARY = 200
 WIDE_EMBEDDING = 256

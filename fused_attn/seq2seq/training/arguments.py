@@ -111,6 +111,7 @@ def recipe(
             raise OptionError("start_from", what)
         shape = before.model
         values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
+        del values["least_dev"]  # about its data, not about this run's
     defaults = {f.name: getattr(kind.kind, f.name) for f in fields(kind.kind)} | values
     rest = {**asdict(model or shape), **asdict(training or kind.training)}
     rest |= {"start_from": start_from, "teacher": [], "backend": "auto"}
