@@ -20,7 +20,7 @@ from fused_attn.seq2seq.tasks.scan_grammar import SPLITS
 MODEL_HELP = {
     "hidden": "width of the decoder",
     "embedding": "width of the embeddings",
-    "layers": "recurrent layers of decoder and encoder",
+    "layers": "layers of decoder and encoder",
     "dropout": "dropout probability",
     "cell": f"recurrent cell: {', '.join(CELLS)}",
     "bidirectional": "read the source in both directions",
@@ -42,7 +42,7 @@ MODEL_HELP = {
     "variational": "use one dropout mask for all steps of a sequence",
 }
 TRAINING_HELP = {
-    "epochs": "passes over the training pairs",
+    "epochs": "passes over the pairs",
     "batch_size": "pairs in a batch",
     "batch_tokens": "symbols in a batch, padding included",
     "lr": "peak learning rate",
@@ -93,7 +93,7 @@ TASK_SUMMARIES = {
     "chat": "utterances to replies, from chatterbot-corpus or your dialogs",
 }
 _TEXT_HELP = {
-    "tokens": f"what a symbol is: {', '.join(TOKENS)}",
+    "tokens": f"symbols: {', '.join(TOKENS)}",
     "vocabulary": "number of subwords to learn",
     "min_count": "treat symbols that occur less often than this as unknown",
     "max_length": "maximum length of a line in symbols",
