@@ -233,6 +233,8 @@ def _readable(directory: Path) -> Iterator[None]:
         raise InputError(f"no checkpoint at {directory}: {what}") from None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
+    except MemoryError:
+        raise InputError(f"cannot read the checkpoint {directory}: not enough memory") from None
     except RecursionError:
         raise damaged(directory, ValueError(f"{METADATA} is nested too deeply")) from None
     except UNUSABLE as error:
@@ -242,7 +244,7 @@ def _readable(directory: Path) -> Iterator[None]:
 # What reading values of the wrong kind raises.
 UNUSABLE = (
     *(SafetensorError, ValueError, KeyError, TypeError, AttributeError),
-    *(IndexError, OverflowError, RecursionError, RuntimeError, MemoryError),
+    *(IndexError, OverflowError, RecursionError, RuntimeError),
 )
 
 
