@@ -61,4 +61,4 @@ def test_a_scale_that_does_not_fit_is_a_damaged_checkpoint(
     kept = {key: value for key, value in meta.items() if key != "format_version"}
     files.save(tmp_path / "model", kept, tensors, None)
     with pytest.raises(InputError, match="is damaged: " + problem.format(scale)):
-        load_model(tmp_path / "model", meta)
+        load_model(tmp_path / "model", files.load_metadata(tmp_path / "model"))

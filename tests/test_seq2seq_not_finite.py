@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
+from fused_attn.seq2seq.data.pairs import Item
+from fused_attn.seq2seq.devices import LOOK_EVERY
 from fused_attn.seq2seq.errors import InputError
+from fused_attn.seq2seq.inference.evaluate import perplexity
 from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.constraints import LengthBound
@@ -67,7 +70,11 @@ SPOILED = {
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", SPOILED)
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_model_without_numbers_is_an_error(name: str, kind: str) -> None:
+@pytest.mark.parametrize("look_every", [1, 4])  # as on a CPU, as on a GPU
+def test_a_model_without_numbers_is_an_error(
+    name: str, kind: str, look_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
     model = make()
     SPOILED[kind](model)
     inputs = [list("abc"), list("a"), list("cab" * 4)]
@@ -123,3 +130,13 @@ def test_a_target_without_a_symbol_left_ends(name: str) -> None:
         assert math.isfinite(found.score)
     # Only two of them fit before the first pair would repeat.
     assert any(len(found.tokens) for found in predictor(make()).predict(["a b c"], config))
+
+
+@pytest.mark.parametrize("scale", [math.nan, 1e4, 3e38])
+def test_a_perplexity_beyond_all_numbers_is_an_error(scale: float) -> None:
+    """A mean loss of more than 710 nats."""
+    model = make()
+    with torch.no_grad():
+        model.output.bias[EOS] = scale
+    with pytest.raises(InputError, match="not finite numbers"):
+        perplexity(predictor(model), [Item(("a",), (("b", "c"),))])

@@ -325,3 +325,29 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["kept"] and os.listdir(tmp_path / "kept") == ["precious"]
     remove_unfinished(tmp_path / "none")
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from fused_attn.seq2seq.outputs import new_directory, writing
+new_directory(Path(sys.argv[1]))
+with writing(Path(sys.argv[1], "output")) as file:
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = sorted(os.listdir(tmp_path))
+        assert len(before) == 2
+        for name in (f"{TEMPORARY_PREFIX}{os.getpid()}-1", f"{TEMPORARY_PREFIX}0-1"):
+            (tmp_path / name).touch()
+        remove_unfinished(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == before
+        process.kill()
+    remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -261,8 +261,8 @@ def test_chat(
 CONFIGS = {
     "nothing": ("", "expected a line 'task: NAME'"),
     "a list": ("- task", "expected a line 'task: NAME'"),
-    "no yaml": ("task: [", "cannot read"),
-    "a list as value": ("task: reverse\nepochs: [1, 2]", "epochs must have one value, got [1, 2]"),
+    "no yaml": ("task: {", "cannot read"),
+    "a list as value": ("task: reverse\nepochs: [1, 2]", "line 2: epochs must have one value"),
 }
 
 

@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-# Files and directories that are being written have names that start with this.
+# Files and directories that are being written have names that start with this and the number of the
+# process that writes them.
 TEMPORARY_PREFIX = ".writing-"
 
 _ATTEMPTS = 100  # names to try for a temporary file
@@ -138,7 +139,7 @@ def _new_file(directory: Path) -> tuple[Path, BinaryIO]:
     """Create an empty file of our own, with the mode that the umask allows."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(_ATTEMPTS):
-        path = directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path = directory / _fresh_name()
         with suppress(FileExistsError):
             return path, os.fdopen(os.open(path, flags, 0o666), "wb")
     raise FileExistsError(errno.EEXIST, "no free name for a temporary file")
@@ -155,7 +156,7 @@ def _give_mode(descriptor: int, before: os.stat_result) -> None:
 def new_directory(parent: Path) -> Path:
     """Create an empty directory of our own, with the mode that the umask allows; raises OSError."""
     for _ in range(_ATTEMPTS):
-        path = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path = parent / _fresh_name()
         with suppress(FileExistsError):
             path.mkdir()
             return path
@@ -181,14 +182,37 @@ def scratch_directory(path: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
 
 
+def _fresh_name() -> str:
+    return f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+
+
 def remove_unfinished(directory: Path) -> None:
-    """Remove files and directories that killed processes left unfinished in ``directory``."""
+    """Remove files and directories that killed processes left unfinished in ``directory``.
+
+    What another living process of this machine writes stays: the output of a prediction, perhaps.
+    """
     for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        if _is_being_written(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def _is_being_written(name: str) -> bool:
+    """Whether the process in the name of a temporary file lives, and is not this one."""
+    number, _, _ = name.removeprefix(TEMPORARY_PREFIX).partition("-")
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:  # of another user
+        return True
+    except (OSError, OverflowError):
+        return False
+    return int(number) > 0
 
 
 def write_synced(path: Path, data: bytes) -> None:

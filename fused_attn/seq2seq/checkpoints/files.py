@@ -237,6 +237,8 @@ def _readable(directory: Path) -> Iterator[None]:
         raise DamagedError(f"no checkpoint at {directory}: {what}") from None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {directory}: {error.strerror}") from None
+    except MemoryError:
+        raise InputError(f"cannot read the checkpoint {directory}: not enough memory") from None
     except RecursionError:
         raise damaged(directory, ValueError(f"{METADATA} is nested too deeply")) from None
     except UNUSABLE as error:
@@ -246,7 +248,7 @@ def _readable(directory: Path) -> Iterator[None]:
 # What reading values of the wrong kind raises.
 UNUSABLE = (
     *(SafetensorError, ValueError, KeyError, TypeError, AttributeError),
-    *(IndexError, OverflowError, RecursionError, RuntimeError, MemoryError),
+    *(IndexError, OverflowError, RecursionError, RuntimeError),
 )
 
 

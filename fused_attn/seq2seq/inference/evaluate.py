@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor, search_config
 from fused_attn.seq2seq.metrics import PERPLEXITY, ErrorRates, error_rates
 from fused_attn.seq2seq.model.modes import evaluating
+from fused_attn.seq2seq.search.hypothesis import not_numbers
 from fused_attn.seq2seq.tasks.base import Task
 
 
@@ -23,7 +25,8 @@ from fused_attn.seq2seq.tasks.base import Task
 def perplexity(predictor: Predictor, items: Sequence[Item]) -> float:
     """Return the perplexity of all references: exp of the mean loss per symbol, EOS included.
 
-    Only the first model of an ensemble is used.
+    Only the first model of an ensemble is used. Raises `InputError` if the perplexity is too large
+    for a number, or nan.
     """
     pairs = [(item.source, reference) for item in items for reference in item.references]
     examples = Examples.of(
@@ -39,7 +42,10 @@ def perplexity(predictor: Predictor, items: Sequence[Item]) -> float:
             mean = model.loss(batch.source, batch.source_lengths, batch.target)
             loss += mean.double() * batch.tokens
             tokens += batch.tokens
-    return math.exp(loss.item() / tokens)
+    nats = loss.item() / tokens
+    if not nats < math.log(sys.float_info.max):
+        raise not_numbers()
+    return math.exp(nats)
 
 
 def targets(
