@@ -408,15 +408,18 @@ def run_all(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with place(options.directory) as directory:
         work = Work(directory, options.seed)
-        share = options.kills
+
+        def share(divisor: int) -> int:
+            return max(1, options.kills // divisor)
+
         parts: tuple[Callable[[], bool], ...] = (
-            lambda: kills(work, share, signal.SIGKILL, "train, kill -9 and resume"),
-            lambda: kills(work, share // 5, signal.SIGTERM, "train, SIGTERM and resume"),
-            lambda: killed_predictions(work, share // 4),
-            lambda: two_at_once(work, share // 20),
-            lambda: full_disk(work, share // 8),
-            lambda: damages(work, share // 3),
-            lambda: damaged_logs(work, share // 5),
+            lambda: kills(work, share(1), signal.SIGKILL, "train, kill -9 and resume"),
+            lambda: kills(work, share(5), signal.SIGTERM, "train, SIGTERM and resume"),
+            lambda: killed_predictions(work, share(4)),
+            lambda: two_at_once(work, share(20)),
+            lambda: full_disk(work, share(8)),
+            lambda: damages(work, share(4)),
+            lambda: damaged_logs(work, share(6)),
         )
         whole = all([part() for part in parts])
     print(f"seed {options.seed}, {time.monotonic() - started:.0f} s")

@@ -88,7 +88,7 @@ def test_python_warns_once_a_call(model: Path, tmp_path: Path) -> None:
         loaded(LONG)
     assert [warning.filename for warning in found] == [__file__]
     for call in (loaded, loaded.predict):
-        with pytest.warns(UserWarning, match="^source 2 has 5 .*; so are 1 more sources$") as found:
+        with pytest.warns(UserWarning, match=r"^source 2 has 5 .* \(and 1 more\)$") as found:
             call(["abcd", LONG, LONG])
         assert [warning.filename for warning in found] == [__file__]
     with pytest.warns(UserWarning, match="^source 3 has 5") as found:

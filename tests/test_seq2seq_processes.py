@@ -248,7 +248,9 @@ def run_again(directory: Path) -> str:
     return subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True).stdout
 
 
-def predict(tmp_path: Path, name: str, processes: int, source: Path) -> tuple[int, str, Path]:
+def predict(
+    tmp_path: Path, name: str, processes: int, source: Path, *options: str
+) -> tuple[int, str, Path]:
     """Predict for the lines of a file with the bundled model."""
     script = tmp_path / "predict.py"
     script.write_text(TRAIN)
@@ -258,6 +260,7 @@ def predict(tmp_path: Path, name: str, processes: int, source: Path) -> tuple[in
         launcher = [sys.executable, *torchrun, str(script)]
     output = tmp_path / name
     argv = [*launcher, "predict", "g2p", "--input", str(source), "--output", str(output)]
+    argv += options
     done = subprocess.run(
         argv,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -283,7 +286,7 @@ def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None
     assert together.read_text() == alone.read_text()
     # A bad line in the share of the second process: the output file is not changed.
     source.write_text("\n".join(words[:1500]) + "\nna1ve\n")
-    code, error, _ = predict(tmp_path, "together", 2, source)
+    code, error, _ = predict(tmp_path, "together", 2, source, "--strict")
     assert code != 0 and "line 1501: unknown symbol '1'" in error
     assert together.read_text() == alone.read_text()
 

@@ -10,6 +10,9 @@ from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
 
+# Most symbols that an error message lists.
+_SHOWN = 60
+
 # A text, or a sequence of tokens of the vocabulary.
 Source = str | Sequence[str]
 
@@ -75,7 +78,8 @@ class SourceReader:
         try:
             return self._vocabulary.encode(tokens)
         except UnknownSymbolError as error:
-            known = " ".join(self._vocabulary.symbols)
+            known = " ".join(self._vocabulary.symbols[:_SHOWN])
+            known += " ..." if len(self._vocabulary.symbols) > _SHOWN else ""
             raise InputError(f"unknown symbol {error.symbol!r}; known symbols: {known}") from None
 
     def read_all(self, sources: Sequence[Source], before: int = 0) -> list[EncodedSource]:
@@ -128,6 +132,6 @@ class SourceReader:
         long = [note for note in notes if note is not None]
         if not long:
             return False
-        more = f"; so are {len(long) - 1} more sources" if len(long) > 1 else ""
+        more = f" (and {len(long) - 1} more)" if len(long) > 1 else ""
         warnings.warn(f"{long[0]}{more}", stacklevel=3)
         return True
