@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from fused_attn.seq2seq.inference.predictor import Predictor, load
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.tasks.chat import Chat, ChatConfig
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig, Translate, TranslateConfig
-from fused_attn.seq2seq.training import start
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
 DATA = Path(__file__).resolve().parent / "data" / "before_rooms"
@@ -161,7 +159,7 @@ META: dict[str, tuple[dict[str, Any], str]] = {
     "another task": ({"task": {"name": "x"}}, "unknown task 'x'"),
     "no task": ({"task": None}, "is damaged"),
     "length of a task": ({"task": {"name": "pairs", "max_length": 2.5}}, "max_length must be int"),
-    "path of a task": ({"task": {"name": "pairs", "train": 7}}, "train must be str | None"),
+    "path of a task": ({"task": {"name": "pairs", "train": 7}}, "train must be"),
     "subwords": ({"task": {"name": "pairs", "subwords": "AAAA"}}, "subword model is damaged"),
     "no subwords": ({"task": {"name": "pairs", "tokens": "subwords"}}, "subword model is missing"),
 }
@@ -227,21 +225,18 @@ def test_parameters_are_checked_wherever_they_are_loaded(
 ) -> None:
     values, part = NOT_A_MODEL[kind]
     with_tensors(copy, files.MODEL, **values)
-    model = Seq2Seq(damage.MODEL, 7, 7)
-    actions: list[Callable[[], object]] = [
-        lambda: load(copy),
-        lambda: averaged([copy]),
-        lambda: start._initialise_from(model, copy),
-    ]
-    for action in actions:
+    for action in (load, lambda path: averaged([path])):
         with pytest.raises(InputError) as caught:
-            action()
-        assert "output.bias" in str(caught.value) or "more" in str(caught.value)
-        assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
-    assert main(["export", str(copy), "--output", str(tmp_path / "exported")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and part in error
-    assert not (tmp_path / "exported").exists()
+            action(copy)
+        assert part in str(caught.value) and str(copy) in str(caught.value)
+    pairs, output = tmp_path / "pairs.tsv", tmp_path / "output"
+    pairs.write_text("".join(f"{a} {b}\t{b} {a}\n" for a in "abcd" for b in "abcd"))
+    train = ["train", "pairs", "--train", str(pairs), "--start-from", str(copy)]
+    for command in (["export", str(copy)], train):
+        assert main([*command, "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and ("output.bias" in error or "more" in error)
+        assert str(copy) in error and not output.exists()
 
 
 def test_a_model_that_is_not_finite_is_not_saved(whole: Path, tmp_path: Path) -> None:
