@@ -71,6 +71,17 @@ def test_blank_lines_are_no_mistake(
     assert capfd.readouterr() == (f"\n{target('abc')}\n\n", "")
 
 
+def test_a_byte_order_mark_and_windows_line_ends(
+    model: str, lines_in: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines_in(b"\xef\xbb\xbfabc\r\n\r\ncab\r\n")
+    assert main(["predict", model, "--format", "tsv"]) == 0
+    out, err = capfd.readouterr()
+    rows = [line.split("\t") for line in out.removesuffix("\n").split("\n")]
+    assert [row[0] for row in rows] == ["abc", "", "cab"] and err == ""
+    assert [row[2] for row in rows] == [target("abc"), "", target("cab")]
+
+
 def test_several_targets_a_line(
     model: str, lines_in: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
 ) -> None:

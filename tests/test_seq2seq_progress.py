@@ -54,3 +54,14 @@ def test_only_a_terminal_gets_the_bar() -> None:
 
     assert isinstance(make_progress(Terminal()), BarProgress)
     assert isinstance(make_progress(io.StringIO()), LineProgress)
+
+
+def test_progress_goes_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow(make_progress())
+    out, err = capsys.readouterr()
+    assert out == "" and "epoch 2: loss 1.2345" in err
+    monkeypatch.setattr("sys.stderr", None)  # it is closed
+    follow(make_progress())
+    assert capsys.readouterr().out == ""
