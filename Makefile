@@ -69,7 +69,7 @@ test-fuzz: setup build ## run the fuzz tests on many more calls and files, with 
 
 # Options: make test-kill KILL='--kills 500 --seed 1'.
 test-kill: setup build ## kill training at random, fill its disk, damage its files: is anything lost?
-	$(TEST_ENV) $(BIN)/python tests/kill.py $(KILL)
+	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python tests/kill.py $(KILL)
 
 ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
