@@ -57,7 +57,9 @@ def kills(work: Work, count: int, number: int, title: str) -> bool:
             child = forked(work.command(run), work.directory / "output.txt")
             # Long enough to come some epochs further, short enough to hit the start as well.
             if report.tries < count:
-                code = waited_or_signalled(child, work.random.uniform(0, work.seconds / 3), number)
+                code = waited_or_signalled(
+                    child, work.random.uniform(0, 0.6 * work.seconds), number
+                )
             else:
                 code = waited(child, SECONDS)
             text = (work.directory / "output.txt").read_text(errors="replace")
@@ -76,7 +78,7 @@ def kills(work: Work, count: int, number: int, title: str) -> bool:
         left = [path.name for path in run.rglob(".writing-*")] + [*run.glob("run.lock")]
         report.check(not left, f"left behind: {left}")
         shutil.rmtree(run)
-    return report.show(f"{runs} runs, all equal to one that nobody disturbed")
+    return report.show(f"{runs} run{'' if runs == 1 else 's'} carried to the end and compared")
 
 
 def killed_predictions(work: Work, count: int) -> bool:
