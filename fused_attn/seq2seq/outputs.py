@@ -62,8 +62,14 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         else:
             yield from _replacing(place, before)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
+        raise named(error, path) from None
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """Return an error of the same kind whose file is ``path``, not a temporary name."""
+    if error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _replacing(place: Path, before: os.stat_result | None) -> Iterator[BinaryIO]:
@@ -177,8 +183,7 @@ def scratch_directory(path: Path) -> Path:
             return new_directory(place.parent)
         except OSError as error:
             if before is None or error.errno not in _NOT_REPLACEABLE:
-                error.filename = str(path)
-                raise
+                raise named(error, path) from None
     return Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
 
 

@@ -13,6 +13,7 @@ from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.compress import STORED_TYPES, narrowed, widened
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER
 from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.outputs import named
 from fused_attn.seq2seq.tasks.registry import make_task
 
 _OF_TRAINING = ("position", "format_version", START_FROM, TEACHER)
@@ -48,5 +49,4 @@ def save_model(
     try:
         files.save(directory, kept, stored, None)
     except OSError as error:
-        error.filename, error.filename2 = str(directory), None
-        raise
+        raise named(error, directory) from None
