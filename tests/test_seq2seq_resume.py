@@ -279,3 +279,17 @@ def test_a_damaged_last_checkpoint(
     assert steps(run) == steps(two)
     expected = parameters(two)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters(run).items())
+
+
+def test_a_damaged_older_checkpoint_does_not_stop_training(
+    two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    first = sorted((run / "checkpoints").iterdir())[0]
+    (first / files.METADATA).write_text("{}")
+    # It trains to the end; then nobody can say which checkpoint is the best.
+    assert resume(run, "--epochs", "4") == 2
+    assert f"the checkpoint {first} is damaged" in capfd.readouterr().err.splitlines()[-1]
+    assert len(steps(run)) == 2 * len(steps(two))
+    assert first.exists(), "it may have been the best one"
+    assert last_checkpoint(run).name.endswith("epoch-04")

@@ -129,7 +129,10 @@ class Run:
 
     def _prune(self) -> None:
         found = checkpoints(self.directory)
-        best = best_checkpoint(found)
+        try:
+            best = best_checkpoint(found)
+        except files.DamagedError:  # nothing is removed: the best may be the damaged one
+            return
         for path in found[:-KEPT_CHECKPOINTS]:
             if path != best:
                 files.remove(path)
