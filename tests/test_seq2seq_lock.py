@@ -180,3 +180,41 @@ def test_a_directory_that_cannot_be_written(
     assert main(train(run)) == 2
     assert all(len(line) < 300 for line in capfd.readouterr().err.splitlines())
     shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "FIFO", "directory"])
+def test_a_lock_that_is_not_a_regular_file(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The number of the process is written into the lock: never into another file."""
+    run, mine, lock = tmp_path / "run", tmp_path / "mine.txt", tmp_path / "run" / LOCK
+    run.mkdir()
+    mine.write_text("mine")
+    if kind == "FIFO":
+        os.mkfifo(lock)
+    elif kind == "directory":
+        lock.mkdir()
+    else:
+        lock.symlink_to(mine if kind == "link" else tmp_path / "none")
+    assert main(train(run)) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"{lock} must be a regular file" in error and "remove it" in error
+    assert mine.read_text() == "mine" and not (tmp_path / "none").exists()
+    assert [path.name for path in run.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "one"), ("WORLD_SIZE", ""), ("LOCAL_WORLD_SIZE", "0")]
+)
+def test_an_environment_that_torchrun_does_not_make(
+    tmp_path: Path,
+    name: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(train(tmp_path / "run")) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"the environment variable {name} must be a number" in error and repr(value) in error
+    assert not (tmp_path / "run").exists()

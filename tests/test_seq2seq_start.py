@@ -123,8 +123,9 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     run, start = tmp_path / "run", ["--start-from", str(base)]
     cases = [
-        (few, [*start, "--hidden", "23"], "--start-from: .* has another shape: .*size mismatch"),
-        (few, [*start, "--cell", "lstm"], "--start-from: .* has another shape"),
+        (few, [*start, "--hidden", "23"], "--start-from: .* has another shape: hidden 24, not 23$"),
+        (few, [*start, "--cell", "lstm"], "--start-from: .* another shape: cell gru, not lstm$"),
+        (few, [*start, "--tokens", "subwords"], "--tokens subwords are those of the model, and"),
         (few, ["--start-from", str(tmp_path / "nowhere")], "no checkpoint at .*no such directory"),
     ]
     for data, options, message in cases:

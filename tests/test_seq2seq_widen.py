@@ -24,6 +24,7 @@ TWO_WAY = [
     {"cell": "rnn", "score": "dot", "input_feeding": True},
     {"score": "location", "max_source": 7, "encoder_layers": 3},
     {"score": "none", "tie": "output"},
+    {"embedding": 6, "tie": "output"},  # the wider one has a projection to the embedding
     {"score": "concat", "local": "predictive", "window": 2, "residual": True},
     {"input_feeding": True, "local": "monotonic", "window": 2, "reverse_source": True},
 ]
@@ -86,7 +87,11 @@ def test_the_new_columns_learn(options: dict[str, object], inputs: Inputs) -> No
         optimizer.step()
     old = narrow.state_dict()
     for name, tensor in wider.state_dict().items():
-        if tensor.shape == old[name].shape or (options.get("local") and "position" in name):
+        if (
+            name not in old
+            or tensor.shape == old[name].shape
+            or (options.get("local") and "position" in name)
+        ):
             continue  # a predicted position is rounded to its window, so no gradient reaches it
         assert not torch.equal(tensor[-1:], before[name][-1:]), name
         assert not torch.equal(tensor[..., -1], before[name][..., -1]), name
@@ -101,6 +106,13 @@ def test_what_cannot_grow() -> None:
         assert not can_grow(SHAPE, replace(wide, **options)), options
     split = {"encoder_hidden": 4}  # would not grow with the rest
     assert not can_grow(replace(SHAPE, **split), replace(wide, **split))
+    # Another width would add or remove a residual connection, or the projection of a tied output.
+    for residual in ({"embedding": 6}, {"embedding": 8}, {"embedding": 12}, {"embedding": 16}):
+        changed = {"residual": True, **residual}
+        assert not can_grow(replace(SHAPE, **changed), replace(wide, **changed)), residual
+        assert can_grow(replace(SHAPE, **residual), replace(wide, **residual))
+    tied = {"tie": "output", "embedding": 8}
+    assert not can_grow(replace(SHAPE, **tied), replace(wide, **tied))
     unprojected = {"score": "dot", "bidirectional": False}
     assert not can_grow(replace(SHAPE, **unprojected), replace(wide, **unprojected))
 

@@ -57,8 +57,8 @@ def _train(args: Namespace) -> bool:
         steps = f"all {trainer.position.step} steps are done"
         if trainer.stopped_early:
             steps = f"no improvement for {trainer.position.waited} epochs"
-        option = "patience" if trainer.stopped_early else "epochs"
-        tell(f"{directory} is complete: {steps}; --resume with a larger --{option} continues it")
+        options = " and ".join(spelled(name, None) for name in trainer.ended_by)
+        tell(f"{directory} is complete: {steps}; --resume with a larger {options} continues it")
     elif outcome.stopped:
         tell(
             f"stopped at step {trainer.position.step} of {trainer.total_steps}; resume with: "

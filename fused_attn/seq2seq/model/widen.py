@@ -23,6 +23,7 @@ _BEGIN_AT_ZERO = (
     "decoder.attention.position.v",  # sums the columns of the predicted position
     "memory_proj.weight",  # makes the memory columns that the dot score multiplies
 )
+_PROJECTION = "output_proj.weight"  # to the width of a tied embedding
 _OF_GENERAL = "decoder.attention.query_proj.weight"  # W_a, likewise for the general score
 
 
@@ -30,7 +31,9 @@ def can_grow(before: ModelConfig, config: ModelConfig) -> bool:
     """Whether `grown` can turn a model of the shape ``before`` into one of the shape ``config``.
 
     All layers must get wider, and nothing else may change except dropout. A dot score without a
-    memory projection cannot grow: it has no parameter that could ignore the new columns.
+    memory projection cannot grow: it has no parameter that could ignore the new columns. Nor can a
+    model in which another width would add or remove a residual connection around a first layer, or
+    remove the projection to a tied embedding.
     """
     unprojected_dot = config.score == "dot" and config.memory_dim == config.hidden
     same: dict[str, Any] = {
@@ -42,8 +45,16 @@ def can_grow(before: ModelConfig, config: ModelConfig) -> bool:
         before.hidden < config.hidden
         and config.encoder_hidden is None
         and not unprojected_dot
+        and not (config.tie is not None and before.embedding == config.hidden)
+        and (not config.residual or _equal_widths(before) == _equal_widths(config))
         and replace(before, **same) == config
     )
+
+
+def _equal_widths(config: ModelConfig) -> tuple[bool, bool]:
+    """Whether the first layers of the encoder and of the decoder are as wide as their inputs."""
+    fed = config.embedding + (config.hidden if config.input_feeding else 0)
+    return config.embedding == config.memory_dim, fed == config.hidden
 
 
 def grown(
@@ -60,6 +71,8 @@ def grown(
 
     Raises KeyError or ValueError if the parameters do not have these shapes.
     """
+    if before.tie is not None and before.embedding == before.hidden:
+        parameters = {**parameters, _PROJECTION: torch.eye(before.hidden)}  # as if it had one
     return {
         name: _grown(
             name in _BEGIN_AT_ZERO or (name == _OF_GENERAL and config.score == "general"),

@@ -24,6 +24,7 @@ from fused_attn.seq2seq.data.examples import FILES
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.outputs import TEMPORARY_PREFIX
 from fused_attn.seq2seq.training.distillation import FILE as SOFT_TARGETS
+from fused_attn.seq2seq.training.processes import from_launcher
 
 LOCK, PAIRS = "run.lock", "pairs"
 
@@ -43,7 +44,7 @@ def owned(directory: Path) -> Iterator[None]:
     Raises `InputError` if another process, or another thread of this one, owns the run; OSError if
     the directory or the file cannot be written.
     """
-    if int(os.environ.get("RANK", "0")) or (directory.exists() and not directory.is_dir()):
+    if from_launcher("RANK") or (directory.exists() and not directory.is_dir()):
         yield  # the first of several processes owns the run; the caller refuses a file
         return
     created = not directory.exists()
@@ -64,26 +65,43 @@ def owned(directory: Path) -> Iterator[None]:
 def _locked(path: Path) -> int:
     """Return the descriptor of the locked file, which holds the number of this process."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _opened(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 1000).decode(errors="replace").strip()
+            _lock(path, descriptor)
+            # The owner before may have removed the file after it was opened here.
+            if _is_still(path, descriptor):
+                os.ftruncate(descriptor, 0)
+                owner = f"process {os.getpid()} on {socket.gethostname()}\n"
+                os.pwrite(descriptor, owner.encode(), 0)
+                return descriptor
+        except BaseException:
             os.close(descriptor)
-            raise InputError(
-                f"{path.parent} is in use by {owner or 'another process'}: wait until it ends, or "
-                "stop it"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
-        # The owner before may have removed the file after it was opened here.
-        if _is_still(path, descriptor):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return descriptor
+            raise
         os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    """Open or create the file of a lock. It is written to, so that it must not be a link."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise InputError(
+            f"{path} must be a regular file, the lock of the run, or not exist: remove it"
+        )
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    """Lock an open file; raises `InputError` with the owner if another one has it locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = " ".join(os.read(descriptor, 1000).decode(errors="replace").split())
+        raise InputError(
+            f"{path.parent} is in use by {owner or 'another process'}: wait until it ends, or "
+            "stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

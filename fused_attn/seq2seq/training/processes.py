@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from fused_attn.seq2seq.devices import choose_device
-from fused_attn.seq2seq.errors import OptionError
+from fused_attn.seq2seq.errors import InputError, OptionError
 
 # At INFO it logs every process that joins.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -36,7 +36,7 @@ def launch(device: str = "auto", precision: str = "32") -> Fabric:
     chosen = choose_device(device)
     if precision == "16" and chosen.type == "cpu":
         raise OptionError("precision", "16 needs a GPU; on a CPU use bf16")
-    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, local = from_launcher("WORLD_SIZE"), from_launcher("LOCAL_WORLD_SIZE")
     several = world > 1
     devices: Any = local if several or chosen.index is None else [chosen.index]
     fabric = Fabric(
@@ -48,6 +48,21 @@ def launch(device: str = "auto", precision: str = "32") -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def from_launcher(name: str) -> int:
+    """Return a number that ``torchrun`` sets in the environment: of a single process if it is not.
+
+    name: "RANK", "WORLD_SIZE" or "LOCAL_WORLD_SIZE". Raises `InputError` if it is not a number.
+    """
+    least = 0 if name == "RANK" else 1
+    text = os.environ.get(name, str(least))
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise InputError(
+            f"the environment variable {name} must be a number from {least}, got {text!r}: unset "
+            "it, or start the processes with torchrun"
+        )
+    return int(text)
 
 
 def leave() -> None:

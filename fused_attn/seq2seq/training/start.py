@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -101,6 +101,9 @@ def _start(
     require_backend(machine.backend, recipe.model.score, machine.fabric.device)
     check_recipe(recipe)
     origin = None if start_from is None else find_checkpoint(start_from)
+    if isinstance(recipe.task, TextTask) and origin is not None:
+        if "subwords" in recipe.task.tokens and recipe.task.config.subwords is None:
+            raise OptionError("tokens", f"subwords are those of the model, and {origin} has none")
 
     def with_known_vocabularies(data: Data) -> Data:
         if origin is None:
@@ -186,13 +189,22 @@ def _initialise_from(model: Seq2Seq, origin: Path, data: Data, notes: list[str])
     except (KeyError, ValueError) as error:
         raise files.damaged(origin, error) from None
     except RuntimeError as error:  # names or shapes of parameters do not match
-        reason = " ".join(str(error).split())
-        raise OptionError("start_from", f": {origin} has another shape: {reason}") from None
+        raise _other_shape(origin, before, model.config) or files.damaged(origin, error) from None
     for name, old, now in zip(("source", "target"), known, (data.source, data.target), strict=True):
         if new := now.symbols[len(old.symbols) :]:
             shown = " ".join(new[:_SHOWN_SYMBOLS]) + (" ..." if len(new) > _SHOWN_SYMBOLS else "")
             plural = "" if len(new) == 1 else "s"
             notes.append(f"{len(new):,} new {name} symbol{plural} added to the vocabulary: {shown}")
+
+
+def _other_shape(origin: Path, before: ModelConfig, config: ModelConfig) -> OptionError | None:
+    """The error that names the options in which a model differs from the one to start from."""
+    old, new = asdict(before), asdict(config)
+    names = sorted(old.keys() - {"dropout", "variational"})  # these two have no parameters
+    changed = [f"{name} {old[name]}, not {new[name]}" for name in names if old[name] != new[name]]
+    if not changed:
+        return None
+    return OptionError("start_from", f": {origin} has another shape: {', '.join(changed)}")
 
 
 def _run_teachers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -109,8 +109,23 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all planned steps are done, or early stopping applies."""
-        return self.stopped_early or self.position.step >= self.total_steps
+        """Whether all planned steps are done, or early stopping applies.
+
+        A run that was stopped after its last step, before `finish_epoch`, is not finished.
+        """
+        done = self.position.step >= self.total_steps and not self.position.batch
+        return self.stopped_early or done
+
+    @property
+    def ended_by(self) -> tuple[str, ...]:
+        """The options that would have to be larger for a finished run to continue."""
+        if self.stopped_early:
+            return ("patience",)
+        most, config = self.config.max_steps, replace(self.config, max_steps=None)
+        by_epochs = planned_steps(self.batches_per_epoch, config, self.position.extra)
+        if most is None or most > by_epochs:
+            return ("epochs",)
+        return ("max_steps",) if most < by_epochs else ("epochs", "max_steps")
 
     @property
     def stopped_early(self) -> bool:
@@ -283,6 +298,10 @@ class Trainer:
         if _batching(before) != _batching(self.config):
             restored.batch, restored.loss, restored.tokens = 0, 0.0, 0
             restored.extra = restored.step - restored.epoch * self.batches_per_epoch
+        # Scheduled sampling that waits for no rate starts where that of a new run does, and so does
+        # sampling that did not wait before, or was not asked for.
+        if before.sampling_after is None or self.config.sampling_after is None:
+            restored.sampling_from = self.position.sampling_from
         batches = epoch_batches(self.examples, self.config, restored.epoch)
         if restored.batch > len(batches):
             raise ValueError(f"batch must be at most {len(batches)}, got {restored.batch}")
