@@ -169,3 +169,19 @@ def test_subwords_and_other_tasks_keep_theirs(tmp_path: Path) -> None:
         for path in (start, run)
     ]
     assert symbols[0] == symbols[1]
+
+
+def test_rare_new_targets_are_trained_on_as_unknown(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As without --start-from; only targets that the whole vocabulary does not know are counted."""
+    pairs = tmp_path / "pairs.tsv"
+    # "x" is rare in these pairs, but the model knows it; "rare" is known to neither.
+    lines = [*(f"{source}\t{target}" for source, target in NEW[1:] * 3), "a\tx", "b\trare"]
+    pairs.write_text("".join(f"{line}\n" for line in lines))
+    run = tmp_path / "run"
+    argv = ["train", "pairs", "--train", str(pairs), "--start-from", str(base), "--output"]
+    assert main([*argv, str(run), "--min-count", "14", "--max-steps", "2"]) == 0
+    error = capfd.readouterr().err
+    assert f"{pairs}: 1 target with only unknown symbols; a smaller --min-count" in error
+    assert main(["train", "pairs", "--output", str(run), "--resume", "--max-steps", "3"]) == 0

@@ -55,6 +55,18 @@ def test_commands_print_a_note(
     assert f"note: {expected}" in err.splitlines() and expected in json.loads(out)["notes"]
 
 
+def test_one_long_source_of_several(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pairs").write_text(f"abcd\tein\n{LONG}\tzwei\n")
+    assert main(["evaluate", str(model), "--test", str(tmp_path / "pairs")]) == 0
+    expected = (
+        "note: 1 of 2 lines is longer than the longest source of the training (4 symbols): "
+        "its target may be incomplete"
+    )
+    assert expected in notes(capfd)
+
+
 def test_after_ten_notes_there_is_a_count(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

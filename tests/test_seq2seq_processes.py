@@ -293,7 +293,10 @@ def test_two_processes_predict_in_the_order_of_the_input(tmp_path: Path) -> None
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 REFUSED = {
-    "no output": (["--input", "x"], "--input and --output must be given together"),
+    "output and alignments": (
+        ["--output", "x", "--alignments", "y.svg"],
+        "--output cannot be combined with --alignments",
+    ),
     "text": (["hello", "--input", "x", "--output", "y"], "--input cannot be combined with TEXT"),
     "no file": (["--input", "nowhere", "--output", "y"], "cannot read nowhere: No such file"),
     "no directory": (["--input", "x", "--output", "no/y"], "--output: there is no directory no"),

@@ -34,6 +34,9 @@ class Vocabulary:
         """Return the number of ids, the three special ones included."""
         return len(self.symbols) + _SPECIAL
 
+    def __contains__(self, symbol: object) -> bool:
+        return symbol in self._numbers
+
     def __repr__(self) -> str:
         shown = " ".join(self.symbols[:8]) + (" ..." if len(self.symbols) > 8 else "")
         return f"Vocabulary({len(self.symbols)} symbols: {shown})"

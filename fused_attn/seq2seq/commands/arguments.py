@@ -48,13 +48,14 @@ def _add_predict(options: Options) -> None:
         "input",
         type=Path,
         metavar="FILE",
-        help="read the sources from this file; under torchrun, the processes share its lines",
+        help="read the sources from this file; with --output, the processes of torchrun share its "
+        "lines",
     )
     options.option(
         "output",
         type=Path,
         metavar="FILE",
-        help="write the targets for --input to this file, which is created only once complete",
+        help="write the targets to this file, which is created only once complete",
     )
     options.option(
         "alignments",
@@ -92,7 +93,7 @@ def _add_predict(options: Options) -> None:
         "strict",
         action="store_true",
         default=False,
-        help="stop at the first source that cannot be read",
+        help="stop at the first source that is blank or cannot be read",
     )
     _add_search(options)
 

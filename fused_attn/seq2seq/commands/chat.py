@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
             note(line.problem("this message"))
         if line.source is None:
             continue
-        if long := predictor.long_note("this message", line.source):
-            note(long)
+        for about in predictor.notes("this message", line.source):
+            note(about)
         (found,) = predictor.decode([line.source], search)
         print(found.text, flush=True)

@@ -87,9 +87,10 @@ def _long(predictor: Predictor, items: Sequence[Item]) -> list[str]:
     if not count:
         return []
     units = predictor.task.units[0]
+    verb, whose = ("is", "its target") if count == 1 else ("are", "their targets")
     return [
-        f"{count:,} of {len(items):,} {units} are longer than the longest source of the training "
-        f"({longest} symbols): their targets may be incomplete"
+        f"{count:,} of {len(items):,} {units} {verb} longer than the longest source of the "
+        f"training ({longest} symbols): {whose} may be incomplete"
     ]
 
 
@@ -105,7 +106,8 @@ def _items(args: Namespace, task: Task) -> tuple[list[Item], list[str]]:
         if not task.has_data:
             units = task.units[0]
             notes.append(
-                f"cannot check whether the model was trained on these {units}: not in a file"
+                f"cannot check whether the model was trained on these {units}: it names no "
+                "training data"
             )
             return _chosen(items, args.limit), notes
         try:

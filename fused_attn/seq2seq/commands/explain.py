@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     line = read_line(predictor, argument_bytes(args.text))
     if line.source is None:
         raise InputError(line.problem("TEXT"))
-    if text := predictor.long_note("TEXT", line.source):
+    for text in predictor.notes("TEXT", line.source):
         note(text)
     (found,) = predictor.decode([line.source], search, alignments=True)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from fused_attn.seq2seq.commands.alignment_files import AlignmentFile, check_name
 from fused_attn.seq2seq.commands.options import (
@@ -20,8 +21,10 @@ from fused_attn.seq2seq.commands.parser import INCOMPLETE
 from fused_attn.seq2seq.commands.streams import argument_bytes
 from fused_attn.seq2seq.commands.tally import Tally
 from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.data.text_files import read_lines
+from fused_attn.seq2seq.data.texts import other_encoding
 from fused_attn.seq2seq.errors import InputError, OptionError
-from fused_attn.seq2seq.inference.files import Group, predict_file
+from fused_attn.seq2seq.inference.files import BATCH_LINES, Group, predict_file
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.predictor import Predictor
 from fused_attn.seq2seq.inference.records import (
@@ -33,6 +36,7 @@ from fused_attn.seq2seq.inference.records import (
     read_line,
     with_unknown_replaced,
 )
+from fused_attn.seq2seq.outputs import writing
 from fused_attn.seq2seq.vocabulary import UNKNOWN
 
 _READ_BYTES = 1 << 16
@@ -52,7 +56,10 @@ class _Output:
 
 
 def run(args: Namespace) -> int:
-    """Print a line for each input line as soon as it is predicted, or write all to --output."""
+    """Print a line for each input line as soon as it is predicted, or write all to --output.
+
+    With --input and --output, several processes can share the lines.
+    """
     set_threads(args.threads)
     group = Group.of_environment()
     _check_files(args, group)
@@ -68,10 +75,12 @@ def run(args: Namespace) -> int:
         args.strict,
         weights=args.alignments is not None or args.replace_unknown or args.with_alignment,
     )
-    if args.output is not None:
+    if args.input is not None and args.output is not None:
         tally = _predict_file(args, predictor, output, group)
+    elif args.output is not None:
+        tally = _predict_to_file(args, predictor, output)
     else:
-        tally = _predict_stream(args, predictor, output)
+        tally = _predict_stream(args, predictor, output, _print)
     if group.rank == 0:
         for text in tally.summary(predictor):
             note(text)
@@ -81,14 +90,14 @@ def run(args: Namespace) -> int:
 def _check_files(args: Namespace, group: Group) -> None:
     if args.alignments is not None:
         check_name(args.alignments)
-    if (args.input is None) != (args.output is None):
-        raise InputError("--input and --output must be given together")
+    if args.input is not None and args.text:
+        raise InputError("--input cannot be combined with TEXT")
     if args.output is not None:
-        if args.text or args.alignments is not None:
-            raise InputError("--input cannot be combined with TEXT or --alignments")
+        if args.alignments is not None:
+            raise InputError("--output cannot be combined with --alignments")
         if not args.output.parent.is_dir():
             raise InputError(f"--output: there is no directory {args.output.parent}")
-    elif group.size > 1:
+    if group.size > 1 and (args.input is None or args.output is None):
         raise InputError("prediction with several processes needs --input and --output")
 
 
@@ -121,8 +130,30 @@ def _predict_file(args: Namespace, predictor: Predictor, output: _Output, group:
     return whole
 
 
-def _predict_stream(args: Namespace, predictor: Predictor, output: _Output) -> Tally:
-    """Predict for the arguments or standard input, printing notes and targets as they come."""
+def _predict_to_file(args: Namespace, predictor: Predictor, output: _Output) -> Tally:
+    """Predict for the arguments or standard input, and write the targets to ``args.output``."""
+    try:
+        with writing(args.output) as file:
+            return _predict_stream(
+                args,
+                predictor,
+                output,
+                lambda text: file.write(text.encode("utf-8", "backslashreplace")),
+            )
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot write {args.output}: {error.strerror}") from None
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _predict_stream(
+    args: Namespace, predictor: Predictor, output: _Output, write: Callable[[str], object]
+) -> Tally:
+    """Predict for the sources in batches, writing notes and targets as they come."""
     file = None if args.alignments is None else AlignmentFile(args.alignments)
     tally = Tally("argument" if args.text else "line")
     for batch in _batches(args):
@@ -130,7 +161,7 @@ def _predict_stream(args: Namespace, predictor: Predictor, output: _Output) -> T
         for text in notes:
             note(text)
         predictions, written = _predict_batch(predictor, lines, output)
-        print(written, end="", flush=True)
+        write(written)
         if problem is not None:
             raise problem
         if file is not None:
@@ -144,6 +175,10 @@ def _batches(args: Namespace) -> Iterator[list[bytes]]:
     """Yield the sources in batches."""
     if args.text:
         yield [argument_bytes(text) for text in args.text]
+    elif args.input is not None:
+        lines = read_lines(args.input)
+        while batch := list(islice(lines, BATCH_LINES)):
+            yield batch
     elif sys.stdin is None:
         raise InputError("there is no TEXT, and standard input is closed")
     else:
@@ -153,18 +188,28 @@ def _batches(args: Namespace) -> Iterator[list[bytes]]:
             data = sys.stdin.read().encode("utf-8", "surrogatepass")
             yield data.removesuffix(b"\n").split(b"\n") if data else []
             return
-        yield from _available_lines(descriptor)
+        for number, batch in enumerate(_available_lines(descriptor)):
+            if not number and (reason := other_encoding(batch[0])):
+                raise InputError(f"standard input, line 1: {reason}")
+            yield batch
 
 
 def _available_lines(descriptor: int) -> Iterator[list[bytes]]:
-    """Yield the lines of a file as they arrive; those of one read form a batch."""
+    """Yield the lines of standard input as they arrive; those of one read form a batch."""
     rest = b""
-    while data := os.read(descriptor, _READ_BYTES):
+    while data := _read(descriptor):
         *lines, rest = (rest + data).split(b"\n")
         if lines:
             yield lines
     if rest:
         yield [rest]
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, _READ_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read standard input: {error.strerror}") from None
 
 
 def _read_batch(

@@ -1,4 +1,4 @@
-"""Notes about the sources of a run: those that cannot be read, and those that are long."""
+"""Notes about the sources of a run: those that cannot be read, are long or have unknown symbols."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Tally:
     total: int = 0
     unread: _Kind = field(default_factory=_Kind)
     long: _Kind = field(default_factory=_Kind)
+    unknown: _Kind = field(default_factory=_Kind)  # with symbols that are read as <unk>
 
     def add(self, number: int, line: Line, reader: SourceReader) -> list[str]:
         """Count a source. Returns the notes about it, if it is one of the first."""
@@ -46,13 +47,22 @@ class Tally:
         name = f"{self.unit} {number}"
         if line.error is not None:
             return self.unread.add(number, line.problem(name))
-        text = line.source and reader.long_note(name, line.source)
-        return self.long.add(number, text) if text else []
+        if line.source is None:
+            return []
+        notes = []
+        for kind, text in (
+            (self.unknown, reader.unknown_note(name, line.source)),
+            (self.long, reader.long_note(name, line.source)),
+        ):
+            notes += kind.add(number, text) if text else []
+        return notes
 
     def summary(self, reader: SourceReader) -> list[str]:
-        """Return the counts as notes: of unread sources, and of long ones that have no note."""
+        """Return the counts as notes: of unread sources, and of others if some have no note."""
         of_all = f"of {self.total:,} {self.unit}{'' if self.total == 1 else 's'}"
         texts = []
+        if self.unknown.count > MOST_NOTES:
+            texts.append(f"{self.unknown.count:,} {of_all} have unknown symbols")
         if self.long.count > MOST_NOTES:
             texts.append(
                 f"{self.long.count:,} {of_all} are longer than the longest source of the training "
@@ -66,14 +76,17 @@ class Tally:
     def joined(cls, tallies: Sequence[Tally]) -> Tally:
         """Add up the tallies of several processes, which have shared the sources of a file."""
         first, *others = tallies
-        whole = cls(first.unit, first.total, first.unread, first.long)
+        whole = cls(first.unit, first.total, first.unread, first.long, first.unknown)
         for other in others:
             whole.total += other.total
             whole.unread += other.unread
             whole.long += other.long
+            whole.unknown += other.unknown
         return whole
 
     @property
     def notes(self) -> list[str]:
         """The notes about single sources, by number."""
-        return [text for _, text in sorted(self.unread.notes + self.long.notes)]
+        return [
+            text for _, text in sorted(self.unread.notes + self.unknown.notes + self.long.notes)
+        ]

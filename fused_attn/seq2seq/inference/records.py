@@ -19,6 +19,7 @@ from fused_attn.seq2seq.tasks.base import Task
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NOT_UTF8 = "not UTF-8 text"
+_NUL = "a NUL character, which text does not have"
 # Where str.splitlines() splits.
 _LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _ON_ONE_LINE = str.maketrans(dict.fromkeys(_LINE_BREAKS, " "))
@@ -55,6 +56,8 @@ def read_line(predictor: Predictor, line: bytes) -> Line:
     except UnicodeDecodeError:
         return Line(line.decode(errors="replace"), error=_NOT_UTF8)
     text = text.removeprefix(_BYTE_ORDER_MARK)
+    if "\0" in text:  # UTF-16 without a byte order mark, for example
+        return Line(text, error=_NUL)
     if not text.strip():
         return Line(text)
     try:

@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from fused_attn.seq2seq.data.texts import counted, quoted
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.tasks.base import Task
-from fused_attn.seq2seq.vocabulary import UnknownSymbolError, Vocabulary
+from fused_attn.seq2seq.vocabulary import UNKNOWN, UnknownSymbolError, Vocabulary
 
 # Most symbols that an error message lists.
 _SHOWN = 60
 
 # A text, or a sequence of tokens of the vocabulary.
 Source = str | Sequence[str]
+_SHOWN = 4  # most unknown symbols in a note
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,22 @@ class SourceReader:
             f"{name} has {count} symbols; the longest source of the training had {longest}: "
             "its target may be incomplete"
         )
+
+    def unknown_note(self, name: str, source: EncodedSource) -> str | None:
+        """Return a note about the symbols that are read as `UNKNOWN`; None if there are none.
+
+        name: what the note calls the source.
+        """
+        found = list(dict.fromkeys(s for s in source.tokens if s not in self._vocabulary))
+        if not found:
+            return None
+        shown = " ".join(map(quoted, found[:_SHOWN])) + (" ..." if len(found) > _SHOWN else "")
+        return f"{name} has {counted(len(found), 'unknown symbol')}, read as {UNKNOWN}: {shown}"
+
+    def notes(self, name: str, source: EncodedSource) -> list[str]:
+        """Return the notes about a source; name: what they call it."""
+        found = self.unknown_note(name, source), self.long_note(name, source)
+        return [note for note in found if note is not None]
 
     def warn_of_long(self, sources: Sequence[EncodedSource], before: int = 0) -> bool:
         """Warn the caller's caller once of sources that are too long; returns whether it did.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -96,8 +96,8 @@ def held_out(number: int, pairs: int) -> str:
 def nothing_held_out(pairs: str) -> str:
     """Return what a note says if the training pairs are the development set."""
     return (
-        f"too small to hold out a development set, so the training pairs ({pairs}) choose the best "
-        "checkpoint"
+        f"too small to hold out a development set, so the training pairs ({pairs}) are also the "
+        "development set"
     )
 
 
@@ -240,12 +240,10 @@ class Pairs(TextTask):
         if self._is_earlier:
             train.known = known
         # This pass also reports bad entries, before training begins.
-        unknown = sum(known.isdisjoint(pair.target) for pair in train)
+        unknown = self._about_unknown(train, known)
         if not train.used:
             raise InputError(f"{train.name}: too few {train.unit}s for training and development")
-        own = [*train.notes(), *([self._about_dev(train)] if holds_out else [])]
-        if unknown:
-            own.append(self._about_unknown(train, unknown))
+        own = [*train.notes(), *([self._about_dev(train)] if holds_out else []), *unknown]
         digest = self._fingerprint(train)
         return Data(source, target, train, dev, test or [], digest, (*own, *notes))
 
@@ -254,9 +252,13 @@ class Pairs(TextTask):
         """Whether an earlier version started the run, whose pairs must stay the same."""
         return self.config.least_dev == 0
 
-    def _about_unknown(self, train: PairSource, count: int) -> str:
+    def _about_unknown(self, train: PairSource, known: Set[str]) -> list[str]:
+        """The note about targets without a known symbol, if there are any."""
+        count = sum(known.isdisjoint(pair.target) for pair in train)
+        if not count:
+            return []
         hint = "; a smaller --min-count keeps more" if self.config.min_count > 1 else ""
-        return f"{train.name}: {counted(count, 'target')} with only unknown symbols{hint}"
+        return [f"{train.name}: {counted(count, 'target')} with only unknown symbols{hint}"]
 
     def _dev_of(self, train: PairSource) -> list[Item]:
         """Hold out a development set, or return the training pairs if it would be too small."""
@@ -274,12 +276,22 @@ class Pairs(TextTask):
         if train.without:
             return f"{train.name}: {held_out(train.held_out, pairs)}; --dev names another"
         what = f"its first {DEV_PAIRS:,} pairs" if pairs > DEV_PAIRS else counted(pairs, "pair")
-        return f"{train.name}: {nothing_held_out(what)}; --dev names others"
+        return f"{train.name}: {nothing_held_out(what)}; --dev names another"
 
     def with_vocabularies(self, data: Data, source: Vocabulary, target: Vocabulary) -> Data:
-        assert isinstance(data.train, PairSource)
-        if self._is_earlier or target.symbols != data.target.symbols:
-            data.train.known = set(target.symbols)
+        train = data.train
+        assert isinstance(train, PairSource)
+        if self._is_earlier:
+            train.known = set(target.symbols)
+        elif target.symbols != data.target.symbols:
+            if isinstance(self.reader.target, Subwords):  # whose vocabulary stays that of the model
+                train.known = set(target.symbols)
+            elif self.config.min_count > 1:  # the model knows symbols that are rare in the data
+                before = self._about_unknown(train, set(data.target.symbols))
+                others = [note for note in data.notes if note not in before]
+                data = replace(
+                    data, notes=(*others, *self._about_unknown(train, set(target.symbols)))
+                )
         return super().with_vocabularies(data, source, target)
 
     def _pairs(self, split: str, reader: Reader) -> PairSource | None:
