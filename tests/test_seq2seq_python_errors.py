@@ -49,6 +49,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([("a", "A"), ("b",)], r"pairs, pair 2: expected a source and a target, got \('b',\)"),
         (["ab"], "pairs, pair 1: expected a source and a target, got 'ab'"),
         ([("a", 3)], "pairs, pair 1: the target must be a str or a sequence of str, got 3"),
+        ([(["a", ""], "A")], "pairs, pair 1: the source has an empty token, in "),
+        ([("a", "A"), (["a"], ["", "A"])], "pairs, pair 2: the target has an empty token, in "),
         ([("a" * 300, "A")], "the source has 300 symbols, more than the 200"),
         ([], "pairs is empty"),
         (7, "pairs must be an iterable of pairs or the path of a file, got int"),
@@ -75,9 +77,16 @@ def test_fit_refuses_options(tmp_path: Path, fitted: Path) -> None:
         ({"device": "tpu"}, "device must be"),
         ({"resume": True}, "nothing to resume"),
         ({"min_count": 0}, "min_count must be positive"),
+        ({"min_count": "3"}, "^min_count must be int, got str"),
+        ({"skip_bad": "no"}, "^skip_bad must be bool, got str"),
+        ({"tokens": "subwords", "vocabulary": 9.5}, "^vocabulary must be int.*, got float"),
+        ({"training": TrainingConfig(bucket=0)}, "^bucket must be bool, got int"),  # type: ignore[arg-type]
+        ({"training": TrainingConfig(seed=1.5)}, "^seed must be int, got float"),  # type: ignore[arg-type]
+        ({"model": ModelConfig(residual="no")}, "^residual must be bool, got str"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match=message):
             seq2seq.fit(pairs, output=tmp_path / "run", progress=False, **options)
+        assert not (tmp_path / "run").exists()
     with pytest.raises(TypeError, match="depth"):
         seq2seq.fit(pairs, output=tmp_path / "run", progress=False, depth=3)
 

@@ -31,12 +31,16 @@ def check_types(made: Any) -> None:
     """
     hints = get_type_hints(type(made))
     for field in fields(made):
-        value, hint = getattr(made, field.name), hints[field.name]
-        allowed = [kind.strip() for kind in _name(hint).split("|")]
-        if not any(_is_of(value, kind) for kind in allowed):
-            raise TypeError(f"{field.name} must be {_name(hint)}, got {type(value).__name__}")
-        if type(value) is int and abs(value) > LARGEST_INT and field.name != "seed":
-            raise ValueError(f"{field.name} must be at most {LARGEST_INT}, got a larger number")
+        check_value(field.name, getattr(made, field.name), hints[field.name])
+
+
+def check_value(name: str, value: object, hint: Any) -> None:
+    """Check a value as `check_types` does. name: of its field. hint: the declared type."""
+    allowed = [kind.strip() for kind in _name(hint).split("|")]
+    if not any(_is_of(value, kind) for kind in allowed):
+        raise TypeError(f"{name} must be {_name(hint)}, got {type(value).__name__}")
+    if type(value) is int and abs(value) > LARGEST_INT and name != "seed":
+        raise ValueError(f"{name} must be at most {LARGEST_INT}, got a larger number")
 
 
 def _name(hint: Any) -> str:

@@ -62,12 +62,14 @@ class Reader:
     def pair(self, source: str | Sequence[str], target: str | Sequence[str]) -> Pair:
         """Return the pair of two texts, or of two sequences of symbols.
 
-        Raises ValueError if either is empty or longer than ``max_length``.
+        Raises ValueError if either is empty, longer than ``max_length``, or has an empty token.
         """
         pair = Pair(_symbols(source, self.source), _symbols(target, self.target))
         for name, symbols in (("source", pair.source), ("target", pair.target)):
             if not symbols:
                 raise ValueError(f"the {name} is empty")
+            if "" in symbols:
+                raise ValueError(f"the {name} has an empty token")
             if len(symbols) > self.max_length:
                 raise BadEntry(
                     f"the {name} has {len(symbols)} symbols, more than the {self.max_length} "

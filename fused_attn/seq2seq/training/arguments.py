@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
+from fused_attn.seq2seq.checkpoints.values import check_types, check_value
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
 from fused_attn.seq2seq.tasks.registry import TASKS
-from fused_attn.seq2seq.tasks.text import Pairs
+from fused_attn.seq2seq.tasks.text import Pairs, TextConfig
 from fused_attn.seq2seq.training.resume import changed, stored_run
 
 # Options of `fit` that go to the configuration of the task.
@@ -34,9 +36,26 @@ def directory(output: Any) -> Path:
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """Raise `OptionError` unless a value is of a type, or None."""
-    if value is not None and not isinstance(value, kind):
+    """Raise `OptionError` unless a value is a configuration of a type, or None.
+
+    Its fields must have their declared types: the checkpoints of the run store them.
+    """
+    if value is None:
+        return
+    if not isinstance(value, kind):
         raise OptionError(name, f"must be a {kind.__name__}, got {type(value).__name__}")
+    with _as_option_error():
+        check_types(value)
+
+
+@contextmanager
+def _as_option_error() -> Iterator[None]:
+    """Turn an error whose text starts with the name of an option into an `OptionError`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, _, reason = str(error).partition(" ")
+        raise OptionError(name, reason) from None
 
 
 def kind_of_task(name: str | None) -> type[Pairs]:
@@ -73,7 +92,10 @@ def tokens(given: Any) -> dict[str, str | None]:
 
 
 def data_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the data; raises TypeError for one that is not an option."""
+    """Return the options of the data; raises TypeError for one that is not an option.
+
+    Raises `OptionError` if one has another type than its field of `TextConfig`.
+    """
     elsewhere = {
         field.name: f"{argument}={kind.__name__}({field.name}=...)"
         for argument, kind in (("model", ModelConfig), ("training", TrainingConfig))
@@ -84,6 +106,10 @@ def data_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"unknown option {name!r}: it belongs in {elsewhere[name]}")
         if name not in DATA_OPTIONS:
             raise TypeError(f"unknown option {name!r}: those of data are {', '.join(DATA_OPTIONS)}")
+    hints = get_type_hints(TextConfig)
+    with _as_option_error():
+        for name, value in options.items():
+            check_value(name, value, hints[name])
     return dict(options)
 
 
@@ -116,11 +142,8 @@ def recipe(
     rest = {**asdict(model or shape), **asdict(training or kind.training)}
     rest |= {"start_from": start_from, "teacher": [], "backend": "auto"}
     settle(TRAINING_NEEDS, rest | defaults, chosen)
-    try:
+    with _as_option_error():
         config = kind.kind(**{**values, **chosen})
-    except ValueError as error:
-        name, _, reason = str(error).partition(" ")
-        raise OptionError(name, reason) from None
     return Recipe(model or shape, training or kind.training, kind(config, in_python))
 
 
