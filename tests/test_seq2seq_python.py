@@ -391,3 +391,12 @@ def test_a_model_without_a_task_reads_the_form_of_its_vocabulary(form: str) -> N
     other = unicodedata.normalize("NFD", "café")
     if form == "NFC":
         assert found(other).source == ("café",)
+
+
+@pytest.mark.parametrize("symbol", ["", "\ud800"])
+def test_a_vocabulary_that_could_not_be_loaded_is_not_saved(tmp_path: Path, symbol: str) -> None:
+    vocabulary = Vocabulary(["a", symbol])
+    model = Seq2Seq(ModelConfig(hidden=4, embedding=4), len(vocabulary), len(vocabulary))
+    with pytest.raises(InputError, match="cannot save the model: the source vocabulary"):
+        Predictor(model, vocabulary, vocabulary).save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

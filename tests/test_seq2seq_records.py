@@ -151,18 +151,18 @@ def test_an_unknown_symbol_is_replaced_in_records(tmp_path: Path, printed: Any) 
     assert record["targets"][0]["tokens"] == [UNKNOWN] * 3
 
 
-STRANGE = ("a b", "\t", "new\nline", "", "\u2028", "\x85", "\ud800", '"', "\\", "ü")
+STRANGE = ("a b", "\t", "new\nline", "\u2028", "\x85", '"', "\\", "ü")
 
 
 def test_symbols_that_would_break_a_line(tmp_path: Path, printed: Any) -> None:
     """Symbols from Python may have anything in them."""
     path = str(checkpoint(tmp_path / "strange", words=STRANGE))
-    options = ["--beam", "120", "--nbest", "111", "--max-length", "2"]
+    options = ["--beam", "80", "--nbest", "73", "--max-length", "2"]
     text = printed(b"abc\nde\n", path, "--format", "json", *options, code=0)
     assert len(text.splitlines()) == 2
     records = loaded(text)
     tokens = [each["tokens"] for record in records for each in record["targets"]]
-    assert len(tokens) == 2 * (1 + 10 + 100)
+    assert len(tokens) == 2 * (1 + 8 + 64)
     assert {symbol for each in tokens for symbol in each} == {*STRANGE}
     text = printed(b"abc\nde\n", path, "--format", "tsv", *options, code=0)
     rows = rows_of(text)
@@ -171,7 +171,7 @@ def test_symbols_that_would_break_a_line(tmp_path: Path, printed: Any) -> None:
         assert len(row) == 6
         assert len(row[5].split(" ")) == len(each) == len(row[4].split(" ")) or not each
     text = printed(b"abc\nde\n", path, *options, code=0)
-    assert len(text.splitlines()) == 2 * 111
+    assert len(text.splitlines()) == 2 * 73
 
 
 def test_numbers_are_json_and_short() -> None:

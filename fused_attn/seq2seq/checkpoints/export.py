@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.compress import STORED_TYPES, narrowed, widened
+from fused_attn.seq2seq.checkpoints.load import check_symbols
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.outputs import named
@@ -28,12 +29,18 @@ def save_model(
     store: dtype of the stored parameters, "float32", "float16" or "int8".
 
     Raises `InputError` if the directory exists, ``store`` is not one of these or cannot hold the
-    parameters, or they are not finite; OSError if the checkpoint cannot be written.
+    parameters, or they are not finite, or a symbol cannot be stored; OSError if the checkpoint
+    cannot be written.
     """
     if store not in STORED_TYPES:
         raise OptionError("store", f"must be one of {', '.join(STORED_TYPES)}, got {store!r}")
     if os.path.lexists(directory):
         raise InputError(f"{directory} already exists; name a new directory")
+    try:
+        for name in ("source", "target"):
+            check_symbols(name, meta[name])
+    except ValueError as error:
+        raise InputError(f"cannot save the model: {error}") from None
     try:
         files.check_parameters(parameters)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def _vocabulary(meta: dict[str, Any], name: str) -> Vocabulary:
     symbols = meta[name]
     if not isinstance(symbols, list):
         raise TypeError(f"the {name} vocabulary must be a list, got {type(symbols).__name__}")
+    check_symbols(name, symbols)
+    return Vocabulary(symbols)
+
+
+def check_symbols(name: str, symbols: Sequence[Any]) -> None:
+    """Raise ValueError unless symbols can be those of a checkpoint.
+
+    name: "source" or "target", for the message.
+    """
     for number, symbol in enumerate(symbols):
         if not isinstance(symbol, str) or not symbol:
             raise ValueError(f"the {name} vocabulary: entry {number} must be a text")
@@ -51,7 +60,6 @@ def _vocabulary(meta: dict[str, Any], name: str) -> Vocabulary:
         "".join(symbols).encode()
     except UnicodeEncodeError:
         raise ValueError(f"the {name} vocabulary has a text that UTF-8 cannot encode") from None
-    return Vocabulary(symbols)
 
 
 def load_model(
