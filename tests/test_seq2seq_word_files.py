@@ -77,10 +77,10 @@ BAD = {
         "line 3: expected words only, as in line 1 ('cat'), got 'dog D AO G', which has a word and "
         "its phones",
     ),
-    "several words": ("cat K AE T\nthe dog\n", "line 2: expected a word and its phones"),
+    "several words": ("cat K AE T\nthe dog\n", "line 2: unknown phone 'dog'; known phones: AA"),
     "another alphabet": ("cat\tkæt\n", "line 1: unknown phone 'kæt'; known phones: AA AE"),
     "lower case": ("cat\tk ae t\n", "line 1: unknown phone 'k'; known phones: AA AE"),
-    "a mistake": ("cat K AE T\nsub\tS UB\n", "line 2: expected a word and its phones"),
+    "a mistake": ("cat K AE T\nsub\tS UB\n", "line 2: unknown phone 'UB'; known phones: AA"),
     "no word": ("cat K AE T\ncafé K AE F EY\n", "line 2: the word 'café' has characters other"),
     "nothing": ("# nothing\n\n", " has no words"),
     "empty": ("", " has no words"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fused_attn.seq2seq.checkpoints.find import find_checkpoint
 from fused_attn.seq2seq.commands.options import load_models, note, search_config, set_threads
-from fused_attn.seq2seq.data.pairs import Item, Symbols
+from fused_attn.seq2seq.data.pairs import Data, Item, Symbols
 from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.inference.evaluate import judge, measures, perplexity, targets
 from fused_attn.seq2seq.inference.predictor import Predictor
@@ -96,37 +96,37 @@ def _long(predictor: Predictor, items: Sequence[Item]) -> list[str]:
 
 def _items(args: Namespace, task: Task) -> tuple[list[Item], list[str]]:
     """Return the items to evaluate on, in a pseudo-random order, and notes about them."""
-    notes: list[str] = []
+    units = task.units[0]
+    unchecked = f"cannot check whether the model was trained on these {units}"
     if args.test is None:
-        items = list(task.load().test) if task.has_data else []
-        if not items:
+        data = task.load() if task.has_data else None
+        items, notes = list(data.test) if data else [], []
+        if not data or not items:
             raise InputError("the model has no test set: name a file with --test")
     else:
         items, notes = task.listed(args.test)
         if not task.has_data:
-            units = task.units[0]
-            notes.append(
-                f"cannot check whether the model was trained on these {units}: it names no "
-                "training data"
-            )
+            notes.append(f"{unchecked}: it names no training data")
             return _chosen(items, args.limit), notes
         try:
             data = task.load()
         except InputError as error:  # a model may be used where its training data is not available
-            notes.append(
-                f"cannot check whether the model was trained on these {task.units[0]}: {error}"
-            )
+            notes.append(f"{unchecked}: {error}")
             return _chosen(items, args.limit), notes
-        judged = {item.source for item in items}
-        trained = {pair.source for pair in data.train if pair.source in judged}
-        chosen = ({item.source for item in data.dev} & judged) - trained
-        for where, seen in (("training", trained), ("development", chosen)):
-            if seen:
-                verb = "is" if len(seen) == 1 else "are"
-                notes.append(
-                    f"{len(seen)} of these {task.units[0]} {verb} in the {where} set of the model"
-                )
-    return _chosen(items, args.limit), notes
+    return _chosen(items, args.limit), [*notes, *_seen(items, data, units)]
+
+
+def _seen(items: Sequence[Item], data: Data, units: str) -> list[str]:
+    """Notes about items whose sources are in the training or the development set."""
+    judged = {item.source for item in items}
+    trained = {pair.source for pair in data.train if pair.source in judged}
+    chosen = ({item.source for item in data.dev} & judged) - trained
+    return [
+        f"{len(seen):,} of these {units} {'is' if len(seen) == 1 else 'are'} in the {where} set of "
+        "the model"
+        for where, seen in (("training", trained), ("development", chosen))
+        if seen
+    ]
 
 
 def _chosen(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -113,6 +113,8 @@ def read_test(path: Path) -> Lexicon:
         if not word:
             continue
         has_phones = _has_phones(line, pronunciation)
+        if first is not None and first[2] and pronunciation:
+            has_phones = True  # for an error that names the phone
         first = first or (number, line, has_phones)
         try:
             if has_phones != first[2]:
