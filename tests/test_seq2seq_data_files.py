@@ -96,7 +96,7 @@ def test_a_line_with_one_column_names_what_came(
     assert (
         f"{path}, line 2: expected a source and a target separated by a tab, got 1 column, 'no tab"
     ) in error
-    assert error.endswith("...; --skip-bad skips such lines\n") and len(error) < 400
+    assert error.endswith("...'; --skip-bad skips such lines\n") and len(error) < 400
     # Evaluation has no such option.
     with pytest.raises(InputError) as caught:
         Pairs(PairsConfig()).listed(Path(path))

@@ -122,7 +122,7 @@ def test_translate(translation: tuple[Path, Path], capfd: pytest.CaptureFixture[
 
 def test_columns_of_different_length_are_refused(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", ["x", "y"]), write(tmp_path / "b", ["x"])
-    with pytest.raises(InputError, match=f"{second} ends after line 1, but another file has more"):
+    with pytest.raises(InputError, match=f"{second} ends after line 1, but {first} has more"):
         list(PairFile(f"{first},{second}", Reader()))
 
 

@@ -97,10 +97,11 @@ def _long(predictor: Predictor, items: Sequence[Item]) -> list[str]:
 def _items(args: Namespace, task: Task) -> tuple[list[Item], list[str]]:
     """Return the items to evaluate on, in a pseudo-random order, and notes about them."""
     units = task.units[0]
+    notes: list[str] = []
     unchecked = f"cannot check whether the model was trained on these {units}"
     if args.test is None:
         data = task.load() if task.has_data else None
-        items, notes = list(data.test) if data else [], []
+        items = list(data.test) if data else []
         if not data or not items:
             raise InputError("the model has no test set: name a file with --test")
     else:

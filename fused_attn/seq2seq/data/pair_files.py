@@ -248,8 +248,9 @@ class PairFile(PairSource):
         for number, columns in enumerate(zip_longest(*files), start=1):
             if None in columns:
                 short = paths[columns.index(None)]
+                other = next(path for path, c in zip(paths, columns, strict=True) if c is not None)
                 raise InputError(
-                    f"{short} ends after line {number - 1}, but another file has more lines"
+                    f"{short} ends after line {number - 1}, but {other} has more lines"
                 )
             yield columns
 

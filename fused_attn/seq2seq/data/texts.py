@@ -79,7 +79,10 @@ def _convert(encoding: str) -> str:
 def quoted(value: object) -> str:
     """Return a value as Python writes it, shortened."""
     text = repr(value)
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
+    if len(text) <= _QUOTED:
+        return text
+    end = text[-1] if isinstance(value, str | bytes) else ""
+    return f"{text[: _QUOTED - 3 - len(end)]}...{end}"
 
 
 def counted(number: int, unit: str) -> str:
