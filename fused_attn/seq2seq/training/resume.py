@@ -152,6 +152,9 @@ def resume_run(
         return task.with_vocabularies(data, *load_vocabularies(last, meta))
 
     recipe, data, examples = load_data(directory, recipe, machine, with_known_vocabularies)
+    if bool(recipe.training.guided) != bool(before.training.guided):  # other lines may be skipped
+        for text in data.notes:
+            note(text)
     if meta.get(TEACHER):
         examples.soft_targets = distillation.load(directory, examples)
     now = {**meta, **recipe.to_json()}
