@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fused_attn.cli import main
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import best_checkpoint, checkpoints
 from fused_attn.seq2seq.training import prepare
 from fused_attn.seq2seq.training.trainer import Trainer
@@ -140,3 +142,22 @@ def test_guided_alignment_skips_pairs_that_the_run_had(
     first = 2 * BATCHES if stop is None else stop + BATCHES  # what was begun begins again
     found = [int(row["epoch"]) for row in rows(run, "steps.csv")]
     assert found == [1] * first + [2] * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("teacher", None), ("teacher", "g2p"), ("teacher", [1]), ("start_from", 1)]
+)
+def test_models_that_a_damaged_checkpoint_names(
+    lines: Path, tmp_path: Path, key: str, value: object, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, lines, "--epochs", "1") == 0
+    path = checkpoints(run)[-1] / files.METADATA
+    meta = json.loads(path.read_text())
+    del meta[files.DIGESTS]
+    path.write_text(json.dumps(meta | {key: value}))
+    capfd.readouterr()
+    assert resume(run, "--epochs", "2") == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"{path.parent} is damaged: {key} must be a" in error
+    assert len(rows(run, "epochs.csv")) == 1

@@ -44,6 +44,11 @@ def stored_run(run: Path) -> tuple[Path, dict[str, Any], Recipe]:
     last = last_checkpoint(run)
     with _damage_explained(run, last):
         meta = files.load_metadata(last)
+        teachers, start_from = meta.get(TEACHER, []), meta.get(START_FROM)
+        if not (isinstance(teachers, list) and all(isinstance(path, str) for path in teachers)):
+            raise files.damaged(last, TypeError(f"{TEACHER} must be a list of paths"))
+        if not (start_from is None or isinstance(start_from, str)):
+            raise files.damaged(last, TypeError(f"{START_FROM} must be a path or null"))
         return last, meta, load_recipe(last, meta)
 
 
