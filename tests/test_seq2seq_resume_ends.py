@@ -161,3 +161,13 @@ def test_models_that_a_damaged_checkpoint_names(
     (error,) = capfd.readouterr().err.splitlines()
     assert f"{path.parent} is damaged: {key} must be a" in error
     assert len(rows(run, "epochs.csv")) == 1
+
+
+def test_an_epoch_that_max_steps_has_cut_short_is_not_made_up_for(
+    lines: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, lines, "--epochs", "9", "--max-steps", str(BATCHES + 1)) == 0
+    assert resume(run, "--epochs", "3", "--max-steps", "100") == 0
+    found = [int(row["epoch"]) for row in rows(run, "steps.csv")]
+    assert found == [1] * BATCHES + [2] + [3] * BATCHES
