@@ -38,6 +38,16 @@ EXIT_CODES = f"""exit codes:
 """
 
 
+# What the errors of torch and its backends say when memory cannot be allocated.
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "size calculation overflowed",
+)
+
+
 def make_parser() -> Parser:
     """Return the parser. `parse` turns its namespace into the arguments of a command."""
     parser = Parser(
@@ -118,6 +128,12 @@ def _main(argv: Sequence[str]) -> int:
         if error.encoding != sys.getfilesystemencoding():
             raise
         return _fail(f"this locale has no file name {error.object}: set LC_ALL=C.UTF-8")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(t in str(error) for t in _NO_MEMORY):
+            raise
+        trains = list(argv[:1]) == ["train"]
+        options = "--batch-size, --batch-tokens or --hidden" if trains else "--beam"
+        return _fail(f"not enough memory; a smaller {options} needs less")
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

@@ -147,16 +147,25 @@ def test_a_failed_start_and_an_error_free_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists() and not (run / LOCK).exists()
 
 
-def test_a_lock_file_that_the_owner_removes_meanwhile(tmp_path: Path) -> None:
+def test_a_lock_file_that_the_owner_removes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever opened the file before the owner removed it must not own a file without a name."""
-    run = tmp_path / "run"
+    run, flock = tmp_path / "run", fcntl.flock
+    removed: list[Path] = []
+
+    def after_the_owner_has_left(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(run / LOCK)
+            removed[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_owner_has_left)
     with owned(run):
-        waiting = os.open(run / LOCK, os.O_RDWR)
-    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free, but of a file that is gone
-    run.mkdir(exist_ok=True)
-    with owned(run), pytest.raises(InputError, match="in use"), owned(run):
-        pass
-    os.close(waiting)
+        assert removed and (run / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(InputError, match="in use"), owned(run):
+            pass
+    assert not run.exists()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

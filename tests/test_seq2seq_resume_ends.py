@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from fused_attn.cli import main
+from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import best_checkpoint, checkpoints
 from fused_attn.seq2seq.training import prepare
+from fused_attn.seq2seq.training.trainer import Trainer
 
 BATCHES = 3  # in an epoch
 SMALL = ["--hidden", "8", "--embedding", "8", "--batch-size", "8", "--threads", "1"]
@@ -108,3 +111,63 @@ def test_sampling_that_waited_starts_at_the_end_of_an_epoch(lines: Path, tmp_pat
     assert resume(run, "--epochs", "4") == 0
     found = [float(row["sampling"]) for row in rows(run, "steps.csv")]
     assert found == [0.0] * (2 * BATCHES) + [0.5] * (2 * BATCHES)
+
+
+@pytest.mark.parametrize("stop", [None, 2 * BATCHES - 1], ids=["between epochs", "within an epoch"])
+def test_guided_alignment_skips_pairs_that_the_run_had(
+    lines: Path,
+    tmp_path: Path,
+    stop: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Half of the lines have links: with these alone an epoch has half of the batches."""
+    run, data, step = tmp_path / "run", tmp_path / "links.tsv", Trainer._step
+    linked = "".join(f"{line}\t0-0\n" for line in lines.read_text().splitlines())
+    data.write_text(linked + linked.replace("0-0", "CC-BY"))
+
+    def signalled(trainer: Trainer, *arguments: Any) -> Any:
+        report = step(trainer, *arguments)
+        if trainer.position.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", signalled)
+        code = train(run, lines, "--train", str(data), "--skip-bad", "--epochs", "1")
+        assert code == (0 if stop is None else 130)
+    capfd.readouterr()
+    assert resume(run, "--guided", "0.5", "--epochs", "2") == 0
+    assert f"skipped {8 * BATCHES} bad lines" in capfd.readouterr().err
+    first = 2 * BATCHES if stop is None else stop + BATCHES  # what was begun begins again
+    found = [int(row["epoch"]) for row in rows(run, "steps.csv")]
+    assert found == [1] * first + [2] * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("teacher", None), ("teacher", "g2p"), ("teacher", [1]), ("start_from", 1)]
+)
+def test_models_that_a_damaged_checkpoint_names(
+    lines: Path, tmp_path: Path, key: str, value: object, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, lines, "--epochs", "1") == 0
+    path = checkpoints(run)[-1] / files.METADATA
+    meta = json.loads(path.read_text())
+    del meta[files.DIGESTS]
+    path.write_text(json.dumps(meta | {key: value}))
+    capfd.readouterr()
+    assert resume(run, "--epochs", "2") == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"{path.parent} is damaged: {key} must be a" in error
+    assert len(rows(run, "epochs.csv")) == 1
+
+
+def test_an_epoch_that_max_steps_has_cut_short_is_not_made_up_for(
+    lines: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, lines, "--epochs", "9", "--max-steps", str(BATCHES + 1)) == 0
+    assert resume(run, "--epochs", "3", "--max-steps", "100") == 0
+    found = [int(row["epoch"]) for row in rows(run, "steps.csv")]
+    assert found == [1] * BATCHES + [2] + [3] * BATCHES

@@ -79,6 +79,11 @@ BAD = {
     ),
     "several words": ("cat K AE T\nthe dog\n", "line 2: unknown phone 'dog'; known phones: AA"),
     "another alphabet": ("cat\tkæt\n", "line 1: unknown phone 'kæt'; known phones: AA AE"),
+    "one unknown": (
+        "cat\tK AE T\ndog\tD XX G\n",
+        "line 2: unknown phone 'XX'; known phones: AA AE",
+    ),
+    "one unknown first": ("dog\tD XX G\n", "line 1: unknown phone 'XX'; known phones: AA AE"),
     "lower case": ("cat\tk ae t\n", "line 1: unknown phone 'k'; known phones: AA AE"),
     "a mistake": ("cat K AE T\nsub\tS UB\n", "line 2: unknown phone 'UB'; known phones: AA"),
     "no word": ("cat K AE T\ncafé K AE F EY\n", "line 2: the word 'café' has characters other"),

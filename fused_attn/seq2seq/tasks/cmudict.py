@@ -133,8 +133,8 @@ def read_test(path: Path) -> Lexicon:
 def _has_phones(line: str, pronunciation: Pronunciation) -> bool:
     """Whether a line has a word and its phones, not only words.
 
-    After a tab, phones in lower case and what is not a word count as phones, for an error that
-    names them.
+    After a tab, phones in lower case, what is not a word, and words most of which are phones count
+    as phones, for an error that names those that are not.
     """
     if not pronunciation:
         return False
@@ -143,7 +143,8 @@ def _has_phones(line: str, pronunciation: Pronunciation) -> bool:
     after_tab = _without_comment(line).strip().partition("\t")[2].split()
     are_words = all(_PLAIN_WORD.fullmatch(part.lower()) for part in after_tab)
     are_lower_case = all(part.upper() in PHONES for part in after_tab)
-    return bool(after_tab) and (are_lower_case or not are_words)
+    are_mostly_phones = 2 * sum(part in PHONES for part in after_tab) > len(after_tab)
+    return bool(after_tab) and (are_lower_case or not are_words or are_mostly_phones)
 
 
 def _mixture(number: int, first: str, has_phones: bool, line: str) -> str:

@@ -44,6 +44,11 @@ def stored_run(run: Path) -> tuple[Path, dict[str, Any], Recipe]:
     last = last_checkpoint(run)
     with _damage_explained(run, last):
         meta = files.load_metadata(last)
+        teachers, start_from = meta.get(TEACHER, []), meta.get(START_FROM)
+        if not (isinstance(teachers, list) and all(isinstance(path, str) for path in teachers)):
+            raise files.damaged(last, TypeError(f"{TEACHER} must be a list of paths"))
+        if not (start_from is None or isinstance(start_from, str)):
+            raise files.damaged(last, TypeError(f"{START_FROM} must be a path or null"))
         return last, meta, load_recipe(last, meta)
 
 
@@ -152,6 +157,9 @@ def resume_run(
         return task.with_vocabularies(data, *load_vocabularies(last, meta))
 
     recipe, data, examples = load_data(directory, recipe, machine, with_known_vocabularies)
+    if bool(recipe.training.guided) != bool(before.training.guided):  # other lines may be skipped
+        for text in data.notes:
+            note(text)
     if meta.get(TEACHER):
         examples.soft_targets = distillation.load(directory, examples)
     now = {**meta, **recipe.to_json()}

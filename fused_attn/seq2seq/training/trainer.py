@@ -325,7 +325,10 @@ class Trainer:
 
 
 def _batching(config: TrainingConfig) -> tuple[object, ...]:
-    """The options that decide which pairs are in a batch."""
+    """The options that decide which pairs are in a batch.
+
+    With guided alignment a third column is read, and pairs with bad links may be skipped.
+    """
     if config.batch_tokens is not None:
-        return (config.batch_tokens,)
-    return config.batch_size, config.bucket
+        return config.batch_tokens, bool(config.guided)
+    return config.batch_size, config.bucket, bool(config.guided)
