@@ -227,3 +227,20 @@ def test_an_environment_that_torchrun_does_not_make(
     (error,) = capfd.readouterr().err.splitlines()
     assert f"the environment variable {name} must be a number" in error and repr(value) in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_that_ends_does_not_free_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from fused_attn.seq2seq.training.directory import owned\n"
+        f"with owned(Path({str(run)!r})):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        sys.exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        f"    print(os.path.exists({str(run / LOCK)!r}))\n"
+        f"print(os.path.exists({str(run)!r}))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]

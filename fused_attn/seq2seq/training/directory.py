@@ -50,14 +50,15 @@ def owned(directory: Path) -> Iterator[None]:
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    descriptor = _locked(path)
+    descriptor, owner = _locked(path), os.getpid()
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
+        if os.getpid() == owner:  # not a fork of it that leaves the block, too
+            with suppress(OSError):
+                path.unlink()
         os.close(descriptor)
-        if created:
+        if created and os.getpid() == owner:
             with suppress(OSError):  # it is not empty: the run has begun
                 directory.rmdir()
 
