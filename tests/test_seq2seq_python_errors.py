@@ -186,8 +186,9 @@ def test_types_of_arguments(model: Predictor, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": {"hidden": 3}}, InputError, "model must be a ModelConfig, got dict"),
-        ({"training": "fast"}, InputError, "training must be a TrainingConfig, got str"),
+        ({"model": {"width": 3}}, InputError, "model has no field 'width'; there are cell, hidden"),
+        ({"model": {"hidden": 0}}, InputError, "hidden must be a positive whole number, got 0"),
+        ({"training": "fast"}, InputError, "training must be a TrainingConfig or a mapping"),
         ({"tokens": ("chars",)}, InputError, r"tokens must be a name or two, got \('chars',\)"),
         ({"tokens": 3}, InputError, "tokens must be a name or two, got 3"),
         ({"vocabulary": 100}, InputError, "vocabulary has no effect without tokens subwords"),

@@ -293,3 +293,40 @@ def test_a_damaged_older_checkpoint_does_not_stop_training(
     assert len(steps(run)) == 2 * len(steps(two))
     assert first.exists(), "it may have been the best one"
     assert last_checkpoint(run).name.endswith("epoch-04")
+
+
+def test_some_fields_from_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A mapping sets some fields; the others are the task's, follow the data, or are the run's."""
+    run = tmp_path / "run"
+    shape = {"hidden": 8, "dropout": 0.0}
+    options = {"dev": PAIRS, "output": run}
+    seq2seq.fit(PAIRS, model=shape, training={"epochs": 1, "lr": 1e-3}, **options)  # type: ignore[arg-type]
+    assert "chosen for this data: batches of 32 (48 pairs)" in capfd.readouterr().err
+    meta = files.load_metadata(last_checkpoint(run))
+    assert (meta["model"]["hidden"], meta["model"]["embedding"]) == (8, 64)
+    assert (meta["training"]["batch_size"], meta["training"]["lr"]) == (32, 1e-3)
+    seq2seq.fit(PAIRS, training={"epochs": 2}, resume=True, **options)  # type: ignore[arg-type]
+    assert "note: resuming with epochs 2 instead of 1\n" in capfd.readouterr().err
+    assert files.load_metadata(last_checkpoint(run))["training"]["batch_size"] == 32
+    for field, message in (
+        ({"training": {"epoch": 3}}, "^training has no field 'epoch'; there are epochs"),
+        ({"training": {"epochs": "3"}}, "^epochs must be"),
+        ({"training": {"epochs": 0}}, "^epochs must be"),
+        ({"training": [3]}, "^training must be a TrainingConfig or a mapping of its fields, got"),
+        ({"model": {"hidden": 9}}, "^hidden is not that of the run"),
+        ({"training": {"teacher_weight": 0.5}}, "^teacher_weight needs a teacher"),
+    ):
+        with pytest.raises(InputError, match=message):
+            seq2seq.fit(PAIRS, resume=True, progress=False, **options, **field)  # type: ignore[arg-type]
+
+
+def test_a_recipe_and_some_fields(tmp_path: Path) -> None:
+    """Pairs in a batch win over the symbols in a batch of the recipe of translate."""
+    run = tmp_path / "run"
+    some = {"batch_size": 16, "max_steps": 1}
+    shape = {"hidden": 8, "embedding": 8}
+    options = {"task": "translate", "tokens": "words", "dev": PAIRS, "progress": False}
+    seq2seq.fit(PAIRS, output=run, model=shape, training=some, **options)  # type: ignore[arg-type]
+    training = files.load_metadata(last_checkpoint(run))["training"]
+    assert (training["batch_size"], training["batch_tokens"]) == (16, None)
+    assert training["label_smoothing"] == 0.1  # of the recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,9 +15,10 @@ from fused_attn.seq2seq.checkpoints.values import check_types, check_value
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
+from fused_attn.seq2seq.tasks.defaults import FOLLOWING
 from fused_attn.seq2seq.tasks.registry import TASKS
 from fused_attn.seq2seq.tasks.text import Pairs, TextConfig
-from fused_attn.seq2seq.training.resume import changed, stored_run
+from fused_attn.seq2seq.training.resume import changed, stored_run, updated
 
 # Options of `fit` that go to the configuration of the task.
 DATA_OPTIONS = ("min_count", "max_length", "skip_bad", "vocabulary")
@@ -35,17 +36,31 @@ def directory(output: Any) -> Path:
     return Path(output)
 
 
-def check_type(name: str, value: Any, kind: type) -> None:
-    """Raise `OptionError` unless a value is a configuration of a type, or None.
+def given_fields(name: str, value: Any, kind: type) -> tuple[Any, dict[str, Any]]:
+    """Return a configuration that was given, or None, and the fields that a mapping gives.
 
-    Its fields must have their declared types: the checkpoints of the run store them.
+    name: of the argument. kind: `ModelConfig` or `TrainingConfig`.
+
+    Raises `OptionError` unless ``value`` is one of these, a mapping of its fields, or None. Fields
+    must have their declared types: the checkpoints of the run store them.
     """
+    if isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        with _as_option_error():
+            for field, each in value.items():
+                if field not in hints:
+                    known = ", ".join(f.name for f in fields(kind))
+                    raise OptionError(name, f"has no field {field!r}; there are {known}")
+                check_value(field, each, hints[field])
+        return None, dict(value)
     if value is None:
-        return
+        return None, {}
     if not isinstance(value, kind):
-        raise OptionError(name, f"must be a {kind.__name__}, got {type(value).__name__}")
+        what = f"must be a {kind.__name__} or a mapping of its fields, got {type(value).__name__}"
+        raise OptionError(name, what)
     with _as_option_error():
         check_types(value)
+    return value, {}
 
 
 @contextmanager
@@ -115,19 +130,22 @@ def data_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe(
     kind: type[Pairs],
-    model: ModelConfig | None,
-    training: TrainingConfig | None,
+    model: Any,
+    training: Any,
     start_from: str | Path | None,
+    teachers: Sequence[str | Path],
     chosen: Mapping[str, Any],
     in_python: Mapping[str, list[Any]],
-) -> Recipe:
-    """Return the recipe of a new run.
+) -> tuple[Recipe, set[str]]:
+    """Return the recipe of a new run, and the names of the fields that may follow the data.
 
-    chosen: fields of the task's configuration that are given. in_python: pairs by "train" and
-    "dev" that are not in files.
+    model, training, teachers: as given to `fit`. chosen: fields of the task's configuration that
+    are given. in_python: pairs by "train" and "dev" that are not in files.
 
     Raises `OptionError` if a value is not allowed, or an option has no effect.
     """
+    model, of_model = given_fields("model", model, ModelConfig)
+    training, of_training = given_fields("training", training, TrainingConfig)
     shape, values = kind.model, {}
     if start_from is not None:
         origin = find_checkpoint(start_from)
@@ -138,13 +156,18 @@ def recipe(
         shape = before.model
         values = asdict(before.task.config) | dict.fromkeys(("train", "dev", "test"))
         del values["least_dev"]  # about its data, not about this run's
+    shape, steps = model or shape, training or kind.training
     defaults = {f.name: getattr(kind.kind, f.name) for f in fields(kind.kind)} | values
-    rest = {**asdict(model or shape), **asdict(training or kind.training)}
-    rest |= {"start_from": start_from, "teacher": [], "backend": "auto"}
-    settle(TRAINING_NEEDS, rest | defaults, chosen)
+    rest = {**asdict(shape), **asdict(steps), **defaults}
+    rest |= {"start_from": start_from, "teacher": teachers, "backend": "auto"}
+    found = settle(TRAINING_NEEDS, rest, {**of_model, **of_training, **chosen})
     with _as_option_error():
         config = kind.kind(**{**values, **chosen})
-    return Recipe(model or shape, training or kind.training, kind(config, in_python))
+        shape, steps = updated(shape, found), updated(steps, found)
+    fixed = set(of_model) | set(of_training)
+    fixed |= {"embedding"} if model is not None or start_from is not None else set()
+    fixed |= {"epochs", "batch_size"} if training is not None else set()
+    return Recipe(shape, steps, kind(config, in_python)), FOLLOWING.keys() - fixed
 
 
 def recipe_to_resume(
@@ -176,10 +199,15 @@ def recipe_to_resume(
     for name, value in given.items():
         if value is not None and value != own[name]:
             raise OptionError(name, f"is not that of the run in {run}: leave it out to resume")
-    values = dict(chosen) | dict.fromkeys(in_python)  # pairs in Python have no file
-    for config in (asked["model"], asked["training"]):
+    model, of_model = given_fields("model", asked["model"], ModelConfig)
+    training, of_training = given_fields("training", asked["training"], TrainingConfig)
+    before = {**asdict(found.model), **asdict(found.training), **asdict(found.task.config)}
+    rest = before | {"start_from": own["start_from"], "teacher": own["teachers"] or []}
+    rest |= {"backend": "auto"}
+    values = settle(TRAINING_NEEDS, rest, {**of_model, **of_training, **chosen})
+    for config in (model, training):
         values |= {} if config is None else asdict(config)
-    return changed(run, found, values)
+    return changed(run, found, values | dict.fromkeys(in_python))  # those have no file
 
 
 def why_not_new(run: Path) -> str:

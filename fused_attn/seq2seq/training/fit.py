@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def fit(
     dev: Source | None = None,
     tokens: str | tuple[str, str] | None = None,
     task: str | None = None,
-    model: ModelConfig | None = None,
-    training: TrainingConfig | None = None,
+    model: ModelConfig | Mapping[str, Any] | None = None,
+    training: TrainingConfig | Mapping[str, Any] | None = None,
     start_from: str | Path | None = None,
     teachers: Sequence[str | Path] = (),
     resume: bool = False,
@@ -59,15 +59,16 @@ def fit(
             sources and targets; None takes the default of the task.
         task: "pairs" (words by default), or "translate" for sentences (subwords, larger model,
             BLEU); "pairs" if None.
-        model, training: shape of the model and training options; None takes those of the task, and
-            the shape of ``start_from`` if that is given. The task's embedding, epochs and batch
-            size follow the data; see `fused_attn.seq2seq.tasks.defaults`.
+        model, training: shape of the model and training options. A mapping, such as
+            ``{"epochs": 20}``, sets some fields; the others are those of the task, or the shape of
+            ``start_from``. Fields that nobody sets (embedding, epochs, batch size) follow the data;
+            see `fused_attn.seq2seq.tasks.defaults`.
         start_from: a model to start from, with its parameters and vocabularies.
         teachers: models whose probabilities are learned besides the targets (distillation).
         resume: resume the run in ``output``. Give the same pairs and dev; a file may have moved.
-            ``training`` may differ from the run, except for its seed: more epochs, another
-            learning rate. So may the dropout of ``model``. Everything else is that of the run, and
-            an argument that differs from it is refused.
+            ``training`` may differ from the run, except for its seed: ``{"epochs": 40}`` trains
+            longer. So may the dropout of ``model``. Everything else is that of the run, and an
+            argument that differs from it is refused.
         backend: backend of the attention, "auto" or a name.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         progress: show a progress bar on a terminal, lines elsewhere, and notes about the data.
@@ -85,8 +86,8 @@ def fit(
     earlier checkpoints are intact then. Raises TypeError for an unknown data option.
     """
     directory = arguments.directory(output)
-    arguments.check_type("model", model, ModelConfig)
-    arguments.check_type("training", training, TrainingConfig)
+    arguments.given_fields("model", model, ModelConfig)
+    arguments.given_fields("training", training, TrainingConfig)
     teachers = [teachers] if isinstance(teachers, (str, Path)) else list(teachers)
     kind = arguments.kind_of_task(task)
     chosen = arguments.data_options(data) | arguments.tokens(tokens)
@@ -110,10 +111,14 @@ def fit(
             return resume_run(directory, shown, machine, in_python, recipe, note)
         if not is_new(directory):
             raise InputError(arguments.why_not_new(directory))
-        recipe = arguments.recipe(kind, model, training, start_from, chosen | paths, in_python)
+        recipe, free = arguments.recipe(
+            kind, model, training, start_from, teachers, chosen | paths, in_python
+        )
         machine = machine_of(recipe)
         gathered(machine.fabric, None)  # all check the directory before one of them writes there
-        return start_run(directory, recipe, shown, machine, note_of(machine), start_from, teachers)
+        return start_run(
+            directory, recipe, shown, machine, note_of(machine), start_from, teachers, free
+        )
 
     def machine_of(recipe: Recipe) -> Machine:
         fabric = launch(str(device), recipe.training.precision)

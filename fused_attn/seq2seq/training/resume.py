@@ -83,8 +83,8 @@ def changed(run: Path, recipe: Recipe, asked: Mapping[str, Any]) -> tuple[Recipe
         new[name] = value
     try:
         found = Recipe(
-            _updated(recipe.model, new),
-            _updated(recipe.training, new),
+            updated(recipe.model, new),
+            updated(recipe.training, new),
             recipe.task.updated(
                 {**recipe.task.to_json(), **{n: v for n, v in new.items() if n in _FILES}}
             ),
@@ -115,7 +115,7 @@ def _refused(run: Path, name: str, value: Any, own: Mapping[str, Any]) -> Option
     return OptionError("tokens" if name.endswith("tokens") else name, why, typed)
 
 
-def _updated(config: Any, values: Mapping[str, Any]) -> Any:
+def updated(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a configuration with the values that it has a field for."""
     return replace(config, **{f.name: values[f.name] for f in fields(config) if f.name in values})
 
