@@ -12,7 +12,7 @@ from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.vocabulary import UNKNOWN, UnknownSymbolError, Vocabulary
 
 # Most symbols that an error message lists.
-_SHOWN = 60
+_SHOWN_KNOWN = 60
 
 # A text, or a sequence of tokens of the vocabulary.
 Source = str | Sequence[str]
@@ -80,8 +80,8 @@ class SourceReader:
         try:
             return self._vocabulary.encode(tokens)
         except UnknownSymbolError as error:
-            known = " ".join(self._vocabulary.symbols[:_SHOWN])
-            known += " ..." if len(self._vocabulary.symbols) > _SHOWN else ""
+            known = " ".join(self._vocabulary.symbols[:_SHOWN_KNOWN])
+            known += " ..." if len(self._vocabulary.symbols) > _SHOWN_KNOWN else ""
             raise InputError(f"unknown symbol {error.symbol!r}; known symbols: {known}") from None
 
     def read_all(self, sources: Sequence[Source], before: int = 0) -> list[EncodedSource]:
