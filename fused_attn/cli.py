@@ -122,8 +122,9 @@ def _main(argv: Sequence[str]) -> int:
         return PIPE_CLOSED
     except OSError as error:
         _discard_output()
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}")
+        # Whatever writes a file names it.
+        place = error.filename or "standard output"
+        return _fail(f"{place}: {error.strerror or error}")
     except UnicodeEncodeError as error:
         if error.encoding != sys.getfilesystemencoding():
             raise

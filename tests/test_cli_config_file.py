@@ -83,3 +83,16 @@ def test_values_are_read_as_on_the_command_line(tmp_path: Path) -> None:
         *("translate", "--lr=2e-3", "--epochs=3", "--no-bucket", "--seed=0017"),
         *("--input-feeding", "--train=2024-02-30", "--dev=no", "--test=true", "--output=a: b"),
     ]
+
+
+def test_a_bad_value_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("task: pairs\nepochs: many\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path), "--output", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    assert f"{path}: argument --epochs: invalid int value: 'many'" in capfd.readouterr().err
+    path.write_text("task: pairs\n")
+    with pytest.raises(SystemExit):
+        main(["train", str(path), "--epochs", "many"])
+    assert str(path) not in capfd.readouterr().err, "that one was on the command line"

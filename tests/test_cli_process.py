@@ -130,8 +130,9 @@ def test_a_missing_package_is_named(run: Path) -> None:
     ("redirection", "reason"),
     [
         ("</dev/null >/dev/full", None),  # nothing to write
-        ("<<<hello >/dev/full", "No space left on device"),
+        ("<<<hello >/dev/full", "standard output: No space left on device"),
         ("<&-", "there is no TEXT, and standard input is closed"),
+        ("<<<hello >&-", "standard output is closed; --output FILE writes a file"),
     ],
 )
 def test_streams_that_do_not_work(run: Path, redirection: str, reason: str | None) -> None:

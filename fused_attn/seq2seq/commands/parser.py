@@ -24,10 +24,16 @@ INCOMPLETE, USAGE_ERROR = 1, 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line; the usage is left to --help."""
+    """Reports a mistake in one line; the usage is left to --help.
+
+    place: where the options come from, if that is not the command line.
+    """
+
+    place: str | None = None
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+        where = "" if self.place is None else f"{self.place}: "
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {where}{message}\n")
 
 
 class CommandParser(Parser):

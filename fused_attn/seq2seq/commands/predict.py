@@ -90,6 +90,8 @@ def run(args: Namespace) -> int:
 def _check_files(args: Namespace, group: Group) -> None:
     if args.alignments is not None:
         check_name(args.alignments)
+    if args.output is None and sys.stdout is None:
+        raise InputError("standard output is closed", "--output FILE writes a file")
     if args.input is not None and args.text:
         raise InputError("--input cannot be combined with TEXT")
     if args.output is not None:

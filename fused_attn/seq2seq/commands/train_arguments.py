@@ -133,7 +133,9 @@ def _finish_train(parser: CommandParser, given: dict[str, Any]) -> dict[str, Any
 
 def _from_file(parser: CommandParser, path: str) -> tuple[str | None, dict[str, Any]]:
     """Return the task and the options in a configuration file."""
+    parser.place = path
     found, unknown = parser.parse_known_args(read_config(path))
+    parser.place = None
     unknown += ["--help"] if "all" in found else []
     if unknown:
         raise InputError(f"{path}: there is no option {unknown[0].partition('=')[0]}")

@@ -13,6 +13,7 @@ from fused_attn.seq2seq.checkpoints.find import checkpoints, find_checkpoint
 from fused_attn.seq2seq.checkpoints.recipe import START_FROM, TEACHER, Recipe, load_recipe
 from fused_attn.seq2seq.checkpoints.values import check_types, check_value
 from fused_attn.seq2seq.config import ModelConfig, TrainingConfig
+from fused_attn.seq2seq.data.tokenizers import TOKENS
 from fused_attn.seq2seq.errors import InputError, OptionError
 from fused_attn.seq2seq.option_rules import TRAINING_NEEDS, settle
 from fused_attn.seq2seq.tasks.defaults import FOLLOWING
@@ -101,7 +102,8 @@ def tokens(given: Any) -> dict[str, str | None]:
     if isinstance(given, str):
         return {"tokens": given, "source_tokens": None, "target_tokens": None}
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise OptionError("tokens", f"must be a name or two, got {given!r}")
+        what = f"must be one of {', '.join(TOKENS)}, or two for sources and targets, got {given!r}"
+        raise OptionError("tokens", what)
     source, target = given
     return {"source_tokens": source, "target_tokens": target}
 

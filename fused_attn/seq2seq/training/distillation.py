@@ -15,6 +15,7 @@ import torch
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.soft_targets import SoftTargetTable
+from fused_attn.seq2seq.errors import InputError
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 
 FILE = "teacher.safetensors"  # in the directory of a run
@@ -59,9 +60,12 @@ def load(directory: Path, examples: Examples) -> SoftTargetTable:
 
     Raises `InputError` if they are missing or damaged, or do not match ``examples``.
     """
-    tensors = files.map_tensors(directory, FILE)
     try:
+        tensors = files.map_tensors(directory, FILE)
         lengths = examples.target_lengths - 1
         return SoftTargetTable(tensors["symbols"], tensors["probabilities"], lengths)
-    except (KeyError, ValueError) as error:
-        raise files.damaged(directory, error) from None
+    except (files.DamagedError, KeyError, ValueError):
+        raise InputError(
+            f"the soft targets in {directory / FILE} are missing, or do not belong to this run",
+            "start another run with --teacher to compute them",
+        ) from None
