@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+# The commands are imported here, so that a forked child begins at once: a signal then hits the work
+# and not the imports.
+import fused_attn.seq2seq.commands.predict
+import fused_attn.seq2seq.commands.train  # noqa: F401
 from fused_attn.cli import main
 from fused_attn.seq2seq import InputError
 from fused_attn.seq2seq.checkpoints import files
