@@ -118,15 +118,17 @@ def in_child(command: list[str]) -> tuple[int, str]:
     return code, text
 
 
-def waited(child: int, seconds: float) -> int:
-    """Wait for a child, kill it when the time is up, and return its code."""
+def waited(child: int, seconds: float, number: int = signal.SIGKILL) -> int:
+    """Wait for a child, send it a signal when the time is up, and return its code."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
+        time.sleep(0.001)
+    os.kill(child, number)
+    if number != signal.SIGKILL:
+        return waited(child, SECONDS)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -145,15 +147,3 @@ def one_line(code: int, text: str) -> bool:
     """Whether a command has refused with one line of its own and no traceback."""
     errors = [line for line in text.splitlines() if "error:" in line]
     return code == 2 and len(errors) == 1 and "Traceback" not in text
-
-
-def waited_or_signalled(child: int, seconds: float, number: int) -> int:
-    """Send a signal after some time and wait for the child."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(child, number)
-    return waited(child, SECONDS)

@@ -39,7 +39,6 @@ from disturbed import (
     loads,
     one_line,
     waited,
-    waited_or_signalled,
 )
 
 from fused_attn.seq2seq.checkpoints import files
@@ -57,9 +56,7 @@ def kills(work: Work, count: int, number: int, title: str) -> bool:
             child = forked(work.command(run), work.directory / "output.txt")
             # Long enough to come some epochs further, short enough to hit the start as well.
             if report.tries < count:
-                code = waited_or_signalled(
-                    child, work.random.uniform(0, 0.6 * work.seconds), number
-                )
+                code = waited(child, work.random.uniform(0, 0.6 * work.seconds), number)
             else:
                 code = waited(child, SECONDS)
             text = (work.directory / "output.txt").read_text(errors="replace")
@@ -96,7 +93,7 @@ def killed_predictions(work: Work, count: int) -> bool:
         old = b"the file before\n"
         output.write_bytes(old)
         child = forked(command, work.directory / "output.txt")
-        waited_or_signalled(child, work.random.uniform(0, seconds * 1.1), signal.SIGKILL)
+        waited(child, work.random.uniform(0, seconds * 1.1), signal.SIGKILL)
         report.check(output.read_bytes() in (old, complete), "the output is neither old nor new")
     for path in work.directory.glob(".writing-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -208,13 +205,20 @@ def on_a_small_disk(work: Work, disk: Path, number: int, report: Report) -> bool
 # --- damaged files
 
 
+def copies(work: Work, report: Report, count: int) -> Iterator[Path]:
+    """Yield a copy of the undisturbed run for each try."""
+    run = work.directory / "copy"
+    for _ in range(count):
+        report.tries += 1
+        shutil.copytree(work.reference, run)
+        yield run
+        shutil.rmtree(run)
+
+
 def damages(work: Work, count: int) -> bool:
     """Truncate, change and mix the files of checkpoints; each must be noticed by every command."""
     report = Report("truncated, changed and mixed files")
-    for number in range(count):
-        report.tries += 1
-        run = work.directory / f"damaged-{number}"
-        shutil.copytree(work.reference, run)
+    for run in copies(work, report, count):
         last, other = checkpoints(run)[-1], checkpoints(run)[0]
         name = work.random.choice((files.METADATA, files.MODEL, files.TRAINING))
         what = damage(work.random, last / name, other / name)
@@ -226,7 +230,6 @@ def damages(work: Work, count: int) -> bool:
         shutil.rmtree(last)
         code, text = in_child(work.command(run))
         report.check(code == 0 and work.equals_reference(run), f"{name}, {what}: {text[-300:]}")
-        shutil.rmtree(run)
     return report.show()
 
 
@@ -253,10 +256,7 @@ def damage(draw: random.Random, path: Path, other: Path) -> str:
 def damaged_logs(work: Work, count: int) -> bool:
     """Damage the logs: the run goes on, and what was in the file is kept."""
     report = Report("damaged logs")
-    for number in range(count):
-        report.tries += 1
-        run = work.directory / f"logs-{number}"
-        shutil.copytree(work.reference, run)
+    for run in copies(work, report, count):
         shutil.rmtree(checkpoints(run)[-1])
         path = run / work.random.choice(("steps.csv", "epochs.csv"))
         what = damage(work.random, path, run / "epochs.csv")
@@ -265,7 +265,6 @@ def damaged_logs(work: Work, count: int) -> bool:
         own = files.load_tensors(checkpoints(run)[-1], files.MODEL)
         expected = files.load_tensors(checkpoints(work.reference)[-1], files.MODEL)
         report.check(all(torch.equal(own[n], expected[n]) for n in own), "another model")
-        shutil.rmtree(run)
     return report.show()
 
 

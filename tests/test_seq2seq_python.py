@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import unicodedata
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -378,25 +377,3 @@ def test_standard_input_may_be_a_stream_of_python(
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nworld\n"))
     assert main(["predict", "g2p"]) == 0
     assert capfd.readouterr().out == "HH EH L OW\nW ER L D\n"
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_a_model_without_a_task_reads_the_form_of_its_vocabulary(form: str) -> None:
-    """A vocabulary of one's own may have decomposed symbols, which NFC would make unknown."""
-    words = [unicodedata.normalize(form, word) for word in ("café", "naïve", "plain")]
-    vocabulary = Vocabulary(words)
-    model = Seq2Seq(ModelConfig(hidden=4, embedding=4), len(vocabulary), len(vocabulary))
-    found = Predictor(model, vocabulary, vocabulary)
-    assert found(" ".join(words)).source == tuple(words)
-    other = unicodedata.normalize("NFD", "café")
-    if form == "NFC":
-        assert found(other).source == ("café",)
-
-
-@pytest.mark.parametrize("symbol", ["", "\ud800"])
-def test_a_vocabulary_that_could_not_be_loaded_is_not_saved(tmp_path: Path, symbol: str) -> None:
-    vocabulary = Vocabulary(["a", symbol])
-    model = Seq2Seq(ModelConfig(hidden=4, embedding=4), len(vocabulary), len(vocabulary))
-    with pytest.raises(InputError, match="cannot save the model: the source vocabulary"):
-        Predictor(model, vocabulary, vocabulary).save(tmp_path / "model")
-    assert not (tmp_path / "model").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -367,3 +368,25 @@ def test_prefixes_and_data_sets(model: Predictor, tmp_path: Path) -> None:
     with torch.no_grad(), torch.inference_mode():
         run = tmp_path / "run"
         seq2seq.fit(Endless(), dev=PAIRS[:2], output=run, progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_model_without_a_task_reads_the_form_of_its_vocabulary(form: str) -> None:
+    """A vocabulary of one's own may have decomposed symbols, which NFC would make unknown."""
+    words = [unicodedata.normalize(form, word) for word in ("café", "naïve", "plain")]
+    vocabulary = Vocabulary(words)
+    model = Seq2Seq(ModelConfig(hidden=4, embedding=4), len(vocabulary), len(vocabulary))
+    found = Predictor(model, vocabulary, vocabulary)
+    assert found(" ".join(words)).source == tuple(words)
+    other = unicodedata.normalize("NFD", "café")
+    if form == "NFC":
+        assert found(other).source == ("café",)
+
+
+@pytest.mark.parametrize("symbol", ["", "\ud800"])
+def test_a_vocabulary_that_could_not_be_loaded_is_not_saved(tmp_path: Path, symbol: str) -> None:
+    vocabulary = Vocabulary(["a", symbol])
+    model = Seq2Seq(ModelConfig(hidden=4, embedding=4), len(vocabulary), len(vocabulary))
+    with pytest.raises(InputError, match="cannot save the model: the source vocabulary"):
+        Predictor(model, vocabulary, vocabulary).save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

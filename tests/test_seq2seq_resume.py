@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import resume, train
 
 from fused_attn import seq2seq
-from fused_attn.cli import main
 from fused_attn.seq2seq import InputError, ModelConfig, TrainingConfig
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import last_checkpoint
@@ -20,7 +20,6 @@ from fused_attn.seq2seq.checkpoints.find import last_checkpoint
 WORDS = "ab ba aab bba abab baba aabb bbaa abba baab aaa bbb abb baa aba bab".split()
 # Every pair several times in another form, so that an epoch has some batches.
 PAIRS = [(" ".join(word), " ".join(reversed(word.upper()))) for word in WORDS * 3]
-SMALL = ["--hidden", "8", "--embedding", "8", "--batch-size", "8", "--threads", "1"]
 # With this schedule a step does not depend on how many will follow.
 FLAT = ["--lr-schedule", "constant", "--warmup", "0"]
 
@@ -30,15 +29,6 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "lines.tsv"
     path.write_text("".join(f"{source}\t{target}\n" for source, target in PAIRS))
     return path
-
-
-def train(run: Path, lines: Path, *options: str) -> int:
-    data = ["--train", str(lines), "--dev", str(lines)]
-    return main(["train", "pairs", *data, "--output", str(run), *SMALL, *options])
-
-
-def resume(run: Path, *options: str) -> int:
-    return main(["train", "pairs", "--output", str(run), "--resume", "--threads", "1", *options])
 
 
 def steps(run: Path) -> list[dict[str, str]]:

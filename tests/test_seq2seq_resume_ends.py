@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import resume, train
 
-from fused_attn.cli import main
 from fused_attn.seq2seq.checkpoints import files
 from fused_attn.seq2seq.checkpoints.find import best_checkpoint, checkpoints
 from fused_attn.seq2seq.training import prepare
 from fused_attn.seq2seq.training.trainer import Trainer
 
 BATCHES = 3  # in an epoch
-SMALL = ["--hidden", "8", "--embedding", "8", "--batch-size", "8", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +26,6 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = (" ".join(f"{number:06b}") for number in range(8 * BATCHES))
     path.write_text("".join(f"{text}\t{text[::-1]}\n" for text in texts))
     return path
-
-
-def train(run: Path, lines: Path, *options: str) -> int:
-    data = ["--train", str(lines), "--dev", str(lines)]
-    return main(["train", "pairs", *data, "--output", str(run), *SMALL, *options])
-
-
-def resume(run: Path, *options: str) -> int:
-    return main(["train", "pairs", "--output", str(run), "--resume", "--threads", "1", *options])
 
 
 def rows(run: Path, name: str) -> list[dict[str, str]]:

@@ -110,9 +110,7 @@ def beam_search(
     Raises `InputError` if the probabilities of a sentence are nan, or none of its targets ends.
     """
     shortest, longest = extremes
-    with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
-    with_weights = return_weights and ensemble.has_attention
-    alive, ended = _begin(source, config, with_weights, with_coverage)
+    alive, ended = _begin(source, ensemble, config, return_weights)
     rows = torch.arange(len(source), device=source.device)
     symbols = torch.full((len(source) * config.beam,), BOS, device=source.device)
     found: dict[int, list[Hypothesis]] = {}
@@ -137,10 +135,8 @@ def beam_search(
         finished = (~is_open).nonzero()[:, 0]
         if bool(alive.log_prob[finished].isnan().any()):
             raise not_numbers()
-        results = ended.rows(finished).on_host()
-        sizes = lengths[finished].tolist()
-        for i, (row, size) in enumerate(zip(rows[finished].tolist(), sizes, strict=True)):
-            found[row] = _hypotheses(results, i, size, config, return_weights)
+        results = _results(ended.rows(finished), lengths[finished], config, return_weights)
+        found |= zip(rows[finished].tolist(), results, strict=True)
         remaining = is_open.nonzero()[:, 0]
         if not len(remaining):
             return [found[row] for row in range(len(source))]
@@ -155,9 +151,11 @@ def beam_search(
 
 
 def _begin(
-    source: Tensor, config: SearchConfig, with_weights: bool, with_coverage: bool
+    source: Tensor, ensemble: Ensemble, config: SearchConfig, return_weights: bool
 ) -> tuple[_Pool, _Pool]:
     """The initial pools: each sentence has one live, empty hypothesis and no finished one."""
+    with_coverage = config.coverage_penalty > 0 and ensemble.has_attention
+    with_weights = return_weights and ensemble.has_attention
     batch, length = source.shape
     nothing = torch.full((batch, config.beam), -torch.inf, device=source.device)
     first = nothing.clone()
@@ -233,6 +231,17 @@ def _is_open(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -
     longest = (limits + 1).to(alive.log_prob.dtype)
     bound = alive.log_prob.amax(dim=1) / length_penalty(longest, config)
     return (ended.score[:, -1] == -torch.inf) & (ended.score[:, config.most - 1] < bound)
+
+
+def _results(
+    ended: _Pool, lengths: Tensor, config: SearchConfig, return_weights: bool
+) -> list[list[Hypothesis]]:
+    """The best hypotheses of done sentences; lengths: int64 (M,), of their sources."""
+    pool = ended.on_host()
+    return [
+        _hypotheses(pool, row, length, config, return_weights)
+        for row, length in enumerate(lengths.tolist())
+    ]
 
 
 def _hypotheses(

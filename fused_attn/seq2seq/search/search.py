@@ -81,9 +81,7 @@ def _decode(
     """
     shortest, longest = extremes
     look_every = LOOK_EVERY.get(source.device.type, 1)
-    generator = None
-    if config.seed is not None:
-        generator = torch.Generator(source.device).manual_seed(config.seed)
+    generator = _generator(config, source.device)
     rows = torch.arange(len(source), device=source.device)  # batch indices of unfinished rows
     symbols = torch.full_like(lengths, BOS)
     done = torch.zeros_like(symbols, dtype=torch.bool)
@@ -169,6 +167,11 @@ def _score(
     if aligned is not None and config.coverage_penalty:
         score = score + coverage_penalty(aligned.sum(dim=0)[None], source[None], config)
     return float(score)
+
+
+def _generator(config: SearchConfig, device: torch.device) -> torch.Generator | None:
+    """The generator of the draws, None for torch's own."""
+    return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
 
 
 def _draw(log_probs: Tensor, config: SearchConfig, generator: torch.Generator | None) -> Tensor:

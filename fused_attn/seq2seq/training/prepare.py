@@ -141,11 +141,12 @@ def make_run(
     """Return the run of a trainer, which evaluates on the development set of the data."""
     bound = LengthBound(**meta["target_bound"])
     predictor = Predictor(trainer.model, data.source, data.target, bound, task)
-    judge_dev = _by_perplexity if task.by_perplexity else _by_targets
 
     def evaluate(should_stop: Callable[[], bool]) -> dict[str, float] | None:
         trainer.model.eval()
-        return judge_dev(task, predictor, data.dev, machine.fabric, should_stop)
+        if task.by_perplexity:
+            return None if should_stop() else {PERPLEXITY: perplexity(predictor, data.dev)}
+        return _by_targets(task, predictor, data.dev, machine.fabric, should_stop)
 
     shown = progress if machine.fabric.is_global_zero else NoProgress()
     return Run(directory, trainer, meta, evaluate, shown, machine.tensorboard)
@@ -167,13 +168,3 @@ def _by_targets(
         parts = gathered(fabric, targets(predictor, chunk[fabric.global_rank :: fabric.world_size]))
         found += [parts[i % len(parts)][i // len(parts)] for i in range(len(chunk))]
     return measures(task, found, items)
-
-
-def _by_perplexity(
-    task: Task,
-    predictor: Predictor,
-    items: Sequence[Item],
-    fabric: Fabric,
-    should_stop: Callable[[], bool],
-) -> dict[str, float] | None:
-    return None if should_stop() else {PERPLEXITY: perplexity(predictor, items)}
