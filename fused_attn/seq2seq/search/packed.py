@@ -16,7 +16,6 @@ from fused_attn.seq2seq.model.recurrent import Dropout, Stack
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.hypothesis import Hypothesis, not_numbers
 
-# Longest packing, in parameters: the sums of int8 products are 32 bits wide.
 _OWN = (Seq2Seq, Encoder, Decoder, Bridge, Stack, Dropout)
 
 
@@ -46,6 +45,7 @@ def spec_of(model: Seq2Seq, compute: str) -> dict[str, Any]:
     config = model.config
     attention = model.decoder.attention
     bridge = model.bridge
+    directions = (False, True) if config.bidirectional else (False,)
     return {
         "compute": compute,
         "cell": config.cell,
@@ -60,7 +60,7 @@ def spec_of(model: Seq2Seq, compute: str) -> dict[str, Any]:
         "encoder": {
             "embedding": model.source_embedding.weight.detach(),
             "layers": [
-                [packed.layer_spec(layer, back) for back in (False, True)[: 1 + layer.bidirectional]]
+                [packed.layer_spec(layer, reverse) for reverse in directions]
                 for layer in model.encoder.stack.layers
             ],
             "reverse": model.encoder.reverse,

@@ -51,9 +51,7 @@ def search(
     members = [models] if isinstance(models, Seq2Seq) else list(models)
     on_host = limits_of(source_lengths.cpu(), config, bound)
     if packed is not None:
-        return packed.search(
-            source, source_lengths.cpu(), on_host, config, prefix, return_weights
-        )
+        return packed.search(source, source_lengths.cpu(), on_host, config, prefix, return_weights)
     extremes = (int(on_host.min()), int(on_host.max())) if len(on_host) else (0, 0)
     lengths, limits = (moved(each, source.device) for each in (source_lengths, on_host))
     rest = (source, lengths, limits, extremes, config, prefix, return_weights)
