@@ -11,7 +11,9 @@
 #include "cpu/isa.h"
 #include "cuda_build.h"
 #include "decoder_checks.h"
+#include "packed_model.h"
 #include "plain.h"
+#include "search_checks.h"
 
 using namespace fused_attn;
 
@@ -150,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
         "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
+  bind_decoder(m);
   add_decoder_checks(m);
+  bind_search_checks(m);
   if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();
 }

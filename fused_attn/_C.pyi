@@ -1,7 +1,8 @@
 """The native module, defined in csrc/module.cpp."""
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -19,6 +20,16 @@ def attention_isas_supported() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def multiply_adds(rounds: int, threads: int) -> int: ...
 def cuda_build() -> CudaBuild: ...
+def search_with(
+    step: Callable[[list[int], list[list[int]]], tuple[Any, Any]],
+    models: int,
+    vocabulary: int,
+    beams: int,
+    sources: Sequence[int],
+    attends: bool,
+    options: dict[str, Any],
+    sentences: Sequence[tuple[int, int, Sequence[int]]],
+) -> list[list[tuple[list[int], float, float, list[float], list[float]]]]: ...
 def is_usual(
     query: object, memory: object, memory_lengths: object, memory_mask: object, /
 ) -> bool: ...
