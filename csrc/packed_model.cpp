@@ -343,7 +343,7 @@ void bind_decoder(py::module_& m) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const NotNumbers& problem) {
-      not_numbers(problem.what());
+      py::set_error(not_numbers, problem.what());
     }
   });
   py::class_<PackedModel>(m, "PackedModel", "A model packed for the native decoder; immutable.")
