@@ -35,11 +35,9 @@ float log_sum_exp(const float* x, int64_t n) {
   double sum = 0.0;
   for (int64_t block = 0; block < n; block += kBlock) {
     Vec<float> sums{};
-    for_each_vector(n - block < kBlock ? n - block : kBlock, [&](int64_t j, int64_t part) {
-      Vec<float> y = load_part(x + block + j, part) - top;
-      if (part < kLanes<float>)
-        for (int k = int(part); k < kLanes<float>; ++k) y[k] = -kInfinity<float>;
-      sums += exponential(y);
+    for_each_vector(n - block < kBlock ? n - block : kBlock, [&](int64_t j, auto part) {
+      const Vec<float> y = load_part(x + block + j, part) - top;
+      sums += exp_of_negative(only(y, part, -kInfinity<float>));
     });
     sum += double(sum_lanes<float>(sums));
   }
