@@ -59,8 +59,6 @@ FA_INLINE void for_each_query_group(int64_t queries, F f) {
   }
 }
 
-typedef float Four __attribute__((vector_size(16)));
-
 // Scores of M queries at 4 G positions from `keys` on. If there are fewer, the last is repeated,
 // and `count` are written.
 template <int M, int G>
@@ -136,11 +134,7 @@ void concat_scores(const float* query, const float* keys, int64_t key_stride, in
 }
 
 void softmax_row(float* scores, int64_t n) {
-  Vec<float> best = splat(-kInfinity<float>);
-  for_each_vector(n, [&](int64_t s, auto part) {
-    best = at_least<float>(best, only(load_part(scores + s, part), part, -kInfinity<float>));
-  });
-  const float largest = max_lanes<float>(best);
+  const float largest = largest_of(scores, n);
   if (largest == -kInfinity<float>) {  // nothing to attend to, unless a score is NaN
     float sum = 0.0f;
     for (int64_t s = 0; s < n; ++s) sum += scores[s] != scores[s] ? scores[s] : 0.0f;

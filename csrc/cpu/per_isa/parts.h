@@ -19,10 +19,11 @@ struct Part {
   int64_t count;
 };
 
+// Loads and stores of these lanes alone; a load has zeros in the others. `only` is x in these lanes
+// and `other` in the others.
 FA_INLINE Vec<float> load_part(const float* p, Whole) { return load(p); }
 FA_INLINE void store_part(float* p, Vec<float> x, Whole) { store(p, x); }
-
-// The other lanes are zeros. Nothing behind the row is read or written.
+FA_INLINE Vec<float> only(Vec<float> x, Whole, float) { return x; }
 #if defined(__AVX512F__)
 FA_INLINE __mmask16 lanes_of(Part part) { return __mmask16((1u << part.count) - 1); }
 FA_INLINE Vec<float> load_part(const float* p, Part part) {
@@ -30,6 +31,9 @@ FA_INLINE Vec<float> load_part(const float* p, Part part) {
 }
 FA_INLINE void store_part(float* p, Vec<float> x, Part part) {
   _mm512_mask_storeu_ps(p, lanes_of(part), (__m512)x);
+}
+FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
+  return (Vec<float>)_mm512_mask_blend_ps(lanes_of(part), (__m512)splat(other), (__m512)x);
 }
 #elif defined(__AVX2__)
 FA_INLINE __m256i lanes_of(Part part) {
@@ -42,6 +46,9 @@ FA_INLINE Vec<float> load_part(const float* p, Part part) {
 FA_INLINE void store_part(float* p, Vec<float> x, Part part) {
   _mm256_maskstore_ps(p, lanes_of(part), (__m256)x);
 }
+FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
+  return (typename VecOf<float>::ints)lanes_of(part) ? x : splat(other);
+}
 #else
 FA_INLINE Vec<float> load_part(const float* p, Part part) {
   Vec<float> x{};
@@ -51,14 +58,11 @@ FA_INLINE Vec<float> load_part(const float* p, Part part) {
 FA_INLINE void store_part(float* p, Vec<float> x, Part part) {
   for (int i = 0; i < part.count; ++i) p[i] = x[i];
 }
-#endif
-
-// x where the lane belongs to the row, else `other`.
-FA_INLINE Vec<float> only(Vec<float> x, Whole, float) { return x; }
 FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
   for (int i = 0; i < kLanes<float>; ++i) x[i] = i < part.count ? x[i] : other;
   return x;
 }
+#endif
 
 // Calls f(first element, Whole or Part) for each vector of a row of n elements.
 template <class F>
@@ -68,18 +72,33 @@ FA_INLINE void for_each_vector(int64_t n, F f) {
   if (i < n) f(i, Part{n - i});
 }
 
-// The larger of x and `low`; a NaN in x stays. One instruction, which GCC does not find in the
-// equivalent at_least.
-FA_INLINE Vec<float> raise(Vec<float> x, float low) {
+// The larger of x and y; a NaN in x stays, and one in y does not count. One instruction, which GCC
+// does not find in the equivalent at_least.
+FA_INLINE Vec<float> larger(Vec<float> x, Vec<float> y) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_max_ps((__m512)splat(low), (__m512)x);
+  return (Vec<float>)_mm512_max_ps((__m512)y, (__m512)x);
 #elif defined(__AVX2__)
-  return (Vec<float>)_mm256_max_ps((__m256)splat(low), (__m256)x);
+  return (Vec<float>)_mm256_max_ps((__m256)y, (__m256)x);
 #elif defined(__SSE__)
-  return (Vec<float>)_mm_max_ps((__m128)splat(low), (__m128)x);
+  return (Vec<float>)_mm_max_ps((__m128)y, (__m128)x);
 #else
-  return at_least<float>(x, splat(low));
+  return at_least<float>(x, y);
 #endif
+}
+
+// The largest of n elements, NaNs not counted; -infinity if there is none.
+FA_INLINE float largest_of(const float* x, int64_t n) {
+  constexpr int L = kLanes<float>;
+  Vec<float> best[4];  // the latency of one maximum would be that of the loop
+  for (int k = 0; k < 4; ++k) best[k] = splat(-kInfinity<float>);
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) best[k] = larger(best[k], load(x + i + k * L));
+  for_each_vector(n - i, [&](int64_t j, auto part) {
+    best[0] = larger(best[0], only(load_part(x + i + j, part), part, -kInfinity<float>));
+  });
+  return max_lanes<float>(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
 typedef VecOf<float>::bits Bits;
@@ -130,9 +149,9 @@ constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in
 FA_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   using V = Vec<float>;
 #if defined(__AVX512F__)
-  const V y = raise(x, -110.0f);
+  const V y = larger(x, splat(-110.0f));
 #else
-  const V y = raise(x, -87.0f);
+  const V y = larger(x, splat(-87.0f));
 #endif
   const V shifted = y * kLog2E + kRounder, n = shifted - kRounder;
   const V r = (y - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
@@ -165,7 +184,7 @@ FA_INLINE Ratio sigmoid(Vec<float> x) {
 // where n is large.
 FA_INLINE Ratio tanh_ratio(Vec<float> x) {
   using V = Vec<float>;
-  const V y = raise(negative_magnitude(x), -20.0f);  // the result is 1 from 9.02 on
+  const V y = larger(negative_magnitude(x), splat(-20.0f));  // the result is 1 from 9.02 on
   const V shifted = y * (2.0f * kLog2E) + kRounder, n = shifted - kRounder;
   const V r = y - n * 0.34657359027997264f;
   V p = (32.0f * kExp6) * r + 16.0f * kExp5;
