@@ -13,8 +13,10 @@ namespace {
 // Queries that a tile has at most, so that its accumulators and operands fit the registers.
 #if defined(__AVX512F__)
 constexpr int kTileQueries = 5;
+#elif defined(__AVX2__)
+constexpr int kTileQueries = 3;
 #else
-constexpr int kTileQueries = 2;
+constexpr int kTileQueries = 2;  // without instructions that multiply and add in one
 #endif
 
 // Rows of values between two additions to the result: sums of some thousands of terms would lose
@@ -22,11 +24,11 @@ constexpr int kTileQueries = 2;
 constexpr int64_t kValueBlock = 256;
 
 template <int N>
-struct Queries {
+struct Number {
   static constexpr int value = N;
 };
 
-// Calls f(first query, Queries<number>) for groups of nearly equal numbers of queries.
+// Calls f(first query, Number<of queries>) for groups of nearly equal size.
 template <class F>
 FA_INLINE void for_each_query_group(int64_t queries, F f) {
   const int64_t groups = (queries + kTileQueries - 1) / kTileQueries;
@@ -34,20 +36,22 @@ FA_INLINE void for_each_query_group(int64_t queries, F f) {
     const int64_t end = (group + 1) * queries / groups;
     switch (end - first) {
       case 1:
-        f(first, Queries<1>{});
+        f(first, Number<1>{});
         break;
       case 2:
-        f(first, Queries<2>{});
+        f(first, Number<2>{});
         break;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
       case 3:
-        f(first, Queries<3>{});
+        f(first, Number<3>{});
         break;
+#endif
+#if defined(__AVX512F__)
       case 4:
-        f(first, Queries<4>{});
+        f(first, Number<4>{});
         break;
       case 5:
-        f(first, Queries<5>{});
+        f(first, Number<5>{});
         break;
 #endif
     }
@@ -55,7 +59,8 @@ FA_INLINE void for_each_query_group(int64_t queries, F f) {
   }
 }
 
-// Scores of M queries at 4 G positions from `keys` on, or at fewer: `count` of them are written.
+// Scores of M queries at 4 G positions from `keys` on. If there are fewer, the last is repeated,
+// and `count` are written.
 template <int M, int G>
 FA_INLINE void score_tile(const float* query, int64_t query_stride, const float* keys,
                           int64_t key_stride, int64_t count, int64_t width, const float* bias,
@@ -64,28 +69,28 @@ FA_INLINE void score_tile(const float* query, int64_t query_stride, const float*
   const float* rows[4 * G];
 #pragma GCC unroll 8
   for (int j = 0; j < 4 * G; ++j) rows[j] = keys + (j < count ? j : count - 1) * key_stride;
-  const auto step = [&](int64_t d, auto load_vector) {
+  for_each_vector(width, [&](int64_t d, auto part) {
     Vec<float> q[M];
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) q[i] = load_vector(query + i * query_stride + d);
+    for (int i = 0; i < M; ++i) q[i] = load_part(query + i * query_stride + d, part);
 #pragma GCC unroll 8
     for (int j = 0; j < 4 * G; ++j) {
-      const Vec<float> key = load_vector(rows[j] + d);
+      const Vec<float> key = load_part(rows[j] + d, part);
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) sums[j / 4][i][j % 4] += q[i] * key;
     }
-  };
-  int64_t d = 0;
-  for (; d + kLanes<float> <= width; d += kLanes<float>)
-    step(d, [](const float* p) { return load(p); });
-  if (d < width) step(d, [&](const float* p) { return load_part(p, width - d); });
+  });
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
     float score[4 * G];
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) sum_lanes_of_four<float>(sums[g][i], score + 4 * g);
-    for (int64_t j = 0; j < count; ++j)
-      scores[i * stride + j] = bias ? score[j] + bias[j] : score[j];
+    if (count == 4 * G) {
+      for (int j = 0; j < 4 * G; ++j) scores[i * stride + j] = bias ? score[j] + bias[j] : score[j];
+    } else {
+      for (int64_t j = 0; j < count; ++j)
+        scores[i * stride + j] = bias ? score[j] + bias[j] : score[j];
+    }
   }
 }
 
@@ -93,16 +98,16 @@ void dot_scores(const float* query, int64_t query_stride, int64_t queries, const
                 int64_t key_stride, int64_t n, int64_t width, const float* bias, float* scores,
                 int64_t stride) {
   for_each_query_group(queries, [&](int64_t first, auto group) {
-    constexpr int M = decltype(group)::value;
+    constexpr int M = decltype(group)::value, G = M * 8 <= 5 * kTileQueries ? 2 : 1;
     const auto tile = [&](int64_t s, int64_t count, auto fours) {
       score_tile<M, decltype(fours)::value>(
           query + first * query_stride, query_stride, keys + s * key_stride, key_stride, count,
           width, bias ? bias + s : nullptr, scores + first * stride + s, stride);
     };
     int64_t s = 0;
-    if constexpr (M == 1)
-      for (; s + 4 < n; s += 8) tile(s, n - s < 8 ? n - s : 8, Queries<2>{});
-    for (; s < n; s += 4) tile(s, n - s < 4 ? n - s : 4, Queries<1>{});
+    if constexpr (G == 2)
+      for (; s + 4 < n; s += 8) tile(s, n - s < 8 ? n - s : 8, Number<2>{});
+    for (; s < n; s += 4) tile(s, n - s < 4 ? n - s : 4, Number<1>{});
   });
 }
 
@@ -111,37 +116,39 @@ void concat_scores(const float* query, const float* keys, int64_t key_stride, in
                    float* scores) {
   for (int64_t s = 0; s < n; ++s, keys += key_stride) {
     Vec<float> sum{};
-    const float amount = coverage && direction ? coverage[s] : 0.0f;
-    for_each_vector(width, [&](int64_t d, int64_t part) {
-      Vec<float> x = load_part(query + d, part) + load_part(keys + d, part);
-      if (direction && coverage) x += amount * load_part(direction + d, part);
-      sum += load_part(v + d, part) * tanh_ratio(x).value();
-    });
+    if (coverage && direction) {
+      const float amount = coverage[s];
+      for_each_vector(width, [&](int64_t d, auto part) {
+        const Vec<float> x = load_part(query + d, part) + load_part(keys + d, part) +
+                             amount * load_part(direction + d, part);
+        sum += load_part(v + d, part) * tanh_ratio(x).value();
+      });
+    } else {
+      for_each_vector(width, [&](int64_t d, auto part) {
+        const Vec<float> x = load_part(query + d, part) + load_part(keys + d, part);
+        sum += load_part(v + d, part) * tanh_ratio(x).value();
+      });
+    }
     scores[s] = sum_lanes<float>(sum);
   }
 }
 
 void softmax_row(float* scores, int64_t n) {
-  Vec<float> largest = splat(-kInfinity<float>);
-  int64_t i = 0;
-  for (; i + kLanes<float> <= n; i += kLanes<float>)
-    largest = at_least<float>(largest, load(scores + i));
-  float top = max_lanes<float>(largest);
-  for (; i < n; ++i) top = scores[i] > top ? scores[i] : top;
-  if (top == -kInfinity<float>) {  // nothing to attend to, unless a score is NaN
+  const float largest = largest_of(scores, n);
+  if (largest == -kInfinity<float>) {  // nothing to attend to, unless a score is NaN
     float sum = 0.0f;
-    for (i = 0; i < n; ++i) sum += scores[i] != scores[i] ? scores[i] : 0.0f;
-    for (i = 0; i < n; ++i) scores[i] = sum;
+    for (int64_t s = 0; s < n; ++s) sum += scores[s] != scores[s] ? scores[s] : 0.0f;
+    for (int64_t s = 0; s < n; ++s) scores[s] = sum;
     return;
   }
   Vec<float> sums{};
-  for_each_vector(n, [&](int64_t s, int64_t part) {
-    const Vec<float> weight = exponential(load_part(scores + s, part) - top);
+  for_each_vector(n, [&](int64_t s, auto part) {
+    const Vec<float> weight = exp_of_negative(load_part(scores + s, part) - largest);
     store_part(scores + s, weight, part);
-    sums += part < kLanes<float> ? load_part(scores + s, part) : weight;
+    sums += only(weight, part, 0.0f);
   });
   const float sum = sum_lanes<float>(sums);
-  for_each_vector(n, [&](int64_t s, int64_t part) {
+  for_each_vector(n, [&](int64_t s, auto part) {
     store_part(scores + s, load_part(scores + s, part) / sum, part);
   });
 }
@@ -149,24 +156,22 @@ void softmax_row(float* scores, int64_t n) {
 void bell_row(float* weights, int64_t n, float first, float center, float rate) {
   Vec<float> position;
   for (int i = 0; i < kLanes<float>; ++i) position[i] = first + float(i);
-  for_each_vector(n, [&](int64_t s, int64_t part) {
+  for_each_vector(n, [&](int64_t s, auto part) {
     const Vec<float> x = (position + float(s) - center) * rate;
-    store_part(weights + s, load_part(weights + s, part) * exponential(-0.5f * (x * x)), part);
+    store_part(weights + s, load_part(weights + s, part) * exp_of_negative(-0.5f * (x * x)), part);
   });
 }
 
-// Columns of N vectors, the last with `part` elements, of M rows of `out`.
-template <int M, int N>
+// Columns of N vectors of M rows of `out`; a Part is the last of a row, and then N is 1.
+template <int M, int N, class P>
 FA_INLINE void sum_tile(const float* weights, int64_t weight_stride, int64_t n, const float* values,
-                        int64_t value_stride, bool add, float* out, int64_t stride, int64_t part) {
+                        int64_t value_stride, bool add, float* out, int64_t stride, P part) {
   constexpr int L = kLanes<float>;
   Vec<float> sums[M][N] = {};
   for (int64_t s = 0; s < n; ++s) {
     Vec<float> value[N];
 #pragma GCC unroll 8
-    for (int k = 0; k < N; ++k)
-      value[k] = N == 1 ? load_part(values + s * value_stride, part)
-                        : load(values + s * value_stride + k * L);
+    for (int k = 0; k < N; ++k) value[k] = load_part(values + s * value_stride + k * L, part);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const float weight = weights[i * weight_stride + s];
@@ -179,8 +184,7 @@ FA_INLINE void sum_tile(const float* weights, int64_t weight_stride, int64_t n, 
 #pragma GCC unroll 8
     for (int k = 0; k < N; ++k) {
       float* to = out + i * stride + k * L;
-      const int64_t elements = N == 1 ? part : int64_t(L);
-      store_part(to, add ? load_part(to, elements) + sums[i][k] : sums[i][k], elements);
+      store_part(to, add ? load_part(to, part) + sums[i][k] : sums[i][k], part);
     }
 }
 
@@ -189,21 +193,21 @@ void weighted_sum(const float* weights, int64_t weight_stride, int64_t queries, 
                   float* out, int64_t stride) {
   constexpr int64_t L = kLanes<float>;
   for_each_query_group(queries, [&](int64_t first, auto group) {
-    constexpr int M = decltype(group)::value, N = M == 1 ? 8 : 4;
-    float* to = out + first * stride;
+    constexpr int M = decltype(group)::value;
+    constexpr int N = M == 1 ? 8 : kVectorBytes == 32 && M == 3 ? 3 : 4;
     int64_t s = 0;
-    do {  // also with no positions: the result is then the start
+    do {  // also without positions: the result is then the start
       const int64_t rows = n - s < kValueBlock ? n - s : kValueBlock;
-      const float* weight = weights + first * weight_stride + s;
-      const float* value = values + s * value_stride;
-      const bool add = start || s > 0;
+      const auto tile = [&](int64_t d, auto vectors, auto part) {
+        sum_tile<M, decltype(vectors)::value>(
+            weights + first * weight_stride + s, weight_stride, rows, values + s * value_stride + d,
+            value_stride, start || s > 0, out + first * stride + d, stride, part);
+      };
       int64_t d = 0;
-      for (; d + N * L <= width; d += N * L)
-        sum_tile<M, N>(weight, weight_stride, rows, value + d, value_stride, add, to + d, stride,
-                       L);
-      for (; d < width; d += L)
-        sum_tile<M, 1>(weight, weight_stride, rows, value + d, value_stride, add, to + d, stride,
-                       width - d < L ? width - d : L);
+      for (; d + N * L <= width; d += N * L) tile(d, Number<N>{}, Whole{});
+      for (; d + 2 * L <= width; d += 2 * L) tile(d, Number<2>{}, Whole{});
+      for (; d + L <= width; d += L) tile(d, Number<1>{}, Whole{});
+      if (d < width) tile(d, Number<1>{}, Part{width - d});
       s += rows;
     } while (s < n);
   });
