@@ -10,6 +10,8 @@
 #include "call.h"
 #include "cpu/isa.h"
 #include "cuda_build.h"
+#include "decoder_checks.h"
+#include "packed_model.h"
 #include "plain.h"
 #include "search_checks.h"
 
@@ -141,6 +143,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return cpu_isa(); }, "Name of the instruction set in use.");
   m.def("cpu_isas_supported", &cpu_isas_supported,
         "Instruction sets that this machine can run, best first.");
+  m.def("attention_isas_supported", &attention_isas_supported,
+        "Those of them that have attention kernels of their own; the others use another's.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Switch to another one (for tests).");
   m.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
@@ -148,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
         "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
+  bind_decoder(m);
+  add_decoder_checks(m);
   bind_search_checks(m);
   if (PyModule_AddFunctions(m.ptr(), kCalls) != 0) throw py::error_already_set();
 }

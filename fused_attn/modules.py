@@ -52,13 +52,24 @@ def readable_weight(part: nn.Module, at_call: bool = True) -> Tensor | None:
         at_call and kind.__bases__ == (nn.Linear,) and parametrize.is_parametrized(part)
     ):
         return None
-    if hooks_of(part) or _has_global_hooks():
+    if hooks_of(part) or has_global_hooks():
         return None
     weight = part.weight
     return weight if isinstance(weight, Tensor) and type(weight) in _PLAIN else None
 
 
-def _has_global_hooks() -> bool:
+def readable_tensors(part: nn.Module, kind: type[nn.Module], names: list[str]) -> list[Tensor]:
+    """The parameters ``names`` of a layer that need not be called; [] if it must be called.
+
+    The layer must be exactly a ``kind``, not a subclass, without hooks and with dense parameters.
+    """
+    if type(part) is not kind or hooks_of(part) or has_global_hooks():
+        return []
+    tensors: list[Any] = [getattr(part, name, None) for name in names]
+    return tensors if all(type(tensor) in _PLAIN for tensor in tensors) else []
+
+
+def has_global_hooks() -> bool:
     """Whether global module hooks require that submodules are called.
 
     The hooks of FLOP counters do not: they only observe, and should count the usual code path.

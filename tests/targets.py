@@ -150,7 +150,7 @@ def _targets(name: str) -> Iterator[object]:
         if refused := backend.not_supported_reasons(problem):
             reasons += refused
             continue
-        isas = backend.native.cpu_isas_supported() if name == "cpu" else (None,)
+        isas = backend.native.attention_isas_supported() if name == "cpu" else (None,)
         yield from (Target(name, device, isa) for isa in isas)
     if len(reasons) >= len(DEVICES):
         skip = pytest.mark.skip(reason=f"{name}: {'; '.join(reasons)}")

@@ -166,7 +166,7 @@ def test_multiply_adds_says_how_many_it_did() -> None:
     before = native.cpu_isa()
     done = {}
     try:
-        for isa in native.cpu_isas_supported():
+        for isa in native.attention_isas_supported():
             native.set_cpu_isa(isa)
             once = native.multiply_adds(1, 1)
             assert native.multiply_adds(7, 1) == native.multiply_adds(7, 3) == 7 * once

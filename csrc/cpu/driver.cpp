@@ -1,7 +1,5 @@
 #include "driver.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -13,6 +11,7 @@
 
 #include "guard.h"
 #include "isa.h"
+#include "parallel.h"
 #include "plan.h"
 
 namespace fused_attn {
@@ -147,11 +146,6 @@ struct Scratch {
 };
 thread_local Scratch thread_scratch;
 
-// A fork does not copy the threads of the pool: a parallel region in the child would wait for them
-// forever. In the child a call runs on the calling thread.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
 // Runs body(i, scratch) for i in [0, n). Which thread runs a task does not change its result.
 template <class Body>
 void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
@@ -166,7 +160,7 @@ void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
     loop(scratch);
     thread_scratch.trim();
   };
-  if (threads <= 1 || n <= 1 || forked) {
+  if (threads <= 1 || n <= 1 || is_forked()) {
     work([&](void* scratch) {
       for (int64_t i = 0; i < n && !failed; ++i) body(i, scratch);
     });

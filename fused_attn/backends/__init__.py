@@ -129,6 +129,12 @@ def check_request(backend: object, source: str = "backend") -> str:
     return backend
 
 
+def default_request() -> str:
+    """Return what "auto" means here: FUSED_ATTN_BACKEND, "auto" if it is not set."""
+    asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
+    return check_request(asked, "the environment variable FUSED_ATTN_BACKEND")
+
+
 @cache
 def select(
     device_type: str,
@@ -148,8 +154,7 @@ def select(
     on a CPU. ``score`` may be "scores": those of concat without a softmax.
     """
     if requested == "auto":
-        asked = os.environ.get("FUSED_ATTN_BACKEND") or "auto"
-        requested = check_request(asked, "the environment variable FUSED_ATTN_BACKEND")
+        requested = default_request()
     queries, memory_dim, score_dim = sizes
     problem = AttentionProblem(
         *(score, 1, queries, 1, memory_dim, score_dim, dtype, device_type),

@@ -165,7 +165,7 @@ std::vector<Shape> shapes() {
 
 int main() {
   const std::vector<Shape> all = shapes();
-  for (const std::string& isa : cpu_isas_supported()) {
+  for (const std::string& isa : attention_isas_supported()) {
     set_cpu_isa(isa);
     std::vector<Inputs> inputs;
     std::vector<Results> alone;

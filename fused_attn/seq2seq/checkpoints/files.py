@@ -201,6 +201,15 @@ def load_tensors(
     }
 
 
+def is_int8(directory: Path) -> bool:
+    """Whether matrices of the checkpoint's model are stored in int8.
+
+    Raises `InputError` if the file is missing or damaged.
+    """
+    with _readable(directory), safetensors.safe_open(directory / MODEL, "pt") as stored:
+        return any(stored.get_slice(name).get_dtype() == "I8" for name in stored.keys())
+
+
 def check_parameters(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError that names a parameter of another dtype than floats, or not finite."""
     for name, tensor in tensors.items():

@@ -18,16 +18,16 @@ from fused_attn.seq2seq.checkpoints.load import load_model
 from fused_attn.seq2seq.checkpoints.recipe import stored_bound, stored_task
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
-from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import InputError, OptionError
+from fused_attn.seq2seq.inference.engine import Engine
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.sources import EncodedSource, Source, SourceReader
-from fused_attn.seq2seq.model.modes import WithoutDraws, evaluating
+from fused_attn.seq2seq.model.modes import WithoutDraws
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
-from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.search.packed import not_native_reasons
 from fused_attn.seq2seq.tasks.base import Task
 from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import Vocabulary
@@ -52,6 +52,7 @@ class Predictor(SourceReader):
         meta: additional metadata for checkpoints of the model, as JSON values.
         longest_source: number of symbols of the longest source that the models were trained on;
             None takes it from ``meta``, where it may be missing.
+        compute, stored: types of the products of the native decoder; see `Engine`.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Predictor(SourceReader):
         task: Task | None = None,
         meta: Mapping[str, Any] | None = None,
         longest_source: int | None = None,
+        compute: str = "auto",
+        stored: str = "float32",
     ) -> None:
         self.models = [models] if isinstance(models, Seq2Seq) else _checked(models)
         self._meta = dict(meta or {})
@@ -77,6 +80,16 @@ class Predictor(SourceReader):
         self.source = source
         self.target = target
         self.bound = bound
+        self._engine = Engine(self.models, bound, compute, stored)
+
+    @property
+    def compute(self) -> str | None:
+        """Type of the products, "float32", "bfloat16" or "int8"; None if searches run in torch."""
+        return None if self.not_native_reasons() else self._engine.compute
+
+    def not_native_reasons(self) -> list[str]:
+        """Return why searches run in torch instead of the native decoder; empty if they do not."""
+        return not_native_reasons(self.models)
 
     @property
     def device(self) -> torch.device:
@@ -95,15 +108,23 @@ class Predictor(SourceReader):
 
     @classmethod
     def load(
-        cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
+        cls,
+        *models: str | Path,
+        backend: str = "auto",
+        device: torch.device | str = "auto",
+        compute: str = "auto",
     ) -> Predictor:
         """Load a model, or the models of an ensemble; see `load`."""
         with WithoutDraws():
-            return cls.drawn(*models, backend=backend, device=device)
+            return cls.drawn(*models, backend=backend, device=device, compute=compute)
 
     @classmethod
     def drawn(
-        cls, *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
+        cls,
+        *models: str | Path,
+        backend: str = "auto",
+        device: torch.device | str = "auto",
+        compute: str = "auto",
     ) -> Predictor:
         """Like `load`, but draw from torch's generator, as creating a new model does.
 
@@ -121,6 +142,7 @@ class Predictor(SourceReader):
             bound = stored_bound(metas[0])
             longest = min(filter(None, map(_longest_source, metas)), default=None)
             task = stored_task(metas[0])
+            stored = "int8" if all(map(files.is_int8, paths)) else "float32"
         except files.UNUSABLE as error:
             raise files.damaged(paths[0], error) from None
         (_, source, target), *others = loaded
@@ -128,7 +150,7 @@ class Predictor(SourceReader):
             if [v.symbols for v in vocabularies] != [source.symbols, target.symbols]:
                 raise InputError(f"the vocabularies of {path} differ from those of {paths[0]}")
         members = [model.eval() for model, _, _ in loaded]
-        return cls(members, source, target, bound, task, metas[0], longest)
+        return cls(members, source, target, bound, task, metas[0], longest, compute, stored)
 
     def save(self, directory: str | Path, *, store: str = "float32") -> None:
         """Write the model as a checkpoint for `load`, without training state.
@@ -300,17 +322,7 @@ class Predictor(SourceReader):
         prefix: torch.Tensor | None,
         alignments: bool,
     ) -> list[list[Hypothesis]]:
-        symbols, lengths = pad(encoded)
-        with evaluating(self.models):
-            return search(
-                self.models,
-                moved(symbols, self.device),
-                lengths,
-                config,
-                prefix=None if prefix is None else moved(prefix, self.device),
-                bound=self.bound,
-                return_weights=alignments and self._attends,
-            )
+        return self._engine.search(encoded, config, prefix, alignments and self._attends)
 
     def _prediction(self, source: EncodedSource, hypotheses: Sequence[Hypothesis]) -> Prediction:
         others: tuple[Prediction, ...] = ()
@@ -383,17 +395,23 @@ def _check_options(batch_size: int, alignments: bool) -> None:
 
 
 def load(
-    *models: str | Path, backend: str = "auto", device: torch.device | str = "auto"
+    *models: str | Path,
+    backend: str = "auto",
+    device: torch.device | str = "auto",
+    compute: str = "auto",
 ) -> Predictor:
     """Load a model. Several names load an ensemble, which averages the models' probabilities.
 
     Args:
         models: a bundled model ("g2p"), the directory of a run (its best checkpoint is loaded), a
             checkpoint, or an exported model.
-        backend: backend of the attention, "auto" or a name; see ``fused-attn info``.
+        backend: backend of the attention, "auto" or a name; see ``fused-attn info``. Any but "auto"
+            and "cpu" keeps searches in torch.
         device: "cpu", "cuda", "cuda:1" ..., or "auto" for a GPU if there is one.
+        compute: type of the products on a CPU, "float32", "bfloat16" or "int8". "auto" takes int8
+            for a model that is stored in it, else float32.
 
     Raises `InputError` if a model is missing, damaged or of another format version, if the
     vocabularies of an ensemble differ, or if the device or the backend is not available.
     """
-    return Predictor.load(*models, backend=backend, device=device)
+    return Predictor.load(*models, backend=backend, device=device, compute=compute)

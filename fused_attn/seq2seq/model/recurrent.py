@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_attn.seq2seq.config import ModelConfig
+from fused_attn.seq2seq.model.one_step import one_step
 
 # State of a stack: (h,), or (h, c) for an LSTM, each (layers, N, width).
 Hidden = tuple[Tensor, ...]
@@ -128,16 +130,23 @@ class Stack(nn.Module):
         for number, layer in enumerate(self.layers):
             x = self.dropout(x) if number else x
             before = None if state is None else tuple(t[number : number + 1] for t in state)
-            if before is not None and len(before) == 1:
-                y, final = layer(x, before[0].contiguous())
-            else:
-                y, final = layer(x, before and tuple(t.contiguous() for t in before))
+            y, final = _layer(layer, x, before)
             if self.residual and _width(x) == _width(y):
                 y = y._replace(data=y.data + x.data) if isinstance(y, PackedSequence) else y + x
             x = y
-            tensors = final if isinstance(final, tuple) else (final,)
-            finals.append([t.transpose(0, 1).flatten(1) for t in tensors])
+            finals.append([t.transpose(0, 1).flatten(1) for t in final])
         return x, tuple(torch.stack(tensors) for tensors in zip(*finals, strict=True))
+
+
+def _layer(
+    layer: nn.Module, x: Tensor | PackedSequence, state: Hidden | None
+) -> tuple[Any, Hidden]:
+    """Call a layer, or take one step of it. state: as for the layer, but (h,) in place of h."""
+    if isinstance(x, Tensor) and (step := one_step(layer, x, state)) is not None:
+        return step
+    before = state and tuple(tensor.contiguous() for tensor in state)
+    y, final = layer(x, before[0] if before and len(before) == 1 else before)
+    return y, final if isinstance(final, tuple) else (final,)
 
 
 def _whole(x: Tensor | PackedSequence) -> Tensor | PackedSequence:

@@ -28,7 +28,7 @@ class Seq2Seq(nn.Module):
     Args:
         config: shape of the model.
         source_size, target_size: sizes of the vocabularies, special symbols included.
-        backend: backend of the attention, "auto" or a name.
+        backend: backend of the attention, "auto" or a name. "eager" also keeps searches in torch.
 
     Raises TypeError if a size is not an int, ValueError if all embeddings are tied (``config.tie ==
     "all"``) and the vocabulary sizes differ.
@@ -44,6 +44,7 @@ class Seq2Seq(nn.Module):
                     f"{name} must be the size of a vocabulary, an int, got {type(size).__name__}"
                 )
         self.config = config
+        self.backend = backend
         if config.tie == "all" and source_size != target_size:
             raise ValueError(
                 "tie all needs one vocabulary for source and target, "

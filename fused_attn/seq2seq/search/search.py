@@ -19,6 +19,7 @@ from fused_attn.seq2seq.search.hypothesis import (
     length_penalty,
     not_numbers,
 )
+from fused_attn.seq2seq.search.packed import PackedModels
 from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
 
 
@@ -33,6 +34,7 @@ def search(
     bound: LengthBound = LengthBound(),  # noqa: B008
     return_weights: bool = False,
     graphs: bool = True,
+    packed: PackedModels | None = None,
 ) -> list[list[Hypothesis]]:
     """Return the best hypotheses of each source, at most ``config.most``, best first.
 
@@ -42,11 +44,14 @@ def search(
     bound: bounds the target lengths if ``config.max_length`` is None.
     return_weights: whether hypotheses have alignment weights, float32 (T, S).
     graphs: whether steps on a GPU may replay a captured graph; see `Ensemble`.
+    packed: the same models, packed: then everything runs in one native call. None uses torch.
 
     Raises `InputError` if the probabilities of the models are nan.
     """
     members = [models] if isinstance(models, Seq2Seq) else list(models)
     on_host = limits_of(source_lengths.cpu(), config, bound)
+    if packed is not None:
+        return packed.search(source, source_lengths.cpu(), on_host, config, prefix, return_weights)
     extremes = (int(on_host.min()), int(on_host.max())) if len(on_host) else (0, 0)
     lengths, limits = (moved(each, source.device) for each in (source_lengths, on_host))
     rest = (source, lengths, limits, extremes, config, prefix, return_weights)

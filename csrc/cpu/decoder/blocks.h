@@ -1,0 +1,59 @@
+// A call of the native decoder: its sentences, cut into blocks that threads work on independently.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "model.h"
+#include "search.h"
+
+namespace fused_attn {
+
+// What the decoder attends to: the symbols of the sources, or their memory and the first states.
+struct SourceRows {
+  int64_t count = 0;
+  std::vector<int64_t> lengths;     // (count)
+  std::vector<const int64_t*> ids;  // (count), empty with a memory
+  int64_t longest = 0;              // rows of each sentence in `memory`
+  const float* memory = nullptr;    // (count, longest, memory width)
+  // Contiguous, or null for zeros: (layers, count, hidden) twice, (count, attentional width), (count,
+  // longest).
+  const float *hidden = nullptr, *cell = nullptr, *attentional = nullptr, *coverage = nullptr;
+  int64_t position = 0;
+};
+
+struct SearchCall {
+  std::vector<const Model*> models;
+  SearchOptions options;
+  int64_t beams = 1;
+  std::vector<int64_t> limits;  // (count)
+  const int64_t* prefix = nullptr;
+  int64_t prefix_length = 0;
+  int threads = 1;
+};
+
+// The hypotheses of each sentence, in the order of the sources.
+std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const SourceRows& sources,
+                                              const DecoderKernels& kernels);
+
+// Writes memory (count, longest, width), with zeros in the padding, and the first states of the
+// decoder (layers, count, hidden).
+void encode_blocks(const Model& model, const SourceRows& sources, int64_t longest, int threads,
+                   const DecoderKernels& kernels, float* memory, float* hidden, float* cell);
+
+struct StepsCall {
+  const Model* model = nullptr;
+  int64_t steps = 0;
+  int threads = 1;
+  const int64_t* symbols = nullptr;  // (count, steps), or
+  const float* embedded = nullptr;   // (count, steps, width of the input)
+  // Results, each contiguous or null: (count, steps, width), (count, steps, symbols), (count, steps,
+  // longest); then the state after the last step.
+  float *states = nullptr, *logits = nullptr, *weights = nullptr;
+  float *hidden = nullptr, *cell = nullptr, *attentional = nullptr, *coverage = nullptr;
+};
+
+void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels);
+
+}  // namespace fused_attn

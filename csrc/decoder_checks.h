@@ -1,0 +1,11 @@
+// The kernels of the native decoder, one by one, for the tests and the benchmarks.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fused_attn {
+
+// Adds the submodule `decoder_checks`.
+void add_decoder_checks(pybind11::module_& m);
+
+}  // namespace fused_attn

@@ -1,0 +1,93 @@
+"""Where a predictor searches: in one native call on packed models, or step by step in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fused_attn import packed
+from fused_attn.seq2seq.config import SearchConfig
+from fused_attn.seq2seq.data.examples import pad
+from fused_attn.seq2seq.devices import moved
+from fused_attn.seq2seq.errors import OptionError
+from fused_attn.seq2seq.model.modes import evaluating
+from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.constraints import LengthBound
+from fused_attn.seq2seq.search.hypothesis import Hypothesis
+from fused_attn.seq2seq.search.packed import PackedModels, not_native_reasons
+from fused_attn.seq2seq.search.search import search
+
+COMPUTE = ("auto", *packed.COMPUTE)
+
+
+class Engine:
+    """Searches with one or several models.
+
+    Args:
+        models: with the same vocabularies, on one device.
+        bound: bounds the length of targets.
+        compute: type of the products of the native decoder, "float32", "bfloat16" or "int8".
+            "auto" takes ``stored``, and torch if the models cannot be decoded natively.
+        stored: what "auto" means, "float32" or "int8".
+
+    Raises `InputError` if ``compute`` is unknown, or names a type for models that cannot be decoded
+    natively.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Seq2Seq],
+        bound: LengthBound,
+        compute: str = "auto",
+        stored: str = "float32",
+    ) -> None:
+        if compute not in COMPUTE:
+            raise OptionError("compute", f"must be one of {', '.join(COMPUTE)}, got {compute!r}")
+        self.models = models
+        self.bound = bound
+        self.compute = stored if compute == "auto" else compute
+        self._is_required = compute != "auto"
+        self._packed: PackedModels | None = None
+        if self._is_required:
+            self._check(not_native_reasons(models))
+
+    def packed_models(self) -> PackedModels | None:
+        """Return the packed models, None if they must run in torch.
+
+        They are packed at the first call, and again once a parameter has changed; see
+        `PackedModels.is_of`. Raises `InputError` if ``compute`` needs what is not possible.
+        """
+        if reasons := not_native_reasons(self.models):
+            self._check(reasons)
+            self._packed = None
+        elif self._packed is None or not self._packed.is_of(self.models):
+            self._packed = PackedModels(self.models, self.compute)
+        return self._packed
+
+    def _check(self, reasons: list[str]) -> None:
+        if self._is_required and reasons:
+            why = "; ".join(reasons)
+            raise OptionError("compute", f"needs the native decoder, which cannot be used: {why}")
+
+    def search(
+        self,
+        encoded: Sequence[Sequence[int]],
+        config: SearchConfig,
+        prefix: torch.Tensor | None,
+        return_weights: bool,
+    ) -> list[list[Hypothesis]]:
+        """Search for the targets of sources, given as ids; see `search.search`."""
+        symbols, lengths = pad(encoded)
+        with evaluating(self.models):
+            device = next(self.models[0].parameters()).device
+            return search(
+                self.models,
+                moved(symbols, device),
+                lengths,
+                config,
+                prefix=None if prefix is None else moved(prefix, device),
+                bound=self.bound,
+                return_weights=return_weights,
+                packed=self.packed_models(),
+            )
