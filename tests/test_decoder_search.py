@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_up_models import NOT_NUMBERS, PENALTIES, Case, Models, check_equal, outcome
+from made_up_models import PENALTIES, Case, Models, check_equal, native, outcome
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.vocabulary import BOS, EOS
@@ -75,6 +75,20 @@ def test_the_same_for_logits_that_are_not_finite(
 ) -> None:
     case = random_case(2000 + seed, beam=beam, odd=True)
     check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
+
+
+@pytest.mark.parametrize("isa", native.cpu_isas_supported())
+def test_every_instruction_set_finds_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.cpu_isa()
+    native.set_cpu_isa(isa)
+    try:
+        for seed in range(15):
+            case = random_case(4000 + seed, beam=1 if seed % 3 == 0 else None, odd=seed % 2 == 0)
+            check_equal(
+                outcome(case.by_native), outcome(lambda case=case: case.by_python(monkeypatch))
+            )
+    finally:
+        native.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("beam", [1, 4])
@@ -168,7 +182,7 @@ def test_among_equals_the_first_wins() -> None:
 )
 def test_probabilities_that_rank_nothing_are_an_error(options: dict[str, Any], beam: int) -> None:
     models = Models(**{"seed": 1, "vocabulary": 7, "sources": [3, 2], **options})
-    with pytest.raises(RuntimeError, match=NOT_NUMBERS):
+    with pytest.raises(native.NotNumbersError):
         Case(models, SearchConfig(beam=beam, max_length=6, min_length=5)).by_native()
 
 
