@@ -4,57 +4,19 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/decoder/search.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 
 namespace fused_attn {
 namespace {
-
-float log_sum_exp(const float* x, int64_t n) {
-  const float most = *std::max_element(x, x + n);
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += std::exp(x[i] - most);
-  return most + std::log(sum);
-}
-
-bool is_above(float x, float y) { return x > y || (x != x && y == y); }
-
-int64_t argmax(const float* x, int64_t n) {
-  return std::max_element(x, x + n, [](float a, float b) { return is_above(b, a); }) - x;
-}
-
-int64_t top(const float* x, int64_t n, int64_t count, int32_t* places) {
-  std::vector<int32_t> all(n);
-  std::iota(all.begin(), all.end(), 0);
-  std::stable_sort(all.begin(), all.end(),
-                   [x](int32_t a, int32_t b) { return is_above(x[a], x[b]); });
-  count = std::min(count, n);
-  std::copy_n(all.begin(), count, places);
-  return count;
-}
-
-void softmax(float* x, int64_t n) {
-  const float normalizer = log_sum_exp(x, n);
-  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i] - normalizer);
-}
-
-DecoderKernels scalar_kernels() {
-  DecoderKernels table{};
-  table.log_sum_exp = log_sum_exp;
-  table.argmax = argmax;
-  table.top = top;
-  table.softmax = softmax;
-  return table;
-}
 
 // Calls step(sentences, histories), lists with one entry for each row: its sentence, and the
 // symbols it was fed since kBos. That returns float32 buffers: logits (models, rows, V), and
@@ -176,9 +138,8 @@ std::vector<std::vector<Result>> search_with(
   for (const auto& [number, limit, prefix] : sentences)
     limits.push_back({number, limit, prefix.data(), int64_t(prefix.size())});
   PythonStepper stepper(std::move(step), models, vocabulary, beams, std::move(sources), attends);
-  const DecoderKernels table = scalar_kernels();
   std::vector<std::vector<Result>> results;
-  for (const auto& found : search(stepper, table, options_of(options), limits)) {
+  for (const auto& found : search(stepper, decoder_kernels(), options_of(options), limits)) {
     results.emplace_back();
     for (const Found& f : found)
       results.back().emplace_back(f.tokens, f.log_prob, f.score, f.gains, f.weights);

@@ -1,230 +1,18 @@
-"""The native search against the search in Python, both over the same made-up models.
-
-The logits and the weights of such a model are random numbers that depend only on the sentence and on
-the symbols so far.
-"""
+"""The native search against the search in Python, both over the same made-up models."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from made_up_models import PENALTIES, Case, Models, check_equal, native, outcome
 
 from fused_attn.seq2seq.config import SearchConfig
-from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.search import search as python
-from fused_attn.seq2seq.search.hypothesis import Hypothesis
-from fused_attn.seq2seq.vocabulary import BOS, EOS, PAD
-
-native = pytest.importorskip("fused_attn._C")
-
-PENALTIES = {"none": 0, "average": 1, "gnmt": 2}
-NOT_NUMBERS = "the probabilities of the model are not finite numbers"
-
-
-@dataclass(frozen=True)
-class Models:
-    """Made-up models.
-
-    ending: added to the logit of EOS. sharpness: of the logits.
-    never: share of the logits that are -inf. broken: a step at which a logit of `value` occurs, in
-    the sentences with an odd number.
-    """
-
-    seed: int
-    vocabulary: int
-    sources: Sequence[int]
-    count: int = 1
-    attends: bool = True
-    ending: float = 0.0
-    sharpness: float = 2.0
-    never: float = 0.0
-    broken: int | None = None
-    value: float = math.nan
-    cache: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
-
-    def row(self, sentence: int, history: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Logits (models, V) and weights (S,) after symbols, BOS included."""
-        key = sentence, history
-        if key not in self.cache:
-            self.cache[key] = self._row(sentence, history)
-        return self.cache[key]
-
-    def _row(self, sentence: int, history: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        seed = hash((self.seed, sentence, history)) & (2**63 - 1)
-        generator = torch.Generator().manual_seed(seed)
-        logits = self.sharpness * torch.randn(self.count, self.vocabulary, generator=generator)
-        logits[:, EOS] += self.ending
-        if self.never:
-            shares = torch.rand(logits.shape, generator=generator)
-            logits[shares < self.never] = -torch.inf
-        if self.broken is not None and len(history) > self.broken and sentence % 2:
-            logits[-1, 3] = self.value
-        weights = torch.zeros(max(self.sources, default=0))
-        size = self.sources[sentence]
-        weights[:size] = torch.randn(size, generator=generator).mul(3).softmax(dim=0)
-        return logits, weights
-
-    def step(
-        self, sentences: Sequence[int], histories: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (models, rows, V) and weights (rows, S)."""
-        rows = [self.row(*key) for key in zip(sentences, map(tuple, histories), strict=True)]
-        return torch.stack([each[0] for each in rows], 1), torch.stack([each[1] for each in rows])
-
-
-class Ensemble:
-    """What the search in Python asks of an ensemble, for made-up models."""
-
-    def __init__(
-        self,
-        members: Sequence[Models],
-        source: Tensor,
-        lengths: Tensor,
-        beams: int = 1,
-        *,
-        return_weights: bool = False,
-        graphs: bool = True,
-    ) -> None:
-        (self.models,) = members
-        self.beams, self.return_weights = beams, return_weights
-        self.has_attention = self.models.attends
-        self.numbers = [row // beams for row in range(len(source) * beams)]
-        self.histories: list[list[int]] = [[] for _ in self.numbers]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def step(self, symbols: Tensor) -> tuple[Tensor, Tensor | None]:
-        for history, symbol in zip(self.histories, symbols.tolist(), strict=True):
-            history.append(symbol)
-        logits, weights = self.models.step(self.numbers, self.histories)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        mean = log_probs[0]
-        if len(log_probs) > 1:
-            mean = torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
-        return mean, weights if self.return_weights and self.has_attention else None
-
-    def reorder(self, rows: Tensor) -> None:
-        self.histories = [list(self.histories[row]) for row in rows.tolist()]
-
-    def keep(self, sentences: Tensor) -> None:
-        rows = [s * self.beams + beam for s in sentences.tolist() for beam in range(self.beams)]
-        self.histories = [self.histories[row] for row in rows]
-        self.numbers = [self.numbers[row] for row in rows]
-
-
-@dataclass(frozen=True)
-class Case:
-    models: Models
-    config: SearchConfig
-    prefixes: Sequence[Sequence[int]] | None = None
-    return_weights: bool = False
-
-    def limits(self) -> list[int]:
-        longest = self.config.max_length
-        return [2 * n + 10 if longest is None else longest for n in self.models.sources]
-
-    def by_python(self, monkeypatch: pytest.MonkeyPatch) -> list[list[Hypothesis]]:
-        monkeypatch.setattr(python, "Ensemble", Ensemble)
-        lengths = torch.tensor(self.models.sources)
-        prefix = None
-        if self.prefixes is not None:
-            longest = max(map(len, self.prefixes))
-            prefix = torch.tensor([[*p, *[PAD] * (longest - len(p))] for p in self.prefixes])
-        return python.search(
-            [self.models],  # type: ignore[list-item]
-            torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long),
-            lengths,
-            self.config,
-            prefix=prefix,
-            return_weights=self.return_weights,
-        )
-
-    def by_native(self, sentences: Sequence[int] | None = None) -> list[list[Hypothesis]]:
-        """Search some sentences of the case, or all, in one block."""
-        models, config = self.models, self.config
-        block = range(len(models.sources)) if sentences is None else sentences
-        limits = self.limits()
-        asked = self.return_weights or config.coverage_penalty > 0
-
-        def step(rows: list[int], histories: list[list[int]]) -> tuple[Any, Any]:
-            logits, weights = models.step([block[row] for row in rows], histories)
-            return logits.numpy(), weights.numpy() if asked and models.attends else None
-
-        options = {name: getattr(config, name) for name in SearchConfig.__dataclass_fields__}
-        options |= {
-            "most": config.most,
-            "nbest_mass": config.nbest_mass or 0.0,
-            "length_penalty": PENALTIES[config.length_penalty],
-            "seed": config.seed or 0,
-            "return_weights": self.return_weights,
-        }
-        given: Sequence[Sequence[int]] = self.prefixes or [[]] * len(models.sources)
-        found = native.search_with(
-            step,
-            models.count,
-            models.vocabulary,
-            config.beam,
-            [models.sources[i] for i in block],
-            models.attends,
-            options,
-            [(i, limits[i], list(given[i])) for i in block],
-        )
-        return [
-            [self._hypothesis(*each, models.sources[i]) for each in best]
-            for i, best in zip(block, found, strict=True)
-        ]
-
-    def _hypothesis(
-        self,
-        tokens: list[int],
-        log_prob: float,
-        score: float,
-        gains: list[float],
-        weights: list[float],
-        source: int,
-    ) -> Hypothesis:
-        aligned = None
-        if self.return_weights:
-            aligned = torch.tensor(weights).view(-1, source)
-        else:
-            assert not weights
-        return Hypothesis(tokens, log_prob, score, aligned, gains)
-
-
-def outcome(search: Any) -> list[list[Hypothesis]] | str:
-    try:
-        return search()
-    except (InputError, RuntimeError) as error:
-        assert NOT_NUMBERS in str(error)
-        return "error"
-
-
-def check_equal(found: Any, expected: Any) -> None:
-    if isinstance(expected, str) or isinstance(found, str):
-        assert found == expected
-        return
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [h.tokens for h in ours] == [h.tokens for h in theirs]
-        for h, other in zip(ours, theirs, strict=True):
-            near = {"rel": 1e-5, "abs": 1e-5}
-            assert h.log_prob == pytest.approx(other.log_prob, **near)
-            assert h.score == pytest.approx(other.score, **near)
-            assert h.token_log_probs == pytest.approx(other.token_log_probs, **near)
-            assert (h.weights is None) == (other.weights is None)
-            if h.weights is not None:
-                assert torch.equal(h.weights, other.weights)
+from fused_attn.seq2seq.vocabulary import BOS, EOS
 
 
 def random_prefix(rng: random.Random, vocabulary: int) -> list[int]:
@@ -236,7 +24,6 @@ def random_case(seed: int, *, beam: int | None = None, odd: bool = False) -> Cas
     """odd: logits of -inf, nan and inf."""
     rng = random.Random(seed)
     vocabulary = rng.choice([3, 4, 5, 6, 9, 20, 50])
-    count = rng.choice([1, 1, 2, 5])
     sources = [rng.randint(1, 7) for _ in range(rng.choice([1, 2, 3, 6]))]
     models = Models(
         seed=seed,
@@ -266,14 +53,11 @@ def random_case(seed: int, *, beam: int | None = None, odd: bool = False) -> Cas
     prefixes = None
     if rng.random() < 0.4:
         prefixes = [random_prefix(rng, vocabulary) for _ in sources]
-    del count
     return Case(models, config, prefixes, return_weights=rng.random() < 0.6)
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_greedy_search_finds_what_python_finds(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_search_finds_what_python_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(seed, beam=1)
     check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
 
@@ -291,3 +75,117 @@ def test_the_same_for_logits_that_are_not_finite(
 ) -> None:
     case = random_case(2000 + seed, beam=beam, odd=True)
     check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
+
+
+@pytest.mark.parametrize("isa", native.cpu_isas_supported())
+def test_every_instruction_set_finds_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.cpu_isa()
+    native.set_cpu_isa(isa)
+    try:
+        for seed in range(15):
+            case = random_case(4000 + seed, beam=1 if seed % 3 == 0 else None, odd=seed % 2 == 0)
+            check_equal(
+                outcome(case.by_native), outcome(lambda case=case: case.by_python(monkeypatch))
+            )
+    finally:
+        native.set_cpu_isa(before)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize("sharpness", [0.05, 1.0, 8.0])
+def test_ensembles_with_many_symbols(
+    sharpness: float, beam: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search looks at few symbols of each model first; here often at many, or at all."""
+    models = Models(3, 700, [2, 3, 4, 5], count=3, sharpness=sharpness, ending=4 * sharpness)
+    case = Case(models, SearchConfig(beam=beam, nbest=beam, max_length=6, block_ngrams=1))
+    check_equal(case.by_native(), case.by_python(monkeypatch))
+
+
+EXTREMES: dict[str, dict[str, Any]] = {
+    "one symbol": {"max_length": 1},
+    "no end before the limit": {"max_length": 4, "min_length": 4},
+    "no repeats": {"block_ngrams": 1, "min_length": 5},
+    "nothing but the end": {"vocabulary": 3},
+    "prefix beyond the limit": {"max_length": 3, "prefix": [3, 4, 3, 3, 4]},
+    "prefix that repeats": {"block_ngrams": 1, "prefix": [3, 3, 3]},
+    "prefix with an end": {"prefix": [3, EOS, 4]},
+    "prefix with a beginning": {"prefix": [BOS, 4]},
+}
+
+
+@pytest.mark.parametrize("beam", [1, 2, 7])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes(name: str, beam: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(EXTREMES[name])
+    prefix = options.pop("prefix", [])
+    models = Models(5, options.pop("vocabulary", 5), [1, 4, 2], count=2)
+    case = Case(models, SearchConfig(beam=beam, nbest=beam, **options), [[], prefix, prefix[:1]])
+    found = case.by_native()
+    check_equal(found, case.by_python(monkeypatch))
+    for (best, *_), given in zip(found, case.prefixes or [], strict=True):
+        kept = given[: options.get("max_length")]
+        assert best.tokens[: len(kept)] == (kept[: kept.index(EOS)] if EOS in kept else kept)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_done_sentences_leave_at_once(beam: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Models(7, 9, [1, 2, 3, 4, 5, 6] * 3, ending=1.0), SearchConfig(beam=beam))
+    found = case.by_native()
+    ours = Counter(case.models.stepped)
+    case.models.stepped.clear()
+    case.by_python(monkeypatch)
+    assert ours == case.models.stepped and len(set(ours.values())) > 2
+    if beam == 1:
+        assert [ours[i] for i in range(18)] == [len(best[0].tokens) + 1 for best in found]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "beam"])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_result_does_not_depend_on_its_block(seed: int, kind: str) -> None:
+    """The same bits alone and beside others."""
+    case = random_case(3000 + seed, beam=None if kind == "beam" else 1)
+    models = replace(case.models, sources=[1, 5, 3, 2, 6, 4, 7, 3], vocabulary=8, cache={})
+    config = replace(case.config, sample=kind == "drawn", seed=seed, temperature=0.7)
+    case = replace(case, models=models, config=config, prefixes=None)
+    whole = case.by_native()
+    for block in ([0], [5], [1, 4], [7, 2, 6, 3]):
+        for found, expected in zip(case.by_native(block), (whole[i] for i in block), strict=True):
+            assert [(h.tokens, h.log_prob, h.score, h.token_log_probs) for h in found] == [
+                (h.tokens, h.log_prob, h.score, h.token_log_probs) for h in expected
+            ]
+
+
+def test_among_equals_the_first_wins() -> None:
+    """First the lowest beam, then the lowest symbol."""
+    models = Models(0, 6, [2], sharpness=0.0, constant=True)
+    config = SearchConfig(min_length=2, max_length=2)
+    ((best,),) = Case(models, config).by_native()
+    assert best.tokens == [3, 3]
+    (found,) = Case(models, replace(config, beam=2, nbest=2)).by_native()
+    assert [h.tokens for h in found] == [[3, 3], [3, 4]]
+    (found,) = Case(models, replace(config, beam=4, nbest=4)).by_native()
+    assert [h.tokens for h in found] == [[3, 3], [3, 4], [3, 5], [4, 3]]
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"broken": 0},
+        {"broken": 2, "value": math.inf},
+        {"ending": -math.inf},
+        {"never": 1.0},
+        {"vocabulary": 3, "broken": 1, "value": -math.inf},
+    ],
+    ids=["nan", "inf later", "no end", "all -inf", "only -inf is left"],
+)
+def test_probabilities_that_rank_nothing_are_an_error(options: dict[str, Any], beam: int) -> None:
+    models = Models(**{"seed": 1, "vocabulary": 7, "sources": [3, 2], **options})
+    with pytest.raises(native.NotNumbersError):
+        Case(models, SearchConfig(beam=beam, max_length=6, min_length=5)).by_native()
+
+
+def test_nothing_to_search() -> None:
+    assert Case(Models(0, 5, []), SearchConfig()).by_native() == []
+    assert Case(Models(0, 5, []), SearchConfig(beam=3)).by_native() == []

@@ -301,6 +301,16 @@ def test_a_prefix_beyond_the_limit_of_another_source(beam: int) -> None:
     assert long[0].tokens[:15] == given_symbols
 
 
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_prefix_that_cannot_be_is_an_error(beam: int) -> None:
+    """It is not replaced by padding."""
+    model = make()
+    with torch.no_grad():
+        model.output.bias[4] = -torch.inf
+    with pytest.raises(InputError, match="not finite numbers"):
+        search(model, *pad([[3, 5]]), SearchConfig(beam=beam), prefix=torch.tensor([[3, 4]]))
+
+
 def test_fewer_targets_than_asked_for() -> None:
     config = SearchConfig(beam=8, nbest=8, max_length=1)
     (found,) = search(make(), *pad([[3, 4]]), config)

@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace fused_attn {
 namespace {
 
-constexpr int64_t kDepth = 64;  // symbols that are ranked one by one; to rank more, all are sorted
+constexpr int64_t kDepth = 64;  // symbols that are ranked first to reach top_p
 constexpr int64_t kBlock = 64;  // weights that are added at once
 
 // The finalizer of splitmix64: every bit of the result depends on every bit of x.
@@ -71,28 +70,13 @@ bool Drawer::temper(LogProbs& probs) {
   return true;
 }
 
-// Ranks the `count` most probable of n symbols, to places_.
-void Drawer::rank(int64_t n, int64_t count) {
-  if (count <= kDepth) {
-    places_.resize(count);
-    kernels_.top(probabilities_.data(), n, count, places_.data());
-    return;
-  }
-  places_.resize(n);
-  std::iota(places_.begin(), places_.end(), 0);
-  std::partial_sort(places_.begin(), places_.begin() + count, places_.end(),
-                    [this](int32_t x, int32_t y) {
-                      const float p = probabilities_[x], q = probabilities_[y];
-                      return p > q || (p == q && x < y);
-                    });
-}
-
 // Ranks the symbols that are kept, to places_, and returns their number. A symbol is kept if it is
 // among the top_k and those ranked before it have less than top_p together.
 int64_t Drawer::kept(int64_t n) {
   const int64_t most = options_.top_k > 0 ? std::min(options_.top_k, n) : n;
   for (int64_t depth = options_.top_p < 1 ? std::min(kDepth, most) : most;; depth = most) {
-    rank(n, depth);
+    places_.resize(depth);
+    kernels_.top(probabilities_.data(), n, depth, places_.data());
     if (options_.top_p >= 1) return depth;
     double before = 0;
     int64_t count = 0;

@@ -24,7 +24,6 @@ class Drawer {
 
  private:
   bool temper(LogProbs& probs);
-  void rank(int64_t n, int64_t count);
   int64_t kept(int64_t n);
 
   const SearchOptions& options_;

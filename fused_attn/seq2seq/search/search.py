@@ -101,7 +101,7 @@ def _decode(
         if look_every > 1 and config.sample:  # multinomial needs valid weights in done rows, too
             allowed = allowed.masked_fill(done[:, None], 0.0)
         symbols = _draw(allowed, config, generator) if config.sample else allowed.argmax(dim=-1)
-        gained = log_probs.gather(1, symbols[:, None])[:, 0]
+        gained = allowed.gather(1, symbols[:, None])[:, 0]
         if look_every > 1:
             symbols, gained = symbols.masked_fill(done, PAD), gained.masked_fill(done, 0.0)
         total = total + gained
