@@ -62,8 +62,8 @@ class LuongDecoder(nn.Module):
         input_dropout: the same for the embedded inputs.
         device, dtype: device and dtype of new parameters.
 
-    Parameters: ``embedding.weight`` (V, input_size); ``recurrent.layers.0.weight_ih_l0`` and so on,
-    as in torch's recurrent layers; those of the `LuongAttention` under ``attention.``;
+    Parameters: ``embedding.weight`` (V, input_size); ``recurrent.layers.0.weight_ih`` and so on, as
+    in torch's cells; those of the `LuongAttention` under ``attention.``;
     ``output_proj.weight`` (output_proj_dim, H); ``output_layer.weight`` and ``output_layer.bias``.
 
     Raises TypeError or ValueError if an option is invalid or does not fit the others.
@@ -250,7 +250,7 @@ class LuongDecoder(nn.Module):
 
     def _like(self) -> Tensor:
         """A parameter that has the dtype and device of the decoder."""
-        weight = getattr(self.recurrent.layers[0], "weight_ih_l0", None)
+        weight = getattr(self.recurrent.layers[0], "weight_ih", None)
         # A layer that was replaced, such as by a quantised one, may have no such tensor.
         return weight if isinstance(weight, Tensor) else next(self.parameters())
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_attn import modules
 from fused_attn.attention import LuongAttention
 from fused_attn.layer_parts import AlignmentHistory, PredictedPosition
-from fused_attn.recurrent import CELLS, RecurrentStack, is_plain, weights_of
+from fused_attn.recurrent import CELLS, RecurrentStack, weights_of
 
 # The modules whose computation `spec` describes; a subclass may compute something else.
 _KNOWN = (
@@ -34,7 +33,7 @@ def spec(decoder: Any) -> dict[str, Any]:
     return {
         "cell": stack.cell,
         "residual": stack.residual,
-        "layers": [tuple(map(_detached, weights_of(layer))) for layer in stack.layers],
+        "layers": [_of_cell(cell) for cell in stack.layers],
         "input_feeding": decoder.input_feeding,
         "embedding": _weight(decoder.embedding),
         "output_weight": _weight(output),
@@ -111,22 +110,22 @@ def _objection(part: nn.Module) -> str | None:
         return f"has hooks ({', '.join(hooks)})"
     if type(part) not in _KNOWN:
         return f"is a {type(part).__name__}"
-    if isinstance(part, nn.RNNBase) and not (is_plain(part) and _is_usual(part)):
-        return f"has options of {type(part).__name__} that the decoder does not set"
+    if isinstance(part, nn.RNNCell) and part.nonlinearity != "tanh":
+        return f"has nonlinearity={part.nonlinearity!r}"
     for name, parameter in part.named_parameters(recurse=False):
         if type(parameter) not in (Tensor, nn.Parameter):
             return f"has a {type(parameter).__name__} as its {name}"
     return None
 
 
-def _is_usual(layer: nn.RNNBase) -> bool:
-    is_tanh = getattr(layer, "nonlinearity", "tanh") == "tanh"
-    return is_tanh and not layer.bidirectional and not layer.proj_size
+def _of_cell(cell: nn.Module) -> tuple[Tensor | None, ...]:
+    weights = [weight.detach() for weight in weights_of(cell)]
+    return (*weights, *[None] * (4 - len(weights)))
 
 
 def _weight(part: Any) -> Tensor | None:
     return None if part is None else _detached(part.weight)
 
 
-def _detached(tensor: torch.Tensor | None) -> Tensor | None:
+def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()

@@ -15,7 +15,9 @@ from fused_attn import modules
 # The state of the layers: (h,), or (h, c) for an LSTM, each (layers, N, hidden).
 Hidden = tuple[Tensor, ...]
 
-CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+CELLS: dict[str, Any] = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+# All steps of one layer in one call.
+_SEQUENCES: dict[str, Any] = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
 @cache
@@ -26,16 +28,24 @@ def _has_bfloat16_lstm() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def weights_of(layer: nn.RNNBase) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """weight_ih, weight_hh, bias_ih and bias_hh of a layer; the biases are None without a bias."""
-    biases = (layer.bias_ih_l0, layer.bias_hh_l0) if layer.bias else (None, None)
-    return (layer.weight_ih_l0, layer.weight_hh_l0, *biases)
+def weights_of(cell: Any) -> list[Tensor]:
+    """weight_ih and weight_hh of a cell, then bias_ih and bias_hh if it has biases."""
+    weights = [cell.weight_ih, cell.weight_hh]
+    return [*weights, cell.bias_ih, cell.bias_hh] if cell.bias else weights
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether the weights of a recurrent layer may be used without calling the layer."""
-    is_known = type(layer) in CELLS.values() and getattr(layer, "num_layers", 0) == 1
-    return is_known and not modules.hooks_of(layer) and not nn_module._has_any_global_hook()
+def is_plain(cell: nn.Module) -> bool:
+    """Whether the weights of a cell say all that it computes, so that it need not be called."""
+    if type(cell) not in CELLS.values() or getattr(cell, "nonlinearity", "tanh") != "tanh":
+        return False
+    return not modules.hooks_of(cell) and not nn_module._has_any_global_hook()
+
+
+def _in_one_piece(weights: list[Tensor]) -> list[Tensor]:
+    """Copies of the weights that follow one another in memory, as cuDNN wants them."""
+    flat = torch.cat([weight.flatten() for weight in weights])
+    pieces = flat.split([weight.numel() for weight in weights])
+    return [piece.view_as(weight) for piece, weight in zip(pieces, weights, strict=True)]
 
 
 class RecurrentStack(nn.Module):
@@ -51,7 +61,7 @@ class RecurrentStack(nn.Module):
         dropout: probability of dropping an element between two layers in training mode.
         where: device and dtype of the parameters.
 
-    Parameters: those of torch's layers, ``layers.0.weight_ih_l0`` and so on.
+    Parameters: those of torch's cells, ``layers.0.weight_ih`` (4 hidden, input_size) and so on.
     """
 
     def __init__(
@@ -72,7 +82,7 @@ class RecurrentStack(nn.Module):
         self.residual = residual
         self.dropout = dropout
         self.layers = nn.ModuleList(
-            CELLS[cell](width, hidden, bias=bias, batch_first=True, **where)
+            CELLS[cell](width, hidden, bias=bias, **where)
             for width in [input_size, *[hidden] * (layers - 1)]
         )
 
@@ -91,39 +101,41 @@ class RecurrentStack(nn.Module):
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], 0, self.hidden), state
         finals = []
-        for number, layer in enumerate(self.layers):
+        for number, cell in enumerate(self.layers):
             if number and self.training and self.dropout:
                 x = dropout(x, self.dropout)
-            y, final = self._run(layer, x, tuple(tensor[number] for tensor in state))
+            y, final = self._run(cell, x, tuple(tensor[number] for tensor in state))
             x = y + x if self.residual and x.shape[-1] == y.shape[-1] else y
             finals.append(final)
         return x, tuple(torch.stack(tensors) for tensors in zip(*finals, strict=True))
 
-    def _run(self, layer: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
+    def _run(self, cell: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
         """Run one layer; the tensors of its state are (N, hidden)."""
-        if x.shape[1] == 1 and is_plain(layer):
-            # On a CPU oneDNN rearranges the weights at every call, which takes ten times as long
-            # as the step itself.
-            return self._step(layer, x, state)
-        if x.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
-            with torch.autocast("cpu", enabled=False):
-                return self._call(layer, x.float(), tuple(tensor.float() for tensor in state))
-        return self._call(layer, x, state)
+        # A compiler takes apart the steps of a cell, but not torch's call for a sequence. For one
+        # step that call takes ten times as long as the cell on a CPU: oneDNN first rearranges the
+        # weights.
+        if x.shape[1] > 1 and is_plain(cell) and not torch.compiler.is_compiling():
+            if x.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
+                with torch.autocast("cpu", enabled=False):
+                    return self._sequence(cell, x.float(), tuple(t.float() for t in state))
+            return self._sequence(cell, x, state)
+        outputs = []
+        for inputs in x.unbind(1):
+            after = cell(inputs, state if self.cell == "lstm" else state[0])
+            state = after if self.cell == "lstm" else (after,)
+            outputs.append(state[0])
+        return torch.stack(outputs, dim=1), state
 
-    def _step(self, layer: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
-        inputs, weights = x[:, 0], weights_of(layer)
-        if self.cell == "lstm":
-            h, c = torch.lstm_cell(inputs, state, *weights)
-            return h[:, None], (h, c)
-        run = torch.gru_cell if self.cell == "gru" else torch.rnn_tanh_cell
-        h = run(inputs, state[0], *weights)
-        return h[:, None], (h,)
-
-    def _call(self, layer: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
+    def _sequence(self, cell: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
         before = tuple(tensor[None].contiguous() for tensor in state)
-        y, final = layer(x, before if self.cell == "lstm" else before[0])
-        tensors = final if isinstance(final, tuple) else (final,)
-        return y, tuple(tensor[0] for tensor in tensors)
+        weights = weights_of(cell)
+        if x.is_cuda:
+            weights = _in_one_piece(weights)
+        has_biases, options = len(weights) == 4, (1, 0.0, self.training, False, True)
+        y, *final = _SEQUENCES[self.cell](
+            x, before if self.cell == "lstm" else before[0], weights, has_biases, *options
+        )
+        return y, tuple(tensor[0] for tensor in final)
 
     def extra_repr(self) -> str:
         return "residual=True" if self.residual else ""

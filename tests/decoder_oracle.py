@@ -28,7 +28,7 @@ class Oracle:
         for number, layer in enumerate(decoder.recurrent.layers):
             cell = CELLS[decoder.recurrent.cell](layer.input_size, layer.hidden_size, layer.bias)
             names = [name for name, _ in cell.named_parameters()]
-            state = {n: self.weights[f"recurrent.layers.{number}.{n}_l0"] for n in names}
+            state = {n: self.weights[f"recurrent.layers.{number}.{n}"] for n in names}
             cell.double().load_state_dict(state)
             self.cells.append(cell)
         layers, hidden = len(self.cells), decoder.hidden

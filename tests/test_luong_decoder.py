@@ -215,7 +215,7 @@ def test_greedy_is_the_most_probable_symbol_of_each_step(name: str) -> None:
     decoder = make(**DECODERS[name])
     with torch.no_grad():  # so that rows end at different steps
         decoder.output_layer.weight.mul_(4.0)
-        decoder.recurrent.layers[0].weight_ih_l0.mul_(3.0)
+        decoder.recurrent.layers[0].weight_ih.mul_(3.0)
     memory, ends = memory_of(decoder), set()
     for eos in range(V):
         expected = greedy_of(decoder, memory, eos, 12)
@@ -336,7 +336,7 @@ def test_other_dtypes_and_autocast(name: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in single.parameters())
 
 
-@pytest.mark.parametrize("name", ["fed", "coverage_fed"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "fed", "coverage_fed", "monotonic"])
 def test_steps_compile_as_one_graph(name: str) -> None:
     decoder = make(**DECODERS[name])
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
@@ -345,14 +345,8 @@ def test_steps_compile_as_one_graph(name: str) -> None:
     output, state = compiled(symbols(2), memory, LENGTHS)
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(state.hidden, after.hidden)
-
-
-def test_all_steps_at_once_compile() -> None:
-    decoder = make()
-    compiled = torch.compile(decoder, backend="aot_eager")
-    memory = memory_of(decoder)
-    output, _ = compiled(symbols(), memory, LENGTHS)
-    torch.testing.assert_close(output.logits, decoder(symbols(), memory, LENGTHS)[0].logits)
+    output.logits.sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
 
 
 def test_meta_tensors_have_the_right_shapes() -> None:
