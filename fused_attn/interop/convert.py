@@ -210,7 +210,8 @@ _READERS: dict[type[nn.Module], Callable[[Any], tuple[dict[str, Any], Pairs]]] =
 }
 
 
-def _read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
+def read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
+    """The options of the `LuongAttention` like an adapter, and the tensors of its parameters."""
     for kind, reader in _READERS.items():
         if isinstance(layer, kind):
             _check_plain("layer", layer)
@@ -244,7 +245,7 @@ def to_luong(layer: nn.Module) -> LuongAttention:
     adapter; `swap` makes one from another toolkit's layer. Raises TypeError for any other layer,
     and ValueError if its weights cannot be converted.
     """
-    options, pairs = _read(layer)
+    options, pairs = read(layer)
     sample = next(layer.parameters(), torch.empty(0))
     luong = LuongAttention(**options, device=sample.device, dtype=sample.dtype)
     ours = dict(luong.named_parameters())
@@ -263,7 +264,7 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
     TypeError if ``layer`` is not an adapter, and ValueError if the options of ``luong`` do not
     match ``layer``; nothing changes then.
     """
-    options, pairs = _read(layer)
+    options, pairs = read(layer)
     _check_plain("luong", luong)
     for name, value in options.items():
         got = "learned" if name == "scale" and isinstance(luong.scale, Tensor) else None
