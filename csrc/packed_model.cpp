@@ -72,8 +72,8 @@ Sources symbols_of(const Models& models, const py::handle& source, const py::han
       for (int64_t s = 0; s < sources.rows.lengths[b]; ++s) {
         const int64_t id = sources.ids[b * longest + s];
         if (id < 0 || id >= symbols)
-          throw py::value_error("source must lie in 0.." + std::to_string(symbols - 1) +
-                                ", got " + std::to_string(id));
+          throw py::value_error("source must lie in 0.." + std::to_string(symbols - 1) + ", got " +
+                                std::to_string(id));
       }
     const AttentionModel& attention = model->model().attention;
     if (attention.score == ScoreKind::location && count &&
@@ -118,9 +118,9 @@ Sources memory_of(const PackedModel& packed, const py::handle& memory, const py:
       check_range("memory_lengths", sources.rows.lengths, 0, longest);
     }
     if (model.attention.score == ScoreKind::location && longest > model.attention.query.outputs)
-      throw py::value_error("memory must have S <= max_source = " +
-                            std::to_string(model.attention.query.outputs) +
-                            ", got S=" + std::to_string(longest));
+      throw py::value_error(
+          "memory must have S <= max_source = " + std::to_string(model.attention.query.outputs) +
+          ", got S=" + std::to_string(longest));
   }
   const int64_t layers = int64_t(model.layers.size()), hidden = model.hidden;
   const auto part = [&](size_t index, const char* name, Sizes sizes) -> const float* {
@@ -226,10 +226,6 @@ py::list run_search(const Models& models, Sources& sources, const py::object& li
     py::gil_scoped_release unlocked;
     found = search_blocks(call, sources.rows, decoder_kernels());
   }
-  bool attends = false;
-  for (const PackedModel* model : models)
-    attends = attends || model->model().attention.score != ScoreKind::none;
-  (void)attends;
   return results_of(found, like, sources.rows.lengths, call.options.return_weights);
 }
 
@@ -240,15 +236,6 @@ py::list search_sources(const Models& models, const py::object& source, const py
   return run_search(models, sources, source, limits, prefix, beam, options, threads);
 }
 
-py::list search_memory(const PackedModel& model, const py::object& memory,
-                       const py::object& lengths, const py::tuple& state, const py::object& limits,
-                       const py::object& prefix, int64_t beam, const py::dict& options,
-                       int threads) {
-  const int64_t count = Argument("limits", limits.ptr()).size(0);
-  Sources sources = memory_of(model, memory, lengths, state, count);
-  return run_search({&model}, sources, limits, limits, prefix, beam, options, threads);
-}
-
 // (memory (B, S, E), hidden (layers, B, hidden), cell or None)
 py::tuple encode(const PackedModel& packed, const py::object& source, const py::object& lengths,
                  int threads) {
@@ -256,8 +243,8 @@ py::tuple encode(const PackedModel& packed, const py::object& source, const py::
   const Model& model = packed.model();
   const int64_t count = sources.rows.count;
   const int64_t longest = Argument("source", source.ptr()).size(1);
-  const int64_t width = model.encoder.memory_proj ? model.encoder.memory_proj.outputs
-                                                  : model.encoder.width();
+  const int64_t width =
+      model.encoder.memory_proj ? model.encoder.memory_proj.outputs : model.encoder.width();
   const Argument like("source", source.ptr());
   const int64_t layers = int64_t(model.layers.size());
   Argument memory = new_floats(like, {count, longest, width});
@@ -336,6 +323,45 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   return found;
 }
 
+// Returns (symbols int64 (B, T), log_probs (B, T), lengths int64 (B), weights (B, T, S) or None) of
+// at most T = steps symbols. `like` is an int64 tensor with the B rows that the results are to
+// have.
+py::tuple greedy(const PackedModel& packed, const py::object& like, const py::object& memory,
+                 const py::object& lengths, const py::tuple& state, int32_t bos, int32_t eos,
+                 int64_t steps, bool return_weights, int threads) {
+  const Model& model = packed.model();
+  check_ensemble({&packed});
+  const int64_t count = Argument("rows", like.ptr()).size(0);
+  Sources sources = memory_of(packed, memory, lengths, state, count);
+  check_range("bos", {bos}, 0, model.embedding.symbols - 1);
+  if (model.output.outputs > model.embedding.symbols)
+    throw py::value_error("the embedding lacks symbols of the output layer");
+  const bool with_weights = return_weights && model.attention.score != ScoreKind::none;
+  py::object symbols = like.attr("new_full")(py::make_tuple(count, steps), eos);
+  py::object ends = like.attr("new_zeros")(count);
+  Argument log_probs = new_zeros(new_floats(Argument("rows", like.ptr()), {count, steps}));
+  Argument weights;
+  if (with_weights)
+    weights =
+        new_zeros(new_floats(Argument("rows", like.ptr()), {count, steps, sources.rows.longest}));
+  GreedyCall call;
+  call.model = &model;
+  call.steps = steps;
+  call.threads = threads;
+  call.bos = bos;
+  call.eos = eos;
+  call.symbols = static_cast<int64_t*>(Argument("symbols", symbols.ptr()).data());
+  call.log_probs = static_cast<float*>(log_probs.data());
+  call.lengths = static_cast<int64_t*>(Argument("lengths", ends.ptr()).data());
+  call.weights = with_weights ? static_cast<float*>(weights.data()) : nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    greedy_blocks(call, sources.rows, decoder_kernels());
+  }
+  return py::make_tuple(symbols, log_probs.release(), ends,
+                        with_weights ? weights.release() : py::none());
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
@@ -353,9 +379,9 @@ void bind_decoder(py::module_& m) {
       .def("encode", &encode, py::arg("source"), py::arg("source_lengths"), py::arg("threads"))
       .def("run_steps", &run_steps, py::arg("inputs"), py::arg("memory"), py::arg("memory_lengths"),
            py::arg("state"), py::arg("return_weights"), py::arg("threads"))
-      .def("search_memory", &search_memory, py::arg("memory"), py::arg("memory_lengths"),
-           py::arg("state"), py::arg("limits"), py::arg("prefix"), py::arg("beam"),
-           py::arg("options"), py::arg("threads"));
+      .def("greedy", &greedy, py::arg("rows"), py::arg("memory"), py::arg("memory_lengths"),
+           py::arg("state"), py::arg("bos"), py::arg("eos"), py::arg("steps"),
+           py::arg("return_weights"), py::arg("threads"));
   m.def("search", &search_sources, py::arg("models"), py::arg("source"), py::arg("source_lengths"),
         py::arg("limits"), py::arg("prefix"), py::arg("beam"), py::arg("options"),
         py::arg("threads"));

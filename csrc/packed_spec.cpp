@@ -223,8 +223,8 @@ void PackedModel::take_score(const py::dict& spec, const std::string& score) {
     const Argument matrix = query(-1);
     const int64_t inside = matrix.size(0);
     attention.query = packed(matrix, 0, hidden);
-    attention.keys =
-        packed(matrix_of(entry_of(spec, "memory_weight"), "memory_weight", inside, width), 0, width);
+    attention.keys = packed(
+        matrix_of(entry_of(spec, "memory_weight"), "memory_weight", inside, width), 0, width);
     attention.query_bias = vector_of(entry_of(spec, "query_bias"), "query_bias", inside);
     attention.v = vector_of(entry_of(spec, "v"), "v", inside);
     attention.coverage = vector_of(entry_of(spec, "coverage_weight"), "coverage_weight", inside);
@@ -253,10 +253,10 @@ void PackedModel::take_encoder(const py::dict& spec) {
   for (size_t i = 0; i < layers.size(); ++i) {
     const py::list directions = layers[i];
     for (size_t d = 0; d < directions.size(); ++d)
-      encoder.layers.push_back(layer_of(
-          directions[d], i == 0 ? encoder.embedding : Embedding{},
-          i == 0 ? encoder.embedding.width : encoder.width(), 0, encoder.hidden,
-          "encoder.layers[" + std::to_string(i) + "][" + std::to_string(d) + "]"));
+      encoder.layers.push_back(
+          layer_of(directions[d], i == 0 ? encoder.embedding : Embedding{},
+                   i == 0 ? encoder.embedding.width : encoder.width(), 0, encoder.hidden,
+                   "encoder.layers[" + std::to_string(i) + "][" + std::to_string(d) + "]"));
   }
   if (const py::object proj = entry_of(spec, "memory_proj"); !proj.is_none())
     encoder.memory_proj =
@@ -266,8 +266,8 @@ void PackedModel::take_encoder(const py::dict& spec) {
   for (size_t i = 0; i < maps.size() && i < 2; ++i) {
     const py::tuple map = maps[i];
     const std::string name = "bridge.maps[" + std::to_string(i) + "]";
-    encoder.maps[i] = packed(matrix_of(map[0], name, model_.hidden, encoder.width()), 0,
-                             encoder.width());
+    encoder.maps[i] =
+        packed(matrix_of(map[0], name, model_.hidden, encoder.width()), 0, encoder.width());
     encoder.map_biases[i] = vector_of(map[1], name + ".bias", model_.hidden);
   }
 }

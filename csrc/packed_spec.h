@@ -17,8 +17,8 @@ namespace fused_attn {
 // A model with the memory that it points to.
 class PackedModel {
  public:
-  // `spec` is what fused_attn.packed.spec_of returns. Raises TypeError or ValueError, which name the
-  // tensor, if one does not fit the others.
+  // `spec` is what fused_attn.packed.spec_of returns. Raises TypeError or ValueError, which name
+  // the tensor, if one does not fit the others.
   explicit PackedModel(const py::dict& spec);
 
   const Model& model() const { return model_; }

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from fused_attn import checks, decoder_spec, greedy
+from fused_attn import checks, decoder_spec, greedy, native_decoder
 from fused_attn import decoder_parts as parts
 from fused_attn import layer_options as options
 from fused_attn.attention import LuongAttention
+from fused_attn.choices import COMPUTE
 from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
+from fused_attn.native_decoder import NativeDecoder
 from fused_attn.prepared import PreparedMemory
 from fused_attn.recurrent import CELLS, RecurrentStack
 from fused_attn.reference import arithmetic_dtype
@@ -60,6 +62,10 @@ class LuongDecoder(nn.Module):
         dropout: probability of dropping an element between two recurrent layers, and of h~ before
             it is fed and projected, in training mode.
         input_dropout: the same for the embedded inputs.
+        backend: "auto" runs all steps of a call natively where that is possible and pays; "eager"
+            always runs them in torch. The attention has a backend of its own.
+        compute: type of the native products, "float32", "bfloat16" or "int8". The last two are
+            less exact and several times faster for few rows.
         device, dtype: device and dtype of new parameters.
 
     Parameters: ``embedding.weight`` (V, input_size); ``recurrent.layers.0.weight_ih`` and so on, as
@@ -87,12 +93,21 @@ class LuongDecoder(nn.Module):
         tie_embedding: bool = False,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
+        backend: str = "auto",
+        compute: str = "float32",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if cell not in CELLS:
             raise ValueError(f"cell must be one of 'lstm', 'gru', 'rnn', got {cell!r}")
+        if backend not in ("auto", "eager"):
+            raise ValueError(f"backend must be one of 'auto', 'eager', got {backend!r}")
+        if compute not in COMPUTE:
+            names = ", ".join(map(repr, COMPUTE))
+            raise ValueError(f"compute must be one of {names}, got {compute!r}")
+        self.backend = backend
+        self.compute = compute
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_size = input_size = options.check_size("input_size", input_size)
         self.hidden = hidden = options.check_size("hidden", hidden)
@@ -153,9 +168,9 @@ class LuongDecoder(nn.Module):
 
         inputs: int64 symbols (N, T), the symbols that precede those to predict, or embedded symbols
             (N, T, input_size).
-        memory: encoder states (N, S, E), or anything else that `LuongAttention` takes. A memory with
-            a mask is given as ``attention.prepare_memory(memory, memory_mask=mask)``. None without
-            attention.
+        memory: encoder states (N, S, E), or anything else that `LuongAttention` takes. A memory
+            with a mask is given as ``attention.prepare_memory(memory, memory_mask=mask)``. None
+            without attention.
         memory_lengths: integers (N,) in 0..S, or None. A row with length 0 has the context 0.
         state: the state after the steps before; None means zeros.
         return_weights: whether to return the alignment weights.
@@ -165,11 +180,6 @@ class LuongDecoder(nn.Module):
 
         Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
         """
-        if (native := self._native()) is not None:
-            found: tuple[DecoderOutput, DecoderState] = native.forward(
-                inputs, memory, memory_lengths, state, return_weights
-            )
-            return found
         like = self._like()
         parts.check_inputs(inputs, self.embedding is not None, self.input_size, like)
         parts.check_memory(memory, self.attention is not None, memory_lengths, like)
@@ -180,8 +190,12 @@ class LuongDecoder(nn.Module):
                 f"memory must have a row for each of the {rows} rows of inputs, "
                 f"got {parts.rows_of_memory(memory)}"
             )
+        state = self._start(state, rows, parts.source_of(memory), embedded)
+        if self.is_stepwise and 4 * steps >= parts.source_of(memory):
+            native = self._native(memory, inputs, *state.hidden, state.attentional, state.coverage)
+            if native is not None:
+                return native.forward(inputs, memory, memory_lengths, state, return_weights)
         memory, memory_lengths = self._prepare(memory, memory_lengths, self.is_stepwise)
-        state = self._start(state, rows, memory, embedded)
         source = _Source(memory, memory_lengths, return_weights)
         if not self.is_stepwise or steps == 1:
             attentional, weights, state = self._run(embedded, state, source)
@@ -227,20 +241,38 @@ class LuongDecoder(nn.Module):
         parts.check_memory(memory, self.attention is not None, memory_lengths, self._like())
         if self.attention is None and state is None:
             raise ValueError("state must be given to a decoder without attention, got None")
-        if (native := self._native()) is not None:
+        rows = parts.rows_of_state(state) if memory is None else parts.rows_of_memory(memory)
+        state = self._start(state, rows, parts.source_of(memory), self._like())
+        native = self._native(memory, *state.hidden, state.attentional, state.coverage)
+        if native is not None:
             limits = (bos, eos, max_length)
-            result: GreedyOutput = native.greedy(
-                memory, memory_lengths, state, *limits, return_weights
-            )
-            return result
+            return native.greedy(memory, memory_lengths, state, limits, return_weights)
         memory, _ = self._prepare(memory, memory_lengths, True)
-        rows = parts.rows_of_state(state) if memory is None else len(memory)
-        state = self._start(state, rows, memory, self._like())
         return greedy.search(self, memory, state, (bos, eos, max_length), return_weights)
 
-    def _native(self) -> Any | None:
-        """What runs `forward` and `greedy` in one native call; None runs them step by step."""
-        return None
+    def not_native_reasons(self) -> list[str]:
+        """Return why calls run step by step in torch, in short phrases.
+
+        Empty if calls that need no gradient run natively, all their steps in one call.
+        """
+        return native_decoder.not_native_reasons(self)
+
+    def _native(self, memory: Any, *given: Any) -> NativeDecoder | None:
+        """The packed decoder, None if a call with these tensors must run in torch."""
+        if isinstance(memory, PreparedMemory):
+            if memory.memory_mask is not None:
+                return None
+            memory = memory.memory
+        if memory is not None and type(memory) is not Tensor:
+            return None
+        known = self.__dict__.get("_packed")
+        self.__dict__["_packed"] = known = native_decoder.native_of(self, known)
+        if known is None or not known.takes(self, memory, *given):
+            return None
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _spec(self) -> dict[str, Any]:
         """The decoder as its tensors, without copies.
@@ -286,7 +318,7 @@ class LuongDecoder(nn.Module):
         return self.attention.prepare_memory(memory, lengths), None
 
     def _start(
-        self, state: DecoderState | None, rows: int, memory: Any, like: Tensor
+        self, state: DecoderState | None, rows: int, source: int, like: Tensor
     ) -> DecoderState:
         """The checked state, with zeros for what it lacks, in the dtype and device of ``like``."""
         stack = self.recurrent
@@ -294,7 +326,6 @@ class LuongDecoder(nn.Module):
         history = None if self.attention is None else self.attention.history
         widths = {"attentional": self.output_dim} if self.input_feeding else {}
         if history is not None:
-            source = memory.memory.shape[1]
             widths |= {"coverage": source} if history.coverage else {}
             widths |= {"previous_weights": source} if history.channels else {}
         if state is not None:

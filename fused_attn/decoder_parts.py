@@ -68,6 +68,16 @@ def rows_of_memory(memory: Any) -> int:
     return memory.shape[0]
 
 
+def source_of(memory: Any) -> int:
+    """The number of positions S of a memory that `rows_of_memory` takes; 0 for None."""
+    if memory is None:
+        return 0
+    if isinstance(memory, PackedSequence):
+        return len(memory.batch_sizes)
+    states: Any = memory.memory if isinstance(memory, PreparedMemory) else memory
+    return int(states.offsets().diff().max()) if states.is_nested else int(states.shape[1])
+
+
 def check_memory(memory: Any, attends: bool, memory_lengths: object, like: Tensor) -> None:
     """Raise unless a memory is given to a decoder with attention, and none to one without.
 
@@ -81,7 +91,7 @@ def check_memory(memory: Any, attends: bool, memory_lengths: object, like: Tenso
     if memory is None:
         raise ValueError("memory must be given to a decoder with attention, got None")
     rows_of_memory(memory)
-    states = memory.memory if isinstance(memory, PreparedMemory) else memory
+    states: Any = memory.memory if isinstance(memory, PreparedMemory) else memory
     states = states.data if isinstance(states, PackedSequence) else states
     if states.device != like.device:
         raise ValueError(

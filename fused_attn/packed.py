@@ -6,25 +6,24 @@ A description is a dict of float32 tensors on the CPU, in torch's own layouts, a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fused_attn import backends, modules
 from fused_attn.attention import LuongAttention
-from fused_attn.layer_parts import AlignmentHistory, PredictedPosition
+from fused_attn.choices import COMPUTE as COMPUTE
+from fused_attn.layer_parts import AlignmentHistory, NormedLinear, PredictedPosition
 
-COMPUTE = ("float32", "bfloat16", "int8")
-CELLS: dict[type[nn.Module], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}
 _BACKENDS = ("auto", "cpu")
 
 # Modules that compute from their parameters what their class says, and nothing else.
-_PLAIN = (
-    *(nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.RNN, nn.Identity, nn.ModuleList, nn.Dropout),
-    *(LuongAttention, AlignmentHistory, PredictedPosition),
+_PLAIN: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+    *(nn.Identity, nn.ModuleList, LuongAttention, AlignmentHistory, PredictedPosition),
 )
+# Named by the option of the attention that they belong to.
+_OF_OPTIONS = (nn.Conv1d, nn.LayerNorm, NormedLinear)
 
 
 def native_module() -> Any:
@@ -42,41 +41,58 @@ def backend_reasons(backend: str) -> list[str]:
     return [] if native_module() is not None else backends.unavailable_reasons("cpu")
 
 
-def module_reasons(module: nn.Module, own: tuple[type[nn.Module], ...] = ()) -> list[str]:
-    """Return why the parameters of a module cannot be read instead of calling its parts.
+def module_reasons(module: nn.Module, known: tuple[type[nn.Module], ...] = ()) -> list[str]:
+    """Return why a module computes something other than what its parameters say.
 
-    own: further classes that compute what the native module computes for them.
+    The module itself is not looked at, only its parts: its hooks run around what it computes.
+
+    known: further classes that compute what the native module computes for them.
     """
+    reasons = ["there are global module hooks"] if modules.has_global_hooks() else []
+    kinds = set()
     for path, part in module.named_modules():
-        name = path or "the module"
-        if type(part) not in _PLAIN and type(part) not in own:
-            return [f"{name} is a {type(part).__name__}"]
-        if hooks := modules.hooks_of(part):
-            return [f"{name} has hooks ({', '.join(hooks)})"]
-        for key, parameter in part._parameters.items():
-            if parameter is None:
-                continue
-            if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-                return [f"{name}.{key} is a {type(parameter).__name__}"]
-            if parameter.dtype != torch.float32 or not parameter.is_cpu:
-                kind = str(parameter.dtype).removeprefix("torch.")
-                return [f"{name}.{key} is {kind} on {parameter.device.type}, not float32 on cpu"]
-    return []
+        if path and (reason := _objection(part, (*_PLAIN, *known))):
+            reasons.append(f"{path} {reason}")
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                kinds.add((parameter.device.type, str(parameter.dtype).removeprefix("torch.")))
+    if kinds - {("cpu", "float32")}:
+        told = ", ".join(f"{dtype} on {device}" for device, dtype in sorted(kinds))
+        reasons.append(f"the parameters must be float32 on cpu, got {told}")
+    return reasons
+
+
+def _objection(part: nn.Module, known: tuple[type[nn.Module], ...]) -> str | None:
+    """Why the parameters of a part do not say what it computes, or None if they do."""
+    if isinstance(part, _OF_OPTIONS):
+        return None
+    if hooks := modules.hooks_of(part):
+        return f"has hooks ({', '.join(hooks)})"
+    if type(part) not in known:
+        return f"is a {type(part).__name__}"
+    if getattr(part, "nonlinearity", "tanh") != "tanh":
+        return f"has nonlinearity={part.nonlinearity!r}"
+    if getattr(part, "max_norm", None) is not None:
+        return "has max_norm, which changes its weight at each call"
+    for name, parameter in part._parameters.items():
+        if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
+            return f"has a {type(parameter).__name__} as its {name}"
+    return None
 
 
 def attention_reasons(attention: LuongAttention) -> list[str]:
     """Return which options of an attention layer the native decoder lacks."""
     reasons = []
-    if attention.normalizer != "softmax":
-        reasons.append(f"normalizer={attention.normalizer!r}")
     if attention.layer_norm:
-        reasons.append("layer_norm")
+        reasons.append("attention has layer_norm=True")
+    if attention.normalizer != "softmax":
+        reasons.append(f"attention has normalizer={attention.normalizer!r}")
     if attention.history is not None and attention.history.channels:
-        reasons.append("conv_channels")
+        reasons.append(f"attention has conv_channels={attention.history.channels}")
     if attention.training and attention.dropout:
-        reasons.append("dropout of the attention weights in training mode")
-    if attention.score != "concat" and isinstance(attention.scale, nn.Parameter):
-        reasons += [] if math.isfinite(float(attention.scale)) else ["a scale that is not finite"]
+        reasons.append(f"attention has dropout={attention.dropout:g} in training mode")
+    if attention.backend not in _BACKENDS:
+        reasons.append(f"attention has backend={attention.backend!r}")
     return reasons
 
 
@@ -91,9 +107,9 @@ def attention_spec(attention: LuongAttention) -> dict[str, Any]:
     return {
         "score": attention.score,
         "memory_width": attention.memory_dim,
-        "query_weight": _weight(query),
-        "query_bias": None if query is None else _detached(query.bias),
-        "memory_weight": _weight(memory),
+        "query_weight": weight_of(query),
+        "query_bias": None if query is None else detached(query.bias),
+        "memory_weight": weight_of(memory),
         "v": attention._vector().detach() if attention.score == "concat" else None,
         "scale": scale,
         "coverage_weight": (
@@ -101,20 +117,22 @@ def attention_spec(attention: LuongAttention) -> dict[str, Any]:
             if covers and attention.history is not None
             else None
         ),
-        "local": str(attention.local),
+        "local": attention.local,
         "window": float(attention.window),
-        "position_weight": None if position is None else _weight(position.proj),
+        "position_weight": None if position is None else weight_of(position.proj),
         "position_v": None if position is None else position.v.detach(),
-        "combine_weight": _weight(output),
-        "combine_bias": None if output is None else _detached(output.bias),
+        "combine_weight": weight_of(output),
+        "combine_bias": None if output is None else detached(output.bias),
     }
 
 
-def layer_spec(layer: nn.Module, reverse: bool = False) -> tuple[Tensor | None, ...]:
-    """Return weight_ih, weight_hh, bias_ih and bias_hh of a recurrent layer with one layer."""
-    end = "_l0_reverse" if reverse else "_l0"
+def layer_spec(layer: nn.Module, end: str = "") -> tuple[Tensor | None, ...]:
+    """Return weight_ih, weight_hh, bias_ih and bias_hh of a cell or a recurrent layer.
+
+    end: what the names of the parameters end with, such as "_l0_reverse".
+    """
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return tuple(_detached(getattr(layer, name + end, None)) for name in names)
+    return tuple(detached(getattr(layer, name + end, None)) for name in names)
 
 
 class Snapshot:
@@ -133,7 +151,7 @@ class Snapshot:
     def is_current(self) -> bool:
         """Whether nothing changed."""
         for part, parts, parameters in self._parts:
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            if part is not self.module and modules.hooks_of(part):
                 return False
             if _contents(part) != (parts, parameters):
                 return False
@@ -153,9 +171,11 @@ def _contents(part: nn.Module) -> tuple[list[int], list[int]]:
     return list(map(id, part._modules.values())), list(map(id, part._parameters.values()))
 
 
-def _weight(part: nn.Module | None) -> Tensor | None:
-    return None if part is None else _detached(part.weight)  # type: ignore[arg-type]
+def weight_of(part: nn.Module | None) -> Tensor | None:
+    """Return the weight of a linear layer or an embedding, None for None."""
+    return None if part is None else detached(part.weight)  # type: ignore[arg-type]
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor without its gradient, None for None."""
     return None if tensor is None else tensor.detach()

@@ -16,7 +16,7 @@ OPTIONS = json.loads(
 )
 TEXT = {"tokens", "vocabulary", "min-count", "max-length", "skip-bad"}
 SINCE = {"source-tokens", "target-tokens"}  # options that came later
-SEARCH_SINCE = {"nbest-mass"}
+SEARCH_SINCE = {"nbest-mass", "compute"}
 OUTPUT_SINCE = {"format", "with-alignment", "strict"}  # of predict
 SEARCHING = ("predict", "evaluate", "explain", "chat")
 PAIRS = {"train", "dev", "test"} | TEXT | SINCE

@@ -276,6 +276,7 @@ def test_the_description_of_a_small_decoder() -> None:
     assert spec["output_bias"] is None and spec["output_proj"].shape == (4, H)
     held = spec["attention"]
     assert held.pop("score") == "dot" and held.pop("scale") == 0.5 and held.pop("window") == 10.0
+    assert held.pop("memory_width") == H
     assert set(held.values()) == {None}
     spec = make(attention=None, embedding=None, vocab_size=None)._spec()
     assert spec["attention"] is spec["embedding"] is spec["output_weight"] is None

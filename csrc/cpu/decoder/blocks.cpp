@@ -29,13 +29,11 @@ class ThreadArena {
 };
 
 // Sentences by length, longest first, cut into blocks: at least one for each thread.
-std::vector<std::vector<int64_t>> blocks_of(const SourceRows& sources, int64_t beams,
-                                            int threads) {
+std::vector<std::vector<int64_t>> blocks_of(const SourceRows& sources, int64_t beams, int threads) {
   std::vector<int64_t> order(size_t(sources.count));
   std::iota(order.begin(), order.end(), int64_t(0));
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return sources.lengths[a] > sources.lengths[b];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return sources.lengths[a] > sources.lengths[b]; });
   const int64_t shared = (sources.count + threads - 1) / std::max(threads, 1);
   const int64_t size = std::max<int64_t>(1, std::min(shared, kBlockRows / beams));
   std::vector<std::vector<int64_t>> blocks;
@@ -84,8 +82,8 @@ void begin(Runner& runner, Arena& arena, const SourceRows& sources,
   }
   float* rows = arena.take<float>(memory.rows * width);
   for (int64_t i = 0; i < count; ++i)
-    std::memcpy(rows + memory.first[i] * width,
-                sources.memory + block[i] * sources.longest * width, floats(lengths[i] * width));
+    std::memcpy(rows + memory.first[i] * width, sources.memory + block[i] * sources.longest * width,
+                floats(lengths[i] * width));
   memory.memory = rows;
   const int64_t layers = int64_t(model.layers.size());
   const auto hidden = chosen(arena, sources.hidden, layers, sources.count, model.hidden, block);
@@ -106,8 +104,8 @@ void begin(Runner& runner, Arena& arena, const SourceRows& sources,
 // One or several models on a block.
 class BlockStepper : public Stepper {
  public:
-  BlockStepper(const SearchCall& call, const SourceRows& sources,
-               const std::vector<int64_t>& block, const DecoderKernels& kernels, Arena& arena)
+  BlockStepper(const SearchCall& call, const SourceRows& sources, const std::vector<int64_t>& block,
+               const DecoderKernels& kernels, Arena& arena)
       : kernels_(kernels) {
     for (const Model* model : call.models) {
       runners_.push_back(std::make_unique<Runner>(*model, kernels, arena, call.beams));
@@ -208,8 +206,8 @@ void encode_blocks(const Model& model, const SourceRows& sources, int64_t longes
     }
     const Encoded encoded = run_encoder(model, kernels, arena.arena(), ids.data(), lengths.data(),
                                         int64_t(block.size()));
-    const int64_t width = model.encoder.memory_proj ? model.encoder.memory_proj.outputs
-                                                    : model.encoder.width();
+    const int64_t width =
+        model.encoder.memory_proj ? model.encoder.memory_proj.outputs : model.encoder.width();
     const auto copy = [&](const std::vector<const float*>& from, float* to, int64_t layer,
                           size_t i) {
       float* row = to + (layer * sources.count + block[i]) * model.hidden;
@@ -271,8 +269,7 @@ class StepsRun {
     const int64_t at = block_[i] * call_.steps + t, length = sources_.lengths[block_[i]];
     const int64_t width = model_.attentional_width(), symbols = model_.output.outputs;
     std::memcpy(call_.states + at * width, runner_.attentional(i), floats(width));
-    if (call_.logits)
-      std::memcpy(call_.logits + at * symbols, runner_.logits(i), floats(symbols));
+    if (call_.logits) std::memcpy(call_.logits + at * symbols, runner_.logits(i), floats(symbols));
     if (call_.weights) {
       float* weights = call_.weights + at * sources_.longest;
       std::memcpy(weights, runner_.weights(i), floats(length));
@@ -320,6 +317,42 @@ void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderK
     Runner runner(*call.model, kernels, arena.arena(), 1);
     begin(runner, arena.arena(), sources, blocks[index]);
     StepsRun(call, sources, blocks[index], runner, arena.arena()).run();
+  });
+}
+
+void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
+                   const DecoderKernels& kernels) {
+  const auto blocks = blocks_of(sources, 1, call.threads);
+  parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
+    ThreadArena arena;
+    Runner runner(*call.model, kernels, arena.arena(), 1);
+    std::vector<int64_t> open = blocks[index];  // the rows that have not ended
+    begin(runner, arena.arena(), sources, open);
+    std::vector<int32_t> symbols(open.size(), call.bos), kept;
+    const int64_t size = call.model->output.outputs;
+    for (int64_t t = 0; t < call.steps && !open.empty(); ++t) {
+      runner.step(symbols.data());
+      kept.clear();
+      for (size_t i = 0; i < open.size(); ++i) {
+        const float* logits = runner.logits(int64_t(i));
+        const int64_t best = kernels.argmax(logits, size), at = open[i] * call.steps + t;
+        call.symbols[at] = best;
+        call.log_probs[at] = logits[best] - kernels.log_sum_exp(logits, size);
+        call.lengths[open[i]] = t + 1;
+        if (call.weights)
+          std::memcpy(call.weights + at * sources.longest, runner.weights(int64_t(i)),
+                      floats(sources.lengths[open[i]]));
+        symbols[i] = int32_t(best);
+        if (best != call.eos) kept.push_back(int32_t(i));
+      }
+      if (kept.size() == open.size()) continue;
+      for (size_t i = 0; i < kept.size(); ++i) {
+        open[i] = open[kept[i]];
+        symbols[i] = symbols[kept[i]];
+      }
+      open.resize(kept.size());
+      runner.keep(kept.data(), int64_t(kept.size()));
+    }
   });
 }
 

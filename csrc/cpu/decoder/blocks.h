@@ -17,8 +17,8 @@ struct SourceRows {
   std::vector<const int64_t*> ids;  // (count), empty with a memory
   int64_t longest = 0;              // rows of each sentence in `memory`
   const float* memory = nullptr;    // (count, longest, memory width)
-  // Contiguous, or null for zeros: (layers, count, hidden) twice, (count, attentional width), (count,
-  // longest).
+  // Contiguous, or null for zeros: (layers, count, hidden) twice, (count, attentional width),
+  // (count, longest).
   const float *hidden = nullptr, *cell = nullptr, *attentional = nullptr, *coverage = nullptr;
   int64_t position = 0;
 };
@@ -48,11 +48,28 @@ struct StepsCall {
   int threads = 1;
   const int64_t* symbols = nullptr;  // (count, steps), or
   const float* embedded = nullptr;   // (count, steps, width of the input)
-  // Results, each contiguous or null: (count, steps, width), (count, steps, symbols), (count, steps,
-  // longest); then the state after the last step.
+  // Results, each contiguous or null: (count, steps, width), (count, steps, symbols), (count,
+  // steps, longest); then the state after the last step.
   float *states = nullptr, *logits = nullptr, *weights = nullptr;
   float *hidden = nullptr, *cell = nullptr, *attentional = nullptr, *coverage = nullptr;
 };
+
+// Feeds each row its most probable symbol until that is `eos`. `symbols` (count, steps) must be
+// filled with eos, `log_probs` (count, steps), `lengths` (count) and `weights` (count, steps,
+// longest) or null with zeros.
+struct GreedyCall {
+  const Model* model = nullptr;
+  int64_t steps = 0;
+  int threads = 1;
+  int32_t bos = 0, eos = 0;
+  int64_t* symbols = nullptr;
+  float* log_probs = nullptr;
+  int64_t* lengths = nullptr;
+  float* weights = nullptr;
+};
+
+void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
+                   const DecoderKernels& kernels);
 
 void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels);
 

@@ -61,8 +61,7 @@ class EncoderRun {
       if (model_.cell == Cell::lstm) cells_.push_back(floats(memory_.count * out_width));
       for (int64_t direction = 0; direction < encoder_.directions; ++direction)
         run_direction(layer, direction, x, width, y);
-      if (residual)
-        kernels_.add(y, x, memory_.rows * out_width, y);
+      if (residual) kernels_.add(y, x, memory_.rows * out_width, y);
       x = y;
       width = out_width;
     }
@@ -199,8 +198,7 @@ class EncoderRun {
     for (int64_t layer = 0; layer < layers; ++layer) {
       const int64_t from = std::max<int64_t>(depth - layers + layer, 0);
       encoded.hidden.push_back(bridged(0, mean ? mean : finals_[from]));
-      if (model_.cell == Cell::lstm)
-        encoded.cell.push_back(bridged(1, mean ? mean : cells_[from]));
+      if (model_.cell == Cell::lstm) encoded.cell.push_back(bridged(1, mean ? mean : cells_[from]));
     }
   }
 

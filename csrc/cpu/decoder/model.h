@@ -36,19 +36,19 @@ enum class Local : int32_t { no = 0, monotonic = 1, predictive = 2 };
 struct AttentionModel {
   ScoreKind score = ScoreKind::none;  // general is dot, with keys made of the memory
   int64_t memory_width = 0;
-  PackedMatrix keys;                   // (key width, memory width); missing: the memory itself
-  const float* key_bias = nullptr;     // (memory width): its product with a row is added to a score
-  float scale = 1.0f;                  // of dot scores
-  PackedMatrix query;                  // concat: (key width, hidden); location: (longest, hidden)
-  const float* query_bias = nullptr;   // of `query`
-  const float* v = nullptr;            // concat: (key width)
-  const float* coverage = nullptr;     // concat: (key width), the direction of the coverage
+  PackedMatrix keys;                  // (key width, memory width); missing: the memory itself
+  const float* key_bias = nullptr;    // (memory width): its product with a row is added to a score
+  float scale = 1.0f;                 // of dot scores
+  PackedMatrix query;                 // concat: (key width, hidden); location: (longest, hidden)
+  const float* query_bias = nullptr;  // of `query`
+  const float* v = nullptr;           // concat: (key width)
+  const float* coverage = nullptr;    // concat: (key width), the direction of the coverage
   Local local = Local::no;
-  float window = 0.0f;                 // half-width
-  PackedMatrix position;               // predictive: W_p (hidden, hidden)
-  const float* position_v = nullptr;   // predictive: v_p (hidden)
-  PackedMatrix values;                 // the part of W_c for the context; missing: the memory
-  PackedMatrix combine;                // the part of W_c for the state; missing: h~ is the context
+  float window = 0.0f;                // half-width
+  PackedMatrix position;              // predictive: W_p (hidden, hidden)
+  const float* position_v = nullptr;  // predictive: v_p (hidden)
+  PackedMatrix values;                // the part of W_c for the context; missing: the memory
+  PackedMatrix combine;               // the part of W_c for the state; missing: h~ is the context
   const float* combine_bias = nullptr;
 
   int64_t key_width() const { return keys ? keys.outputs : memory_width; }
@@ -59,13 +59,13 @@ enum class BridgeKind : int32_t { zero = 0, last = 1, mean = 2, dense = 3 };
 
 struct EncoderModel {
   Embedding embedding;
-  int64_t hidden = 0;      // of each direction
+  int64_t hidden = 0;  // of each direction
   int64_t directions = 1;
   bool reverse = false;
   std::vector<RecurrentLayer> layers;  // layer l, direction d is at l * directions + d
   PackedMatrix memory_proj;            // of the memory, before anything else reads it; or missing
   BridgeKind bridge = BridgeKind::zero;
-  PackedMatrix maps[2];                // mean, dense: of h, and of c for an LSTM
+  PackedMatrix maps[2];  // mean, dense: of h, and of c for an LSTM
   const float* map_biases[2] = {nullptr, nullptr};
 
   int64_t width() const { return hidden * directions; }
@@ -77,11 +77,11 @@ struct Model {
   Cell cell = Cell::lstm;
   bool residual = false;
   int64_t hidden = 0;
-  Embedding embedding;                 // of the symbols that are fed in; null: inputs are embedded
+  Embedding embedding;  // of the symbols that are fed in; null: inputs are embedded
   bool input_feeding = false;
   std::vector<RecurrentLayer> layers;
   AttentionModel attention;
-  PackedMatrix output_proj, output;    // missing: there are no logits
+  PackedMatrix output_proj, output;  // missing: there are no logits
   const float* output_bias = nullptr;
   bool has_encoder = false;
   EncoderModel encoder;

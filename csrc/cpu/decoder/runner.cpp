@@ -77,8 +77,7 @@ void Runner::allocate() {
   int64_t widest = std::max({hidden, outputs_width_, model_.embedding.width});
   for (const RecurrentLayer& layer : model_.layers) widest = std::max(widest, layer.input.inputs);
   if (model_.output_proj) widest = std::max(widest, model_.output_proj.outputs);
-  const int64_t bytes =
-      padded_inputs(model_.compute, widest) * compute_bytes(model_.compute);
+  const int64_t bytes = padded_inputs(model_.compute, widest) * compute_bytes(model_.compute);
   narrow_ = arena_.take<char>(n * bytes);
   narrow_scales_ = floats(n);
 }
@@ -214,8 +213,8 @@ void Runner::find_windows(const ConvertedRows& y) {
     const float high = std::floor(center + attention.window) + 1.0f;
     // Written so that NaN gives the whole row.
     begin_[row] = low > 0.0f ? low < float(length) ? int64_t(low) : length : 0;
-    end_[row] = high < float(length) ? high > float(begin_[row]) ? int64_t(high) : begin_[row]
-                                     : length;
+    end_[row] =
+        high < float(length) ? high > float(begin_[row]) ? int64_t(high) : begin_[row] : length;
   }
 }
 
@@ -271,7 +270,8 @@ void Runner::attend() {
   } else {
     ConvertedRows y{layer_, hidden, nullptr};
     if (attention.query || attention.combine || attention.position)
-      y = convert_rows(kernels_, model_.layers[0].state, layer_, hidden, n, narrow_, narrow_scales_);
+      y = convert_rows(kernels_, model_.layers[0].state, layer_, hidden, n, narrow_,
+                       narrow_scales_);
     find_windows(y);
     const float* query = layer_;
     int64_t query_width = hidden;
@@ -324,7 +324,8 @@ void Runner::project() {
 // x[i] = x[from[i]] for `count` rows, where rows may repeat.
 void Runner::gather(float* x, int64_t width, const int32_t* from, int64_t count) {
   const size_t bytes = size_t(width) * sizeof(float);
-  for (int64_t i = 0; i < count; ++i) std::memcpy(gathered_ + i * width, x + from[i] * width, bytes);
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(gathered_ + i * width, x + from[i] * width, bytes);
   std::memcpy(x, gathered_, size_t(count) * bytes);
 }
 
@@ -345,8 +346,7 @@ void Runner::keep(const int32_t* sentences, int64_t count) {
     from[i] = int32_t(sentences[i / beams_] * beams_ + i % beams_);
   for (float* h : state_.hidden) gather(h, model_.hidden, from.data(), count * beams_);
   for (float* c : state_.cell) gather(c, model_.hidden, from.data(), count * beams_);
-  if (state_.attentional)
-    gather(state_.attentional, outputs_width_, from.data(), count * beams_);
+  if (state_.attentional) gather(state_.attentional, outputs_width_, from.data(), count * beams_);
   if (state_.coverage) gather(state_.coverage, memory_.longest, from.data(), count * beams_);
   for (int64_t i = 0; i < count; ++i) {
     memory_.lengths[i] = memory_.lengths[sentences[i]];

@@ -1,5 +1,5 @@
-// A model on a block of sentences: encodes them, or takes their memory, and runs the decoder step by
-// step. One thread; blocks are independent of one another.
+// A model on a block of sentences: encodes them, or takes their memory, and runs the decoder step
+// by step. One thread; blocks are independent of one another.
 #pragma once
 
 #include <cstdint>

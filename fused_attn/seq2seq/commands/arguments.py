@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fused_attn.choices import COMPUTE
 from fused_attn.seq2seq.commands import option_help as texts
 from fused_attn.seq2seq.commands.parser import (
     Command,
@@ -151,6 +152,14 @@ def _add_search(options: Options) -> None:
         help="average the probabilities with those of this model; can be repeated",
     )
     add_machine(options)
+    options.option(
+        "compute",
+        choices=("auto", *COMPUTE),
+        default="auto",
+        metavar="TYPE",
+        help=f"type of the products on a CPU: {', '.join(COMPUTE)} (default: int8 for a model "
+        "stored in int8, else float32)",
+    )
     options.section("help")
     options.help(ShowHelp, has_more=True)
 

@@ -158,6 +158,7 @@ SELDOM_IN_TRAINING = frozenset(
 SELDOM_IN_SEARCH = frozenset(
     {
         *("alpha", "coverage_penalty", "min_length", "block_ngrams", "length_penalty"),
-        *("temperature", "top_k", "top_p", "seed", "backend", "nbest_mass", "with_alignment"),
+        *("temperature", "top_k", "top_p", "seed", "backend", "compute"),
+        *("nbest_mass", "with_alignment"),
     }
 )

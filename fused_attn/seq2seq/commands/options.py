@@ -17,7 +17,9 @@ from fused_attn.seq2seq.inference.predictor import Predictor, load
 def load_models(args: Namespace) -> Predictor:
     """Load ``args.model``, or an ensemble of it and the models in ``args.ensemble``."""
     device = choose_device(own_device(args.device))
-    return load(args.model, *args.ensemble, backend=args.backend, device=device)
+    return load(
+        args.model, *args.ensemble, backend=args.backend, device=device, compute=args.compute
+    )
 
 
 def search_config(args: Namespace) -> SearchConfig:

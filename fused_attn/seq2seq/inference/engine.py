@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_attn import packed
+from fused_attn import choices
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.devices import moved
@@ -18,7 +18,7 @@ from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.packed import PackedModels, not_native_reasons
 from fused_attn.seq2seq.search.search import search
 
-COMPUTE = ("auto", *packed.COMPUTE)
+COMPUTE = ("auto", *choices.COMPUTE)
 
 
 class Engine:

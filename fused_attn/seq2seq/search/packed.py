@@ -32,11 +32,13 @@ def _reasons_of_now(models: Sequence[Seq2Seq]) -> list[str]:
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
     if modules.has_global_hooks():
-        return ["global module hooks are registered"]
+        return ["there are global module hooks"]
     return [reason for model in models for reason in packed.backend_reasons(model.backend)]
 
 
 def _reasons(model: Seq2Seq) -> list[str]:
+    if type(model) is not Seq2Seq:
+        return [f"the model is a {type(model).__name__}"]
     reasons = packed.module_reasons(model, _OWN)
     if reasons:
         return reasons
@@ -52,14 +54,14 @@ def spec_of(model: Seq2Seq, compute: str) -> dict[str, Any]:
     config = model.config
     attention = model.decoder.attention
     bridge = model.bridge
-    directions = (False, True) if config.bidirectional else (False,)
+    ends = ("_l0", "_l0_reverse") if config.bidirectional else ("_l0",)
     return {
         "compute": compute,
         "cell": config.cell,
         "residual": config.residual,
         "input_feeding": config.input_feeding,
         "embedding": model.target_embedding.weight.detach(),
-        "layers": [packed.layer_spec(layer) for layer in model.decoder.stack.layers],
+        "layers": [packed.layer_spec(layer, "_l0") for layer in model.decoder.stack.layers],
         "attention": None if attention is None else packed.attention_spec(attention),
         "output_proj": _linear(model.output_proj)[0],
         "output_weight": model.output.weight.detach(),
@@ -67,7 +69,7 @@ def spec_of(model: Seq2Seq, compute: str) -> dict[str, Any]:
         "encoder": {
             "embedding": model.source_embedding.weight.detach(),
             "layers": [
-                [packed.layer_spec(layer, reverse) for reverse in directions]
+                [packed.layer_spec(layer, end) for end in ends]
                 for layer in model.encoder.stack.layers
             ],
             "reverse": model.encoder.reverse,

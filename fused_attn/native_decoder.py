@@ -1,0 +1,113 @@
+"""Run a `LuongDecoder` with all its steps in one call of the native module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import decoder_spec, packed
+from fused_attn.checks import check_lengths
+from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
+from fused_attn.prepared import PreparedMemory
+
+
+def not_native_reasons(decoder: Any) -> list[str]:
+    """Return why a decoder does not run natively, in short phrases; empty if it does."""
+    if torch.is_autocast_enabled("cpu"):
+        return ["autocast is on"]
+    return packed.backend_reasons(decoder.backend) or decoder_spec.not_described(decoder)
+
+
+def native_of(decoder: Any, known: NativeDecoder | None) -> NativeDecoder | None:
+    """Return the packed decoder, None if it does not run natively. known: from the last call."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if known is not None and known.is_of(decoder):
+        return known
+    return None if not_native_reasons(decoder) else NativeDecoder(decoder)
+
+
+class NativeDecoder:
+    """The packed parameters of a `LuongDecoder`: an immutable copy."""
+
+    def __init__(self, decoder: Any) -> None:
+        native = packed.native_module()
+        spec = {**decoder_spec.spec(decoder), "compute": decoder.compute, "encoder": None}
+        self._model = native.PackedModel(spec)
+        self._are_plain = native.are_plain
+        self._snapshot = packed.Snapshot(decoder)
+        self._kind = _kind(decoder)
+
+    def is_of(self, decoder: Any) -> bool:
+        """Whether the decoder has not changed since it was packed."""
+        return self._kind == _kind(decoder) and self._snapshot.is_current()
+
+    def takes(self, decoder: Any, *given: Tensor | None) -> bool:
+        """Whether a call with these tensors may run natively: nothing needs a gradient.
+
+        None stands for a tensor that is not given. The tensors must be float32 or int64, on the
+        CPU, and nothing but tensors: no subclass, no trace.
+        """
+        if not self._are_plain(*given):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        tensors = [tensor for tensor in given if tensor is not None]
+        return not any(tensor.requires_grad for tensor in (*tensors, *decoder.parameters()))
+
+    def forward(
+        self, inputs: Tensor, memory: Any, lengths: Tensor | None, state: Any, return_weights: bool
+    ) -> tuple[DecoderOutput, DecoderState]:
+        """`LuongDecoder.forward` for checked arguments."""
+        states, lengths = _memory(memory, lengths)
+        threads = torch.get_num_threads()
+        found = self._model.run_steps(
+            inputs, states, lengths, _given(state), return_weights, threads
+        )
+        attentional, logits, weights, hidden, cell, fed, coverage = found
+        position = state.position + inputs.shape[1]
+        hiddens = (hidden,) if cell is None else (hidden, cell)
+        after = DecoderState(hiddens, fed, coverage, None, position)
+        return DecoderOutput(attentional, logits, weights), after
+
+    def greedy(
+        self,
+        memory: Any,
+        lengths: Tensor | None,
+        state: DecoderState,
+        limits: tuple[int, int, int],
+        return_weights: bool,
+    ) -> GreedyOutput:
+        """`LuongDecoder.greedy` for checked arguments. ``limits`` are bos, eos and max_length."""
+        states, lengths = _memory(memory, lengths)
+        rows = torch.empty(state.hidden[0].shape[1], dtype=torch.int64)
+        options = (*limits, return_weights, torch.get_num_threads())
+        symbols, log_probs, ends, weights = self._model.greedy(
+            rows, states, lengths, _given(state), *options
+        )
+        longest = int(ends.max()) if len(ends) else 0
+        cut = None if weights is None else weights[:, :longest].contiguous()
+        rest = (log_probs[:, :longest].contiguous(), ends, cut)
+        return GreedyOutput(symbols[:, :longest].contiguous(), *rest)
+
+
+def _memory(memory: Any, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(memory, PreparedMemory):
+        memory, lengths = memory.memory, memory.memory_lengths
+    if memory is not None and lengths is not None:
+        lengths = check_lengths(lengths, memory)
+    return memory, None if lengths is None else lengths.to(torch.int64)
+
+
+def _given(state: DecoderState) -> tuple[Any, ...]:
+    hidden, *cell = state.hidden
+    return hidden, cell[0] if cell else None, state.attentional, state.coverage, state.position
+
+
+def _kind(decoder: Any) -> tuple[Any, ...]:
+    """What the packed decoder depends on besides its parameters."""
+    attention = decoder.attention
+    layer = None if attention is None else (attention.backend, attention.training)
+    return decoder.backend, decoder.compute, decoder.training, layer
