@@ -64,6 +64,14 @@ FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
 }
 #endif
 
+// The first n lanes, or all of them if n is larger.
+FA_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return n < kLanes<float> ? load_part(p, Part{n}) : load(p);
+}
+FA_INLINE void store_first(float* p, Vec<float> x, int64_t n) {
+  n < kLanes<float> ? store_part(p, x, Part{n}) : store(p, x);
+}
+
 // Calls f(first element, Whole or Part) for each vector of a row of n elements.
 template <class F>
 FA_INLINE void for_each_vector(int64_t n, F f) {
