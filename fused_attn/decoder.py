@@ -30,11 +30,13 @@ class LuongDecoder(nn.Module):
 
     At step t, for the symbol y_{t-1} before and the memory m:
 
-        x_t = [E(y_{t-1}); h~_{t-1}]      with input feeding (section 3.3), else E(y_{t-1})
-        h_t = RNN(x_t, h_{t-1})           ``layers`` layers; h_t is the output of the last
+        x_t = [embedding(y_{t-1}); h~_{t-1}]   with input feeding (section 3.3)
+        h_t = RNN(x_t, h_{t-1})                the output of the last of the layers
         c_t = attention(h_t, m)
-        h~_t = tanh(W_c [c_t; h_t])       eq. 5
-        p(y_t | y_<t) = softmax(W_s h~_t) eq. 6
+        h~_t = tanh(W_c [c_t; h_t])            eq. 5
+        p(y_t | y_<t) = softmax(W_s h~_t)      eq. 6
+
+    Without input feeding, x_t is the embedding alone.
 
     Shapes: N rows (sentences), T steps, S source positions, V symbols, E width of the memory, H
     width of the attentional state h~: ``output_dim`` of the attention, or E if that is None (h~ is
@@ -130,20 +132,16 @@ class LuongDecoder(nn.Module):
         self.output_proj: nn.Linear | None = None
         self.output_layer: nn.Linear | None = None
         symbols = parts.vocabulary_of(vocab_size, self.embedding, tie_embedding)
+        between = options.check_optional_size("output_proj_dim", output_proj_dim)
         if symbols is None:
-            parts.check_no_output(output_proj_dim)
+            parts.check_no_output(between)
             return
-        width = options.check_optional_size("output_proj_dim", output_proj_dim)
-        if width is not None:
-            self.output_proj = nn.Linear(self.output_dim, width, bias=False, **where)
-        width = width or self.output_dim
+        if between is not None:
+            self.output_proj = nn.Linear(self.output_dim, between, bias=False, **where)
+        width = between or self.output_dim
         self.output_layer = nn.Linear(width, symbols, bias=output_bias, **where)
         if tie_embedding and self.embedding is not None:
-            if width != input_size:
-                raise ValueError(
-                    "tie_embedding=True requires that the output layer has the width of the "
-                    f"embedding, {input_size}, got {width}: set output_proj_dim={input_size}"
-                )
+            parts.check_tied(width, input_size)
             self.output_layer.weight = self.embedding.weight
 
     @property
@@ -226,18 +224,7 @@ class LuongDecoder(nn.Module):
         rows. Raises the errors of `forward`, and ValueError if the decoder has no embedding or no
         output layer, or if these do not have the symbols.
         """
-        if self.embedding is None or self.output_layer is None:
-            missing = "embedding" if self.embedding is None else "vocab_size"
-            raise ValueError(f"greedy requires a decoder with the option {missing}")
-        symbols, predicted = self.embedding.num_embeddings, self.output_layer.out_features
-        if predicted > symbols:
-            raise ValueError(
-                "greedy requires an embedding of all symbols of the output layer, "
-                f"got {symbols} and {predicted} symbols"
-            )
-        bos = parts.check_symbol("bos", bos, symbols)
-        eos = parts.check_symbol("eos", eos, predicted)
-        max_length = options.check_size("max_length", max_length)
+        limits = greedy.limits_of(self.embedding, self.output_layer, bos, eos, max_length)
         parts.check_memory(memory, self.attention is not None, memory_lengths, self._like())
         if self.attention is None and state is None:
             raise ValueError("state must be given to a decoder without attention, got None")
@@ -245,10 +232,9 @@ class LuongDecoder(nn.Module):
         state = self._start(state, rows, parts.source_of(memory), self._like())
         native = self._native(memory, *state.hidden, state.attentional, state.coverage)
         if native is not None:
-            limits = (bos, eos, max_length)
             return native.greedy(memory, memory_lengths, state, limits, return_weights)
         memory, _ = self._prepare(memory, memory_lengths, True)
-        return greedy.search(self, memory, state, (bos, eos, max_length), return_weights)
+        return greedy.search(self, memory, state, limits, return_weights)
 
     def not_native_reasons(self) -> list[str]:
         """Return why calls run step by step in torch, in short phrases.

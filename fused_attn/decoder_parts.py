@@ -140,13 +140,6 @@ def check_inputs(inputs: Any, has_embedding: bool, width: int, like: Tensor) -> 
         raise ValueError(f"inputs must have shape (N, T), got {tuple(inputs.shape)}")
 
 
-def check_symbol(name: str, symbol: Any, symbols: int) -> int:
-    """Return the number of a symbol; ValueError unless it is an int in 0..symbols - 1."""
-    if isinstance(symbol, bool) or not isinstance(symbol, int) or not 0 <= symbol < symbols:
-        raise ValueError(f"{name} must be a symbol in 0..{symbols - 1}, got {symbol!r}")
-    return symbol
-
-
 def check_state(
     state: DecoderState, hidden: tuple[int, int, int, int], widths: dict[str, int]
 ) -> None:
@@ -241,4 +234,13 @@ def check_no_output(output_proj_dim: object) -> None:
         raise ValueError(
             "output_proj_dim must be None without an output layer (vocab_size=None), "
             f"got {output_proj_dim!r}"
+        )
+
+
+def check_tied(width: int, input_size: int) -> None:
+    """Raise unless an output layer of this input width can have the embedding's weight."""
+    if width != input_size:
+        raise ValueError(
+            "tie_embedding=True requires that the output layer has the width of the embedding, "
+            f"{input_size}, got {width}: set output_proj_dim={input_size}"
         )

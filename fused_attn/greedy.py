@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from fused_attn import checks
+from fused_attn import layer_options as options
 from fused_attn.decoder_parts import DecoderState, GreedyOutput
 from fused_attn.prepared import PreparedMemory
 from fused_attn.reference import arithmetic_dtype
@@ -61,6 +63,34 @@ class _Columns:
     def _column(self, values: Tensor, fill: int) -> Tensor:
         whole = values.new_full((self.count, *values.shape[1:]), fill)
         return whole.index_copy(0, self.rows, values)
+
+
+def limits_of(
+    embedding: nn.Embedding | None,
+    output_layer: nn.Linear | None,
+    bos: Any,
+    eos: Any,
+    max_length: Any,
+) -> tuple[int, int, int]:
+    """Return bos, eos and max_length; ValueError unless a decoder can be searched with them."""
+    if embedding is None or output_layer is None:
+        missing = "embedding" if embedding is None else "vocab_size"
+        raise ValueError(f"greedy requires a decoder with the option {missing}")
+    symbols, predicted = embedding.num_embeddings, output_layer.out_features
+    if predicted > symbols:
+        raise ValueError(
+            "greedy requires an embedding of all symbols of the output layer, "
+            f"got {symbols} and {predicted} symbols"
+        )
+    length = options.check_size("max_length", max_length)
+    return _symbol("bos", bos, symbols), _symbol("eos", eos, predicted), length
+
+
+def _symbol(name: str, symbol: Any, symbols: int) -> int:
+    number = checks.integer(symbol)
+    if number is None or not 0 <= number < symbols:
+        raise ValueError(f"{name} must be a symbol in 0..{symbols - 1}, got {symbol!r}")
+    return number
 
 
 def search(

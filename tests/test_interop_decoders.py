@@ -59,7 +59,7 @@ def opennmt(
 @pytest.mark.parametrize("attn_type", [None, "dot", "general"])
 @pytest.mark.parametrize(
     ("feeds", "rnn_type", "layers"),
-    [(True, "LSTM", 2), (True, "GRU", 1), (False, "LSTM", 1), (False, "GRU", 2), (False, "RNN", 2)],
+    [(True, "LSTM", 2), (True, "GRU", 1), (False, "LSTM", 1), (False, "GRU", 2)],
 )
 def test_opennmt(
     feeds: bool, rnn_type: str, layers: int, attn_type: str | None, bidirectional: bool
@@ -140,6 +140,13 @@ def odd() -> nn.Module:
     layer = theirs.rename(nn.Identity(), "Odd")
     layer.attn_type = "general"
     return layer
+
+
+def test_opennmt_refuses_other_cells() -> None:
+    with pytest.raises(
+        ValueError, match="the StdRNNDecoder cannot be converted: it has rnn_type RNN"
+    ):
+        interop.to_luong_decoder(opennmt("RNN", feeds=False))
 
 
 @pytest.mark.parametrize("name", OPENNMT)

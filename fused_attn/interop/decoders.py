@@ -130,7 +130,7 @@ def _opennmt(decoder: Any, embedding: Any, generator: Any) -> _Reading:
     if decoder.context_gate is not None:
         reasons.append("it has context_gate, a gate between context and state")
     if decoder._coverage:
-        reasons.append("it has coverage_attn, which changes the memory and not the score")
+        reasons.append("it has coverage_attn, whose coverage is not a term of the score")
     copies = getattr(decoder, "copy_attn", None) is not None or getattr(decoder, "_copy", False)
     if copies or getattr(decoder, "_reuse_copy_attn", False):
         reasons.append("it has copy_attn, a second attention that copies source symbols")
@@ -148,9 +148,9 @@ def _opennmt(decoder: Any, embedding: Any, generator: Any) -> _Reading:
 
 def _opennmt_rnn(decoder: Any, reading: _Reading) -> None:
     rnn, options = decoder.rnn, reading.options
-    cells = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
+    cells = {nn.LSTM: "lstm", nn.GRU: "gru", nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
     first = rnn.layers[0] if options["input_feeding"] else rnn
-    if type(first) not in cells or getattr(first, "nonlinearity", "tanh") != "tanh":
+    if type(first) not in cells:  # SRU, or RNN, whose state OpenNMT-py itself does not accept
         reading.reasons.append(f"it has rnn_type {type(first).__name__}")
         return
     options |= {"cell": cells[type(first)], "layers": decoder.num_layers, "bias": first.bias}
