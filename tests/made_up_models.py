@@ -227,3 +227,14 @@ def check_equal(found: Any, expected: Any) -> None:
             assert (h.weights is None) == (other.weights is None)
             if h.weights is not None:
                 assert torch.equal(h.weights, other.weights)
+
+
+def check_against_python(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the results, and that no sentence takes more or fewer steps."""
+    found = outcome(case.by_native)
+    rows = Counter(case.models.stepped)
+    case.models.stepped.clear()
+    expected = outcome(lambda: case.by_python(monkeypatch))
+    check_equal(found, expected)
+    if not isinstance(expected, str):
+        assert rows == case.models.stepped
