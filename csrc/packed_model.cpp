@@ -164,7 +164,8 @@ py::object list_of(const std::vector<float>& values) {
   return list;
 }
 
-// (tokens, log_prob, score, gains, weights or None) of each hypothesis.
+// (tokens, log_prob, score, weights or None, gains) of each hypothesis: the fields of
+// fused_attn.seq2seq.search.hypothesis.Hypothesis.
 py::list results_of(const std::vector<std::vector<Found>>& found, const py::object& like,
                     const std::vector<int64_t>& lengths, bool with_weights) {
   const Argument source("source", like.ptr());
@@ -177,13 +178,13 @@ py::list results_of(const std::vector<std::vector<Found>>& found, const py::obje
       for (size_t t = 0; t < each.tokens.size(); ++t) tokens[t] = py::int_(each.tokens[t]);
       py::object weights = py::none();
       if (with_weights) {
-        Argument made = new_empty(source, {int64_t(each.tokens.size()), lengths[b]}, DType::f32);
+        Argument made = new_floats(source, {int64_t(each.tokens.size()), lengths[b]});
         if (!each.weights.empty())
           std::memcpy(made.data(), each.weights.data(), each.weights.size() * sizeof(float));
         weights = made.release();
       }
       hypotheses[k] =
-          py::make_tuple(tokens, each.log_prob, each.score, list_of(each.gains), weights);
+          py::make_tuple(tokens, each.log_prob, each.score, weights, list_of(each.gains));
     }
     sentences[b] = hypotheses;
   }
@@ -259,10 +260,10 @@ py::tuple encode(const PackedModel& packed, const py::object& source, const py::
                                                   : model.encoder.width();
   const Argument like("source", source.ptr());
   const int64_t layers = int64_t(model.layers.size());
-  Argument memory = new_empty(like, {count, longest, width}, DType::f32);
-  Argument hidden = new_empty(like, {layers, count, model.hidden}, DType::f32), cell;
+  Argument memory = new_floats(like, {count, longest, width});
+  Argument hidden = new_floats(like, {layers, count, model.hidden}), cell;
   const bool is_lstm = model.cell == Cell::lstm;
-  if (is_lstm) cell = new_empty(like, {layers, count, model.hidden}, DType::f32);
+  if (is_lstm) cell = new_floats(like, {layers, count, model.hidden});
   {
     py::gil_scoped_release unlocked;
     encode_blocks(model, sources.rows, longest, threads, decoder_kernels(),
@@ -306,7 +307,7 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   const Argument like("inputs", inputs.ptr());
   const int64_t layers = int64_t(model.layers.size()), width = model.attentional_width();
   const int64_t longest = sources.rows.longest;
-  const auto make = [&](Sizes sizes) { return new_empty(like, sizes, DType::f32); };
+  const auto make = [&](Sizes sizes) { return new_floats(like, sizes); };
   Argument results[7];
   results[0] = make({count, steps, width});
   if (model.output) results[1] = make({count, steps, model.output.outputs});
@@ -331,7 +332,7 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
     run_blocks(call, sources.rows, decoder_kernels());
   }
   py::tuple found(7);
-  for (int i = 0; i < 7; ++i) found[i] = data[i] ? results[i].release() : py::none();
+  for (int i = 0; i < 7; ++i) found[i] = results[i].object() ? results[i].release() : py::none();
   return found;
 }
 

@@ -207,6 +207,10 @@ Argument new_empty(const Argument& like, Sizes sizes, DType dtype) {
   return call_new_empty(like, sizes, dtype == like.dtype() ? nullptr : torch_api.float32);
 }
 
+Argument new_floats(const Argument& like, Sizes sizes) {
+  return call_new_empty(like, sizes, torch_api.float32);
+}
+
 Argument new_zeros(const Argument& like) {
   const py::handle tensor = like.object();
   return Argument("output", py::object(tensor.attr("new_zeros")(tensor.attr("shape"))),

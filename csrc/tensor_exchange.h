@@ -105,6 +105,7 @@ class Argument {
 // A contiguous tensor on the device of `like`, uninitialised.
 Argument new_empty(const Argument& like, Sizes sizes);
 Argument new_empty(const Argument& like, Sizes sizes, DType dtype);  // float32 or that of like
+Argument new_floats(const Argument& like, Sizes sizes);  // float32, like any tensor
 Argument new_zeros(const Argument& like);
 
 }  // namespace fused_attn

@@ -14,14 +14,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fused_attn.attention import LuongAttention
     from fused_attn.composed import coverage_loss, sparsemax
+    from fused_attn.decoder import LuongDecoder
+    from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
     from fused_attn.functional import concat_attention, dot_attention, general_attention
     from fused_attn.prepared import PreparedMemory
     from fused_attn.reference import LocalWindow
     from fused_attn.scores import concat_scores, dot_scores, general_scores
 
 _HOME = {
+    "DecoderOutput": "fused_attn.decoder_parts",
+    "DecoderState": "fused_attn.decoder_parts",
+    "GreedyOutput": "fused_attn.decoder_parts",
     "LocalWindow": "fused_attn.reference",
     "LuongAttention": "fused_attn.attention",
+    "LuongDecoder": "fused_attn.decoder",
     "PreparedMemory": "fused_attn.prepared",
     "concat_attention": "fused_attn.functional",
     "concat_scores": "fused_attn.scores",
@@ -34,8 +40,12 @@ _HOME = {
 }
 
 __all__ = [
+    "DecoderOutput",
+    "DecoderState",
+    "GreedyOutput",
     "LocalWindow",
     "LuongAttention",
+    "LuongDecoder",
     "PreparedMemory",
     "__version__",
     "concat_attention",

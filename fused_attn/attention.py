@@ -43,6 +43,7 @@ class LuongAttention(nn.Module):
         attn_dim: width A of the concat score. Defaults to memory_dim.
         output_dim: if None, the layer returns the context c_t. If an int, it returns the
             attentional state h~_t = tanh(W_c [c_t; h_t]) of that width (eq. 5).
+        output_bias: adds a bias to W_c, inside the tanh. Requires output_dim.
         bias: adds a bias to the query projection of "general", "concat" or "location".
         scale: factor of the scores (the inverse of a temperature). "learned" makes it a parameter,
             initialised to 1.
@@ -82,6 +83,7 @@ class LuongAttention(nn.Module):
         *,
         attn_dim: int | None = None,
         output_dim: int | None = None,
+        output_bias: bool = False,
         bias: bool = False,
         scale: float | str = 1.0,
         local: str | None = None,
@@ -105,6 +107,7 @@ class LuongAttention(nn.Module):
         output_dim = options.check_optional_size("output_dim", output_dim)
         max_source = options.check_optional_size("max_source", max_source)
         options.check_score(score, query_dim, memory_dim, attn_dim, bias, max_source)
+        options.check_output_bias(output_bias, output_dim)
         factor = options.check_scale(scale)
         window = options.check_local(local, window)
         parts = {"weight_norm": weight_norm, "layer_norm": layer_norm, "coverage": coverage}
@@ -145,7 +148,8 @@ class LuongAttention(nn.Module):
         if self.attn_dim is not None and (coverage or conv[0]):
             self.history = AlignmentHistory(self.attn_dim, coverage, *conv, **where)
         if output_dim is not None:
-            self.output_proj = nn.Linear(memory_dim + query_dim, output_dim, bias=False, **where)
+            both = memory_dim + query_dim
+            self.output_proj = nn.Linear(both, output_dim, bias=output_bias, **where)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

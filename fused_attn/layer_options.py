@@ -46,6 +46,14 @@ def check_score(
         raise ValueError(f"max_source must be {expected} for score {score!r}, got {max_source!r}")
 
 
+def check_output_bias(output_bias: bool, output_dim: int | None) -> None:
+    if output_bias and output_dim is None:
+        raise ValueError(
+            "output_bias must be False if output_dim is None (no output layer), "
+            f"got output_bias={output_bias!r}"
+        )
+
+
 def check_scale(scale: object) -> float | None:
     """Return the scale as a float, or None if it is learned."""
     if isinstance(scale, str) and scale == "learned":

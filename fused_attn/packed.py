@@ -7,7 +7,6 @@ A description is a dict of float32 tensors on the CPU, in torch's own layouts, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,8 +47,6 @@ def module_reasons(module: nn.Module, own: tuple[type[nn.Module], ...] = ()) -> 
 
     own: further classes that compute what the native module computes for them.
     """
-    if modules.has_global_hooks():
-        return ["global module hooks are registered"]
     for path, part in module.named_modules():
         name = path or "the module"
         if type(part) not in _PLAIN and type(part) not in own:
@@ -120,19 +117,40 @@ def layer_spec(layer: nn.Module, reverse: bool = False) -> tuple[Tensor | None, 
     return tuple(_detached(getattr(layer, name + end, None)) for name in names)
 
 
-def fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return a value that changes when a parameter is replaced or changed in place.
+class Snapshot:
+    """The parameters of a module at one time, to see whether they changed since.
 
-    A change through ``parameter.data`` is not seen.
+    Seen: a parameter or a part that was replaced, a hook that was added, a change of a parameter in
+    place. Not seen: a change through ``parameter.data``.
     """
-    return tuple(_versions(module))
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Read in every search: looking at these tuples takes a tenth of the time of named_modules.
+        self._parts = [(part, *_contents(part)) for part in module.modules()]
+        self._versions = self._read_versions()
+
+    def is_current(self) -> bool:
+        """Whether nothing changed."""
+        for part, parts, parameters in self._parts:
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return False
+            if _contents(part) != (parts, parameters):
+                return False
+        return self._versions == self._read_versions()
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        return [
+            # Tensors made in inference mode have no version, and cannot be changed outside of it.
+            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+            for part, _, _ in self._parts
+            for parameter in part._parameters.values()
+            if parameter is not None
+        ]
 
 
-def _versions(module: nn.Module) -> Iterator[tuple[int, int]]:
-    for parameter in module.parameters():
-        # Tensors made in inference mode have no version, and cannot be changed outside of it.
-        version = 0 if parameter.is_inference() else parameter._version
-        yield parameter.data_ptr(), version
+def _contents(part: nn.Module) -> tuple[list[int], list[int]]:
+    return list(map(id, part._modules.values())), list(map(id, part._parameters.values()))
 
 
 def _weight(part: nn.Module | None) -> Tensor | None:

@@ -63,6 +63,11 @@ def call_function(module: LuongAttention, query: Tensor, memory: Tensor, **rest:
             {"query_proj.weight": (E, D), "output_proj.weight": (H, E + D)},
         ),
         (
+            "dot",
+            {"output_dim": H, "output_bias": True},
+            {"output_proj.weight": (H, 2 * E), "output_proj.bias": (H,)},
+        ),
+        (
             "concat",
             {"attn_dim": A},
             {"query_proj.weight": (A, D), "memory_proj.weight": (A, E), "v": (A,)},
@@ -139,15 +144,19 @@ def test_scale_and_bias(score: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["one_step", "sentence"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("score", SCORES)
-def test_attentional_state_is_tanh_of_context_then_query(score: str, steps: int | None) -> None:
-    module = make(score, output_dim=H)
+def test_attentional_state_is_tanh_of_context_then_query(
+    score: str, bias: bool, steps: int | None
+) -> None:
+    module = make(score, output_dim=H, output_bias=bias)
     query, memory = draw(score)
     query = query if steps else query[:, 0]
     state, weights = module(query, memory, LENGTHS)
     context, _ = call_function(module, query, memory, memory_lengths=LENGTHS)
     weight = module.output_proj.weight
-    expected = torch.tanh(context @ weight[:, :E].T + query @ weight[:, E:].T)
+    added = module.output_proj.bias if bias else 0.0
+    expected = torch.tanh(context @ weight[:, :E].T + query @ weight[:, E:].T + added)
     assert state.shape == (*query.shape[:-1], H) and weights.shape == (*query.shape[:-1], S)
     torch.testing.assert_close(state, expected)
 
@@ -258,6 +267,7 @@ BAD_OPTIONS = [
     ({"memory_dim": -1}, ValueError, "memory_dim must be a positive int, got -1"),
     ({"attn_dim": 0, "score": "concat"}, ValueError, "attn_dim must be a positive int, got 0"),
     ({"output_dim": True}, ValueError, "output_dim must be a positive int, got True"),
+    ({"output_bias": True}, ValueError, "output_bias must be False if output_dim is None"),
     ({"score": "mlp"}, ValueError, "one of 'dot', 'general', 'concat', 'location', got 'mlp'"),
     ({"score": "dot"}, ValueError, "score 'dot' requires query_dim == memory_dim, got 8 and 10"),
     ({"attn_dim": 4}, ValueError, "attn_dim must be None unless score='concat', got 4 with"),

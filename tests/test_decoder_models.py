@@ -207,7 +207,7 @@ def test_nothing_is_decoded_for_no_rows() -> None:
     ("change", "message"),
     [
         ({"output_bias": torch.zeros(3)}, "output_bias must have shape"),
-        ({"embedding": torch.zeros(TARGETS, 7).double()}, "embedding must be float32"),
+        ({"embedding": torch.zeros(TARGETS, 7).double()}, "embedding must have the dtype float32"),
         ({"output_weight": torch.zeros(TARGETS, 16)}, "output_weight must have shape"),
         ({"cell": "lstn"}, "cell must be one of lstm, gru, rnn, got 'lstn'"),
         ({"compute": "int4"}, "compute must be one of"),

@@ -67,11 +67,14 @@ LAYERS: dict[str, tuple[Any, Any, str]] = {
         )[1],
         "JoeyLuongAttention",
     ),
-    "fairseq": (
-        lambda: peers.named("AttentionLayer", peers.Fairseq, 6, 8, 5, False),
-        lambda layer: layer(draw(B, 6), draw(S, B, 8), torch.arange(S)[:, None] >= LENGTHS),
-        "FairseqAttentionLayer",
-    ),
+    **{
+        name: (
+            lambda bias=bias: peers.named("AttentionLayer", peers.Fairseq, 6, 8, 5, bias),
+            lambda layer: layer(draw(B, 6), draw(S, B, 8), torch.arange(S)[:, None] >= LENGTHS),
+            "FairseqAttentionLayer",
+        )
+        for name, bias in (("fairseq", False), ("fairseq_bias", True))
+    },
     "gnmt": (
         lambda: peers.named("BahdanauAttention", peers.GNMT, 6, 8, 5, True, True),
         lambda layer: (
@@ -192,7 +195,7 @@ def attended(luong: LuongAttention, name: str) -> tuple[Tensor, Tensor]:
         return luong(draw(B, T, 6), draw(B, S, 6, seed=1), LENGTHS)
     if name.startswith("joey"):
         return luong(draw(B, 1, 6), draw(B, S, 8), memory_mask=KEEP)
-    if name == "fairseq":
+    if name.startswith("fairseq"):
         return luong(draw(B, 6), draw(S, B, 8).transpose(0, 1), LENGTHS)
     if name == "gnmt":
         return luong(draw(B, T, 6), draw(B, S, 8), LENGTHS)
@@ -217,7 +220,7 @@ def test_weights_to_luong_and_back(name: str) -> None:
     luong = interop.to_luong(layer)
     output, weights = attended(luong, name)
     expected = before if isinstance(before, Tensor) else before[1]
-    torch.testing.assert_close(weights, expected.T if name == "fairseq" else expected)
+    torch.testing.assert_close(weights, expected.T if name.startswith("fairseq") else expected)
     if luong.output_dim is not None or name in ("gnmt", "joey_bahdanau", "joey_luong"):
         torch.testing.assert_close(output, before[0])
     # Loading back into a layer with other weights gives the same function again.
@@ -262,5 +265,6 @@ def test_what_does_not_go_together() -> None:
     assert torch.equal(layer.key_layer.weight, before)
     with pytest.raises(TypeError, match=r"layer must be one of OpenNMTGlobal.* got Linear"):
         interop.to_luong(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="layer must have bias=False: the output layer"):
-        interop.to_luong(interop.FairseqAttentionLayer(6, 8, 5, bias=True))
+    with pytest.raises(ValueError, match=r"only parameters .*, got output_proj\.weight"):
+        interop.load_luong(layer, LuongAttention(6, 8, output_dim=3))
+    assert torch.equal(layer.key_layer.weight, before)

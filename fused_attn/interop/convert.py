@@ -83,19 +83,24 @@ def _joey_luong(layer: Any) -> tuple[dict[str, Any], Pairs]:
 
 
 def _fairseq(layer: Any) -> tuple[dict[str, Any], Pairs]:
-    if layer.output_proj.bias is not None:
-        raise ValueError(
-            "layer must have bias=False: the output layer of LuongAttention has no bias"
-        )
+    bias = layer.output_proj.bias is not None  # of both layers: one option sets them
     options = {
         "query_dim": layer.input_proj.in_features,
         "memory_dim": layer.input_proj.out_features,
         "output_dim": layer.output_proj.out_features,
+        "bias": bias,
+        "output_bias": bias,
     }
-    return options, [
+    pairs = [
         ("query_proj.weight", layer.input_proj.weight),
         ("output_proj.weight", layer.output_proj.weight),
     ]
+    if bias:
+        pairs += [
+            ("query_proj.bias", layer.input_proj.bias),
+            ("output_proj.bias", layer.output_proj.bias),
+        ]
+    return options, pairs
 
 
 def _gnmt(layer: Any) -> tuple[dict[str, Any], Pairs]:
@@ -205,7 +210,8 @@ _READERS: dict[type[nn.Module], Callable[[Any], tuple[dict[str, Any], Pairs]]] =
 }
 
 
-def _read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
+def read(layer: nn.Module) -> tuple[dict[str, Any], Pairs]:
+    """The options of the `LuongAttention` like an adapter, and the tensors of its parameters."""
     for kind, reader in _READERS.items():
         if isinstance(layer, kind):
             _check_plain("layer", layer)
@@ -239,7 +245,7 @@ def to_luong(layer: nn.Module) -> LuongAttention:
     adapter; `swap` makes one from another toolkit's layer. Raises TypeError for any other layer,
     and ValueError if its weights cannot be converted.
     """
-    options, pairs = _read(layer)
+    options, pairs = read(layer)
     sample = next(layer.parameters(), torch.empty(0))
     luong = LuongAttention(**options, device=sample.device, dtype=sample.dtype)
     ours = dict(luong.named_parameters())
@@ -258,7 +264,7 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
     TypeError if ``layer`` is not an adapter, and ValueError if the options of ``luong`` do not
     match ``layer``; nothing changes then.
     """
-    options, pairs = _read(layer)
+    options, pairs = read(layer)
     _check_plain("luong", luong)
     for name, value in options.items():
         got = "learned" if name == "scale" and isinstance(luong.scale, Tensor) else None
@@ -266,6 +272,10 @@ def load_luong(layer: nn.Module, luong: LuongAttention) -> None:
         if got != value:
             raise ValueError(f"luong must have {name}={value!r} to match the layer, got {got!r}")
     ours = dict(luong.named_parameters())
+    if without := sorted(ours.keys() - {name for name, _ in pairs}):
+        raise ValueError(
+            f"luong must have only parameters that the layer has, got {', '.join(without)} as well"
+        )
     with torch.no_grad():
         for name, theirs in pairs:
             theirs.copy_(ours[name])
@@ -277,6 +287,7 @@ def _option(luong: LuongAttention, name: str) -> Any:
     history = luong.history
     special: dict[str, Callable[[], Any]] = {
         "bias": lambda: luong.query_proj.bias is not None,
+        "output_bias": lambda: luong.output_dim is not None and luong.output_proj.bias is not None,
         "weight_norm": lambda: luong.g is not None,
         "conv_channels": lambda: history.channels if history else 0,
         "conv_width": lambda: history.conv.kernel_size[0] if history else 0,

@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines) or "no known attention layer found"
 
 
-def _find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
+def find(layer: nn.Module) -> tuple[type[Adapter] | None, str | None]:
     """The adapter for a layer, or the reason that a layer with a peer's name has none."""
     candidates = [adapter for adapter in ADAPTERS if type(layer).__name__ == adapter.peer_class]
     if not candidates or isinstance(layer, Adapter):
@@ -90,7 +90,7 @@ def swap(model: nn.Module) -> Report:
                 continue
             place = f"{path}.{name}" if path else name
             if child not in made:
-                kind, reason = _find(child)
+                kind, reason = find(child)
                 if reason is not None:
                     refused.append((place, reason))
                 if kind is None:

@@ -58,11 +58,12 @@ class Engine:
         They are packed at the first call, and again once a parameter has changed; see
         `PackedModels.is_of`. Raises `InputError` if ``compute`` needs what is not possible.
         """
-        if reasons := not_native_reasons(self.models):
-            self._check(reasons)
+        if self._packed is None or not self._packed.is_of(self.models):
             self._packed = None
-        elif self._packed is None or not self._packed.is_of(self.models):
-            self._packed = PackedModels(self.models, self.compute)
+            if reasons := not_native_reasons(self.models):
+                self._check(reasons)
+            else:
+                self._packed = PackedModels(self.models, self.compute)
         return self._packed
 
     def _check(self, reasons: list[str]) -> None:

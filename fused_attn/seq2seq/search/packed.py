@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn import packed
+from fused_attn import modules, packed
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.model.decoder import Decoder
 from fused_attn.seq2seq.model.encoder import Bridge, Encoder
@@ -21,12 +21,19 @@ _OWN = (Seq2Seq, Encoder, Decoder, Bridge, Stack, Dropout)
 
 def not_native_reasons(models: Sequence[Seq2Seq]) -> list[str]:
     """Return why models cannot be decoded natively, in short phrases; empty if they can be."""
+    reasons = _reasons_of_now(models)
+    for model in models:
+        reasons += _reasons(model)
+    return list(dict.fromkeys(reasons))
+
+
+def _reasons_of_now(models: Sequence[Seq2Seq]) -> list[str]:
+    """The reasons that do not lie in the modules."""
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
-    reasons: list[str] = []
-    for model in models:
-        reasons += packed.backend_reasons(model.backend) or _reasons(model)
-    return list(dict.fromkeys(reasons))
+    if modules.has_global_hooks():
+        return ["global module hooks are registered"]
+    return [reason for model in models for reason in packed.backend_reasons(model.backend)]
 
 
 def _reasons(model: Seq2Seq) -> list[str]:
@@ -91,7 +98,7 @@ class PackedModels:
         self.compute = compute
         self._native = native
         self._models = [native.PackedModel(spec_of(model, compute)) for model in models]
-        self._packed_from = [(model, packed.fingerprint(model)) for model in models]
+        self._snapshots = [packed.Snapshot(model) for model in models]
 
     @property
     def bytes(self) -> int:
@@ -99,14 +106,15 @@ class PackedModels:
         return sum(model.bytes for model in self._models)
 
     def is_of(self, models: Sequence[Seq2Seq]) -> bool:
-        """Whether these are the models that were packed, with unchanged parameters.
+        """Whether these are the models that were packed, unchanged, and can be decoded natively.
 
-        A change through ``parameter.data`` is not seen.
+        See `packed.Snapshot` for the changes that are seen.
         """
-        now = [(model, packed.fingerprint(model)) for model in models]
-        return len(now) == len(self._packed_from) and all(
-            model is other and version == before
-            for (model, version), (other, before) in zip(now, self._packed_from, strict=True)
+        return (
+            len(models) == len(self._snapshots)
+            and all(snap.module is own for snap, own in zip(self._snapshots, models, strict=True))
+            and all(snapshot.is_current() for snapshot in self._snapshots)
+            and not _reasons_of_now(models)
         )
 
     def search(

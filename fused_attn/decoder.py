@@ -1,0 +1,395 @@
+"""`LuongDecoder`: embedding, recurrent layers, attention and output layer, as one module.
+
+Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Machine Translation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from fused_attn import checks, decoder_spec, greedy
+from fused_attn import decoder_parts as parts
+from fused_attn import layer_options as options
+from fused_attn.attention import LuongAttention
+from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
+from fused_attn.prepared import PreparedMemory
+from fused_attn.recurrent import CELLS, RecurrentStack
+from fused_attn.reference import arithmetic_dtype
+
+
+class LuongDecoder(nn.Module):
+    """A recurrent decoder with attention (Luong et al. 2015).
+
+    At step t, for the symbol y_{t-1} before and the memory m:
+
+        x_t = [E(y_{t-1}); h~_{t-1}]      with input feeding (section 3.3), else E(y_{t-1})
+        h_t = RNN(x_t, h_{t-1})           ``layers`` layers; h_t is the output of the last
+        c_t = attention(h_t, m)
+        h~_t = tanh(W_c [c_t; h_t])       eq. 5
+        p(y_t | y_<t) = softmax(W_s h~_t) eq. 6
+
+    Shapes: N rows (sentences), T steps, S source positions, V symbols, E width of the memory, H
+    width of the attentional state h~: ``output_dim`` of the attention, or E if that is None (h~ is
+    then the context c), or ``hidden`` without attention (h~ is then h).
+
+    Args:
+        input_size: width of an embedded symbol.
+        hidden: width of each recurrent layer.
+        cell: "lstm", "gru" or "rnn" (tanh).
+        layers: number of recurrent layers.
+        bias: whether the recurrent layers have biases.
+        residual: adds the input of a recurrent layer to its output where their widths agree.
+        embedding: an `nn.Embedding` of width input_size, or an int, the number of symbols of a new
+            one. With None the inputs must be embedded already.
+        attention: a `LuongAttention` with query_dim = hidden, or the options of a new one, such as
+            ``{"score": "general", "memory_dim": 1024, "output_dim": 512}``, or None for a decoder
+            without attention.
+        input_feeding: appends h~ of the previous step to the input of the first layer.
+        vocab_size: the number V of symbols of the output layer. With None there is no output layer.
+        output_bias: whether the output layer has a bias.
+        output_proj_dim: width of a projection without a bias between h~ and the output layer, or
+            None for no projection.
+        tie_embedding: makes the weight of the output layer that of the embedding (Press & Wolf
+            2017). The width before the output layer must then be input_size.
+        dropout: probability of dropping an element between two recurrent layers, and of h~ before
+            it is fed and projected, in training mode.
+        input_dropout: the same for the embedded inputs.
+        device, dtype: device and dtype of new parameters.
+
+    Parameters: ``embedding.weight`` (V, input_size); ``recurrent.layers.0.weight_ih`` and so on, as
+    in torch's cells; those of the `LuongAttention` under ``attention.``;
+    ``output_proj.weight`` (output_proj_dim, H); ``output_layer.weight`` and ``output_layer.bias``.
+
+    Raises TypeError or ValueError if an option is invalid or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden: int,
+        *,
+        cell: str = "lstm",
+        layers: int = 1,
+        bias: bool = True,
+        residual: bool = False,
+        embedding: nn.Embedding | int | None = None,
+        attention: LuongAttention | Mapping[str, Any] | None = None,
+        input_feeding: bool = False,
+        vocab_size: int | None = None,
+        output_bias: bool = True,
+        output_proj_dim: int | None = None,
+        tie_embedding: bool = False,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of 'lstm', 'gru', 'rnn', got {cell!r}")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.input_size = input_size = options.check_size("input_size", input_size)
+        self.hidden = hidden = options.check_size("hidden", hidden)
+        self.dropout = checks.probability("dropout", dropout)
+        self.input_dropout = checks.probability("input_dropout", input_dropout)
+        self.input_feeding = input_feeding
+        self.embedding = parts.embedding_of(embedding, input_size, where)
+        self.attention = parts.attention_of(attention, hidden, where)
+        self.output_dim = parts.output_dim_of(self.attention, hidden)
+        self.recurrent = RecurrentStack(
+            cell,
+            input_size + (self.output_dim if input_feeding else 0),
+            hidden,
+            options.check_size("layers", layers),
+            bias=bias,
+            residual=residual,
+            dropout=self.dropout,
+            **where,
+        )
+        self.output_proj: nn.Linear | None = None
+        self.output_layer: nn.Linear | None = None
+        symbols = parts.vocabulary_of(vocab_size, self.embedding, tie_embedding)
+        if symbols is None:
+            parts.check_no_output(output_proj_dim)
+            return
+        width = options.check_optional_size("output_proj_dim", output_proj_dim)
+        if width is not None:
+            self.output_proj = nn.Linear(self.output_dim, width, bias=False, **where)
+        width = width or self.output_dim
+        self.output_layer = nn.Linear(width, symbols, bias=output_bias, **where)
+        if tie_embedding and self.embedding is not None:
+            if width != input_size:
+                raise ValueError(
+                    "tie_embedding=True requires that the output layer has the width of the "
+                    f"embedding, {input_size}, got {width}: set output_proj_dim={input_size}"
+                )
+            self.output_layer.weight = self.embedding.weight
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether a step depends on the attention of the step before it.
+
+        If not, `forward` runs all steps at once.
+        """
+        history = None if self.attention is None else self.attention.history
+        return self.input_feeding or history is not None
+
+    def forward(
+        self,
+        inputs: Tensor,
+        memory: Any = None,
+        memory_lengths: Tensor | None = None,
+        state: DecoderState | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> tuple[DecoderOutput, DecoderState]:
+        """Run T steps over given inputs.
+
+        inputs: int64 symbols (N, T), the symbols that precede those to predict, or embedded symbols
+            (N, T, input_size).
+        memory: encoder states (N, S, E), or anything else that `LuongAttention` takes, such as its
+            `PreparedMemory`. None without attention.
+        memory_lengths: integers (N,) in 0..S, or None. A row with length 0 has the context 0.
+        state: the state after the steps before; None means zeros.
+        return_weights: whether to return the alignment weights.
+
+        Returns a `DecoderOutput`: the attentional states (N, T, H), the logits (N, T, V) or None,
+        and the weights (N, T, S) or None; and the `DecoderState` after the last step.
+
+        Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
+        """
+        if (native := self._native()) is not None:
+            found: tuple[DecoderOutput, DecoderState] = native.forward(
+                inputs, memory, memory_lengths, state, return_weights
+            )
+            return found
+        like = self._like()
+        parts.check_inputs(inputs, self.embedding is not None, self.input_size, like)
+        parts.check_memory(memory, self.attention is not None, memory_lengths, like)
+        embedded = self._embed(inputs)
+        rows, steps = embedded.shape[:2]
+        if self.attention is not None and parts.rows_of_memory(memory) != rows:
+            raise ValueError(
+                f"memory must have a row for each of the {rows} rows of inputs, "
+                f"got {parts.rows_of_memory(memory)}"
+            )
+        memory, memory_lengths = self._prepare(memory, memory_lengths, self.is_stepwise)
+        state = self._start(state, rows, memory, embedded)
+        source = _Source(memory, memory_lengths, return_weights)
+        if not self.is_stepwise or steps == 1:
+            attentional, weights, state = self._run(embedded, state, source)
+        else:
+            attentional, weights, state = self._loop(embedded, state, source)
+        return DecoderOutput(attentional, self._logits(attentional), weights), state
+
+    def greedy(
+        self,
+        memory: Any = None,
+        memory_lengths: Tensor | None = None,
+        state: DecoderState | None = None,
+        *,
+        bos: int,
+        eos: int,
+        max_length: int,
+        return_weights: bool = False,
+    ) -> GreedyOutput:
+        """Decode greedily: feed each row its most probable symbol until that is ``eos``.
+
+        memory, memory_lengths, state: as `forward` takes them. Without attention ``state`` must be
+            given, as it says how many rows there are.
+        bos, eos: the symbol to begin with, and the symbol that ends a row.
+        max_length: the largest number of symbols, ``eos`` included.
+        return_weights: whether to return the alignment weights.
+
+        Returns a `GreedyOutput`. Rows that have ended are left out as soon as they are half of the
+        rows. Raises the errors of `forward`, and ValueError if the decoder has no embedding or no
+        output layer, or if these do not have the symbols.
+        """
+        if self.embedding is None or self.output_layer is None:
+            missing = "embedding" if self.embedding is None else "vocab_size"
+            raise ValueError(f"greedy requires a decoder with the option {missing}")
+        symbols, predicted = self.embedding.num_embeddings, self.output_layer.out_features
+        if predicted > symbols:
+            raise ValueError(
+                "greedy requires an embedding of all symbols of the output layer, "
+                f"got {symbols} and {predicted} symbols"
+            )
+        bos = parts.check_symbol("bos", bos, symbols)
+        eos = parts.check_symbol("eos", eos, predicted)
+        max_length = options.check_size("max_length", max_length)
+        parts.check_memory(memory, self.attention is not None, memory_lengths, self._like())
+        if self.attention is None and state is None:
+            raise ValueError("state must be given to a decoder without attention, got None")
+        if (native := self._native()) is not None:
+            limits = (bos, eos, max_length)
+            result: GreedyOutput = native.greedy(
+                memory, memory_lengths, state, *limits, return_weights
+            )
+            return result
+        memory, _ = self._prepare(memory, memory_lengths, True)
+        rows = parts.rows_of_state(state) if memory is None else len(memory)
+        state = self._start(state, rows, memory, self._like())
+        return greedy.search(self, memory, state, (bos, eos, max_length), return_weights)
+
+    def _native(self) -> Any | None:
+        """What runs `forward` and `greedy` in one native call; None runs them step by step."""
+        return None
+
+    def _spec(self) -> dict[str, Any]:
+        """The decoder as its tensors, without copies.
+
+        Raises ValueError with all reasons if these cannot describe it.
+        """
+        return decoder_spec.spec(self)
+
+    def _like(self) -> Tensor:
+        """A parameter that has the dtype and device of the decoder."""
+        weight = getattr(self.recurrent.layers[0], "weight_ih", None)
+        # A layer that was replaced, such as by a quantised one, may have no such tensor.
+        return weight if isinstance(weight, Tensor) else next(self.parameters())
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        embedded = inputs
+        if not inputs.is_floating_point():
+            assert self.embedding is not None
+            if torch.compiler.is_compiling() or not inputs.is_cpu:
+                embedded = self.embedding(inputs)
+            else:
+                try:
+                    embedded = self.embedding(inputs)
+                except IndexError as error:
+                    symbols = self.embedding.num_embeddings
+                    raise ValueError(
+                        f"inputs must be symbols in 0..{symbols - 1}, "
+                        f"got {int(inputs.min())}..{int(inputs.max())}"
+                    ) from error
+        if self.training and self.input_dropout:
+            embedded = dropout(embedded, self.input_dropout)
+        return embedded
+
+    def _prepare(
+        self, memory: Any, lengths: Tensor | None, is_wanted: bool
+    ) -> tuple[Any, Tensor | None]:
+        """The memory and its lengths, prepared if there are several steps one after the other."""
+        if self.attention is None or not is_wanted:
+            return memory, lengths
+        if isinstance(memory, PreparedMemory):
+            options.check_prepared(self.attention, memory, lengths, None)
+            return memory, None
+        return self.attention.prepare_memory(memory, lengths), None
+
+    def _start(
+        self, state: DecoderState | None, rows: int, memory: Any, like: Tensor
+    ) -> DecoderState:
+        """The checked state, with zeros for what it lacks, in the dtype and device of ``like``."""
+        stack = self.recurrent
+        shape = (len(stack.layers), rows, stack.hidden)
+        history = None if self.attention is None else self.attention.history
+        widths = {"attentional": self.output_dim} if self.input_feeding else {}
+        if history is not None:
+            source = memory.memory.shape[1]
+            widths |= {"coverage": source} if history.coverage else {}
+            widths |= {"previous_weights": source} if history.channels else {}
+        if state is not None:
+            parts.rows_of_state(state)
+        else:
+            state = DecoderState(tuple(like.new_zeros(shape) for _ in range(stack.tensors)))
+        parts.check_state(state, (stack.tensors, *shape), widths)
+        zeros: dict[str, Any] = {}
+        for name, width in widths.items():
+            if getattr(state, name) is None:
+                dtype = like.dtype if name == "attentional" else arithmetic_dtype(like.dtype)
+                zeros[name] = like.new_zeros((rows, width), dtype=dtype)
+        return state._replace(**zeros)
+
+    def _loop(
+        self, embedded: Tensor, state: DecoderState, source: _Source
+    ) -> tuple[Tensor, Tensor | None, DecoderState]:
+        states, alignments = [], []
+        for t in range(embedded.shape[1]):
+            attentional, weights, state = self._run(embedded[:, t : t + 1], state, source)
+            states.append(attentional)
+            if weights is not None:
+                alignments.append(weights)
+        if not states:
+            return self._nothing(embedded, state, source)
+        return torch.cat(states, 1), torch.cat(alignments, 1) if alignments else None, state
+
+    def _nothing(
+        self, embedded: Tensor, state: DecoderState, source: _Source
+    ) -> tuple[Tensor, Tensor | None, DecoderState]:
+        """The results of no steps at all."""
+        rows = embedded.shape[0]
+        weights = None
+        if source.return_weights and self.attention is not None:
+            weights = embedded.new_zeros(rows, 0, source.memory.memory.shape[1])
+        return embedded.new_zeros(rows, 0, self.output_dim), weights, state
+
+    def _run(
+        self, embedded: Tensor, state: DecoderState, source: _Source
+    ) -> tuple[Tensor, Tensor | None, DecoderState]:
+        """Run all steps at once, or a single step if the decoder `is_stepwise`."""
+        if state.attentional is not None:
+            embedded = torch.cat((embedded, state.attentional[:, None]), dim=-1)
+        attentional, hidden = self.recurrent(embedded, state.hidden)
+        weights: Tensor | None = None
+        if self.attention is not None:
+            attentional, weights = self._attend(self.attention, attentional, state, source)
+        if self.training and self.dropout:
+            attentional = dropout(attentional, self.dropout)
+        after = state._replace(hidden=hidden, position=state.position + embedded.shape[1])
+        if self.input_feeding:
+            after = after._replace(attentional=attentional[:, 0])
+        if state.coverage is not None and weights is not None:
+            after = after._replace(coverage=state.coverage + weights[:, 0])
+        if state.previous_weights is not None and weights is not None:
+            after = after._replace(previous_weights=weights[:, 0])
+        return attentional, weights if source.return_weights else None, after
+
+    @staticmethod
+    def _attend(
+        attention: LuongAttention, query: Tensor, state: DecoderState, source: _Source
+    ) -> tuple[Tensor, Tensor | None]:
+        positions: Tensor | None = None
+        if attention.local == "monotonic":
+            positions = torch.arange(query.shape[1], device=query.device) + state.position
+        coverage, last = (
+            None if tensor is None else tensor[:, None]
+            for tensor in (state.coverage, state.previous_weights)
+        )
+        attentional, weights = attention(
+            query,
+            source.memory,
+            source.memory_lengths,
+            positions=positions,
+            coverage=coverage,
+            previous_weights=last,
+            return_weights=source.return_weights or attention.history is not None,
+        )
+        return attentional, weights
+
+    def _logits(self, attentional: Tensor) -> Tensor | None:
+        if self.output_layer is None:
+            return None
+        if self.output_proj is not None:
+            attentional = self.output_proj(attentional)
+        logits: Tensor = self.output_layer(attentional)
+        return logits
+
+    def extra_repr(self) -> str:
+        return "input_feeding=True" if self.input_feeding else ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the steps of a call attend to."""
+
+    memory: Any
+    memory_lengths: Tensor | None
+    return_weights: bool
