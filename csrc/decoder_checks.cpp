@@ -113,6 +113,7 @@ void add_decoder_checks(py::module_& m) {
              py::arg("out"), py::arg("repeat") = 1,
              "Writes start + x times the transposed weights to `out`, all float32; `start` is a\n"
              "matrix, which may be `out`, a vector or None. Returns the seconds of one product.");
+  add_decoder_cell_checks(checks);
 }
 
 }  // namespace fused_attn

@@ -153,8 +153,9 @@ class LuongDecoder(nn.Module):
 
         inputs: int64 symbols (N, T), the symbols that precede those to predict, or embedded symbols
             (N, T, input_size).
-        memory: encoder states (N, S, E), or anything else that `LuongAttention` takes, such as its
-            `PreparedMemory`. None without attention.
+        memory: encoder states (N, S, E), or anything else that `LuongAttention` takes. A memory with
+            a mask is given as ``attention.prepare_memory(memory, memory_mask=mask)``. None without
+            attention.
         memory_lengths: integers (N,) in 0..S, or None. A row with length 0 has the context 0.
         state: the state after the steps before; None means zeros.
         return_weights: whether to return the alignment weights.

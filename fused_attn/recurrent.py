@@ -111,9 +111,9 @@ class RecurrentStack(nn.Module):
 
     def _run(self, cell: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
         """Run one layer; the tensors of its state are (N, hidden)."""
-        # A compiler takes apart the steps of a cell, but not torch's call for a sequence. For one
-        # step that call takes ten times as long as the cell on a CPU: oneDNN first rearranges the
-        # weights.
+        # A compiler can trace the steps of a cell, but not torch's call for a sequence. On a CPU,
+        # that call takes several times as long as the cell for one step of an LSTM: oneDNN first
+        # rearranges the weights.
         if x.shape[1] > 1 and is_plain(cell) and not torch.compiler.is_compiling():
             if x.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
                 with torch.autocast("cpu", enabled=False):

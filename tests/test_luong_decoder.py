@@ -144,7 +144,7 @@ def test_location_aware_attention_sees_the_weights_of_the_step_before() -> None:
     assert not torch.allclose(decoder.attention(h[:, 1], memory)[1], weights)
 
 
-@pytest.mark.parametrize("kind", ["prepared", "packed", "jagged", "embedded"])
+@pytest.mark.parametrize("kind", ["prepared", "masked", "packed", "jagged", "embedded"])
 @pytest.mark.parametrize("name", ["lstm", "fed", "coverage"])
 def test_other_kinds_of_memory_and_inputs(name: str, kind: str) -> None:
     decoder = make(**DECODERS[name])
@@ -155,6 +155,9 @@ def test_other_kinds_of_memory_and_inputs(name: str, kind: str) -> None:
         output, _ = decoder(decoder.embedding(inputs), memory, lengths)
     elif kind == "prepared":
         output, _ = decoder(inputs, decoder.attention.prepare_memory(memory, lengths))
+    elif kind == "masked":
+        mask = torch.arange(S) < lengths[:, None]
+        output, _ = decoder(inputs, decoder.attention.prepare_memory(memory, memory_mask=mask))
     elif kind == "packed":
         packed = nn.utils.rnn.pack_padded_sequence(memory, lengths, True, enforce_sorted=False)
         output, _ = decoder(inputs, packed)
@@ -191,6 +194,22 @@ def test_no_steps_and_no_rows() -> None:
         memory = None if decoder.attention is None else draw(0, S, 5)
         output, state = decoder(symbols()[:0], memory)
         assert output.logits.shape == (0, T, V) and state.hidden[0].shape[1] == 0
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "fed", "coverage_fed", "predictive", "location"])
+def test_a_memory_without_positions_has_the_context_zero(name: str) -> None:
+    decoder = make(**DECODERS[name]).train()
+    width, inputs = decoder.attention.memory_dim, symbols()
+    output, _ = decoder(inputs, draw(N, 0, width), return_weights=True)
+    empty = draw(N, S, width) * torch.nan, torch.zeros(N, dtype=torch.int64)
+    expected, _ = decoder(inputs, *empty, return_weights=True)
+    torch.testing.assert_close(output.logits, expected.logits)
+    assert output.weights.shape == (N, T, 0) and not expected.weights.any()
+    assert output.logits.isfinite().all()
+    found = decoder.greedy(draw(N, 0, width), bos=1, eos=2, max_length=3, return_weights=True)
+    assert found.weights.shape == (N, found.symbols.shape[1], 0)
+    output.logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters() if p.grad is not None)
 
 
 def greedy_of(decoder: LuongDecoder, memory: Tensor, eos: int, limit: int) -> list[Any]:
@@ -265,7 +284,8 @@ def test_gradients(name: str) -> None:
         return output.logits, *state.hidden
 
     leaves = [draw(2, 2, 2), memory, *(p.detach() for p in decoder.parameters())]
-    assert torch.autograd.gradcheck(loss, [leaf.clone().requires_grad_() for leaf in leaves])
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -336,7 +356,7 @@ def test_other_dtypes_and_autocast(name: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in single.parameters())
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "fed", "coverage_fed", "monotonic"])
+@pytest.mark.parametrize("name", ["lstm", "coverage_fed"])
 def test_steps_compile_as_one_graph(name: str) -> None:
     decoder = make(**DECODERS[name])
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")

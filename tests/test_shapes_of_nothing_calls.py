@@ -19,6 +19,7 @@ from fused_attn import LocalWindow, coverage_loss, sparsemax
 # Public names that are not functions of queries and a memory. Add new ones of this kind here.
 OTHERS = {"LocalWindow", "LuongAttention", "PreparedMemory", "__version__"}
 OTHERS |= {"coverage_loss", "sparsemax"}
+OTHERS |= {"LuongDecoder", "DecoderOutput", "DecoderState", "GreedyOutput"}
 FUNCTIONS = sorted(set(fused_attn.__all__) - OTHERS)
 ATTENTIONS = [name for name in FUNCTIONS if name.endswith("_attention")]
 HALF_WIDTH = 1.5
