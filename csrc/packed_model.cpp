@@ -178,7 +178,8 @@ py::list results_of(const std::vector<std::vector<Found>>& found, const py::obje
       for (size_t t = 0; t < each.tokens.size(); ++t) tokens[t] = py::int_(each.tokens[t]);
       py::object weights = py::none();
       if (with_weights) {
-        Argument made = new_floats(source, {int64_t(each.tokens.size()), lengths[b]});
+        const int64_t rows = int64_t(each.weights.size()) / lengths[b];  // 0 without attention
+        Argument made = new_floats(source, {rows, lengths[b]});
         if (!each.weights.empty())
           std::memcpy(made.data(), each.weights.data(), each.weights.size() * sizeof(float));
         weights = made.release();

@@ -141,13 +141,16 @@ class Case:
         longest = self.config.max_length
         return [2 * n + 10 if longest is None else longest for n in self.models.sources]
 
+    def padded(self) -> list[list[int]]:
+        """The prefixes, padded to the length of the longest."""
+        prefixes = self.prefixes or [[]] * len(self.models.sources)
+        longest = max(map(len, prefixes), default=0)
+        return [[*prefix, *[PAD] * (longest - len(prefix))] for prefix in prefixes]
+
     def by_python(self, monkeypatch: pytest.MonkeyPatch) -> list[list[Hypothesis]]:
         monkeypatch.setattr(python, "Ensemble", Ensemble)
         lengths = torch.tensor(self.models.sources)
-        prefix = None
-        if self.prefixes is not None:
-            longest = max(map(len, self.prefixes))
-            prefix = torch.tensor([[*p, *[PAD] * (longest - len(p))] for p in self.prefixes])
+        prefix = None if self.prefixes is None else torch.tensor(self.padded())
         return python.search(
             [self.models],  # type: ignore[list-item]
             torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long),
@@ -176,7 +179,7 @@ class Case:
             "seed": config.seed or 0,
             "return_weights": self.return_weights,
         }
-        given: Sequence[Sequence[int]] = self.prefixes or [[]] * len(models.sources)
+        prefixes = self.padded()
         found = native.search_with(
             step,
             models.count,
@@ -185,7 +188,7 @@ class Case:
             [models.sources[i] for i in block],
             models.attends,
             options,
-            [(i, limits[i], list(given[i])) for i in block],
+            [(i, limits[i], prefixes[i]) for i in block],
         )
         return [
             [self._hypothesis(each, models.sources[i]) for each in best]
@@ -214,7 +217,7 @@ def near(value: Any) -> Any:
     return pytest.approx(value, rel=1e-5, abs=1e-5)
 
 
-def check_equal(found: Any, expected: Any) -> None:
+def check_equal(found: Any, expected: Any, *, exact_weights: bool = True) -> None:
     if isinstance(expected, str) or isinstance(found, str):
         assert found == expected
         return
@@ -226,4 +229,16 @@ def check_equal(found: Any, expected: Any) -> None:
             assert h.token_log_probs == near(other.token_log_probs)
             assert (h.weights is None) == (other.weights is None)
             if h.weights is not None:
-                assert torch.equal(h.weights, other.weights)
+                tolerance = 0.0 if exact_weights else 1e-5
+                torch.testing.assert_close(h.weights, other.weights, rtol=0.0, atol=tolerance)
+
+
+def check_against_python(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the results, and that no sentence takes more or fewer steps."""
+    found = outcome(case.by_native)
+    rows = Counter(case.models.stepped)
+    case.models.stepped.clear()
+    expected = outcome(lambda: case.by_python(monkeypatch))
+    check_equal(found, expected)
+    if not isinstance(expected, str):
+        assert rows == case.models.stepped

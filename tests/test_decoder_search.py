@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_up_models import PENALTIES, Case, Models, check_equal, native, outcome
+from made_up_models import PENALTIES, Case, Models, check_against_python, check_equal, native
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.vocabulary import BOS, EOS
@@ -59,13 +58,13 @@ def random_case(seed: int, *, beam: int | None = None, odd: bool = False) -> Cas
 @pytest.mark.parametrize("seed", range(150))
 def test_greedy_search_finds_what_python_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(seed, beam=1)
-    check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
+    check_against_python(case, monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(250))
 def test_beam_search_finds_what_python_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(1000 + seed)
-    check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
+    check_against_python(case, monkeypatch)
 
 
 @pytest.mark.parametrize("beam", [1, None], ids=["greedy", "beam"])
@@ -74,7 +73,7 @@ def test_the_same_for_logits_that_are_not_finite(
     seed: int, beam: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = random_case(2000 + seed, beam=beam, odd=True)
-    check_equal(outcome(case.by_native), outcome(lambda: case.by_python(monkeypatch)))
+    check_against_python(case, monkeypatch)
 
 
 @pytest.mark.parametrize("isa", native.cpu_isas_supported())
@@ -84,9 +83,7 @@ def test_every_instruction_set_finds_the_same(isa: str, monkeypatch: pytest.Monk
     try:
         for seed in range(15):
             case = random_case(4000 + seed, beam=1 if seed % 3 == 0 else None, odd=seed % 2 == 0)
-            check_equal(
-                outcome(case.by_native), outcome(lambda case=case: case.by_python(monkeypatch))
-            )
+            check_against_python(case, monkeypatch)
     finally:
         native.set_cpu_isa(before)
 
@@ -128,16 +125,11 @@ def test_extremes(name: str, beam: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert best.tokens[: len(kept)] == (kept[: kept.index(EOS)] if EOS in kept else kept)
 
 
-@pytest.mark.parametrize("beam", [1, 3])
-def test_done_sentences_leave_at_once(beam: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(Models(7, 9, [1, 2, 3, 4, 5, 6] * 3, ending=1.0), SearchConfig(beam=beam))
-    found = case.by_native()
-    ours = Counter(case.models.stepped)
-    case.models.stepped.clear()
-    case.by_python(monkeypatch)
-    assert ours == case.models.stepped and len(set(ours.values())) > 2
-    if beam == 1:
-        assert [ours[i] for i in range(18)] == [len(best[0].tokens) + 1 for best in found]
+def test_done_targets_leave_at_once() -> None:
+    case = Case(Models(7, 9, [1, 2, 3, 4, 5, 6] * 3, ending=1.0), SearchConfig())
+    lengths = [len(best.tokens) for (best,) in case.by_native()]
+    assert [case.models.stepped[i] for i in range(18)] == [n + 1 for n in lengths]
+    assert len(set(lengths)) > 2
 
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "beam"])

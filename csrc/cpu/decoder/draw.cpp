@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace fused_attn {
 namespace {
@@ -70,19 +71,46 @@ bool Drawer::temper(LogProbs& probs) {
   return true;
 }
 
-// Ranks the symbols that are kept, to places_, and returns their number. A symbol is kept if it is
-// among the top_k and those ranked before it have less than top_p together.
-int64_t Drawer::kept(int64_t n) {
+// Puts the symbols that are kept first in places_, and returns their number. A symbol is kept if it
+// is among the top_k and those ranked before it have less than top_p together.
+int64_t Drawer::keep(int64_t n) {
   const int64_t most = options_.top_k > 0 ? std::min(options_.top_k, n) : n;
-  for (int64_t depth = options_.top_p < 1 ? std::min(kDepth, most) : most;; depth = most) {
-    places_.resize(depth);
-    kernels_.top(probabilities_.data(), n, depth, places_.data());
-    if (options_.top_p >= 1) return depth;
-    double before = 0;
-    int64_t count = 0;
-    while (count < depth && before < options_.top_p) before += probabilities_[places_[count++]];
-    if (before >= options_.top_p || depth == most) return count;
+  const int64_t depth = std::min(kDepth, most);
+  places_.resize(depth);
+  kernels_.top(probabilities_.data(), n, depth, places_.data());
+  double before = 0;
+  int64_t count = 0;
+  while (count < depth && (options_.top_p >= 1 || before < options_.top_p))
+    before += probabilities_[places_[count++]];
+  return count < depth || depth == most ? count : keep_many(n, most);
+}
+
+// The same without ranking them: halves what is left until the last one that is kept is found.
+int64_t Drawer::keep_many(int64_t n, int64_t most) {
+  const auto is_before = [this](int32_t x, int32_t y) {
+    const float p = probabilities_[x], q = probabilities_[y];
+    return p > q || (p == q && x < y);
+  };
+  places_.resize(n);
+  std::iota(places_.begin(), places_.end(), 0);
+  const auto first = places_.begin();
+  std::nth_element(first, first + most, places_.end(), is_before);
+  if (options_.top_p >= 1) return most;
+  int64_t begin = 0, end = most;  // those before `begin` are kept, those from `end` on are not
+  double before = 0;              // what is kept
+  while (end - begin > 1) {
+    const int64_t middle = begin + (end - begin) / 2;
+    std::nth_element(first + begin, first + middle, first + end, is_before);
+    double mass = before;
+    for (int64_t i = begin; i < middle; ++i) mass += probabilities_[places_[i]];
+    if (mass < options_.top_p) {
+      before = mass;
+      begin = middle;
+    } else {
+      end = middle;
+    }
   }
+  return end;
 }
 
 Choice Drawer::draw(LogProbs& probs, int64_t sentence, int64_t step) {
@@ -92,7 +120,7 @@ Choice Drawer::draw(LogProbs& probs, int64_t sentence, int64_t step) {
   if (options_.top_k == 0 && options_.top_p >= 1) {
     symbol = place_of(probabilities_.data(), probs.size(), share);
   } else {
-    const int64_t count = kept(probs.size());
+    const int64_t count = keep(probs.size());
     kept_.assign(whole_blocks(count), 0.0f);
     for (int64_t i = 0; i < count; ++i) kept_[i] = probabilities_[places_[i]];
     symbol = places_[place_of(kept_.data(), count, share)];

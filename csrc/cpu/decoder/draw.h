@@ -24,12 +24,13 @@ class Drawer {
 
  private:
   bool temper(LogProbs& probs);
-  int64_t kept(int64_t n);
+  int64_t keep(int64_t n);
+  int64_t keep_many(int64_t n, int64_t most);
 
   const SearchOptions& options_;
   const DecoderKernels& kernels_;
   std::vector<float> probabilities_;  // (V), with the temperature; then zeros
-  std::vector<int32_t> places_;       // symbols that are kept, most probable first
+  std::vector<int32_t> places_;       // symbols, those that are kept first
   std::vector<float> kept_;           // their probabilities; then zeros
 };
 
