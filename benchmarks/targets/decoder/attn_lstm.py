@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import onnx
-import onnxruntime
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor
 
 from benchmarks.targets.decoder.problem import Problem
@@ -44,8 +42,11 @@ def _tensors(problem: Problem) -> dict[str, Tensor]:
 def attn_lstm(problem: Problem, threads: int) -> Callable[[], Tensor]:
     """All steps in one call. Returns the last hidden state, (B, H).
 
-    It has no tanh after the attention layer, and projects the memory in each call.
+    It has no tanh after the attention layer, and projects the memory in each call. Raises
+    ImportError without onnx or onnxruntime.
     """
+    import onnxruntime
+
     constants = {
         name: tensor.detach()[None].contiguous().numpy()
         for name, tensor in _tensors(problem).items()
@@ -56,25 +57,29 @@ def attn_lstm(problem: Problem, threads: int) -> Callable[[], Tensor]:
         "cell": problem.cell.numpy(),
         "memory": problem.memory.numpy(),
     }
-    node = helper.make_node(
-        "AttnLSTM", _INPUTS, ["", "last"],
-        domain="com.microsoft", hidden_size=problem.sizes.hidden,
-    )  # fmt: skip
-    graph = helper.make_graph(
-        [node],
-        "decoder",
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
-            for name, value in fed.items()
-        ],
-        [helper.make_tensor_value_info("last", TensorProto.FLOAT, None)],
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        _model(fed, constants, problem.sizes.hidden).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
     )
     return lambda: torch.from_numpy(session.run(None, fed)[0])[0]
+
+
+def _model(fed: dict[str, Any], constants: dict[str, Any], hidden: int) -> Any:
+    """The ONNX model of one node, with ``constants`` as its initializers."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(
+        "AttnLSTM", _INPUTS, ["", "last"], domain="com.microsoft", hidden_size=hidden
+    )
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
+        for name, value in fed.items()
+    ]
+    outputs = [helper.make_tensor_value_info("last", TensorProto.FLOAT, None)]
+    stored = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph([node], "decoder", inputs, outputs, stored)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -113,7 +113,8 @@ def table_row(result: Result) -> list[str]:
     cells = []
     for name in RIVALS:
         seconds, ratio = result.seconds.get(name), result.speedup(name)
-        text = WITHHELD if name in result.wrong else ""
+        text = "not here" if name in result.missing else ""
+        text = WITHHELD if name in result.wrong else text
         if seconds is not None:
             text = duration(seconds) + ("" if ratio is None else f" {ratio:.2f}x")
         cells.append(text)
@@ -125,7 +126,7 @@ def table_row(result: Result) -> list[str]:
 
 
 def endings(found: Sequence[Result]) -> list[str]:
-    """The figures with targets, what is short, and the results that were wrong."""
+    """The figures with targets, the results that were wrong, and the sides that did not run."""
     targets = [
         f"  {result.label}, {SHORT[result.compute]}: {line}"
         for result in found
@@ -137,7 +138,16 @@ def endings(found: Sequence[Result]) -> list[str]:
         for result in found
         for side in result.wrong
     ]
-    parts = {"Targets": targets, "WITHHELD, because results were wrong": wrong}
+    missing = [
+        f"  {result.label}, {SHORT[result.compute]}: {side}: {reason}"
+        for result in found
+        for side, reason in result.missing.items()
+    ]
+    parts = {
+        "Targets": targets,
+        "WITHHELD, because results were wrong": wrong,
+        "Not measured here": missing,
+    }
     return [line for title, lines in parts.items() if lines for line in ("", title, *lines)]
 
 

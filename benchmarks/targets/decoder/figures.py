@@ -17,7 +17,7 @@ class Result:
 
     seconds: by side; per step of all rows, per search, or per word. beside: seconds of our side in
     other settings: "one thread", "two threads", "quiet", "busy". errors: by side, with the limit.
-    missing: why our side has no figure.
+    missing: by side, why it cannot run here.
     """
 
     label: str
@@ -27,7 +27,7 @@ class Result:
     floor: Floor | None = None
     beside: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    missing: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def wrong(self) -> list[str]:
@@ -71,8 +71,10 @@ class Result:
     def verdict(self) -> str:
         if OURS in self.wrong:
             return WITHHELD
-        if self.missing:
-            return self.missing
+        if OURS in self.missing:
+            return "not here"
+        if not self.targets:
+            return ""
         if any(self.value(target) is None for target in self.targets):
             return "incomplete"
         return "SHORT" if self.short() else "ok"
@@ -113,6 +115,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "verdict": result.verdict,
         "seconds": dict(result.seconds),
         "beside": dict(result.beside),
+        "missing": dict(result.missing),
         "errors": {
             side: {"error": error, "limit": limit} for side, (error, limit) in result.errors.items()
         },

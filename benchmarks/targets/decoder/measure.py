@@ -66,14 +66,13 @@ def measure_steps(row: StepRow, sizes: Sizes, threads: int, budget_s: float) -> 
         times = {OURS: per_step[compute]} | rivals if compute in per_step else rivals
         judged = {name: errors[name] for name in row.rivals if name in errors}
         judged |= {OURS: errors[compute]} if compute in errors else {}
-        why = missing.get(compute, "")
         yield Result(
-            row.label, compute, times, row.targets[compute], floor, errors=judged, missing=why
+            row.label, compute, times, row.targets[compute], floor, errors=judged, missing=missing
         )
 
 
 def _sides(row: StepRow, problem: Problem, threads: int) -> tuple[dict[str, Side], dict[str, str]]:
-    """The sides that run here, and why the others do not."""
+    """The sides that run here, and why the rivals that do not run here do not."""
     makers: dict[str, Callable[[], Side]] = {
         LOOP: lambda: loop(problem),
         COMPILED: lambda: loop(problem, compiled=True),
@@ -102,7 +101,7 @@ def error_of(problem: Problem, name: str, result: Tensor) -> tuple[float, float]
     if problem.chooses:
         return error_of_symbols(result, oracle_logits(problem, result)), limit
     expected = oracle_hidden(problem, squash=name != ATTN_LSTM)
-    return float((result.double() - expected).abs().max()), limit
+    return float((result.double() - expected).abs().max() / expected.std()), limit
 
 
 def measure_search(row: SearchRow, sizes: Sizes, budget_s: float) -> Result:
@@ -139,7 +138,9 @@ def measure_threads(batch: int, sizes: Sizes, budget_s: float) -> Result:
     label = f"general, B={batch}, threads"
     counts = {"one thread": 1, "two threads": 2}
     if machine.cores() < 2:
-        return Result(label, "float32", {}, (THREADS_TARGET,), missing="one core only")
+        return Result(
+            label, "float32", {}, (THREADS_TARGET,), missing={OURS: "there is one core only"}
+        )
     call, errors = _ours(sizes, batch)
     judged = Result(label, "float32", {}, (THREADS_TARGET,), errors=errors)
     if judged.wrong:

@@ -14,8 +14,8 @@ from fused_attn.seq2seq.vocabulary import BOS, EOS
 
 SOURCE_SYMBOLS = 100
 # The largest allowed error, by type of the products. Of a chosen symbol: how far its logit lies
-# below the largest one of the float64 model, in standard deviations of the logits. Of states, whose
-# values lie in -1..1: the difference from those of the float64 model.
+# below the largest one of the float64 model, in standard deviations of the logits. Of states: the
+# largest difference from those of the float64 model, in their standard deviation.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.25}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 COMPUTES = ("float32", "bfloat16", "int8")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
@@ -90,7 +90,7 @@ class WordRow:
 
     batched: bool
     beam: int
-    targets: tuple[Target, ...] = field(default=())
+    targets: tuple[Target, ...]
 
     @property
     def label(self) -> str:
@@ -118,14 +118,22 @@ STEP_ROWS = (
         {"float32": (_faster(2),), "bfloat16": (_faster(3.5),), "int8": (_faster(6),)},
         (LOOP, COMPILED, TORCH),
     ),
-    StepRow("general", 256, {"float32": (Target("peak", 0.75),)}, (LOOP, TORCH)),
+    StepRow(
+        "general", 256,
+        {"float32": (Target("peak", 0.75),), "bfloat16": (), "int8": ()},
+        (LOOP, TORCH),
+    ),
     StepRow(
         "concat", 1,
         {"float32": (_faster(1.7, ATTN_LSTM),), "bfloat16": (_faster(3, ATTN_LSTM),),
          "int8": (_faster(5, ATTN_LSTM),)},
         (ATTN_LSTM, LOOP),
     ),
-    StepRow("concat", 32, {"float32": (_faster(2.5, ATTN_LSTM),)}, (ATTN_LSTM, LOOP)),
+    StepRow(
+        "concat", 32,
+        {"float32": (_faster(2.5, ATTN_LSTM),), "bfloat16": (), "int8": ()},
+        (ATTN_LSTM, LOOP),
+    ),
 )  # fmt: skip
 SEARCH_ROWS = (
     SearchRow(1, 5, _faster(8, TORCH)),
