@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
-from fused_attn.seq2seq.search.packed import PackedModels, spec_of
 from torch import Tensor
 
 from benchmarks.targets.decoder.problem import Problem
-from fused_attn import packed
+from fused_attn import LuongDecoder
+from fused_attn.decoder_parts import DecoderState
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
+from fused_attn.seq2seq.search.packed import PackedModels
 from fused_attn.seq2seq.search.search import search
+from fused_attn.seq2seq.vocabulary import BOS, EOS
 
 
 def steps(problem: Problem, compute: str) -> Callable[[], Tensor]:
     """All steps of a problem in one call: its symbols (B, T), or the last hidden state (B, H)."""
-    native = packed.native_module()
-    state: tuple[Any, ...] = (problem.hidden, problem.cell, None, None, 0)
-    spec = spec_of(problem.model, compute)
+    decoder, memory = decoder_of(problem, compute), problem.memory
+    state = DecoderState((problem.hidden, problem.cell))
     if not problem.chooses:
-        fed = native.PackedModel(spec | {"embedding": None, "output_weight": None, "encoder": None})
-        return lambda: fed.run_steps(
-            problem.embedded, problem.memory, None, state, False, torch.get_num_threads()
-        )[3][0]
-    decoder = native.PackedModel(spec | {"encoder": None})
+        return lambda: decoder(problem.embedded, memory, state=state)[1].hidden[0][0]
     count = problem.sizes.steps
-    limits = torch.full((problem.batch,), count)
-    options = {
-        "most": 1, "nbest_mass": 0.0, "length_penalty": "average", "alpha": 0.6,
-        "coverage_penalty": 0.0, "min_length": count, "block_ngrams": 0, "sample": False,
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "return_weights": False,
-    }  # fmt: skip
+    return lambda: decoder.greedy(memory, state=state, bos=BOS, eos=EOS, max_length=count).symbols
 
-    def run() -> Tensor:
-        found = decoder.search_memory(
-            problem.memory, None, state, limits, None, 1, options, torch.get_num_threads()
-        )
-        return torch.tensor([hypotheses[0][0] for hypotheses in found])
 
-    return run
+def decoder_of(problem: Problem, compute: str) -> LuongDecoder:
+    """The decoder of a problem; without an output layer where no symbols are chosen."""
+    model, sizes = problem.model, problem.sizes
+    decoder = LuongDecoder(
+        sizes.embedding, sizes.hidden,
+        embedding=model.target_embedding if problem.chooses else None,
+        attention=model.decoder.attention,
+        input_feeding=not problem.chooses,
+        vocab_size=sizes.symbols if problem.chooses else None,
+        compute=compute,
+    )  # fmt: skip
+    cell, layer = decoder.recurrent.layers[0], model.decoder.stack.layers[0]
+    cell.load_state_dict({name.removesuffix("_l0"): p for name, p in layer.named_parameters()})
+    if decoder.output_layer is not None:
+        decoder.output_layer.load_state_dict(model.output.state_dict())
+    return decoder.eval().requires_grad_(False)
 
 
 def searched(
