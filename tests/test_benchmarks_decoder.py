@@ -298,10 +298,26 @@ def test_work_of_a_word(bench: SimpleNamespace) -> None:
     once, each = 2 * 12 * 2, 2 * 12 * 3  # two directions of four gates
     bridge = 2 * 3 * 6
     step = 12 * 2 + 12 * 3 + 6 * 3 + 3 * (6 + 3) + 7 * 3
-    work = bench.words.work_of_word(model, 5, 4, "int8")
-    assert work.held == once + each + bridge + step
-    assert work.reads == once + 5 * each + bridge + 5 * step
-    assert work.operations == 5 * (once + each) + bridge + 5 * step
+    works = bench.words.work_of_word(model, 5, 4, "int8")
+    found = {name: (work.held, work.reads, work.operations) for name, work in works.items()}
+    assert found == {
+        "inputs and bridge": (once + bridge, once + bridge, 5 * once + bridge),
+        "recurrence": (12 * 3, 5 * each, 5 * each),
+        "decoder": (step, 5 * step, 5 * step),
+    }
+
+
+def test_floors_of_parts_add_up(bench: SimpleNamespace) -> None:
+    works = [bench.floors.Work(9, 8000, 100, "int8"), bench.floors.Work(9, 1000, 3000, "float32")]
+    factors = {"int8": 4, "float32": 1}
+    parts = [bench.floors.floor_of(works[0], 4000.0, 100.0, factors),
+             bench.floors.floor_of(works[1], 8000.0, 1000.0, factors)]  # fmt: skip
+    # 2 s of reads beside 0.25 s of multiply-adds, then 0.5 s beside 3 s.
+    assert [part.seconds for part in parts] == pytest.approx([2.0, 3.0])
+    whole = bench.floors.one_after_another(works, parts)
+    assert (whole.reading, whole.multiplying, whole.seconds) == pytest.approx((2.5, 3.25, 5.0))
+    assert whole.bandwidth == pytest.approx(12000 / 2.5)
+    assert whole.peak == pytest.approx(3100 / 3.25)
 
 
 def result_of(bench: SimpleNamespace, **fields: Any) -> Any:
@@ -324,7 +340,7 @@ def test_targets(
     bench: SimpleNamespace, target: tuple[Any, ...], value: float, is_met: bool, shown: str
 ) -> None:
     """Ours takes 2 ms, the loop 6; the floor is 1 ms of reads and 0.5 of multiply-adds."""
-    floor = bench.floors.Floor(1e-3, 0.5e-3, 1e9, 1e9)
+    floor = bench.floors.Floor(1e-3, 0.5e-3, 1e9, 1e9, 1e-3)
     beside = {"one thread": 1.6, "two threads": 1.0, "quiet": 0.5, "busy": 1.0}
     result = result_of(
         bench, seconds={"ours": 2e-3, "loop": 6e-3}, floor=floor, beside=beside,

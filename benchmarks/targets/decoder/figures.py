@@ -119,7 +119,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "errors": {
             side: {"error": error, "limit": limit} for side, (error, limit) in result.errors.items()
         },
-        "floor": result.floor and asdict(result.floor) | {"seconds": result.floor.seconds},
+        "floor": result.floor and asdict(result.floor),
         "targets": [
             {**asdict(target), "measured": result.value(target)} for target in result.targets
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,22 +64,32 @@ def work_of_step(weights: int, rows: int, compute: str) -> Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds of the reads and of the multiply-adds of a step. The floor is the larger."""
+    """Seconds of the reads and of the multiply-adds, and the floor, of a step the larger."""
 
     reading: float
     multiplying: float
     bandwidth: float  # bytes a second
     peak: float  # multiply-adds a second, in the type of the products
-
-    @property
-    def seconds(self) -> float:
-        return max(self.reading, self.multiplying)
+    seconds: float
 
 
 def floor_of(work: Work, bandwidth: float, peak: float, factors: dict[str, int]) -> Floor:
     """bandwidth: bytes a second. peak: multiply-adds in float32 a second."""
     own = peak * factors[work.compute]
-    return Floor(work.read_bytes / bandwidth, work.operations / own, bandwidth, own)
+    reading, multiplying = work.read_bytes / bandwidth, work.operations / own
+    return Floor(reading, multiplying, bandwidth, own, max(reading, multiplying))
+
+
+def one_after_another(works: Iterable[Work], floors: Iterable[Floor]) -> Floor:
+    """The floor of several parts, with their bandwidth and peak on average."""
+    parts = list(zip(works, floors, strict=True))
+    reading, multiplying, seconds = (
+        sum(getattr(floor, name) for _, floor in parts)
+        for name in ("reading", "multiplying", "seconds")
+    )
+    bandwidth = sum(work.read_bytes for work, _ in parts) / reading
+    peak = sum(work.operations for work, _ in parts) / multiplying
+    return Floor(reading, multiplying, bandwidth, peak, seconds)
 
 
 def limit_calls(size: int, threads: int) -> tuple[dict[str, Call], int]:

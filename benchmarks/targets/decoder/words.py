@@ -13,7 +13,13 @@ from torch import nn
 
 from benchmarks.common.measure import medians
 from benchmarks.targets.decoder.figures import Result
-from benchmarks.targets.decoder.floors import Floor, Work, floor_from, limit_calls
+from benchmarks.targets.decoder.floors import (
+    Floor,
+    Work,
+    floor_from,
+    limit_calls,
+    one_after_another,
+)
 from benchmarks.targets.decoder.numpy_words import words_call
 from benchmarks.targets.decoder.rows import G2P, OURS, TORCH, WordRow
 from fused_attn import seq2seq
@@ -65,21 +71,28 @@ class Models:
         return self.torch.models[0]
 
 
-def work_of_word(model: Seq2Seq, source: float, target: float, compute: str) -> Work:
-    """The products of a word of ``source`` letters and ``target`` phones, on average.
+def work_of_word(model: Seq2Seq, source: float, target: float, compute: str) -> dict[str, Work]:
+    """The products of a word of ``source`` letters and ``target`` phones, by the part of a search.
 
-    A layer of the encoder reads its input matrix once and its recurrent matrix for each letter. The
-    decoder reads everything for each phone and for the end.
+    A layer of the encoder reads its input matrix once and its recurrent matrix for each letter; the
+    recurrent matrix of one direction may stay in a nearer cache meanwhile. The decoder reads all of
+    its matrices for each phone and for the end.
     """
-    once = [p for name, p in _matrices(model.encoder) if "weight_ih" in name]
-    each = [p for name, p in _matrices(model.encoder) if "weight_hh" in name]
+    recurrent = [p for name, p in _matrices(model.encoder) if "weight_hh" in name]
+    inputs = [p for name, p in _matrices(model.encoder) if "weight_ih" in name]
     bridge = [p for _, p in _matrices(model.bridge)]
     steps = [p for part in (model.decoder, model.output) for _, p in _matrices(part)]
-    sizes = [sum(p.numel() for p in group) for group in (once, each, bridge, steps)]
-    layers = model.config.layers
-    reads = sizes[0] + sizes[1] * source + sizes[2] + sizes[3] * (target + 1)
-    operations = (sizes[0] + sizes[1]) * source + sizes[2] * layers + sizes[3] * (target + 1)
-    return Work(sum(sizes), round(reads), round(operations), compute)
+    inward, inner, between, each = (
+        sum(p.numel() for p in group) for group in (inputs, recurrent, bridge, steps)
+    )
+    once = inward + between
+    multiplied = round(inward * source + between * model.config.layers)
+    turned, stepped = round(inner * source), round(each * (target + 1))
+    return {
+        "inputs and bridge": Work(once, once, multiplied, compute),
+        "recurrence": Work(recurrent[0].numel(), turned, turned, compute),
+        "decoder": Work(each, stepped, stepped, compute),
+    }
 
 
 def _matrices(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -87,11 +100,18 @@ def _matrices(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def floor_of_word(models: Models, lengths: Sequence[tuple[int, int]], threads: int) -> Floor:
-    """lengths: letters and phones of each word."""
+    """The sum of the floors of all parts. lengths: letters and phones of each word."""
     source, target = (statistics.fmean(column) for column in zip(*lengths, strict=True))
-    work = work_of_word(models.seq2seq, source, target, models.compute)
-    calls, operations = limit_calls(work.held_bytes, threads)
-    return floor_from(medians(calls, 0.5), work, operations)
+    works = work_of_word(models.seq2seq, source, target, models.compute)
+    limits = {name: limit_calls(work.held_bytes, threads) for name, work in works.items()}
+    seconds = medians(
+        {f"{name} {each}": call for name in limits for each, call in limits[name][0].items()}, 0.5
+    )
+    floors = [
+        floor_from({each: seconds[f"{name} {each}"] for each in calls}, works[name], operations)
+        for name, (calls, operations) in limits.items()
+    ]
+    return one_after_another(works.values(), floors)
 
 
 def measure_words(row: WordRow, models: Models, words: list[str], budget_s: float) -> Result:
