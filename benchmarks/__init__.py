@@ -13,6 +13,7 @@ BENCHMARKS = {
     "swap": "benchmarks.swap",
     "claims": "benchmarks.claims.command",
     "cpu": "benchmarks.targets.cpu.command",
+    "decoder": "benchmarks.targets.decoder.command",
     "aot": "benchmarks.aot.command",
     "launches": "benchmarks.aot.launches",
 }

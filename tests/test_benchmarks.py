@@ -37,12 +37,13 @@ def test_without_a_name_it_lists_the_benchmarks() -> None:
     assert "python -m benchmarks NAME" in done.stdout
     assert "  quick     The suite in two minutes" in done.stdout
     assert "  cpu       The cpu backend against eager PyTorch" in done.stdout
+    assert "  decoder   The native decoder against a loop over LSTMCell" in done.stdout
 
 
 def test_an_unknown_name_is_refused() -> None:
     done = run("qiuck")
     assert (done.returncode, done.stdout) == (2, "")
-    known = "quick, full, report, compare, swap, claims, cpu, aot, launches"
+    known = "quick, full, report, compare, swap, claims, cpu, decoder, aot, launches"
     assert done.stderr == f"unknown benchmark 'qiuck', expected one of: {known}\n"
 
 

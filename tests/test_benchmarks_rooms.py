@@ -1,7 +1,7 @@
 """The one-way flow of the benchmarks, read from their imports: each room imports `common` alone.
 
 __main__ -> the commands        gpu_check -> targets.gpu
-suite, targets.cpu, targets.gpu, aot, claims, swap -> common
+suite, targets.cpu, targets.decoder, targets.gpu, aot, claims, swap -> common
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from benchmarks_package import LOCATION
 
-ROOMS = ("suite", "targets.cpu", "targets.gpu", "aot", "claims", "swap")
+ROOMS = ("suite", "targets.cpu", "targets.decoder", "targets.gpu", "aot", "claims", "swap")
 # What each may import, besides its own modules.
 BELOW = {
     "": (),  # the package itself, which names the commands

@@ -1,1 +1,1 @@
-"""Each backend against its own targets: `cpu` anywhere, `gpu` on a machine with an NVIDIA GPU."""
+"""Parts of the package against their targets: `cpu` and `decoder` anywhere, `gpu` on a GPU."""

@@ -1,0 +1,1 @@
+"""The native decoder against its rivals and the machine: `python -m benchmarks decoder`."""

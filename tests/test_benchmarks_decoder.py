@@ -1,0 +1,439 @@
+"""`python -m benchmarks decoder`: its sides are right, and its arithmetic, at small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks_package import imported
+
+from fused_attn import backends
+
+pytestmark = pytest.mark.skipif(
+    bool(backends.unavailable_reasons("cpu")), reason="the cpu backend is not usable here"
+)
+COMPUTES = ("float32", "bfloat16", "int8")
+WITHHELD = "withheld"
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[SimpleNamespace]:
+    with imported() as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def bench(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The modules of the benchmark, with few words and a short measurement of the peak."""
+    decoder = modules.targets.decoder
+    monkeypatch.setattr(modules.common.machine, "PEAK_ROUNDS", 1)
+    for name, count in {"SINGLE": 6, "CHUNK": 3, "SLOW": 2, "BATCHED": 12}.items():
+        monkeypatch.setattr(decoder.words, name, count)
+    return decoder
+
+
+def tiny_sizes(bench: SimpleNamespace) -> Any:
+    return bench.rows.Sizes(embedding=8, hidden=16, memory=12, source=5, symbols=30, steps=4)
+
+
+def problem_of(bench: SimpleNamespace, score: str, batch: int = 3) -> Any:
+    return bench.problem.make_problem(tiny_sizes(bench), score, batch)
+
+
+def tiny_plan(bench: SimpleNamespace) -> Any:
+    """Every row, without the side that must be compiled."""
+    steps = [
+        replace(row, rivals=tuple(name for name in row.rivals if name != bench.rows.COMPILED))
+        for row in bench.rows.STEP_ROWS
+        if row.batch == 1
+    ]
+    return bench.command.Plan(
+        steps, bench.rows.SEARCH_ROWS[:1], bench.rows.WORD_ROWS[:2], [2], [1], tiny_sizes(bench)
+    )
+
+
+def run(bench: SimpleNamespace, plan: Any, *arguments: str) -> int:
+    result: int = bench.command.main(["--seconds", "0", *arguments], plan)
+    return result
+
+
+def cells_of(text: str, label: str, kind: str) -> list[str]:
+    """The cells of the table's line with this label and type of products."""
+    lines = [line for line in text.splitlines() if line.startswith(f"{label}  ")]
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+    (row,) = (row for row in rows if row[1] == kind)
+    return row
+
+
+def test_every_row_is_measured(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "figures.json"
+    words = tmp_path / "words.txt"
+    words.write_text("hello\nworld\nattention\nwinter\nlanguage\nmemory\n" * 2)
+    plan, threads = tiny_plan(bench), torch.get_num_threads()
+    assert run(bench, plan, "--json", str(path), "--words", str(words)) == 0
+    text = capsys.readouterr().out
+    for label in ("general, B=1", "concat, fed, B=1"):
+        for kind in ("fp32", "bf16", "int8"):
+            _, _, ours, floor, share, *rivals, verdict = cells_of(text, label, kind)
+            assert all(cell[0].isdigit() for cell in (ours, floor, share)) and len(rivals) == 2
+            assert verdict in ("ok", "SHORT")
+    for label in ("beam 5, B=1", "general, B=2, threads", "general, B=1, busy"):
+        assert cells_of(text, label, "fp32")[-1] in ("ok", "SHORT", "not here")
+    assert WITHHELD not in text and torch.get_num_threads() == threads
+    written = json.loads(path.read_text())
+    assert written["provenance"]["threads"] == 1 and len(written["provenance"]["load"]) == 2
+    rows = {(row["label"], row["compute"]): row for row in written["rows"]}
+    row = rows["concat, fed, B=1", "float32"]
+    assert set(row["seconds"]) == {"ours", "LSTMCell loop", "AttnLSTM"}
+    (target,) = row["targets"]
+    assert target["measured"] == row["seconds"]["AttnLSTM"] / row["seconds"]["ours"]
+    assert set(row["errors"]) == set(row["seconds"])
+    (word,) = (row for label, row in rows.items() if label[0] == "a word, greedy")
+    assert set(word["seconds"]) == {"ours", "torch path", "g2p_en's model"}
+    assert word["targets"][0]["measured"] == word["seconds"]["ours"]
+
+
+@pytest.mark.parametrize("score", ["general", "concat"])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_wrong_result_has_no_time(
+    bench: SimpleNamespace,
+    score: str,
+    compute: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = bench.ours.steps
+
+    def steps(problem: Any, kind: str) -> Callable[[], torch.Tensor]:
+        side = right(problem, kind)
+        if kind != compute:
+            return side
+        # Another symbol, or a state that is too large; NaN would be found as well.
+        return lambda: (side() - 2) % 27 + 3 if problem.chooses else 1.5 * side()
+
+    monkeypatch.setattr(bench.ours, "steps", steps)
+    plan = tiny_plan(bench).only("general, B=1" if score == "general" else "concat, fed, B=1")
+    plan = replace(plan, busy=[], threads=[])
+    assert run(bench, plan) == 1
+    text = capsys.readouterr().out
+    (row,) = plan.steps
+    kind = bench.rows.SHORT[compute]
+    _, _, ours, floor, *rivals, verdict = cells_of(text, row.label, kind)
+    assert ours == verdict == WITHHELD and floor[0].isdigit() and len(rivals) == 2
+    assert f"  {row.label}, {kind}: error of ours " in text
+    assert text.count(WITHHELD) == 2
+
+
+def test_a_wrong_rival_is_withheld(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = bench.measure.attn_lstm
+    monkeypatch.setattr(
+        bench.measure, "attn_lstm", lambda *args: lambda: right(*args)() * torch.nan
+    )
+    assert run(bench, tiny_plan(bench).only("concat, fed, B=1")) == 1
+    row = cells_of(capsys.readouterr().out, "concat, fed, B=1", "fp32")
+    assert row.count(WITHHELD) == 1 and row[2][0].isdigit() and row[-1] == "incomplete"
+
+
+def test_a_rival_that_cannot_run_is_named(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(*args: object) -> Any:
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(bench.measure, "attn_lstm", absent)
+    assert run(bench, tiny_plan(bench).only("concat, fed, B=1")) == 0
+    text = capsys.readouterr().out
+    assert cells_of(text, "concat, fed, B=1", "fp32").count("not here") == 1
+    assert "  concat, fed, B=1, fp32: AttnLSTM: no such module" in text
+
+
+@pytest.mark.parametrize("score", ["general", "concat"])
+def test_the_plain_loop_is_the_model(bench: SimpleNamespace, score: str) -> None:
+    """In float64, against the model's own decoder, from its first to its last step."""
+    problem = problem_of(bench, score)
+    decoder, wide = bench.plain._double(problem, True)
+    state = bench.plain.start(wide)
+    from fused_attn.seq2seq.model.decoder import DecoderState
+
+    fed = torch.zeros_like(state[0]) if score == "concat" else None
+    expected = DecoderState((wide.hidden, wide.cell), fed)
+    keys = decoder.keys(wide.memory)
+    for t in range(wide.sizes.steps):
+        attentional, expected, _ = wide.model.decoder(
+            wide.embedded[:, t : t + 1], expected, wide.memory
+        )
+        x = wide.embedded[:, t]
+        feed = decoder.feed if score == "concat" else decoder.advance
+        state = feed(x, state, wide.memory, keys)
+        torch.testing.assert_close(state[2], attentional[:, 0])
+        torch.testing.assert_close(state[0], expected.hidden[0][0])
+
+
+def test_attn_lstm_does_the_same_work(bench: SimpleNamespace) -> None:
+    problem = problem_of(bench, "concat")
+    found = bench.attn_lstm.attn_lstm(problem, 1)()
+    without = bench.plain.oracle_hidden(problem, squash=False)
+    torch.testing.assert_close(found.double(), without, atol=1e-5, rtol=0)
+    with_tanh = bench.plain.oracle_hidden(problem, squash=True)
+    assert float((found.double() - with_tanh).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("side", ["loop", "torch path", *COMPUTES])
+def test_the_sides_choose_the_best_symbols(bench: SimpleNamespace, side: str) -> None:
+    problem = problem_of(bench, "general")
+    with torch.no_grad():
+        if side == "loop":
+            symbols = bench.plain.loop(problem)()
+        elif side == "torch path":
+            symbols = bench.torch_path.steps(problem)()
+        else:
+            symbols = bench.ours.steps(problem, side)()
+    assert symbols.shape == (3, 4) and int(symbols.min()) > 2
+    error, limit = bench.measure.error_of(problem, side, symbols)
+    assert error <= limit
+    other = symbols.clone()
+    other[1, 2] = (other[1, 2] + 1) % 30
+    assert bench.measure.error_of(problem, side, other)[0] > limit
+
+
+def test_error_of_symbols(bench: SimpleNamespace) -> None:
+    logits = torch.tensor([[[1.0, 3.0, -1.0], [0.0, 0.0, 6.0]]], dtype=torch.float64)
+    error = bench.problem.error_of_symbols
+    assert error(torch.tensor([[1, 2]]), logits) == 0
+    # The deviations are 2 and sqrt(12).
+    assert error(torch.tensor([[0, 2]]), logits) == pytest.approx(1.0)
+    assert error(torch.tensor([[0, 0]]), logits) == pytest.approx(6 / 12**0.5)
+
+
+def test_numpy_words_compute_a_gru(bench: SimpleNamespace) -> None:
+    model = bench.numpy_words.NumpyG2P()
+    cell = torch.nn.GRUCell(256, 256)
+    with torch.no_grad():
+        for parameter, value in zip(cell.parameters(), model.decoder, strict=True):
+            parameter.copy_(torch.from_numpy(value))
+        x, state = torch.randn(1, 256), torch.randn(1, 256)
+        expected = cell(x, state)
+    found = bench.numpy_words.gru_cell(x.numpy(), state.numpy(), *model.decoder)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert len(model.predict([3, 4, 2], 5)) == 5
+    words = bench.numpy_words.words_call([(4, 3), (7, 0)])()
+    assert [len(word) for word in words] == [4, 1]
+
+
+def test_work_of_a_step(bench: SimpleNamespace) -> None:
+    """The figures of the design: 7.5 million multiply-adds, 30, 15 and 7.5 MB."""
+    sizes = bench.rows.Sizes()
+    general = 4 * 512 * 1024 + 512 * 1024 + 512 * 1536 + 8000 * 512
+    assert bench.problem.weights_of_step(sizes, "general") == general
+    concat = 4 * 512 * 1536 + 512 * 512 + 512 * 1536
+    assert bench.problem.weights_of_step(sizes, "concat") == concat
+    works = [bench.floors.work_of_step(general, 32, compute) for compute in COMPUTES]
+    assert [work.read_bytes for work in works] == [4 * general, 2 * general, general]
+    assert {work.operations for work in works} == {32 * general}
+
+
+def test_floors(bench: SimpleNamespace) -> None:
+    """The larger of reads and multiply-adds, worked by hand."""
+    floors = bench.floors
+    factors = {"float32": 1, "bfloat16": 2, "int8": 4}
+    # A million weights, 10 GB/s, 50 G multiply-adds a second.
+    expected = {1: (400e-6, 200e-6, 100e-6), 64: (1280e-6, 640e-6, 320e-6)}
+    for rows, seconds in expected.items():
+        for compute, value in zip(COMPUTES, seconds, strict=True):
+            work = floors.work_of_step(10**6, rows, compute)
+            floor = floors.floor_of(work, 10e9, 50e9, factors)
+            assert floor.seconds == pytest.approx(value)
+    assert floor.multiplying == pytest.approx(320e-6) and floor.reading == pytest.approx(100e-6)
+
+
+def test_the_faster_read_counts(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.floors, "peak_factors", lambda: {"float32": 1, "int8": 4})
+    work = bench.floors.work_of_step(10**6, 1, "int8")
+    seconds = {"sum": 50e-6, "product": 20e-6, "peak": 1e-3}
+    floor = bench.floors.floor_from(seconds, work, 10**8)
+    assert floor.bandwidth == pytest.approx(50e9) and floor.reading == pytest.approx(20e-6)
+    assert floor.peak == pytest.approx(4e11) and floor.multiplying == pytest.approx(2.5e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("avx2 fma", (1, 1, 1)),
+        ("avx2 avx_vnni", (1, 1, 4)),
+        ("avx512f avx512_vnni", (1, 1, 4)),
+        ("avx512f avx512_vnni avx512_bf16", (1, 2, 4)),
+    ],
+)
+def test_peaks_of_the_types(bench: SimpleNamespace, flags: str, expected: tuple[int, ...]) -> None:
+    factors = bench.floors.peak_factors(frozenset(flags.split()))
+    assert factors == dict(zip(COMPUTES, expected, strict=True))
+
+
+def test_yardsticks_read_and_multiply(bench: SimpleNamespace) -> None:
+    calls, operations = bench.floors.limit_calls(1 << 20, 1)
+    assert set(calls) == {"sum", "product", "peak"} and operations > 0
+    assert float(calls["sum"]()) == (1 << 20) / 4  # every float of the buffer is a one
+    assert float(calls["product"]().sum()) == (1 << 20) / 4
+
+
+def test_work_of_a_word(bench: SimpleNamespace) -> None:
+    """Of a small model, counted by hand."""
+    from fused_attn.seq2seq.config import ModelConfig
+    from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+
+    model = Seq2Seq(ModelConfig(hidden=3, embedding=2, score="general"), 10, 7)
+    once, each = 2 * 12 * 2, 2 * 12 * 3  # two directions of four gates
+    bridge = 2 * 3 * 6
+    step = 12 * 2 + 12 * 3 + 6 * 3 + 3 * (6 + 3) + 7 * 3
+    works = bench.words.work_of_word(model, 5, 4, "int8")
+    found = {name: (work.held, work.reads, work.operations) for name, work in works.items()}
+    assert found == {
+        "inputs and bridge": (once + bridge, once + bridge, 5 * once + bridge),
+        "recurrence": (12 * 3, 5 * each, 5 * each),
+        "decoder": (step, 5 * step, 5 * step),
+    }
+
+
+def test_floors_of_parts_add_up(bench: SimpleNamespace) -> None:
+    works = [bench.floors.Work(9, 8000, 100, "int8"), bench.floors.Work(9, 1000, 3000, "float32")]
+    factors = {"int8": 4, "float32": 1}
+    parts = [bench.floors.floor_of(works[0], 4000.0, 100.0, factors),
+             bench.floors.floor_of(works[1], 8000.0, 1000.0, factors)]  # fmt: skip
+    # 2 s of reads beside 0.25 s of multiply-adds, then 0.5 s beside 3 s.
+    assert [part.seconds for part in parts] == pytest.approx([2.0, 3.0])
+    whole = bench.floors.one_after_another(works, parts)
+    assert (whole.reading, whole.multiplying, whole.seconds) == pytest.approx((2.5, 3.25, 5.0))
+    assert whole.bandwidth == pytest.approx(12000 / 2.5)
+    assert whole.peak == pytest.approx(3100 / 3.25)
+
+
+def result_of(bench: SimpleNamespace, **fields: Any) -> Any:
+    return bench.figures.Result("case", "float32", **fields)
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "is_met", "shown"),
+    [
+        (("floors", 1.4), 2.0, False, "2 floors (<= 1.4 floors) SHORT"),
+        (("peak", 0.25), 0.25, True, "25% of peak (>= 25% of peak)"),
+        (("speedup", 1.8, "loop"), 3.0, True, "3x loop (>= 1.8x loop)"),
+        (("seconds", 1e-3), 2e-3, False, "2 ms (<= 1 ms) SHORT"),
+        (("rate", 400), 500.0, True, "500 words/s (>= 400 words/s)"),
+        (("threads", 1.8), 1.6, False, "1.6x one thread (>= 1.8x one thread) SHORT"),
+        (("busy", 2.5), 2.0, True, "2x quiet (<= 2.5x quiet)"),
+    ],
+)
+def test_targets(
+    bench: SimpleNamespace, target: tuple[Any, ...], value: float, is_met: bool, shown: str
+) -> None:
+    """Ours takes 2 ms, the loop 6; the floor is 1 ms of reads and 0.5 of multiply-adds."""
+    floor = bench.floors.Floor(1e-3, 0.5e-3, 1e9, 1e9, 1e-3)
+    beside = {"one thread": 1.6, "two threads": 1.0, "quiet": 0.5, "busy": 1.0}
+    result = result_of(
+        bench, seconds={"ours": 2e-3, "loop": 6e-3}, floor=floor, beside=beside,
+        targets=(bench.rows.Target(*target),),
+    )  # fmt: skip
+    (own,) = result.targets
+    assert result.value(own) == pytest.approx(value)
+    assert bool(result.short()) != is_met and result.verdict == ("ok" if is_met else "SHORT")
+    assert list(bench.figures.verdicts(result)) == [shown]
+
+
+def test_what_was_not_measured_has_no_verdict(bench: SimpleNamespace) -> None:
+    target = bench.rows.Target("speedup", 2.0, "loop")
+    alone = result_of(bench, seconds={"ours": 1.0}, targets=(target,))
+    assert alone.value(target) is None and alone.verdict == "incomplete" and not alone.short()
+    assert replace(alone, targets=()).verdict == ""
+    assert replace(alone, missing={"ours": "reason"}).verdict == "not here"
+    for error, wrong in ((0.1, []), (0.3, ["ours"]), (float("nan"), ["ours"])):
+        assert replace(alone, errors={"ours": (error, 0.2)}).wrong == wrong
+    assert replace(alone, errors={"ours": (1.0, 0.2)}).verdict == WITHHELD
+
+
+def test_neighbours_spin_and_end(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.neighbours.machine, "cores", lambda: 1)
+    started: list[Any] = []
+    popen = bench.neighbours.subprocess.Popen
+
+    def spy(*args: Any, **rest: Any) -> Any:
+        started.append(popen(*args, **rest))
+        return started[-1]
+
+    monkeypatch.setattr(bench.neighbours.subprocess, "Popen", spy)
+    with pytest.raises(KeyError), bench.neighbours.busy_cores():
+        (process,) = started
+        before, end = _ticks(process.pid), time.monotonic() + 20
+        while _ticks(process.pid) == before and time.monotonic() < end:
+            time.sleep(0.02)
+        assert _ticks(process.pid) > before
+        raise KeyError
+    assert process.poll() is not None
+
+
+def _ticks(pid: int) -> int:
+    """Processor time of a process so far, in ticks of the system."""
+    if not os.path.exists("/proc"):
+        pytest.skip("processor time is read from /proc, which this system lacks")
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_word_lists(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(f"w{n}" for n in range(10)))
+    assert bench.words.word_list(path, 3) == ["w0", "w3", "w6"]
+    assert len(bench.words.word_list(path, 20)) == 10
+    words = bench.words.word_list(None, 50)
+    assert len(set(words)) == 50
+
+
+def test_rows_are_chosen_by_their_labels(bench: SimpleNamespace) -> None:
+    plan = bench.command.Plan()
+    chosen = plan.only("BEAM 5")
+    assert [row.label for row in chosen.searches] == ["beam 5, B=1", "beam 5, B=32"]
+    assert [row.label for row in chosen.words] == ["words in batches, beam 5"]
+    assert not (chosen.steps or chosen.threads or chosen.busy)
+    assert plan.only("busy").busy == [1, 32] and plan.only("threads").threads == [2, 32]
+    labels = [row.label for row in (*plan.steps, *plan.searches, *plan.words)]
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "genral"], "no row has 'genral' in its label"),
+        (["--words", "nowhere.txt"], "nowhere.txt is not a file"),
+        (["--seconds", "long"], "argument --seconds: invalid"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    bench: SimpleNamespace,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.command.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_the_backend_it_says_why(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "unavailable_reasons", lambda name: [f"no {name}"])
+    assert run(bench, tiny_plan(bench)) == 2
+    captured = capsys.readouterr()
+    assert not captured.out and captured.err == "the cpu backend is not usable: no cpu\n"
