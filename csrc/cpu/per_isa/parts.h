@@ -14,9 +14,13 @@ namespace fused_attn {
 namespace {
 
 // How much of a vector belongs to a row: all of it, or the first `count` lanes.
-struct Whole {};
+// Both are also the number of these lanes.
+struct Whole {
+  FA_INLINE_METHOD operator int64_t() const { return kLanes<float>; }
+};
 struct Part {
   int64_t count;
+  FA_INLINE_METHOD operator int64_t() const { return count; }
 };
 
 // Loads and stores of these lanes alone; a load has zeros in the others. `only` is x in these lanes
@@ -64,6 +68,14 @@ FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
 }
 #endif
 
+// The same for a number of lanes that may be all of them: a branch, where loops have none.
+FA_INLINE Vec<float> load_part(const float* p, int64_t count) {
+  return count < kLanes<float> ? load_part(p, Part{count}) : load(p);
+}
+FA_INLINE void store_part(float* p, Vec<float> x, int64_t count) {
+  count < kLanes<float> ? store_part(p, x, Part{count}) : store(p, x);
+}
+
 // Calls f(first element, Whole or Part) for each vector of a row of n elements.
 template <class F>
 FA_INLINE void for_each_vector(int64_t n, F f) {
@@ -104,6 +116,7 @@ FA_INLINE float largest_of(const float* x, int64_t n) {
 typedef VecOf<float>::bits Bits;
 constexpr uint32_t kSign = 0x80000000u;
 
+FA_INLINE Vec<float> magnitude_of(Vec<float> x) { return (Vec<float>)((Bits)x & ~kSign); }
 FA_INLINE Vec<float> negative_magnitude(Vec<float> x) { return (Vec<float>)((Bits)x | kSign); }
 
 // The magnitude of x with the sign of `sign`.
