@@ -1,63 +1,90 @@
-// Products of rows with packed weights; see DecoderKernels and PackedMatrix.
+// Products of rows with packed weights, and the rows converted for them; see DecoderKernels and PackedMatrix.
 #pragma once
 
-#include "../decoder/kernels.h"
-#include "convert.h"
+#include "product_amx.h"
+#include "product_tiles.h"
 
 namespace fused_attn {
 namespace {
+
+FA_INLINE void convert_to_bfloat16(const float* x, int64_t inputs, int64_t padded, BFloat16* out) {
+  narrow_row(x, 1.0f, inputs, out);
+  for (int64_t i = inputs; i < padded; ++i) out[i].bits = 0;
+}
+
+// The bits of the largest |x|: integers compare like magnitudes, and the bits of infinities and
+// NaNs are the largest.
+FA_INLINE int32_t largest_bits(const float* x, int64_t n) {
+  Ints most{};
+  for_each_vector(n, [&](int64_t i, int64_t count) {
+    const Ints size = (Ints)magnitude_of(load_part(x + i, count));
+    most = size > most ? size : most;
+  });
+  int32_t result = 0;
+  for (int i = 0; i < kLanes<float>; ++i) result = most[i] > result ? most[i] : result;
+  return result;
+}
+
+// Returns the scale.
+FA_INLINE float convert_to_integers(const float* x, int64_t inputs, int64_t padded, int8_t* out) {
+  const int32_t bits = largest_bits(x, inputs);
+  const float largest = as_float(uint32_t(bits));
+  if (bits == 0 || bits >= 0x7f800000) {
+    memset(out, 0, size_t(padded));
+    return bits == 0 ? 0.0f : __builtin_nanf("");
+  }
+  const float before = largest < 0x1p-64f ? 0x1p64f : 1.0f;  // so that the factor is finite
+  const float factor = 127.0f / (largest * before);
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  int64_t i = 0;
+  for (; i < inputs; i += kLanes<float>) {
+    const int64_t left = inputs - i, count = left < kLanes<float> ? left : kLanes<float>;
+    const Vec<float> scaled = rounded(load_part(x + i, count) * before * factor);
+    const Bytes bytes = __builtin_convertvector((Ints)(scaled + kShift) - 0x4b400000, Bytes);
+    memcpy(out + i, &bytes, sizeof bytes);  // fits: padded is a multiple of 64
+  }
+  if (i < padded) memset(out + i, 0, size_t(padded - i));
+  return largest / 127.0f;
+}
 
 void convert(Compute compute, const float* x, int64_t stride, int64_t rows, int64_t inputs,
              void* out, float* scales) {
   const int64_t padded = padded_inputs(compute, inputs);
   for (int64_t row = 0; row < rows; ++row, x += stride) {
-    if (compute == Compute::bf16) {
-      BFloat16* to = static_cast<BFloat16*>(out) + row * padded;
-      for (int64_t i = 0; i < padded; ++i) narrow(i < inputs ? x[i] : 0.0f, to[i]);
-      continue;
-    }
-    int8_t* to = static_cast<int8_t*>(out) + row * padded;
-    float largest = 0.0f;
-    for (int64_t i = 0; i < inputs; ++i) {
-      const float size = __builtin_fabsf(x[i]);
-      largest = size <= largest ? largest : size;  // a NaN stays
-      if (!(size <= 3.4028234e38f)) largest = __builtin_nanf("");
-    }
-    const bool ok = largest <= 3.4028234e38f;
-    scales[row] = ok ? largest / 127.0f : __builtin_nanf("");
-    const float inverse = ok && largest > 0.0f ? 127.0f / largest : 0.0f;
-    for (int64_t i = 0; i < padded; ++i)
-      to[i] = ok && i < inputs ? int8_t(__builtin_rintf(x[i] * inverse)) : int8_t(0);
+    if (compute == Compute::bf16)
+      convert_to_bfloat16(x, inputs, padded, static_cast<BFloat16*>(out) + row * padded);
+    else
+      scales[row] =
+          convert_to_integers(x, inputs, padded, static_cast<int8_t*>(out) + row * padded);
   }
 }
 
+#ifdef FA_AMX
+// One row is read faster by vectors than by tiles, which give the same integers.
+constexpr int64_t kAmxRows = 2;
+#endif
+
 void product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows, const float* start,
              int64_t start_stride, float* out, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t o = 0; o < matrix.outputs; ++o) {
-      const int64_t group = compute_group(matrix.compute);
-      const int64_t first = o / kPanel * matrix.padded_inputs * kPanel + o % kPanel * group;
-      float sum = 0.0f;
-      int32_t integers = 0;
-      for (int64_t i = 0; i < matrix.inputs; ++i) {
-        const int64_t at = first + i / group * group * kPanel + i % group, to = row * x.stride + i;
-        if (matrix.compute == Compute::f32)
-          sum +=
-              static_cast<const float*>(matrix.panels)[at] * static_cast<const float*>(x.data)[to];
-        else if (matrix.compute == Compute::bf16)
-          sum += widen(static_cast<const BFloat16*>(matrix.panels)[at]) *
-                 widen(static_cast<const BFloat16*>(x.data)[to]);
-        else
-          integers += int32_t(static_cast<const int8_t*>(matrix.panels)[at]) *
-                      int32_t(static_cast<const int8_t*>(x.data)[to]);
-      }
-      if (matrix.compute == Compute::i8) {
-        sum = float(integers) * (x.scales[row] * matrix.scales[o]);
-        __asm__("" : "+m"(sum));  // keeps the product from becoming a part of a multiply-add
-      }
-      const float before = start ? start[row * start_stride + o] : 0.0f;
-      out[row * stride + o] = before + sum;
-    }
+  if (rows <= 0) return;
+  const Result result{start, start_stride, out, stride, matrix.outputs};
+  switch (matrix.compute) {
+    case Compute::f32:
+      return tiled_product<FloatStep>(matrix, x, rows, result);
+#ifdef FA_AMX
+    case Compute::bf16:
+      return amx_product<false>(matrix, x, rows, result);
+    case Compute::i8:
+      if (rows < kAmxRows) return tiled_product<IntegerStep>(matrix, x, rows, result);
+      return amx_product<true>(matrix, x, rows, result);
+#else
+    case Compute::bf16:
+      return tiled_product<BFloat16Step>(matrix, x, rows, result);
+    case Compute::i8:
+      return tiled_product<IntegerStep>(matrix, x, rows, result);
+#endif
+  }
 }
 
 }  // namespace

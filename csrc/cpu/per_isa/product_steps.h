@@ -1,0 +1,244 @@
+// One step of a product with packed weights, for each kind of weights and each set of instructions.
+//
+// A step multiplies a group of inputs: a word of four bytes for each of the 64 outputs of a panel.
+// A struct here has the vectors of a step (`Weights`, from memory; `Row`, one row's word in every
+// lane), the sums that `add` adds to, and `finish`, which makes floats of the sums. Where the rows
+// must first be rewritten, `prepare` does it, and kRowBytes is what a step of it takes.
+#pragma once
+
+#include "../decoder/kernels.h"
+#include "convert.h"
+#include "parts.h"
+
+namespace fused_attn {
+namespace {
+
+typedef VecOf<float>::ints Ints;
+
+FA_INLINE int32_t word_at(const void* p) {
+  int32_t word;
+  memcpy(&word, p, sizeof word);
+  return word;
+}
+FA_INLINE Ints load_words(const void* p) { return (Ints)load(static_cast<const float*>(p)); }
+FA_INLINE Ints splat_word(int32_t word) { return word - Ints{}; }
+
+// Keeps the compiler from making one multiply-add of a product and a sum: results that must be
+// equal for all instruction sets are rounded twice, as without that instruction.
+FA_INLINE Vec<float> rounded(Vec<float> x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
+FA_INLINE Vec<float> multiply_add(Vec<float> x, Vec<float> y, Vec<float> sum) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#else
+  return sum + x * y;
+#endif
+}
+
+// What `finish` needs for integers; unused otherwise.
+struct Scales {
+  const float* outputs = nullptr;  // of the first output of a tile
+  const int32_t* sums = nullptr;
+  const float* rows = nullptr;
+};
+
+struct FloatStep {
+  typedef Vec<float> Sum;
+  typedef Vec<float> Weights;
+  typedef Vec<float> Row;
+  static constexpr int64_t kSteps = 256;  // in a block; the sums of blocks are added one by one
+  static constexpr int kMostRows = 6;
+  static constexpr int kRowBytes = 4;
+  static constexpr bool kPrepares = false;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) {
+    return load(reinterpret_cast<const float*>(p));
+  }
+  FA_INLINE_METHOD static Row row(const char* p) {
+    return splat(*reinterpret_cast<const float*>(p));
+  }
+  FA_INLINE_METHOD static Sum add(Sum sum, Weights w, Row x) { return multiply_add(x, w, sum); }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales&, int, int) { return sum; }
+  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Step {
+  typedef Vec<float> Sum;
+  typedef __m512bh Weights;
+  typedef __m512bh Row;
+  static constexpr int64_t kSteps = 128;
+  static constexpr int kMostRows = 6;
+  static constexpr int kRowBytes = 4;
+  static constexpr bool kPrepares = false;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) { return (__m512bh)load_words(p); }
+  FA_INLINE_METHOD static Row row(const char* p) { return (__m512bh)splat_word(word_at(p)); }
+  FA_INLINE_METHOD static Sum add(Sum sum, Weights w, Row x) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, x, w);
+  }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales&, int, int) { return sum; }
+  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
+};
+#else
+// Both are widened: the elements of a pair are the high and the low half of a word.
+struct BFloat16Step {
+  typedef Vec<float> Sum;
+  struct Pair {
+    Vec<float> first, second;
+  };
+  typedef Pair Weights;
+  typedef Pair Row;
+  static constexpr int64_t kSteps = 128;
+  static constexpr int kMostRows = 4;
+  static constexpr int kRowBytes = 8;
+  static constexpr bool kPrepares = true;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) {
+    const Bits words = (Bits)load_words(p);
+    return {(Vec<float>)(words << 16), (Vec<float>)(words & 0xffff0000u)};
+  }
+  FA_INLINE_METHOD static Row row(const char* p) {
+    const float* pair = reinterpret_cast<const float*>(p);
+    return {splat(pair[0]), splat(pair[1])};
+  }
+  FA_INLINE_METHOD static Sum add(Sum sum, const Weights& w, const Row& x) {
+    return multiply_add(x.second, w.second, multiply_add(x.first, w.first, sum));
+  }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales&, int, int) { return sum; }
+  FA_INLINE_METHOD static void prepare(const char* from, int64_t steps, char* to) {
+    for (int64_t i = 0; i < 2 * steps; ++i) {
+      uint16_t bits;
+      memcpy(&bits, from + 2 * i, sizeof bits);
+      const float wide = as_float(uint32_t(bits) << 16);
+      memcpy(to + 4 * i, &wide, sizeof wide);
+    }
+  }
+};
+#endif
+
+// start + float(sum) * (scale of the row * scale of the output), rounded after each operation.
+FA_INLINE Vec<float> scaled(Ints sum, const Scales& scales, int row, int column) {
+  const Vec<float> scale = load(scales.outputs + column) * scales.rows[row];
+  return rounded(__builtin_convertvector(sum, Vec<float>) * rounded(scale));
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// The instruction multiplies unsigned by signed bytes: 128 is added to the rows' integers, and 128
+// times the sum of the weights subtracted in the end. Sums may wrap around on the way.
+struct IntegerStep {
+  typedef Ints Sum;
+  typedef Ints Weights;
+  typedef Ints Row;
+  static constexpr int64_t kSteps = 512;
+  static constexpr int kMostRows = 6;
+  static constexpr int kRowBytes = 4;
+  static constexpr bool kPrepares = true;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) { return load_words(p); }
+  FA_INLINE_METHOD static Row row(const char* p) { return splat_word(word_at(p)); }
+  FA_INLINE_METHOD static Sum add(Sum sum, Weights w, Row x) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
+#endif
+  }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales& scales, int row, int column) {
+    const Bits surplus = (Bits)load_words(scales.sums + column) << 7;
+    return scaled((Ints)((Bits)sum - surplus), scales, row, column);
+  }
+  FA_INLINE_METHOD static void prepare(const char* from, int64_t steps, char* to) {
+    for (int64_t i = 0; i < steps; ++i) {
+      const int32_t word = word_at(from + 4 * i) ^ int32_t(0x80808080u);
+      memcpy(to + 4 * i, &word, sizeof word);
+    }
+  }
+};
+#elif defined(__SSE2__)
+// Two 16-bit words for each step: inputs 0 and 2 of the group, and 1 and 3. A product of pairs is
+// exact: at most 2 * 127 * 127.
+struct IntegerStep {
+  typedef Ints Sum;
+  struct Pair {
+    Ints even, odd;
+  };
+  typedef Pair Weights;
+  typedef Pair Row;
+  static constexpr int64_t kSteps = 512;
+  static constexpr int kMostRows = 4;
+  static constexpr int kRowBytes = 8;
+  static constexpr bool kPrepares = true;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) {
+    typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t ShortBits __attribute__((vector_size(kVectorBytes)));
+    const Ints words = load_words(p);
+    return {(Ints)((Shorts)((ShortBits)words << 8) >> 8), (Ints)((Shorts)words >> 8)};
+  }
+  FA_INLINE_METHOD static Row row(const char* p) {
+    return {splat_word(word_at(p)), splat_word(word_at(p + 4))};
+  }
+  FA_INLINE_METHOD static Ints multiply(Ints w, Ints x) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#else
+    return (Ints)__builtin_ia32_pmaddwd128((short __attribute__((vector_size(16))))w,
+                                           (short __attribute__((vector_size(16))))x);
+#endif
+  }
+  FA_INLINE_METHOD static Sum add(Sum sum, const Weights& w, const Row& x) {
+    return sum + multiply(w.even, x.even) + multiply(w.odd, x.odd);
+  }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales& scales, int row, int column) {
+    return scaled(sum, scales, row, column);
+  }
+  FA_INLINE_METHOD static void prepare(const char* from, int64_t steps, char* to) {
+    for (int64_t i = 0; i < steps; ++i) {
+      const auto* group = reinterpret_cast<const int8_t*>(from + 4 * i);
+      const int16_t wide[4] = {group[0], group[2], group[1], group[3]};
+      memcpy(to + 8 * i, wide, sizeof wide);
+    }
+  }
+};
+#else
+struct IntegerStep {
+  typedef Ints Sum;
+  typedef Ints Weights;
+  typedef Ints Row;
+  static constexpr int64_t kSteps = 512;
+  static constexpr int kMostRows = 4;
+  static constexpr int kRowBytes = 4;
+  static constexpr bool kPrepares = false;
+
+  FA_INLINE_METHOD static Weights weights(const char* p) { return load_words(p); }
+  FA_INLINE_METHOD static Row row(const char* p) { return splat_word(word_at(p)); }
+  FA_INLINE_METHOD static Sum add(Sum sum, Weights w, Row x) {
+    for (int i = 0; i < 4; ++i) {
+      const Bits left = Bits{} + uint32_t(24 - 8 * i);
+      sum += ((Ints)((Bits)w << left) >> 24) * ((Ints)((Bits)x << left) >> 24);
+    }
+    return sum;
+  }
+  FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales& scales, int row, int column) {
+    return scaled(sum, scales, row, column);
+  }
+  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
+};
+#endif
+
+}  // namespace
+}  // namespace fused_attn

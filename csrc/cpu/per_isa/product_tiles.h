@@ -1,0 +1,236 @@
+// Products with packed weights in register tiles: a few rows by a part of a panel.
+//
+// An output is the sum over the inputs one after the other, in blocks of a fixed number of steps:
+// start + (sum of block 0) + (sum of block 1) + ... Neither the number of rows nor the place of a
+// row or an output in its tile changes that order, so it does not change a bit.
+#pragma once
+
+#include "product_steps.h"
+
+namespace fused_attn {
+namespace {
+
+constexpr int64_t kStepBytes = kPanel * 4;  // weights of a step
+constexpr int kPanelVectors = int(kStepBytes) / kVectorBytes;
+
+// The start of a product, and where it goes.
+struct Result {
+  const float* start;  // null: zeros
+  int64_t start_stride;
+  float* out;
+  int64_t stride;
+  int64_t columns;  // of the whole product
+
+  Result row(int64_t n) const {
+    return {start ? start + n * start_stride : nullptr, start_stride, out + n * stride, stride,
+            columns};
+  }
+};
+
+// The rows of a product as the steps read them.
+struct StepRows {
+  const char* data;
+  int64_t bytes;  // from row to row
+};
+
+// Lines of weights that are brought nearer while a tile is computed.
+struct Ahead {
+  const char* from;
+  int64_t step;  // bytes to go on by at each step; 0: nothing is to be brought
+};
+
+FA_INLINE void bring(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Steps first .. first + steps of M rows times N vectors of weights, added to the sums. `Lines` is
+// how many lines are brought nearer at each step.
+template <class Step, int M, int N, int Lines>
+FA_INLINE void add_steps(const char* weights, StepRows x, int64_t steps, Ahead ahead,
+                         typename Step::Sum (&sums)[M][N]) {
+  const char* coming = ahead.from;
+  const char* rows[M];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) rows[r] = x.data + r * x.bytes;
+  for (int64_t step = 0; step < steps; ++step, weights += kStepBytes) {
+    if constexpr (Lines > 0) {
+#pragma GCC unroll 4
+      for (int line = 0; line < Lines; ++line) bring(coming + line * 64);
+      coming += ahead.step;
+    }
+    typename Step::Weights w[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) w[n] = Step::weights(weights + n * kVectorBytes);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      const typename Step::Row word = Step::row(rows[r] + step * Step::kRowBytes);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[r][n] = Step::add(sums[r][n], w[n], word);
+    }
+  }
+}
+
+// Adds the sums of M rows and N vectors, from `column` on, to the start.
+template <class Step, int M, int N>
+FA_INLINE void finish(const typename Step::Sum (&sums)[M][N], const Result& result, int64_t column,
+                      const Scales& scales) {
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = column + n * kLanes<float>, count = result.columns - at;
+      if (count <= 0) break;
+      const Vec<float> sum = Step::finish(sums[r][n], scales, r, n * kLanes<float>);
+      const Vec<float> before = result.start
+                                    ? load_part(result.start + r * result.start_stride + at, count)
+                                    : Vec<float>{};
+      store_part(result.out + r * result.stride + at, before + sum, count);
+    }
+}
+
+// Vectors of a panel beside M rows, so that sums and operands fit the registers.
+template <class Step, int M>
+constexpr int tile_vectors() {
+#if defined(__AVX512F__)
+  return 4;
+#else
+  return M == 1 ? 8 : M <= 3 && Step::kRowBytes == 4 ? 4 : 2;
+#endif
+}
+
+// What a step needs besides its rows.
+struct Panel {
+  const char* weights;  // of the first step of a chunk
+  int64_t column;       // its first output
+  Scales scales;
+};
+
+template <class X>
+FA_INLINE const X* offset(const X* p, int64_t n) {
+  return p ? p + n : p;
+}
+
+// M rows by a whole panel: adds `steps` steps to the start.
+template <class Step, int M, int Lines>
+void tile(const Panel& panel, StepRows x, int64_t steps, Ahead ahead, const Result& result) {
+  constexpr int N = tile_vectors<Step, M>();
+  alignas(64) char prepared[Step::kPrepares ? M * Step::kSteps * Step::kRowBytes : 1];
+  constexpr int64_t kRowBytes = Step::kSteps * Step::kRowBytes;
+  for (int vector = 0; vector < kPanelVectors; vector += N) {
+    const int64_t column = vector * kLanes<float>;
+    if (panel.column + column >= result.columns) break;
+    typename Step::Sum sums[M][N] = {};
+    int64_t step = 0;
+    do {
+      const int64_t count = steps - step < Step::kSteps ? steps - step : Step::kSteps;
+      StepRows rows{x.data + step * 4, x.bytes};
+      if constexpr (Step::kPrepares) {
+        if (vector == 0 || steps > Step::kSteps)
+          for (int r = 0; r < M; ++r)
+            Step::prepare(rows.data + r * rows.bytes, count, prepared + r * kRowBytes);
+        rows = {prepared, kRowBytes};
+      }
+      const char* weights = panel.weights + step * kStepBytes + vector * kVectorBytes;
+      add_steps<Step, M, N, Lines>(weights, rows, count, ahead, sums);
+      ahead.from += count * ahead.step;
+      step += count;
+    } while (step < steps);
+    ahead.step = 0;  // the other vectors of the panel bring nothing
+    const Scales scales{offset(panel.scales.outputs, column), offset(panel.scales.sums, column),
+                        panel.scales.rows};
+    finish<Step, M, N>(sums, result, panel.column + column, scales);
+  }
+}
+
+template <class Step, int Lines>
+void tile_of_rows(int64_t rows, const Panel& panel, StepRows x, int64_t steps, Ahead ahead,
+                  const Result& result) {
+  switch (rows) {
+    case 1:
+      return tile<Step, 1, Lines>(panel, x, steps, ahead, result);
+    case 2:
+      return tile<Step, 2, Lines>(panel, x, steps, ahead, result);
+    case 3:
+      return tile<Step, 3, Lines>(panel, x, steps, ahead, result);
+    case 4:
+      return tile<Step, 4, Lines>(panel, x, steps, ahead, result);
+  }
+  if constexpr (Step::kMostRows == 6) {
+    if (rows == 5) return tile<Step, 5, Lines>(panel, x, steps, ahead, result);
+    return tile<Step, 6, Lines>(panel, x, steps, ahead, result);
+  }
+}
+
+// While one chunk of weights is multiplied, the next comes nearer, a part of it with each of the
+// first row tiles. A single tile of rows reads as fast as the processor's own prefetching.
+template <class Step>
+void chunk_product(const Panel& panel, StepRows x, int64_t rows, int64_t steps, const char* next,
+                   const float* row_scales, const Result& result) {
+  const int64_t tiles = (rows + Step::kMostRows - 1) / Step::kMostRows;
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int64_t end = (t + 1) * rows / tiles;
+    Panel part = panel;
+    part.scales.rows = offset(row_scales, first);
+    const StepRows those{x.data + first * x.bytes, x.bytes};
+    const Result to = result.row(first);
+    if (!next || tiles == 1 || t >= 4)
+      tile_of_rows<Step, 0>(end - first, part, those, steps, {}, to);
+    else if (tiles >= 4)
+      tile_of_rows<Step, 1>(end - first, part, those, steps, {next + t * steps * 64, 64}, to);
+    else if (t == 0)
+      tile_of_rows<Step, 4>(end - first, part, those, steps, {next, kStepBytes}, to);
+    else
+      tile_of_rows<Step, 0>(end - first, part, those, steps, {}, to);
+    first = end;
+  }
+}
+
+template <class Step>
+void block_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
+                   const Result& result) {
+  const int64_t group = compute_group(matrix.compute), bytes = compute_bytes(matrix.compute);
+  const int64_t steps = (matrix.inputs + group - 1) / group;
+  const int64_t chunk = matrix.compute == Compute::i8 ? steps : Step::kSteps;
+  const int64_t panels = matrix.panel_count(), panel_bytes = matrix.padded_inputs * kPanel * bytes;
+  const StepRows words{static_cast<const char*>(x.data), x.stride * bytes};
+  for (int64_t p = 0; p < panels; ++p) {
+    const char* weights = static_cast<const char*>(matrix.panels) + p * panel_bytes;
+    const int64_t column = p * kPanel;
+    Result to = result;
+    int64_t first = 0;
+    do {
+      const int64_t count = steps - first < chunk ? steps - first : chunk;
+      const bool last = first + count >= steps;
+      const char* next = !last            ? weights + (first + count) * kStepBytes
+                         : p + 1 < panels ? weights + panel_bytes
+                                          : nullptr;
+      const Panel panel{weights + first * kStepBytes,
+                        column,
+                        {offset(matrix.scales, column), offset(matrix.sums, column), nullptr}};
+      chunk_product<Step>(panel, {words.data + first * 4, words.bytes}, rows, count, next, x.scales,
+                          to);
+      to.start = to.out;
+      to.start_stride = to.stride;
+      first += count;
+    } while (first < steps);
+  }
+}
+
+// Rows in blocks: a result with a few hundred rows is read and written for each block of inputs,
+// and the places in the cache for lines at equal distances are few. A block of rows reads the
+// weights once, for which it computes long enough.
+constexpr int64_t kRowBlock = 48;
+
+template <class Step>
+void tiled_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
+                   const Result& result) {
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, bytes = compute_bytes(matrix.compute);
+  for (int64_t b = 0, first = 0; b < blocks; ++b) {
+    const int64_t end = (b + 1) * rows / blocks;
+    const ConvertedRows those{static_cast<const char*>(x.data) + first * x.stride * bytes, x.stride,
+                              offset(x.scales, first)};
+    block_product<Step>(matrix, those, end - first, result.row(first));
+    first = end;
+  }
+}
+
+}  // namespace
+}  // namespace fused_attn
