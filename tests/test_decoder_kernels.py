@@ -344,7 +344,7 @@ def test_weighted_sum(n: int, draw: torch.Generator) -> None:
             agree(out, exact, more + weights @ values, more.abs() + weights @ values.abs())
 
 
-@pytest.mark.parametrize("n", [255, 256, 257, 3000])
+@pytest.mark.parametrize("n", [63, 64, 65, 3000])
 def test_many_positions(n: int, draw: torch.Generator) -> None:
     width = 37
     query, keys = torch.randn(3, width, generator=draw), torch.randn(n, width, generator=draw)

@@ -19,9 +19,11 @@ constexpr int kTileQueries = 3;
 constexpr int kTileQueries = 2;  // without instructions that multiply and add in one
 #endif
 
-// Rows of values between two additions to the result: sums of some thousands of terms would lose
-// digits, and the rows of a block stay in the cache for all its columns.
-constexpr int64_t kValueBlock = 256;
+// Positions whose keys stay in the cache for all groups of queries. A multiple of 8, as are tiles.
+constexpr int64_t kKeyBlock = 16;
+// Likewise for values, whose sums are added to the result block by block: one sum of some thousands
+// of terms would lose digits.
+constexpr int64_t kValueBlock = 64;
 
 template <int N>
 struct Number {
@@ -97,18 +99,20 @@ FA_INLINE void score_tile(const float* query, int64_t query_stride, const float*
 void dot_scores(const float* query, int64_t query_stride, int64_t queries, const float* keys,
                 int64_t key_stride, int64_t n, int64_t width, const float* bias, float* scores,
                 int64_t stride) {
-  for_each_query_group(queries, [&](int64_t first, auto group) {
-    constexpr int M = decltype(group)::value, G = M * 8 <= 5 * kTileQueries ? 2 : 1;
-    const auto tile = [&](int64_t s, int64_t count, auto fours) {
-      score_tile<M, decltype(fours)::value>(
-          query + first * query_stride, query_stride, keys + s * key_stride, key_stride, count,
-          width, bias ? bias + s : nullptr, scores + first * stride + s, stride);
-    };
-    int64_t s = 0;
-    if constexpr (G == 2)
-      for (; s + 4 < n; s += 8) tile(s, n - s < 8 ? n - s : 8, Number<2>{});
-    for (; s < n; s += 4) tile(s, n - s < 4 ? n - s : 4, Number<1>{});
-  });
+  for (int64_t block = 0; block < n; block += kKeyBlock)
+    for_each_query_group(queries, [&](int64_t first, auto group) {
+      constexpr int M = decltype(group)::value, G = M * 8 <= 5 * kTileQueries ? 2 : 1;
+      const auto tile = [&](int64_t s, int64_t count, auto fours) {
+        score_tile<M, decltype(fours)::value>(
+            query + first * query_stride, query_stride, keys + s * key_stride, key_stride, count,
+            width, bias ? bias + s : nullptr, scores + first * stride + s, stride);
+      };
+      const int64_t end = n - block < kKeyBlock ? n : block + kKeyBlock;
+      int64_t s = block;
+      if constexpr (G == 2)
+        for (; s + 4 < end; s += 8) tile(s, end - s < 8 ? end - s : 8, Number<2>{});
+      for (; s < end; s += 4) tile(s, end - s < 4 ? end - s : 4, Number<1>{});
+    });
 }
 
 void concat_scores(const float* query, const float* keys, int64_t key_stride, int64_t n,
@@ -192,12 +196,12 @@ void weighted_sum(const float* weights, int64_t weight_stride, int64_t queries, 
                   const float* values, int64_t value_stride, int64_t width, const float* start,
                   float* out, int64_t stride) {
   constexpr int64_t L = kLanes<float>;
-  for_each_query_group(queries, [&](int64_t first, auto group) {
-    constexpr int M = decltype(group)::value;
-    constexpr int N = M == 1 ? 8 : kVectorBytes == 32 && M == 3 ? 3 : 4;
-    int64_t s = 0;
-    do {  // also without positions: the result is then the start
-      const int64_t rows = n - s < kValueBlock ? n - s : kValueBlock;
+  int64_t s = 0;
+  do {  // also without positions: the result is then the start
+    const int64_t rows = n - s < kValueBlock ? n - s : kValueBlock;
+    for_each_query_group(queries, [&](int64_t first, auto group) {
+      constexpr int M = decltype(group)::value;
+      constexpr int N = M == 1 ? 8 : kVectorBytes == 32 && M == 3 ? 3 : 4;
       const auto tile = [&](int64_t d, auto vectors, auto part) {
         sum_tile<M, decltype(vectors)::value>(
             weights + first * weight_stride + s, weight_stride, rows, values + s * value_stride + d,
@@ -208,9 +212,9 @@ void weighted_sum(const float* weights, int64_t weight_stride, int64_t queries, 
       for (; d + 2 * L <= width; d += 2 * L) tile(d, Number<2>{}, Whole{});
       for (; d + L <= width; d += L) tile(d, Number<1>{}, Whole{});
       if (d < width) tile(d, Number<1>{}, Part{width - d});
-      s += rows;
-    } while (s < n);
-  });
+    });
+    s += rows;
+  } while (s < n);
 }
 
 }  // namespace

@@ -14,9 +14,13 @@ namespace fused_attn {
 namespace {
 
 // How much of a vector belongs to a row: all of it, or the first `count` lanes.
-struct Whole {};
+// Both are also the number of these lanes.
+struct Whole {
+  FA_INLINE_METHOD operator int64_t() const { return kLanes<float>; }
+};
 struct Part {
   int64_t count;
+  FA_INLINE_METHOD operator int64_t() const { return count; }
 };
 
 // Loads and stores of these lanes alone; a load has zeros in the others. `only` is x in these lanes
@@ -64,12 +68,12 @@ FA_INLINE Vec<float> only(Vec<float> x, Part part, float other) {
 }
 #endif
 
-// The first n lanes, or all of them if n is larger.
-FA_INLINE Vec<float> load_first(const float* p, int64_t n) {
-  return n < kLanes<float> ? load_part(p, Part{n}) : load(p);
+// The same for a number of lanes that may be all of them: a branch, where loops have none.
+FA_INLINE Vec<float> load_part(const float* p, int64_t count) {
+  return count < kLanes<float> ? load_part(p, Part{count}) : load(p);
 }
-FA_INLINE void store_first(float* p, Vec<float> x, int64_t n) {
-  n < kLanes<float> ? store_part(p, x, Part{n}) : store(p, x);
+FA_INLINE void store_part(float* p, Vec<float> x, int64_t count) {
+  count < kLanes<float> ? store_part(p, x, Part{count}) : store(p, x);
 }
 
 // Calls f(first element, Whole or Part) for each vector of a row of n elements.
@@ -112,6 +116,7 @@ FA_INLINE float largest_of(const float* x, int64_t n) {
 typedef VecOf<float>::bits Bits;
 constexpr uint32_t kSign = 0x80000000u;
 
+FA_INLINE Vec<float> magnitude_of(Vec<float> x) { return (Vec<float>)((Bits)x & ~kSign); }
 FA_INLINE Vec<float> negative_magnitude(Vec<float> x) { return (Vec<float>)((Bits)x | kSign); }
 
 // The magnitude of x with the sign of `sign`.
@@ -153,14 +158,11 @@ constexpr float kExp2 = 0.4999999345096434f, kExp3 = 0.166665206788604f,
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
 
-// exp(x) for x <= 0, two units in the last place; 0 below -104, or -87 without AVX-512; NaN stays.
+// exp(x) for x <= 0, two units in the last place; 0 below -87, so that no result is subnormal,
+// which would take a hundred times as long. NaN stays.
 FA_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   using V = Vec<float>;
-#if defined(__AVX512F__)
-  const V y = larger(x, splat(-110.0f));
-#else
   const V y = larger(x, splat(-87.0f));
-#endif
   const V shifted = y * kLog2E + kRounder, n = shifted - kRounder;
   const V r = (y - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
   V p = kExp6 * r + kExp5;
@@ -169,7 +171,8 @@ FA_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   p = p * r + kExp2;
   p = p * (r * r) + r + 1.0f;
 #if defined(__AVX512F__)
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.0f), _CMP_NLT_UQ);
+  return (V)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
   const V value = p * (V)(((Bits)shifted << 23) + 0x3f800000u);
   return x < -87.0f ? V{} : value;

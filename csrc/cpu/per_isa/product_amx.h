@@ -134,9 +134,9 @@ FA_INLINE void finish_rows(const typename TileSums<Integers>::type* sums, int64_
       else
         sum = load(sums + r * kPanel + i);
       const Vec<float> before = result.start
-                                    ? load_first(result.start + r * result.start_stride + at, count)
+                                    ? load_part(result.start + r * result.start_stride + at, count)
                                     : Vec<float>{};
-      store_first(result.out + r * result.stride + at, before + sum, count);
+      store_part(result.out + r * result.stride + at, before + sum, count);
     }
 }
 

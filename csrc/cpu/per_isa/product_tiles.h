@@ -80,9 +80,9 @@ FA_INLINE void finish(const typename Step::Sum (&sums)[M][N], const Result& resu
       if (count <= 0) break;
       const Vec<float> sum = Step::finish(sums[r][n], scales, r, n * kLanes<float>);
       const Vec<float> before = result.start
-                                    ? load_first(result.start + r * result.start_stride + at, count)
+                                    ? load_part(result.start + r * result.start_stride + at, count)
                                     : Vec<float>{};
-      store_first(result.out + r * result.stride + at, before + sum, count);
+      store_part(result.out + r * result.stride + at, before + sum, count);
     }
 }
 

@@ -16,8 +16,8 @@ FA_INLINE void convert_to_bfloat16(const float* x, int64_t inputs, int64_t padde
 // NaNs are the largest.
 FA_INLINE int32_t largest_bits(const float* x, int64_t n) {
   Ints most{};
-  for_each_vector(n, [&](int64_t i, auto part) {
-    const Ints size = (Ints)((Bits)load_part(x + i, part) & ~kSign);
+  for_each_vector(n, [&](int64_t i, int64_t count) {
+    const Ints size = (Ints)magnitude_of(load_part(x + i, count));
     most = size > most ? size : most;
   });
   int32_t result = 0;
@@ -39,7 +39,8 @@ FA_INLINE float convert_to_integers(const float* x, int64_t inputs, int64_t padd
   typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
   int64_t i = 0;
   for (; i < inputs; i += kLanes<float>) {
-    const Vec<float> scaled = rounded(load_first(x + i, inputs - i) * before * factor);
+    const int64_t left = inputs - i, count = left < kLanes<float> ? left : kLanes<float>;
+    const Vec<float> scaled = rounded(load_part(x + i, count) * before * factor);
     const Bytes bytes = __builtin_convertvector((Ints)(scaled + kShift) - 0x4b400000, Bytes);
     memcpy(out + i, &bytes, sizeof bytes);  // fits: padded is a multiple of 64
   }
