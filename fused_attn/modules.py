@@ -40,6 +40,11 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [*hooks, "forward"] if "forward" in module.__dict__ else hooks
 
 
+def hook_dicts(module: nn.Module) -> list[Any]:
+    """The dicts that hold the hooks of a module, each empty without hooks."""
+    return [getattr(module, name) for name in _HOOKS]
+
+
 def readable_weight(part: nn.Module, at_call: bool = True) -> Tensor | None:
     """The weight of a linear layer that need not be called; None if the layer must be called.
 

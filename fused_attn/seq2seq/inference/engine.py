@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -80,15 +81,12 @@ class Engine:
     ) -> list[list[Hypothesis]]:
         """Search for the targets of sources, given as ids; see `search.search`."""
         symbols, lengths = pad(encoded)
+        packed = self.packed_models()
+        rest: dict[str, Any] = {"bound": self.bound, "return_weights": return_weights}
+        if packed is not None:
+            rest |= {"packed": packed, "prefix": prefix}
+            return search(self.models, symbols, lengths, config, **rest)
+        device = next(self.models[0].parameters()).device
+        rest["prefix"] = None if prefix is None else moved(prefix, device)
         with evaluating(self.models):
-            device = next(self.models[0].parameters()).device
-            return search(
-                self.models,
-                moved(symbols, device),
-                lengths,
-                config,
-                prefix=None if prefix is None else moved(prefix, device),
-                bound=self.bound,
-                return_weights=return_weights,
-                packed=self.packed_models(),
-            )
+            return search(self.models, moved(symbols, device), lengths, config, **rest)

@@ -34,6 +34,8 @@ from fused_attn.seq2seq.vocabulary import Vocabulary
 
 BATCH_SIZE = 256
 
+_DEFAULTS = asdict(SearchConfig())
+
 # Key in the metadata of a checkpoint.
 _LONGEST = "longest_source"
 
@@ -368,7 +370,7 @@ def search_config(options: Mapping[str, Any]) -> SearchConfig:
     config = SearchConfig(**options)
     # A `Prediction` shows its score and its alternatives.
     shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
-    settle(SEARCH_NEEDS, asdict(SearchConfig()) | shown, options)
+    settle(SEARCH_NEEDS, _DEFAULTS | shown, options)
     return config
 
 
