@@ -97,6 +97,51 @@ def concat_scores_backward(
     /,
 ) -> Gradients: ...
 
+class NotNumbersError(ValueError): ...
+
+State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
+Hypothesis = tuple[list[int], float, float, Tensor | None, list[float]]
+
+class PackedModel:
+    def __init__(self, spec: dict[str, Any]) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def encode(
+        self, source: Tensor, source_lengths: Tensor, threads: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def run_steps(
+        self,
+        inputs: Tensor,
+        memory: Tensor | None,
+        memory_lengths: Tensor | None,
+        state: State,
+        return_weights: bool,
+        threads: int,
+    ) -> tuple[Tensor | None, ...]: ...
+    def greedy(
+        self,
+        rows: Tensor,
+        memory: Tensor | None,
+        memory_lengths: Tensor | None,
+        state: State,
+        bos: int,
+        eos: int,
+        steps: int,
+        return_weights: bool,
+        threads: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
+
+def search(
+    models: list[PackedModel],
+    source: Tensor,
+    source_lengths: Tensor,
+    limits: Tensor,
+    prefix: Tensor | None,
+    beam: int,
+    options: dict[str, Any],
+    threads: int,
+) -> list[list[Hypothesis]]: ...
+
 # These exist only if cuda_build()["missing"] is None.
 def cuda_dot_forward(
     query: Tensor,

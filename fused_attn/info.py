@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fused_attn import __version__, backends
+from fused_attn import __version__, backends, packed
 from fused_attn.problem import AttentionProblem
 
 ENVIRONMENT = ("FUSED_ATTN_BACKEND", "FUSED_ATTN_CPU_ISA")
@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
         "instruction_set": _instruction_set(),
         "native_cuda": _native_cuda(),
         "backends": {name: _unavailable_reasons(name) for name in backends.BACKENDS},
+        "native_decoder": _native_decoder(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
 
@@ -87,6 +88,15 @@ def _unavailable_reasons(name: str) -> list[str]:
         return [str(error)]
 
 
+def _native_decoder() -> dict[str, Any]:
+    """The types of the native decoder's products, or why decoders run step by step in torch."""
+    try:
+        reasons = packed.backend_reasons("auto")
+    except ValueError as error:
+        reasons = [str(error)]
+    return {"compute": [] if reasons else list(packed.COMPUTE), "reasons": reasons}
+
+
 def _table(rows: dict[str, str], indent: str = "") -> list[str]:
     """Lines of name and value, aligned; further lines of a value are indented to match."""
     width = max(map(len, rows)) + 2
@@ -123,6 +133,12 @@ def report() -> str:
         name: "not usable: " + "\n".join(reasons) if reasons else "usable"
         for name, reasons in facts["backends"].items()
     }
+    native = facts["native_decoder"]
+    rows["native decoder"] = (
+        "not usable: " + "\n".join(native["reasons"])
+        if native["reasons"]
+        else f"usable, in {', '.join(native['compute'])}"
+    )
     environment = {
         name: "not set" if value is None else value for name, value in facts["environment"].items()
     }

@@ -105,7 +105,8 @@ class Predictor(SourceReader):
         return (
             f"Predictor({self.task.name}: {ensemble}{encoder}, hidden {config.hidden}, "
             f"attention {config.score}; {len(self.source.symbols)} source and "
-            f"{len(self.target.symbols)} target symbols; on {self.device})"
+            f"{len(self.target.symbols)} target symbols; on {self.device}, "
+            f"{'in torch' if self.compute is None else f'native in {self.compute}'})"
         )
 
     @classmethod
