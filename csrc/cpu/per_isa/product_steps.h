@@ -6,6 +6,10 @@
 // must first be rewritten, `prepare` does it, and kRowBytes is what a step of it takes.
 #pragma once
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "../decoder/kernels.h"
 #include "convert.h"
 #include "parts.h"
@@ -57,7 +61,10 @@ struct FloatStep {
   typedef Vec<float> Sum;
   typedef Vec<float> Weights;
   typedef Vec<float> Row;
-  static constexpr int64_t kSteps = 256;  // in a block; the sums of blocks are added one by one
+  // In a block; the sums of blocks are added one by one. The weights of a block fit a first-level
+  // cache of the processors that have these registers.
+  static constexpr int64_t kSteps =
+      kVectorBytes == 64 ? 256 : 128;  // in a block; the sums of blocks are added one by one
   static constexpr int kMostRows = 6;
   static constexpr int kRowBytes = 4;
   static constexpr bool kPrepares = false;
@@ -168,7 +175,7 @@ struct IntegerStep {
 };
 #elif defined(__SSE2__)
 // Two 16-bit words for each step: inputs 0 and 2 of the group, and 1 and 3. A product of pairs is
-// exact: at most 2 * 127 * 127.
+// exact: at most 2 * 127 * 127. Rows are padded to whole groups of 16 steps.
 struct IntegerStep {
   typedef Ints Sum;
   struct Pair {
@@ -196,8 +203,7 @@ struct IntegerStep {
 #elif defined(__AVX2__)
     return (Ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
 #else
-    return (Ints)__builtin_ia32_pmaddwd128((short __attribute__((vector_size(16))))w,
-                                           (short __attribute__((vector_size(16))))x);
+    return (Ints)_mm_madd_epi16((__m128i)w, (__m128i)x);
 #endif
   }
   FA_INLINE_METHOD static Sum add(Sum sum, const Weights& w, const Row& x) {
@@ -207,10 +213,12 @@ struct IntegerStep {
     return scaled(sum, scales, row, column);
   }
   FA_INLINE_METHOD static void prepare(const char* from, int64_t steps, char* to) {
-    for (int64_t i = 0; i < steps; ++i) {
-      const auto* group = reinterpret_cast<const int8_t*>(from + 4 * i);
-      const int16_t wide[4] = {group[0], group[2], group[1], group[3]};
-      memcpy(to + 8 * i, wide, sizeof wide);
+    for (int64_t i = 0; i < steps; i += 4, from += 16, to += 32) {  // four groups at a time
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      const __m128i even = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8);
+      const __m128i odd = _mm_srai_epi16(bytes, 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(even, odd));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi32(even, odd));
     }
   }
 };

@@ -33,13 +33,20 @@ struct StepRows {
   int64_t bytes;  // from row to row
 };
 
-// Lines of weights that are brought nearer while a tile is computed.
+// Weights that are brought nearer while a tile is computed.
 struct Ahead {
   const char* from;
-  int64_t step;  // bytes to go on by at each step; 0: nothing is to be brought
+  int64_t step;  // bytes of them at each step
 };
 
 FA_INLINE void bring(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// The lines that M rows of results go to: far apart, and written when the sums are complete.
+template <int M>
+FA_INLINE void bring_result(const float* out, int64_t stride) {
+  for (int r = 0; r < M; ++r)
+    for (int i = 0; i < kPanel; i += 16) __builtin_prefetch(out + r * stride + i, 1, 2);
+}
 
 // Steps first .. first + steps of M rows times N vectors of weights, added to the sums. `Lines` is
 // how many lines are brought nearer at each step.
@@ -113,6 +120,7 @@ template <class Step, int M, int Lines>
 void tile(const Panel& panel, StepRows x, int64_t steps, Ahead ahead, const Result& result) {
   constexpr int N = tile_vectors<Step, M>();
   alignas(64) char prepared[Step::kPrepares ? M * Step::kSteps * Step::kRowBytes : 1];
+  bring_result<M>(result.out + panel.column, result.stride);
   constexpr int64_t kRowBytes = Step::kSteps * Step::kRowBytes;
   for (int vector = 0; vector < kPanelVectors; vector += N) {
     const int64_t column = vector * kLanes<float>;
@@ -159,8 +167,8 @@ void tile_of_rows(int64_t rows, const Panel& panel, StepRows x, int64_t steps, A
   }
 }
 
-// While one chunk of weights is multiplied, the next comes nearer, a part of it with each of the
-// first row tiles. A single tile of rows reads as fast as the processor's own prefetching.
+// While one chunk of weights is multiplied, the next comes nearer, a part of it with each row tile.
+// A single tile is left to the processor's own prefetching, which is faster then.
 template <class Step>
 void chunk_product(const Panel& panel, StepRows x, int64_t rows, int64_t steps, const char* next,
                    const float* row_scales, const Result& result) {
@@ -171,14 +179,13 @@ void chunk_product(const Panel& panel, StepRows x, int64_t rows, int64_t steps, 
     part.scales.rows = offset(row_scales, first);
     const StepRows those{x.data + first * x.bytes, x.bytes};
     const Result to = result.row(first);
-    if (!next || tiles == 1 || t >= 4)
+    const int64_t share = (kStepBytes + tiles - 1) / tiles;  // bytes that come nearer at a step
+    if (!next || tiles == 1)
       tile_of_rows<Step, 0>(end - first, part, those, steps, {}, to);
-    else if (tiles >= 4)
-      tile_of_rows<Step, 1>(end - first, part, those, steps, {next + t * steps * 64, 64}, to);
-    else if (t == 0)
-      tile_of_rows<Step, 4>(end - first, part, those, steps, {next, kStepBytes}, to);
+    else if (tiles < 4)
+      tile_of_rows<Step, 2>(end - first, part, those, steps, {next + t * steps * share, share}, to);
     else
-      tile_of_rows<Step, 0>(end - first, part, those, steps, {}, to);
+      tile_of_rows<Step, 1>(end - first, part, those, steps, {next + t * steps * share, share}, to);
     first = end;
   }
 }

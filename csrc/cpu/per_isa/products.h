@@ -1,4 +1,5 @@
-// Products of rows with packed weights, and the rows converted for them; see DecoderKernels and PackedMatrix.
+// Products of rows with packed weights, and the rows converted for them; see DecoderKernels and
+// PackedMatrix.
 #pragma once
 
 #include "product_amx.h"
