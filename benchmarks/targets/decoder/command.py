@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] = (), plan: Plan | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks decoder", description=summary)
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows that contain it")
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="about, for each row (default: 3)"
+        "--seconds", type=float, default=2.0, help="about, for each row (default: 2)"
     )
     parser.add_argument(
         "--words",
