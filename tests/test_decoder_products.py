@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -330,3 +333,43 @@ def test_weights_and_rows_of_zeros_leave_the_start(isa: str) -> None:
             (torch.ones(66, 0), torch.ones(4, 0)),
         ):
             assert torch.equal(product(compute, weights, x, start), start)
+
+
+@every_isa
+@every_compute
+def test_threads_at_the_same_time_compute_the_same(compute: str, isa: str) -> None:
+    native.set_cpu_isa(isa)
+    generator = torch.Generator().manual_seed(13)
+    weights, x = (torch.randn(n, 700, generator=generator) for n in (300, 40))
+    packed, right = checks.PackedWeights(compute, weights), product(compute, weights, x)
+
+    def repeat(_: int) -> Tensor:
+        out = torch.empty(40, 300)
+        checks.product(packed, x, None, out, 20)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, right) for out in pool.map(repeat, range(8)))
+
+
+def test_the_instruction_sets_are_those_of_the_processor() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    if not flags:
+        pytest.skip("/proc/cpuinfo does not tell what the processor has")
+    has = set(flags[1].split())
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {
+        "generic": set(),
+        "avx2": avx2,
+        "avx2_vnni": avx2 | {"avx_vnni"},
+        "avx512": avx512,
+        "avx512_vnni": avx512 | {"avx512_vnni"},
+        "avx512_bf16": avx512 | {"avx512_vnni", "avx512_bf16"},
+        "avx512_amx": avx512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+    }
+    expected = {isa for isa, flags_needed in needs.items() if flags_needed <= has}
+    supported = set(native.cpu_isas_supported())
+    assert supported <= expected
+    assert expected - supported <= {"avx512_amx"}  # the system may refuse its registers

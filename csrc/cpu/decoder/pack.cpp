@@ -31,10 +31,11 @@ char* allocate(int64_t bytes) {
   return static_cast<char*>(memory);
 }
 
-// A block of weights: 64 outputs, and as many inputs as 64 bytes of the packed type hold.
-constexpr int64_t kMostBlock = 64;
+// A block of weights: 64 outputs by 64 inputs, read once, and the 64 bytes of each output that are
+// written together.
+constexpr int64_t kBlock = 64;
 struct Block {
-  float rows[kPanel][kMostBlock];
+  float rows[kPanel][kBlock];
   uint32_t words[kPanel][16];  // packed: a word is a group of inputs
 };
 
@@ -42,11 +43,11 @@ struct Source {
   const float* weights;
   int64_t outputs, inputs, output_stride, input_stride;
 
-  // Rows first.. of the matrix, inputs begin..begin + count; zeros outside.
-  void read(int64_t first, int64_t begin, int64_t count, Block& block) const {
+  // Rows from `first` on, inputs from `begin` on; zeros outside of the matrix.
+  void read(int64_t first, int64_t begin, Block& block) const {
     const int64_t rows = std::min(kPanel, outputs - first);
-    const int64_t columns = std::max<int64_t>(std::min(count, inputs - begin), 0);
-    if (rows < kPanel || columns < count) std::memset(block.rows, 0, sizeof block.rows);
+    const int64_t columns = std::min(kBlock, inputs - begin);
+    if (rows < kPanel || columns < kBlock) std::memset(block.rows, 0, sizeof block.rows);
     const float* from = weights + first * output_stride + begin * input_stride;
     if (input_stride == 1) {
       for (int64_t o = 0; o < rows; ++o)
@@ -69,11 +70,11 @@ int32_t bits_of(float x) {
 // those of infinities and NaNs are the largest.
 void find_largest(const Source& source, int64_t first, int32_t* largest, Block& block) {
   std::fill_n(largest, kPanel, 0);
-  for (int64_t i = 0; i < source.inputs; i += kMostBlock) {
-    source.read(first, i, kMostBlock, block);
+  for (int64_t i = 0; i < source.inputs; i += kBlock) {
+    source.read(first, i, block);
     for (int64_t o = 0; o < kPanel; ++o) {
       int32_t most = largest[o];
-      for (int64_t j = 0; j < kMostBlock; ++j) {
+      for (int64_t j = 0; j < kBlock; ++j) {
         const int32_t size = bits_of(block.rows[o][j]) & 0x7fffffff;
         most = size > most ? size : most;
       }
@@ -99,16 +100,16 @@ struct Scaling {
   }
 };
 
-void pack_float(Block& block) {
+void pack_float(int64_t begin, Block& block) {
   for (int64_t o = 0; o < kPanel; ++o)
-    std::memcpy(block.words[o], block.rows[o], sizeof block.words[o]);
+    std::memcpy(block.words[o], block.rows[o] + begin, sizeof block.words[o]);
 }
 
-void pack_bfloat16(Block& block) {
+void pack_bfloat16(int64_t begin, Block& block) {
   for (int64_t o = 0; o < kPanel; ++o) {
     uint16_t narrow[32];
     for (int64_t i = 0; i < 32; ++i) {
-      const uint32_t bits = uint32_t(bits_of(block.rows[o][i]));
+      const uint32_t bits = uint32_t(bits_of(block.rows[o][begin + i]));
       const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
       narrow[i] = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
     }
@@ -185,9 +186,9 @@ PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outp
       }
     }
     for (int64_t i = 0; i < matrix_.padded_inputs; i += step, to += 16 * kPanel) {
-      source.read(panel * kPanel, i, step, block);
-      if (compute == Compute::f32) pack_float(block);
-      if (compute == Compute::bf16) pack_bfloat16(block);
+      if (i % kBlock == 0) source.read(panel * kPanel, i, block);
+      if (compute == Compute::f32) pack_float(i % kBlock, block);
+      if (compute == Compute::bf16) pack_bfloat16(i % kBlock, block);
       if (compute == Compute::i8) pack_integers(scalings.data(), sums + panel * kPanel, block);
       write_words(block, to);
     }
