@@ -259,10 +259,10 @@ def test_floors(bench: SimpleNamespace) -> None:
     assert floor.multiplying == pytest.approx(320e-6) and floor.reading == pytest.approx(100e-6)
 
 
-def test_the_faster_read_counts(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_read_counts(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.floors, "peak_factors", lambda: {"float32": 1, "int8": 4})
     work = bench.floors.work_of_step(10**6, 1, "int8")
-    seconds = {"sum": 50e-6, "product": 20e-6, "peak": 1e-3}
+    seconds = {"sum": 50e-6, "product": 20e-6, "square": 30e-6, "peak": 1e-3}
     floor = bench.floors.floor_from(seconds, work, 10**8)
     assert floor.bandwidth == pytest.approx(50e9) and floor.reading == pytest.approx(20e-6)
     assert floor.peak == pytest.approx(4e11) and floor.multiplying == pytest.approx(2.5e-6)
@@ -284,9 +284,9 @@ def test_peaks_of_the_types(bench: SimpleNamespace, flags: str, expected: tuple[
 
 def test_yardsticks_read_and_multiply(bench: SimpleNamespace) -> None:
     calls, operations = bench.floors.limit_calls(1 << 20, 1)
-    assert set(calls) == {"sum", "product", "peak"} and operations > 0
+    assert set(calls) == {"sum", "product", "square", "peak"} and operations > 0
     assert float(calls["sum"]()) == (1 << 20) / 4  # every float of the buffer is a one
-    assert float(calls["product"]().sum()) == (1 << 20) / 4
+    assert float(calls["product"]().sum()) == float(calls["square"]()) == (1 << 20) / 4
 
 
 def test_work_of_a_word(bench: SimpleNamespace) -> None:

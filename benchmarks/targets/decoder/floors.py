@@ -14,7 +14,7 @@ from benchmarks.common.measure import Call
 from benchmarks.targets.decoder.rows import COMPUTES
 
 BYTES = dict(zip(COMPUTES, (4, 2, 1), strict=True))
-PEAK, READS = "peak", ("sum", "product")
+PEAK, READS = "peak", ("sum", "product", "square")
 _FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "int8": {"avx512_vnni", "avx_vnni"}}
 
 
@@ -93,23 +93,24 @@ def one_after_another(works: Iterable[Work], floors: Iterable[Floor]) -> Floor:
 
 
 def limit_calls(size: int, threads: int) -> tuple[dict[str, Call], int]:
-    """Calls that read a buffer of ``size`` bytes in two ways, and one of multiply-adds.
+    """Calls that read a buffer of ``size`` bytes in three ways, and one of multiply-adds.
 
     They are timed among the sides of a row. Also returns the multiply-adds of that call.
     """
     width = 1024
     buffer = torch.ones(max(1, size // (4 * width)), width)
-    vector = torch.ones(width)
+    flat, vector = buffer.flatten(), torch.ones(width)
     multiply, operations = machine.peak_call(threads)
     calls: dict[str, Call] = {
         READS[0]: buffer.sum,
         READS[1]: lambda: torch.mv(buffer, vector),
+        READS[2]: lambda: torch.dot(flat, flat),
         PEAK: multiply,
     }
     return calls, operations // 2
 
 
 def floor_from(seconds: Mapping[str, float], work: Work, operations: int) -> Floor:
-    """The floor from the times of `limit_calls`. The faster of the two reads counts."""
+    """The floor from the times of `limit_calls`. The fastest of the reads counts."""
     bandwidth = work.held_bytes / min(seconds[name] for name in READS)
     return floor_of(work, bandwidth, operations / seconds[PEAK], peak_factors())
