@@ -13,6 +13,7 @@
 #include "decoder_checks.h"
 #include "packed_model.h"
 #include "plain.h"
+#include "sample.h"
 #include "search_checks.h"
 
 using namespace fused_attn;
@@ -152,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
         "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
+  m.def("sample", &sample, py::arg("tensors"), "A hash of a few elements of each tensor.");
   bind_decoder(m);
   add_decoder_checks(m);
   bind_search_checks(m);

@@ -69,7 +69,9 @@ def test_a_model_predicts_what_it_did(
     if expected == "exported":
         sources = [line.split("\t")[0] for line in Path("dev.tsv").read_text().splitlines()]
         arguments = [arguments[0], *sources, *arguments[1:]]
-    assert main(["predict", *arguments, "--threads", "1"]) == 0
+    # Scores of the version before int8 products.
+    options = ["--threads", "1", "--compute", "float32"]
+    assert main(["predict", *arguments, *options]) == 0
     found = capsys.readouterr().out.splitlines()
     lines = (BEFORE / f"{expected}-predictions.txt").read_text(encoding="utf-8").splitlines()
     assert len(found) == len(lines)

@@ -20,6 +20,7 @@ D, E, A, LONGEST = 3, 5, 4, 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "output_dim": {"output_dim": 2},
+    "output_bias": {"output_dim": 2, "output_bias": True},
     "monotonic": {"local": "monotonic", "window": 1},
     "predictive": {"local": "predictive", "window": 1.5},
     "sparsemax": {"normalizer": "sparsemax"},
@@ -123,7 +124,7 @@ def right(
         weights = weights * nothing.gaussian(centers, layer.window, source)
     context = (weights * 0.0 if layer.dropout else weights) @ memory
     if layer.output_dim is not None:
-        context = torch.tanh(torch.cat((context, query), -1) @ layer.output_proj.weight.mT)
+        context = torch.tanh(layer.output_proj(torch.cat((context, query), -1)))
     scores = scores.masked_fill(~counts, -torch.inf)
     return {"context": context, "weights": weights, "scores": scores, "logsumexp": log}
 
