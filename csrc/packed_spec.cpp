@@ -1,7 +1,6 @@
 #include "packed_spec.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu/isa.h"
 
@@ -98,7 +97,7 @@ const float* PackedModel::vector_of(const py::handle& tensor, const std::string&
 
 PackedMatrix PackedModel::packed(const Argument& matrix, int64_t first, int64_t count) {
   return kept(PackedWeights(model_.compute, data_of(matrix) + first * matrix.stride(1),
-                            matrix.size(0), count, matrix.stride(0), matrix.stride(1)));
+                            matrix.size(0), count, matrix.stride(0), matrix.stride(1), &memory_));
 }
 
 PackedMatrix PackedModel::packed_transpose(const Argument& matrix, float factor) {
@@ -108,13 +107,12 @@ PackedMatrix PackedModel::packed_transpose(const Argument& matrix, float factor)
     for (int64_t j = 0; j < columns; ++j)
       scaled[i * columns + j] =
           factor * data_of(matrix)[j * matrix.stride(0) + i * matrix.stride(1)];
-  return kept(PackedWeights(model_.compute, scaled.data(), rows, columns, columns, 1));
+  return kept(PackedWeights(model_.compute, scaled.data(), rows, columns, columns, 1, &memory_));
 }
 
-PackedMatrix PackedModel::kept(PackedWeights&& weights) {
+PackedMatrix PackedModel::kept(const PackedWeights& weights) {
   bytes_ += weights.panel_bytes();
-  matrices_.push_back(std::move(weights));
-  return matrices_.back().matrix();
+  return weights.matrix();
 }
 
 Embedding PackedModel::embedding_of(const py::object& tensor, const std::string& name) {

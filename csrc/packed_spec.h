@@ -43,11 +43,11 @@ class PackedModel {
   // Columns [first, first + count) of a matrix, packed; transposed if asked for.
   PackedMatrix packed(const Argument& matrix, int64_t first, int64_t count);
   PackedMatrix packed_transpose(const Argument& matrix, float factor);
-  PackedMatrix kept(PackedWeights&& weights);
+  PackedMatrix kept(const PackedWeights& weights);
   float* own(int64_t count);
 
   Model model_;
-  std::vector<PackedWeights> matrices_;  // moving one keeps its memory
+  WeightMemory memory_;  // of the matrices that model_ points to
   std::vector<std::unique_ptr<float[]>> vectors_;
   std::deque<std::string> names_;  // those that an Argument points to
   int64_t bytes_ = 0;

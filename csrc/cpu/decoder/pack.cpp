@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,19 +18,7 @@ namespace fused_attn {
 namespace {
 
 constexpr int64_t kHugePage = int64_t(2) << 20;
-
-// The memory of large matrices is asked for in huge pages: a search reads all of it at every step,
-// with fewer misses of the translation buffer, and packing takes fewer page faults.
-char* allocate(int64_t bytes) {
-  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  const int64_t size = (std::max<int64_t>(bytes, 1) + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(size_t(alignment), size_t(size));
-  if (!memory) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(memory, size_t(size), MADV_HUGEPAGE);
-#endif
-  return static_cast<char*>(memory);
-}
+constexpr int64_t kChunk = 8 * kHugePage;  // what is not used of it is never touched
 
 // A block of weights: 64 outputs by 64 inputs, read once, and the 64 bytes of each output that are
 // written together.
@@ -143,14 +132,33 @@ void write_words(const Block& block, uint32_t* to) {
 
 }  // namespace
 
-void PackedWeights::Free::operator()(void* memory) const { std::free(memory); }
+void WeightMemory::Free::operator()(char* memory) const { std::free(memory); }
+
+char* WeightMemory::take(int64_t bytes) {
+  bytes = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
+  if (used_ + bytes > size_) {
+    const int64_t wanted = (std::max(bytes, kChunk) + kHugePage - 1) / kHugePage * kHugePage;
+    std::unique_ptr<char, Free> chunk(
+        static_cast<char*>(std::aligned_alloc(size_t(kHugePage), size_t(wanted))));
+    if (!chunk) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(chunk.get(), size_t(wanted), MADV_HUGEPAGE);
+#endif
+    chunks_.push_back(std::move(chunk));
+    used_ = 0;
+    size_ = wanted;
+  }
+  char* piece = chunks_.back().get() + used_;
+  used_ += bytes;
+  return piece;
+}
 
 int64_t PackedWeights::panel_bytes() const {
   return matrix_.panel_count() * matrix_.padded_inputs * kPanel * compute_bytes(matrix_.compute);
 }
 
 PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outputs, int64_t inputs,
-                             int64_t output_stride, int64_t input_stride) {
+                             int64_t output_stride, int64_t input_stride, WeightMemory* memory) {
   if (compute == Compute::i8 && inputs > kMostInputs) {
     throw std::invalid_argument("int8 weights have at most " + std::to_string(kMostInputs) +
                                 " inputs, got " + std::to_string(inputs));
@@ -161,9 +169,10 @@ PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outp
   matrix_.padded_inputs = padded_inputs(compute, inputs);
   const int64_t panels = matrix_.panel_count(), bytes = panel_bytes();
   const int64_t padded = compute == Compute::i8 ? panels * kPanel : 0;
-  memory_.reset(allocate(bytes + padded * 8));
-  matrix_.panels = memory_.get();
-  float* scales = reinterpret_cast<float*>(memory_.get() + bytes);
+  if (!memory) memory = (own_ = std::make_unique<WeightMemory>()).get();
+  char* data = memory->take(bytes + padded * 8);
+  matrix_.panels = data;
+  float* scales = reinterpret_cast<float*>(data + bytes);
   int32_t* sums = reinterpret_cast<int32_t*>(scales + padded);
   if (padded) {
     std::fill_n(sums, padded, 0);
@@ -173,7 +182,7 @@ PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outp
 
   const Source source{weights, outputs, inputs, output_stride, input_stride};
   const int64_t step = 64 / compute_bytes(compute);
-  auto* to = reinterpret_cast<uint32_t*>(memory_.get());
+  auto* to = reinterpret_cast<uint32_t*>(data);
   Block block;
   for (int64_t panel = 0; panel < panels; ++panel) {
     std::vector<Scaling> scalings;
