@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fused_attn import backends, modules
 from fused_attn.attention import LuongAttention
@@ -96,6 +97,15 @@ def attention_reasons(attention: LuongAttention) -> list[str]:
     return reasons
 
 
+def attention_options(attention: LuongAttention) -> tuple[Any, ...]:
+    """What the packed form of an attention layer depends on besides its parameters."""
+    options = (attention.score, attention.local, attention.window, attention.normalizer)
+    scale = attention.scale
+    fixed = None if isinstance(scale, Tensor) else scale
+    switches = (attention.layer_norm, attention.training, attention.dropout)
+    return *options, fixed, *switches, attention.backend
+
+
 def attention_spec(attention: LuongAttention) -> dict[str, Any]:
     """Return the description of an attention layer."""
     query = getattr(attention, "query_proj", None)
@@ -135,21 +145,51 @@ def layer_spec(layer: nn.Module, end: str = "") -> tuple[Tensor | None, ...]:
     return tuple(detached(getattr(layer, name + end, None)) for name in names)
 
 
+class _FusedSteps:
+    """Counts the steps of fused optimizers, which do not increase the versions of parameters."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_counting = False
+
+    def start(self) -> None:
+        if not self._is_counting:
+            self._is_counting = True
+            register_optimizer_step_post_hook(self._add)
+
+    def _add(self, optimizer: Optimizer, *_: object) -> None:
+        self.count += any(group.get("fused") for group in optimizer.param_groups)
+
+
+_FUSED_STEPS = _FusedSteps()
+
+
 class Snapshot:
     """The parameters of a module at one time, to see whether they changed since.
 
     Seen: a parameter or a part that was replaced, a hook that was added, a change of a parameter in
-    place. Not seen: a change through ``parameter.data``.
+    place, a changed option of an attention layer. After a step of any fused optimizer, all counts
+    as changed. Not seen: a change through ``parameter.data``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        _FUSED_STEPS.start()
+        self._fused_steps = _FUSED_STEPS.count
         # Read in every search: looking at these tuples takes a tenth of the time of named_modules.
         self._parts = [(part, *_contents(part)) for part in module.modules()]
+        # Kept alive, or a new parameter could have the identity and the memory of an old one.
+        self._parameters = list(module.parameters())
+        self._attentions = [part for part in module.modules() if isinstance(part, LuongAttention)]
+        self._options = list(map(attention_options, self._attentions))
         self._versions = self._read_versions()
 
     def is_current(self) -> bool:
         """Whether nothing changed."""
+        if self._fused_steps != _FUSED_STEPS.count:
+            return False
+        if self._options != list(map(attention_options, self._attentions)):
+            return False
         for part, parts, parameters in self._parts:
             if part is not self.module and modules.hooks_of(part):
                 return False
