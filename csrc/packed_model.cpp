@@ -199,6 +199,8 @@ void check_ensemble(const Models& models) {
       throw py::value_error("a search needs a model with an embedding and an output layer");
     if (model->model().output.outputs != models[0]->model().output.outputs)
       throw py::value_error("the models must have the same number of target symbols");
+    if (model->model().output.outputs > model->model().embedding.symbols)
+      throw py::value_error("the embedding lacks symbols of the output layer");
   }
 }
 
@@ -206,12 +208,18 @@ py::list run_search(const Models& models, Sources& sources, const py::object& li
                     const py::object& limits, const py::object& prefix, int64_t beam,
                     const py::dict& options, int threads) {
   check_ensemble(models);
+  if (models[0]->model().output.outputs <= kEos)
+    throw py::value_error("a search needs the symbols " + std::to_string(kPad) + " to " +
+                          std::to_string(kEos) + ": padding, start and end");
   SearchCall call;
   for (const PackedModel* model : models) call.models.push_back(&model->model());
   call.options = options_of(options);
   call.beams = beam;
   call.threads = threads;
-  if (beam < 1) throw py::value_error("beam must be at least 1, got " + std::to_string(beam));
+  constexpr int64_t kMostBeams = int64_t(1) << 24;  // sizes of arrays do not overflow then
+  if (beam < 1 || beam > kMostBeams)
+    throw py::value_error("beam must lie in 1.." + std::to_string(kMostBeams) + ", got " +
+                          std::to_string(beam));
   const int64_t count = sources.rows.count, symbols = models[0]->model().output.outputs;
   call.limits = vector_of("limits", limits, count);
   std::vector<int64_t> prefixes;
@@ -280,6 +288,7 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   call.steps = steps;
   call.threads = threads;
   if (embedded) {
+    if (!model.layers[0].input) throw py::value_error("inputs must be symbols for this decoder");
     given.check_dtype(DType::f32)
         .check_shape({count, steps, model.layers[0].input.inputs})
         .make_contiguous();
@@ -324,9 +333,38 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   return found;
 }
 
-// Returns (symbols int64 (B, T), log_probs (B, T), lengths int64 (B), weights (B, T, S) or None) of
-// at most T = steps symbols. `like` is an int64 tensor with the B rows that the results are to
-// have.
+// (symbols int64 (B, T), log_probs (B, T), lengths int64 (B), weights (B, T, S) or None) of the
+// rows found, where T is the largest length. The padding of symbols is `eos`, that of the rest 0.
+py::tuple tensors_of(const std::vector<GreedyRow>& rows, const py::object& like, int64_t eos,
+                     const SourceRows& sources, bool with_weights) {
+  const int64_t count = int64_t(rows.size());
+  int64_t steps = 0;
+  for (const GreedyRow& row : rows) steps = std::max(steps, int64_t(row.symbols.size()));
+  const Argument floats_like("rows", like.ptr());
+  const py::object symbols = like.attr("new_full")(py::make_tuple(count, steps), eos);
+  const py::object ends = like.attr("new_zeros")(count);
+  Argument log_probs = new_zeros(new_floats(floats_like, {count, steps})), weights;
+  if (with_weights) weights = new_zeros(new_floats(floats_like, {count, steps, sources.longest}));
+  auto* symbol_data = static_cast<int64_t*>(Argument("symbols", symbols.ptr()).data());
+  auto* length_data = static_cast<int64_t*>(Argument("lengths", ends.ptr()).data());
+  auto* log_prob_data = static_cast<float*>(log_probs.data());
+  for (int64_t b = 0; b < count; ++b) {
+    const GreedyRow& row = rows[b];
+    std::copy(row.symbols.begin(), row.symbols.end(), symbol_data + b * steps);
+    std::copy(row.log_probs.begin(), row.log_probs.end(), log_prob_data + b * steps);
+    length_data[b] = int64_t(row.symbols.size());
+    if (!with_weights) continue;
+    const int64_t length = sources.lengths[b];
+    auto* to = static_cast<float*>(weights.data()) + b * steps * sources.longest;
+    for (int64_t t = 0; t < length_data[b]; ++t, to += sources.longest)
+      std::copy_n(row.weights.begin() + t * length, length, to);
+  }
+  return py::make_tuple(symbols, log_probs.release(), ends,
+                        with_weights ? weights.release() : py::none());
+}
+
+// Returns what `tensors_of` does, of at most `steps` symbols. `like` is an int64 tensor with the B
+// rows that the results are to have.
 py::tuple greedy(const PackedModel& packed, const py::object& like, const py::object& memory,
                  const py::object& lengths, const py::tuple& state, int32_t bos, int32_t eos,
                  int64_t steps, bool return_weights, int threads) {
@@ -335,32 +373,19 @@ py::tuple greedy(const PackedModel& packed, const py::object& like, const py::ob
   const int64_t count = Argument("rows", like.ptr()).size(0);
   Sources sources = memory_of(packed, memory, lengths, state, count);
   check_range("bos", {bos}, 0, model.embedding.symbols - 1);
-  if (model.output.outputs > model.embedding.symbols)
-    throw py::value_error("the embedding lacks symbols of the output layer");
-  const bool with_weights = return_weights && model.attention.score != ScoreKind::none;
-  py::object symbols = like.attr("new_full")(py::make_tuple(count, steps), eos);
-  py::object ends = like.attr("new_zeros")(count);
-  Argument log_probs = new_zeros(new_floats(Argument("rows", like.ptr()), {count, steps}));
-  Argument weights;
-  if (with_weights)
-    weights =
-        new_zeros(new_floats(Argument("rows", like.ptr()), {count, steps, sources.rows.longest}));
   GreedyCall call;
   call.model = &model;
   call.steps = steps;
   call.threads = threads;
   call.bos = bos;
   call.eos = eos;
-  call.symbols = static_cast<int64_t*>(Argument("symbols", symbols.ptr()).data());
-  call.log_probs = static_cast<float*>(log_probs.data());
-  call.lengths = static_cast<int64_t*>(Argument("lengths", ends.ptr()).data());
-  call.weights = with_weights ? static_cast<float*>(weights.data()) : nullptr;
+  call.return_weights = return_weights && model.attention.score != ScoreKind::none;
+  std::vector<GreedyRow> rows;
   {
     py::gil_scoped_release unlocked;
-    greedy_blocks(call, sources.rows, decoder_kernels());
+    rows = greedy_blocks(call, sources.rows, decoder_kernels());
   }
-  return py::make_tuple(symbols, log_probs.release(), ends,
-                        with_weights ? weights.release() : py::none());
+  return tensors_of(rows, like, eos, sources.rows, call.return_weights);
 }
 
 }  // namespace
@@ -377,6 +402,9 @@ void bind_decoder(py::module_& m) {
   py::class_<PackedModel>(m, "PackedModel", "A model packed for the native decoder; immutable.")
       .def(py::init<const py::dict&>(), py::arg("spec"))
       .def_property_readonly("bytes", &PackedModel::bytes, "Size of the packed parameters.")
+      .def_property_readonly(
+          "takes_embedded", [](const PackedModel& m) { return bool(m.model().layers[0].input); },
+          "Whether steps can be fed embedded inputs.")
       .def("encode", &encode, py::arg("source"), py::arg("source_lengths"), py::arg("threads"))
       .def("run_steps", &run_steps, py::arg("inputs"), py::arg("memory"), py::arg("memory_lengths"),
            py::arg("state"), py::arg("return_weights"), py::arg("threads"))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from fused_attn import composites, ops
 from fused_attn.backends import cpu
@@ -35,6 +36,7 @@ _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 _transformed: Any = torch._C._are_functorch_transforms_active
 _modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
 _function_modes: Any = torch._C._len_torch_function_stack
+_function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
 _trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
 _profiled: Any = torch._C._autograd._profiler_enabled
 # Whether every argument is None or an ordinary tensor, whose pointer a backend can read. Without
@@ -55,6 +57,18 @@ def route() -> int:
     if _transformed() or forward_ad._current_level >= 0 or _trace() is not None:
         return COMPOSED
     return OPERATOR if _modes() or _function_modes() or _profiled() else DIRECT
+
+
+def is_watched() -> bool:
+    """Whether something must see every tensor operation of a call.
+
+    That is a torch.func transform, forward-mode AD, a trace, or a dispatch or function mode except
+    that of `torch.set_default_device`. A profiler need not see them.
+    """
+    if _transformed() or forward_ad._current_level >= 0 or _trace() is not None or _modes():
+        return True
+    modes = _function_mode_stack() if _function_modes() else []
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _is_batched(grad: Tensor | None) -> bool:

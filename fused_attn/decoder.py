@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from fused_attn import checks, decoder_spec, greedy, native_decoder
+from fused_attn import checks, decoder_spec, greedy, modules, native_decoder
 from fused_attn import decoder_parts as parts
 from fused_attn import layer_options as options
 from fused_attn.attention import LuongAttention
@@ -190,8 +190,8 @@ class LuongDecoder(nn.Module):
             )
         state = self._start(state, rows, parts.source_of(memory), embedded)
         if self.is_stepwise and 4 * steps >= parts.source_of(memory):
-            native = self._native(memory, inputs, *state.hidden, state.attentional, state.coverage)
-            if native is not None:
+            native = self._native(memory, memory_lengths, inputs, state)
+            if native is not None and (native.takes_embedded or not inputs.is_floating_point()):
                 return native.forward(inputs, memory, memory_lengths, state, return_weights)
         memory, memory_lengths = self._prepare(memory, memory_lengths, self.is_stepwise)
         source = _Source(memory, memory_lengths, return_weights)
@@ -230,8 +230,9 @@ class LuongDecoder(nn.Module):
             raise ValueError("state must be given to a decoder without attention, got None")
         rows = parts.rows_of_state(state) if memory is None else parts.rows_of_memory(memory)
         state = self._start(state, rows, parts.source_of(memory), self._like())
-        native = self._native(memory, *state.hidden, state.attentional, state.coverage)
-        if native is not None:
+        # The hooks of the decoder run when a step calls it.
+        native = self._native(memory, memory_lengths, None, state)
+        if native is not None and not modules.hooks_of(self):
             return native.greedy(memory, memory_lengths, state, limits, return_weights)
         memory, _ = self._prepare(memory, memory_lengths, True)
         return greedy.search(self, memory, state, limits, return_weights)
@@ -241,21 +242,29 @@ class LuongDecoder(nn.Module):
 
         Empty if calls that need no gradient run natively, all their steps in one call.
         """
+        if type(self) is not LuongDecoder:
+            return [f"the decoder is a {type(self).__name__}"]
         return native_decoder.not_native_reasons(self)
 
-    def _native(self, memory: Any, *given: Any) -> NativeDecoder | None:
+    def _native(
+        self, memory: Any, lengths: Any, inputs: Tensor | None, state: DecoderState
+    ) -> NativeDecoder | None:
         """The packed decoder, None if a call with these tensors must run in torch."""
-        if isinstance(memory, PreparedMemory):
+        if type(self) is not LuongDecoder or native_decoder.is_left_to_torch(self):
+            return None
+        if isinstance(memory, PreparedMemory) and self.attention is not None:
+            options.check_prepared(self.attention, memory, lengths, None)
             if memory.memory_mask is not None:
                 return None
             memory = memory.memory
         if memory is not None and type(memory) is not Tensor:
             return None
         known = self.__dict__.get("_packed")
-        self.__dict__["_packed"] = known = native_decoder.native_of(self, known)
-        if known is None or not known.takes(self, memory, *given):
+        self.__dict__["_packed"] = native = native_decoder.native_of(self, known)
+        if native is None:
             return None
-        return known
+        given = (memory, inputs, *state.hidden, state.attentional, state.coverage)
+        return native if native.takes(self, *given) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}

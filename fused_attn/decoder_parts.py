@@ -156,6 +156,9 @@ def check_state(
         raise ValueError(f"state.hidden must be a tuple of tensors {names}, got {told}")
     for number, tensor in enumerate(got):
         _check_shape(f"state.hidden[{number}]", tensor, tuple(shape))
+    if not isinstance(state.position, Tensor) and checks.integer(state.position) is None:
+        kind = type(state.position).__name__
+        raise TypeError(f"state.position must be an int or an int64 Tensor (), got {kind}")
     for name in ("attentional", "coverage", "previous_weights"):
         tensor = getattr(state, name)
         if tensor is not None and name not in widths:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import decoder_spec, packed
+from fused_attn import autograd, decoder_spec, modules, packed
 from fused_attn.checks import check_lengths
 from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
 from fused_attn.prepared import PreparedMemory
@@ -15,18 +15,30 @@ from fused_attn.prepared import PreparedMemory
 
 def not_native_reasons(decoder: Any) -> list[str]:
     """Return why a decoder does not run natively, in short phrases; empty if it does."""
+    return _reasons_of_now(decoder) or decoder_spec.not_described(decoder)
+
+
+def _reasons_of_now(decoder: Any) -> list[str]:
+    """The reasons that do not lie in the modules."""
     if torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
-    return packed.backend_reasons(decoder.backend) or decoder_spec.not_described(decoder)
+    if autograd.is_watched():
+        return ["tensor operations are transformed, traced or watched"]
+    if modules.has_global_hooks():
+        return ["there are global module hooks"]
+    return packed.backend_reasons(decoder.backend)
+
+
+def is_left_to_torch(decoder: Any) -> bool:
+    """Whether a call runs in torch for a reason that does not lie in the modules."""
+    return torch.compiler.is_compiling() or bool(_reasons_of_now(decoder))
 
 
 def native_of(decoder: Any, known: NativeDecoder | None) -> NativeDecoder | None:
-    """Return the packed decoder, None if it does not run natively. known: from the last call."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return None
+    """Return the packed decoder, None if it cannot be packed. known: from an earlier call."""
     if known is not None and known.is_of(decoder):
         return known
-    return None if not_native_reasons(decoder) else NativeDecoder(decoder)
+    return None if decoder_spec.not_described(decoder) else NativeDecoder(decoder)
 
 
 class NativeDecoder:
@@ -42,7 +54,13 @@ class NativeDecoder:
 
     def is_of(self, decoder: Any) -> bool:
         """Whether the decoder has not changed since it was packed."""
-        return self._kind == _kind(decoder) and self._snapshot.is_current()
+        is_same = self._snapshot.module is decoder and self._kind == _kind(decoder)
+        return is_same and self._snapshot.is_current()
+
+    @property
+    def takes_embedded(self) -> bool:
+        """Whether `forward` takes embedded inputs. With a table of the symbols it does not."""
+        return bool(self._model.takes_embedded)
 
     def takes(self, decoder: Any, *given: Tensor | None) -> bool:
         """Whether a call with these tensors may run natively: nothing needs a gradient.
@@ -63,6 +81,7 @@ class NativeDecoder:
         """`LuongDecoder.forward` for checked arguments."""
         states, lengths = _memory(memory, lengths)
         threads = torch.get_num_threads()
+        inputs = inputs if inputs.is_floating_point() else inputs.to(torch.int64)
         found = self._model.run_steps(
             inputs, states, lengths, _given(state), return_weights, threads
         )
@@ -82,15 +101,9 @@ class NativeDecoder:
     ) -> GreedyOutput:
         """`LuongDecoder.greedy` for checked arguments. ``limits`` are bos, eos and max_length."""
         states, lengths = _memory(memory, lengths)
-        rows = torch.empty(state.hidden[0].shape[1], dtype=torch.int64)
+        rows = torch.empty(state.hidden[0].shape[1], dtype=torch.int64, device="cpu")
         options = (*limits, return_weights, torch.get_num_threads())
-        symbols, log_probs, ends, weights = self._model.greedy(
-            rows, states, lengths, _given(state), *options
-        )
-        longest = int(ends.max()) if len(ends) else 0
-        cut = None if weights is None else weights[:, :longest].contiguous()
-        rest = (log_probs[:, :longest].contiguous(), ends, cut)
-        return GreedyOutput(symbols[:, :longest].contiguous(), *rest)
+        return GreedyOutput(*self._model.greedy(rows, states, lengths, _given(state), *options))
 
 
 def _memory(memory: Any, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -108,6 +121,7 @@ def _given(state: DecoderState) -> tuple[Any, ...]:
 
 def _kind(decoder: Any) -> tuple[Any, ...]:
     """What the packed decoder depends on besides its parameters."""
-    attention = decoder.attention
-    layer = None if attention is None else (attention.backend, attention.training)
-    return decoder.backend, decoder.compute, decoder.training, layer
+    stack = decoder.recurrent
+    rates = (decoder.dropout, decoder.input_dropout)
+    options = (stack.cell, stack.residual, decoder.input_feeding, decoder.training, *rates)
+    return decoder.backend, decoder.compute, *options

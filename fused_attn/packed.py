@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fused_attn import backends, modules
 from fused_attn.attention import LuongAttention
@@ -96,6 +97,15 @@ def attention_reasons(attention: LuongAttention) -> list[str]:
     return reasons
 
 
+def attention_options(attention: LuongAttention) -> tuple[Any, ...]:
+    """What the packed form of an attention layer depends on besides its parameters."""
+    options = (attention.score, attention.local, attention.window, attention.normalizer)
+    scale = attention.scale
+    fixed = None if isinstance(scale, Tensor) else scale
+    switches = (attention.layer_norm, attention.training, attention.dropout)
+    return *options, fixed, *switches, attention.backend
+
+
 def attention_spec(attention: LuongAttention) -> dict[str, Any]:
     """Return the description of an attention layer."""
     query = getattr(attention, "query_proj", None)
@@ -135,42 +145,75 @@ def layer_spec(layer: nn.Module, end: str = "") -> tuple[Tensor | None, ...]:
     return tuple(detached(getattr(layer, name + end, None)) for name in names)
 
 
+class _FusedSteps:
+    """Counts the steps of fused optimizers, which do not increase the versions of parameters."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_counting = False
+
+    def start(self) -> None:
+        if not self._is_counting:
+            self._is_counting = True
+            register_optimizer_step_post_hook(self._add)
+
+    def _add(self, optimizer: Optimizer, *_: object) -> None:
+        self.count += any(group.get("fused") for group in optimizer.param_groups)
+
+
+_FUSED_STEPS = _FusedSteps()
+
+
 class Snapshot:
     """The parameters of a module at one time, to see whether they changed since.
 
     Seen: a parameter or a part that was replaced, a hook that was added, a change of a parameter in
-    place. Not seen: a change through ``parameter.data``.
+    place, a changed option of an attention layer. After a step of any fused optimizer, all counts
+    as changed. A change through ``parameter.data`` is seen if it changes one of eight elements of
+    a parameter, as new values for all of them do.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        _FUSED_STEPS.start()
+        self._fused_steps = _FUSED_STEPS.count
+        self._sample = native_module().sample
         # Read in every search: looking at these takes a twentieth of the time of named_modules.
         parts = list(module.modules())
         inside = parts[1:]  # hooks of the module itself run around what it computes
         self._own = [part.__dict__ for part in inside]
         self._hooks = [hooks for part in inside for hooks in modules.hook_dicts(part)]
-        self._children = [
-            (part._modules, list(part._modules.values())) for part in module.modules()
-        ]
-        self._parameters = [part._parameters for part in module.modules()]
-        self._versions = self._read_versions()
+        self._children = [(part._modules, list(part._modules.values())) for part in parts]
+        self._places = [part._parameters for part in parts]
+        # Kept alive, or a new parameter could have the identity and the memory of an old one.
+        self._parameters = self._tensors()
+        self._versions = self._read_versions(self._parameters)
+        self._attentions = [part for part in parts if isinstance(part, LuongAttention)]
+        self._options = list(map(attention_options, self._attentions))
 
     def is_current(self) -> bool:
         """Whether nothing changed."""
+        if self._fused_steps != _FUSED_STEPS.count:
+            return False
         if any(self._hooks) or any("forward" in own for own in self._own):
             return False
         if any(list(now.values()) != before for now, before in self._children):
             return False
-        return self._versions == self._read_versions()
+        if self._options != list(map(attention_options, self._attentions)):
+            return False
+        return self._versions == self._read_versions(self._tensors())
 
-    def _read_versions(self) -> list[tuple[int, int, int]]:
-        return [
-            # Tensors made in inference mode have no version, and cannot be changed outside of it.
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for place in self._places for tensor in place.values() if tensor is not None]
+
+    def _read_versions(self, tensors: list[Tensor]) -> tuple[list[tuple[int, int, int]], int]:
+        versions = [
+            # Tensors made in inference mode have no version.
             (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for parameters in self._parameters
-            for tensor in parameters.values()
-            if tensor is not None
+            for tensor in tensors
         ]
+        is_on_host = all(tensor.is_cpu for tensor in tensors)
+        return versions, self._sample(tensors) if is_on_host else 0
 
 
 def weight_of(part: nn.Module | None) -> Tensor | None:

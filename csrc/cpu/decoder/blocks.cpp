@@ -320,8 +320,10 @@ void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderK
   });
 }
 
-void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
-                   const DecoderKernels& kernels) {
+std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& sources,
+                                     const DecoderKernels& kernels) {
+  // Grows with the symbols that are found: `steps` may be meant as no limit at all.
+  std::vector<GreedyRow> results(size_t(sources.count));
   const auto blocks = blocks_of(sources, 1, call.threads);
   parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
     ThreadArena arena;
@@ -335,13 +337,14 @@ void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
       kept.clear();
       for (size_t i = 0; i < open.size(); ++i) {
         const float* logits = runner.logits(int64_t(i));
-        const int64_t best = kernels.argmax(logits, size), at = open[i] * call.steps + t;
-        call.symbols[at] = best;
-        call.log_probs[at] = logits[best] - kernels.log_sum_exp(logits, size);
-        call.lengths[open[i]] = t + 1;
-        if (call.weights)
-          std::memcpy(call.weights + at * sources.longest, runner.weights(int64_t(i)),
-                      floats(sources.lengths[open[i]]));
+        const int64_t best = kernels.argmax(logits, size);
+        GreedyRow& row = results[open[i]];
+        row.symbols.push_back(best);
+        row.log_probs.push_back(logits[best] - kernels.log_sum_exp(logits, size));
+        if (call.return_weights) {
+          const float* weights = runner.weights(int64_t(i));
+          row.weights.insert(row.weights.end(), weights, weights + sources.lengths[open[i]]);
+        }
         symbols[i] = int32_t(best);
         if (best != call.eos) kept.push_back(int32_t(i));
       }
@@ -354,6 +357,7 @@ void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
       runner.keep(kept.data(), int64_t(kept.size()));
     }
   });
+  return results;
 }
 
 }  // namespace fused_attn

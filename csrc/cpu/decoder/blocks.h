@@ -54,23 +54,25 @@ struct StepsCall {
   float *hidden = nullptr, *cell = nullptr, *attentional = nullptr, *coverage = nullptr;
 };
 
-// Feeds each row its most probable symbol until that is `eos`. `symbols` (count, steps) must be
-// filled with eos, `log_probs` (count, steps), `lengths` (count) and `weights` (count, steps,
-// longest) or null with zeros.
+void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels);
+
+// What greedy search finds for a row, the symbol that ends it included.
+struct GreedyRow {
+  std::vector<int64_t> symbols;
+  std::vector<float> log_probs;  // (symbols)
+  std::vector<float> weights;    // (symbols, length of the source), if asked for
+};
+
+// Feeds each row its most probable symbol until that is `eos`, at most `steps` times.
 struct GreedyCall {
   const Model* model = nullptr;
   int64_t steps = 0;
   int threads = 1;
   int32_t bos = 0, eos = 0;
-  int64_t* symbols = nullptr;
-  float* log_probs = nullptr;
-  int64_t* lengths = nullptr;
-  float* weights = nullptr;
+  bool return_weights = false;
 };
 
-void greedy_blocks(const GreedyCall& call, const SourceRows& sources,
-                   const DecoderKernels& kernels);
-
-void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels);
+std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& sources,
+                                     const DecoderKernels& kernels);
 
 }  // namespace fused_attn

@@ -134,39 +134,45 @@ void Runner::run_layers(const int32_t* symbols, const float* embedded, int64_t s
   const float* x = embedded;
   int64_t width = model_.embedding.width;
   if (symbols) {
-    const bool read = !model_.layers[0].table || (model_.residual && width == hidden);
+    const bool read = !model_.layers[0].table || model_.residual;
     x = read ? embed(symbols) : nullptr;
     stride = width;
   } else {
     width = model_.layers[0].input.inputs;
   }
-  const bool residual = model_.residual && !model_.input_feeding && width == hidden;
+  // The input of the first layer ends with what is fed.
+  const int64_t own = width, fed = model_.input_feeding ? outputs_width_ : 0;
+  const bool residual = model_.residual && own + fed == hidden;
   for (size_t i = 0; i < model_.layers.size(); ++i) {
     float* h = state_.hidden[i];
-    run_layer(model_.layers[i], i == 0 ? symbols : nullptr, x, width, stride, h,
+    run_layer(model_.layers[i], i == 0 ? symbols : nullptr, x, stride, h,
               model_.cell == Cell::lstm ? state_.cell[i] : nullptr);
     const bool adds = i == 0 ? residual : model_.residual;
     if (adds) {
-      for (int64_t row = 0; row < n; ++row)
-        kernels_.add(h + row * hidden, x + row * stride, hidden, layer_ + row * hidden);
+      const int64_t count = i == 0 ? own : hidden;
+      for (int64_t row = 0; row < n; ++row) {
+        float* sum = layer_ + row * hidden;
+        kernels_.add(h + row * hidden, x + row * stride, count, sum);
+        if (count < hidden)
+          kernels_.add(h + row * hidden + count, state_.attentional + row * fed, fed, sum + count);
+      }
       x = layer_;
     } else {
       x = h;
     }
-    width = stride = hidden;
+    stride = hidden;
   }
   if (x != layer_) std::memcpy(layer_, x, size_t(n * hidden) * sizeof(float));
 }
 
 void Runner::run_layer(const RecurrentLayer& layer, const int32_t* symbols, const float* x,
-                       int64_t width, int64_t stride, float* h, float* c) {
+                       int64_t stride, float* h, float* c) {
   const int64_t n = rows(), hidden = model_.hidden, gates = model_.gates();
   if (symbols && layer.table) {
     for (int64_t row = 0; row < n; ++row)
       std::memcpy(gates_ + row * gates, layer.table + symbols[row] * gates,
                   size_t(gates) * sizeof(float));
   } else {
-    (void)width;
     kernels_.product(layer.input, converted(layer.input, x, stride, n), n, layer.bias, 0, gates_,
                      gates);
   }

@@ -65,7 +65,7 @@ class Runner {
   void allocate();
   void prepare_memory();
   void run_layers(const int32_t* symbols, const float* embedded, int64_t stride);
-  void run_layer(const RecurrentLayer& layer, const int32_t* symbols, const float* x, int64_t width,
+  void run_layer(const RecurrentLayer& layer, const int32_t* symbols, const float* x,
                  int64_t stride, float* h, float* c);
   const float* embed(const int32_t* symbols);
   void attend();

@@ -53,6 +53,9 @@ class Engine:
         if self._is_required:
             self._check(not_native_reasons(models))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # a copy packs its own models
+
     def packed_models(self) -> PackedModels | None:
         """Return the packed models, None if they must run in torch.
 

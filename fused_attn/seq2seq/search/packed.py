@@ -164,4 +164,6 @@ def _seed(config: SearchConfig) -> int:
     """The seed of a call: ``config.seed``, or a number drawn from torch's generator."""
     if not config.sample:
         return 0
-    return int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    if config.seed is None:
+        return int(torch.randint(2**62, (), device="cpu"))
+    return config.seed % 2**64  # torch takes negative seeds too
