@@ -21,7 +21,7 @@ _SEQUENCES: dict[str, Any] = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch
 
 
 @cache
-def _has_bfloat16_lstm() -> bool:
+def has_bfloat16_lstm() -> bool:
     """Whether this CPU supports the bfloat16 LSTM of oneDNN, which torch uses under autocast."""
     if not torch.backends.mkldnn.is_available():
         return True  # torch then uses its own LSTM, which runs on any CPU
@@ -115,7 +115,7 @@ class RecurrentStack(nn.Module):
         # that call takes several times as long as the cell for one step of an LSTM: oneDNN first
         # rearranges the weights.
         if x.shape[1] > 1 and is_plain(cell) and not torch.compiler.is_compiling():
-            if x.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
+            if x.is_cpu and torch.is_autocast_enabled("cpu") and not has_bfloat16_lstm():
                 with torch.autocast("cpu", enabled=False):
                     return self._sequence(cell, x.float(), tuple(t.float() for t in state))
             return self._sequence(cell, x, state)

@@ -1,8 +1,12 @@
-"""Where a predictor searches: in one native call on packed models, or step by step in torch."""
+"""Where a predictor searches: in one native call on packed models, or step by step in torch.
+
+Also the search options that callers give by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -14,12 +18,14 @@ from fused_attn.seq2seq.devices import moved
 from fused_attn.seq2seq.errors import OptionError
 from fused_attn.seq2seq.model.modes import evaluating
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.packed import PackedModels, not_native_reasons
 from fused_attn.seq2seq.search.search import search
 
 COMPUTE = ("auto", *choices.COMPUTE)
+_DEFAULTS = asdict(SearchConfig())
 
 
 class Engine:
@@ -93,3 +99,20 @@ class Engine:
         rest["prefix"] = None if prefix is None else moved(prefix, device)
         with evaluating(self.models):
             return search(self.models, moved(symbols, device), lengths, config, **rest)
+
+
+def search_config(options: Mapping[str, Any]) -> SearchConfig:
+    """Return the search configuration for options that were given by name.
+
+    Raises TypeError for an unknown name, ValueError for a value, `InputError` for an option that
+    has no effect.
+    """
+    names = [field.name for field in fields(SearchConfig)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"unknown search option {name!r}, expected one of {', '.join(names)}")
+    config = SearchConfig(**options)
+    # A `Prediction` shows its score and its alternatives.
+    shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
+    settle(SEARCH_NEEDS, _DEFAULTS | shown, options)
+    return config

@@ -14,7 +14,8 @@ from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import Examples
 from fused_attn.seq2seq.data.pairs import Item, Pair, Symbols, grouped
 from fused_attn.seq2seq.errors import InputError
-from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor, search_config
+from fused_attn.seq2seq.inference.engine import search_config
+from fused_attn.seq2seq.inference.predictor import BATCH_SIZE, Predictor
 from fused_attn.seq2seq.metrics import PERPLEXITY, ErrorRates, error_rates
 from fused_attn.seq2seq.model.modes import evaluating
 from fused_attn.seq2seq.search.hypothesis import not_numbers

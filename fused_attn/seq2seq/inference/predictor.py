@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -19,12 +19,11 @@ from fused_attn.seq2seq.checkpoints.recipe import stored_bound, stored_task
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.data.examples import pad
 from fused_attn.seq2seq.errors import InputError, OptionError
-from fused_attn.seq2seq.inference.engine import Engine
+from fused_attn.seq2seq.inference.engine import Engine, search_config
 from fused_attn.seq2seq.inference.prediction import Prediction
 from fused_attn.seq2seq.inference.sources import EncodedSource, Source, SourceReader
 from fused_attn.seq2seq.model.modes import WithoutDraws
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
-from fused_attn.seq2seq.option_rules import SEARCH_NEEDS, settle
 from fused_attn.seq2seq.search.constraints import LengthBound
 from fused_attn.seq2seq.search.hypothesis import Hypothesis
 from fused_attn.seq2seq.search.packed import not_native_reasons
@@ -33,8 +32,6 @@ from fused_attn.seq2seq.tasks.text import Pairs, PairsConfig
 from fused_attn.seq2seq.vocabulary import Vocabulary
 
 BATCH_SIZE = 256
-
-_DEFAULTS = asdict(SearchConfig())
 
 # Key in the metadata of a checkpoint.
 _LONGEST = "longest_source"
@@ -356,23 +353,6 @@ def _checked(models: Sequence[Seq2Seq]) -> list[Seq2Seq]:
     if not found:
         raise ValueError("models must have one model at least, got none")
     return found
-
-
-def search_config(options: Mapping[str, Any]) -> SearchConfig:
-    """Return the search configuration for options that were given by name.
-
-    Raises TypeError for an unknown name, ValueError for a value, `InputError` for an option that
-    has no effect.
-    """
-    names = [field.name for field in fields(SearchConfig)]
-    for name in options:
-        if name not in names:
-            raise TypeError(f"unknown search option {name!r}, expected one of {', '.join(names)}")
-    config = SearchConfig(**options)
-    # A `Prediction` shows its score and its alternatives.
-    shown = {"shows_scores": True, "returns_several": True, "own_beam": False}
-    settle(SEARCH_NEEDS, _DEFAULTS | shown, options)
-    return config
 
 
 def _words(source: Vocabulary, target: Vocabulary) -> Task:

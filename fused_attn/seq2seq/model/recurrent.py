@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_attn.recurrent import has_bfloat16_lstm
 from fused_attn.seq2seq.config import ModelConfig
 from fused_attn.seq2seq.model.one_step import one_step
 
@@ -17,14 +17,6 @@ from fused_attn.seq2seq.model.one_step import one_step
 Hidden = tuple[Tensor, ...]
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-
-
-@cache
-def _has_bfloat16_lstm() -> bool:
-    """Whether this CPU supports the bfloat16 LSTM of oneDNN, which torch uses under autocast."""
-    if not torch.backends.mkldnn.is_available():
-        return True  # torch then uses its own LSTM, which runs on any CPU
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
@@ -118,7 +110,7 @@ class Stack(nn.Module):
 
         Under CPU autocast the layers run in float32 if torch has no bfloat16 LSTM for this CPU.
         """
-        if x.data.is_cpu and torch.is_autocast_enabled("cpu") and not _has_bfloat16_lstm():
+        if x.data.is_cpu and torch.is_autocast_enabled("cpu") and not has_bfloat16_lstm():
             with torch.autocast("cpu", enabled=False):
                 return self._run(_whole(x), state and tuple(t.float() for t in state))
         return self._run(x, state)
