@@ -106,7 +106,7 @@ def test_a_processor_without_a_bfloat16_lstm(
     cell: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch would raise there; the recurrent layers run in float32, with the same results."""
-    monkeypatch.setattr(recurrent, "_has_bfloat16_lstm", lambda: False)
+    monkeypatch.setattr(recurrent, "has_bfloat16_lstm", lambda: False)
     torch.manual_seed(2)
     stack = recurrent.Stack(ModelConfig(cell=cell, dropout=0.0), 7, 5, 2)
     # Both states in bfloat16, as the output of a linear layer.
