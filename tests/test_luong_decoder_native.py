@@ -265,8 +265,8 @@ def test_a_long_call_can_be_interrupted(threads: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             start = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
-                decoder.greedy(memory, bos=1, eos=2, max_length=2**22)
-            assert time.monotonic() - start < 10.0
+                decoder.greedy(memory, bos=1, eos=2, max_length=2**23)
+            assert time.monotonic() - start < 5.0
             again = decoder.greedy(memory, bos=1, eos=2, max_length=4).symbols
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
