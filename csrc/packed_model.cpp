@@ -192,6 +192,12 @@ py::list results_of(const std::vector<std::vector<Found>>& found, const py::obje
   return sentences;
 }
 
+// Runs Python's signal handlers, if this is its main thread. Called without the GIL.
+void check_signals() {
+  const py::gil_scoped_acquire locked;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 void check_ensemble(const Models& models) {
   if (models.empty()) throw py::value_error("models must have one model at least, got none");
   for (const PackedModel* model : models) {
@@ -216,6 +222,7 @@ py::list run_search(const Models& models, Sources& sources, const py::object& li
   call.options = options_of(options);
   call.beams = beam;
   call.threads = threads;
+  call.check = check_signals;
   constexpr int64_t kMostBeams = int64_t(1) << 24;  // sizes of arrays do not overflow then
   if (beam < 1 || beam > kMostBeams)
     throw py::value_error("beam must lie in 1.." + std::to_string(kMostBeams) + ", got " +
@@ -287,6 +294,7 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   call.model = &model;
   call.steps = steps;
   call.threads = threads;
+  call.check = check_signals;
   if (embedded) {
     if (!model.layers[0].input) throw py::value_error("inputs must be symbols for this decoder");
     given.check_dtype(DType::f32)
@@ -377,6 +385,7 @@ py::tuple greedy(const PackedModel& packed, const py::object& like, const py::ob
   call.model = &model;
   call.steps = steps;
   call.threads = threads;
+  call.check = check_signals;
   call.bos = bos;
   call.eos = eos;
   call.return_weights = return_weights && model.attention.score != ScoreKind::none;

@@ -65,7 +65,8 @@ class LuongDecoder(nn.Module):
             it is fed and projected, in training mode.
         input_dropout: the same for the embedded inputs.
         backend: "auto" runs all steps of a call natively where that is possible and pays; "eager"
-            always runs them in torch. The attention has a backend of its own.
+            always runs them in torch, and so does a subclass. The attention has a backend of its
+            own.
         compute: type of the native products, "float32", "bfloat16" or "int8". The last two are
             less exact and several times faster for few rows.
         device, dtype: device and dtype of new parameters.

@@ -97,10 +97,24 @@ def test_packed_results_are_the_same_bits_alone_and_on_any_number_of_threads(nam
         assert models.search(trimmed, lengths[alone], limits[alone], config) == [expected]
 
 
-def test_packed_draws_with_a_cold_temperature_are_greedy() -> None:
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 5e-324])
+def test_packed_draws_with_a_cold_temperature_are_greedy(temperature: float) -> None:
     models = packed.PackedModels([make(4)])
     source, lengths = pad(batch(2)[0])
     limits = limits_of(lengths, SearchConfig(), LengthBound())
     greedy = models.search(source, lengths, limits, SearchConfig())
-    cold = replace(SearchConfig(), sample=True, seed=3, temperature=1e-30)
+    cold = replace(SearchConfig(), sample=True, seed=3, temperature=temperature)
     assert models.search(source, lengths, limits, cold) == greedy
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e300])
+def test_packed_draws_with_a_hot_temperature_are_uniform(temperature: float) -> None:
+    models = packed.PackedModels([make(4)])
+    source, lengths = pad([[3]] * 2000)
+    config = SearchConfig(sample=True, seed=3, temperature=temperature, max_length=1)
+    found = models.search(source, lengths, limits_of(lengths, config, LengthBound()), config)
+    counts = [0] * SIZE
+    for (hypothesis,) in found:
+        counts[hypothesis.tokens[0] if hypothesis.tokens else EOS] += 1
+    assert counts[:EOS] == [0] * EOS  # neither padding nor the start
+    assert all(120 < count < 280 for count in counts[EOS:])  # 2000 / 10, six deviations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -243,6 +245,34 @@ def test_memory_does_not_grow_with_max_length() -> None:
         decoder.output_layer.bias[2] += 1e3  # ends at once
         found = decoder.greedy(draw(N, S, 5), bos=1, eos=2, max_length=2**40, return_weights=True)
     assert found.symbols.tolist() == [[2]] * N and found.weights.shape == (N, 1, S)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_long_call_can_be_interrupted(threads: int) -> None:
+    decoder, memory = make(), draw(N, S, 5)
+    inner: list[Tensor] = []
+
+    def handle(*_: object) -> None:  # runs between two steps, and decodes too
+        inner.append(decoder.greedy(memory, bos=1, eos=2, max_length=4).symbols)
+        raise KeyboardInterrupt
+
+    before, handler = torch.get_num_threads(), signal.signal(signal.SIGALRM, handle)
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            decoder.output_layer.bias[2] -= 1e3  # never ends
+            expected = decoder.greedy(memory, bos=1, eos=2, max_length=4).symbols
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            start = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                decoder.greedy(memory, bos=1, eos=2, max_length=2**23)
+            assert time.monotonic() - start < 5.0
+            again = decoder.greedy(memory, bos=1, eos=2, max_length=4).symbols
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        torch.set_num_threads(before)
+    assert torch.equal(inner[0], expected) and torch.equal(again, expected)
 
 
 ERRORS: dict[str, tuple[Callable[[LuongDecoder, Any, Any], Any], type[Exception], str]] = {

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "encoder.h"
+#include "interruption.h"
 #include "runner.h"
 
 namespace fused_attn {
@@ -17,15 +18,30 @@ constexpr int64_t kBlockRows = 128;
 
 size_t floats(int64_t count) { return size_t(count) * sizeof(float); }
 
-// The arena of this thread, reset at both ends of a task.
+// The arena of this thread, reset when a task ends. A task within another, which a signal handler
+// may run, has an arena of its own.
 class ThreadArena {
  public:
-  ThreadArena() { arena().reset(); }
-  ~ThreadArena() { arena().reset(); }
-  Arena& arena() {
-    thread_local Arena kept;
-    return kept;
+  ThreadArena() : is_inner_(kept().is_used) { kept().is_used = true; }
+  ~ThreadArena() {
+    if (is_inner_) return;
+    kept().arena.reset();
+    kept().is_used = false;
   }
+  Arena& arena() { return is_inner_ ? own_ : kept().arena; }
+
+ private:
+  struct Kept {
+    Arena arena;
+    bool is_used = false;
+  };
+  static Kept& kept() {
+    thread_local Kept of_thread;
+    return of_thread;
+  }
+
+  const bool is_inner_;
+  Arena own_;
 };
 
 // Sentences by length, longest first, cut into blocks: at least one for each thread.
@@ -105,8 +121,8 @@ void begin(Runner& runner, Arena& arena, const SourceRows& sources,
 class BlockStepper : public Stepper {
  public:
   BlockStepper(const SearchCall& call, const SourceRows& sources, const std::vector<int64_t>& block,
-               const DecoderKernels& kernels, Arena& arena)
-      : kernels_(kernels) {
+               const DecoderKernels& kernels, Arena& arena, Interruption& interruption)
+      : kernels_(kernels), interruption_(interruption) {
     for (const Model* model : call.models) {
       runners_.push_back(std::make_unique<Runner>(*model, kernels, arena, call.beams));
       begin(*runners_.back(), arena, sources, block);
@@ -128,6 +144,7 @@ class BlockStepper : public Stepper {
   bool attends() const override { return !attending_.empty(); }
 
   void step(const int32_t* symbols) override {
+    interruption_.poll();
     for (auto& runner : runners_) runner->step(symbols);
     if (mean_) average();
   }
@@ -159,6 +176,7 @@ class BlockStepper : public Stepper {
   }
 
   const DecoderKernels& kernels_;
+  Interruption& interruption_;
   std::vector<std::unique_ptr<Runner>> runners_;
   std::vector<Runner*> attending_;
   bool has_weights_ = false;
@@ -172,10 +190,11 @@ std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const Sour
                                               const DecoderKernels& kernels) {
   std::vector<std::vector<Found>> results(size_t(sources.count));
   const auto blocks = blocks_of(sources, call.beams, call.threads);
+  Interruption interruption(call.check);
   parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
     ThreadArena arena;
     const std::vector<int64_t>& block = blocks[index];
-    BlockStepper stepper(call, sources, block, kernels, arena.arena());
+    BlockStepper stepper(call, sources, block, kernels, arena.arena(), interruption);
     std::vector<SentenceLimits> limits;
     for (int64_t b : block) {
       SentenceLimits each;
@@ -235,8 +254,13 @@ namespace {
 class StepsRun {
  public:
   StepsRun(const StepsCall& call, const SourceRows& sources, const std::vector<int64_t>& block,
-           Runner& runner, Arena& arena)
-      : call_(call), sources_(sources), block_(block), runner_(runner), model_(*call.model) {
+           Runner& runner, Arena& arena, Interruption& interruption)
+      : call_(call),
+        sources_(sources),
+        block_(block),
+        runner_(runner),
+        interruption_(interruption),
+        model_(*call.model) {
     symbols_.resize(block.size());
     if (call.embedded) width_ = model_.layers[0].input.inputs;
     embedded_ = arena.take<float>(int64_t(block.size()) * width_);
@@ -244,6 +268,7 @@ class StepsRun {
 
   void run() {
     for (int64_t t = 0; t < call_.steps; ++t) {
+      interruption_.poll();
       feed(t);
       for (size_t i = 0; i < block_.size(); ++i) write(int64_t(i), t);
     }
@@ -302,6 +327,7 @@ class StepsRun {
   const SourceRows& sources_;
   const std::vector<int64_t>& block_;
   Runner& runner_;
+  Interruption& interruption_;
   const Model& model_;
   std::vector<int32_t> symbols_;
   int64_t width_ = 0;
@@ -312,11 +338,12 @@ class StepsRun {
 
 void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels) {
   const auto blocks = blocks_of(sources, 1, call.threads);
+  Interruption interruption(call.check);
   parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
     ThreadArena arena;
     Runner runner(*call.model, kernels, arena.arena(), 1);
     begin(runner, arena.arena(), sources, blocks[index]);
-    StepsRun(call, sources, blocks[index], runner, arena.arena()).run();
+    StepsRun(call, sources, blocks[index], runner, arena.arena(), interruption).run();
   });
 }
 
@@ -325,6 +352,7 @@ std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& s
   // Grows with the symbols that are found: `steps` may be meant as no limit at all.
   std::vector<GreedyRow> results(size_t(sources.count));
   const auto blocks = blocks_of(sources, 1, call.threads);
+  Interruption interruption(call.check);
   parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
     ThreadArena arena;
     Runner runner(*call.model, kernels, arena.arena(), 1);
@@ -333,6 +361,7 @@ std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& s
     std::vector<int32_t> symbols(open.size(), call.bos), kept;
     const int64_t size = call.model->output.outputs;
     for (int64_t t = 0; t < call.steps && !open.empty(); ++t) {
+      interruption.poll();
       runner.step(symbols.data());
       kept.clear();
       for (size_t i = 0; i < open.size(); ++i) {

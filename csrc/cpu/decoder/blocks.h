@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "interruption.h"
 #include "kernels.h"
 #include "model.h"
 #include "search.h"
@@ -31,6 +32,7 @@ struct SearchCall {
   const int64_t* prefix = nullptr;
   int64_t prefix_length = 0;
   int threads = 1;
+  Check check = nullptr;
 };
 
 // The hypotheses of each sentence, in the order of the sources.
@@ -46,6 +48,7 @@ struct StepsCall {
   const Model* model = nullptr;
   int64_t steps = 0;
   int threads = 1;
+  Check check = nullptr;
   const int64_t* symbols = nullptr;  // (count, steps), or
   const float* embedded = nullptr;   // (count, steps, width of the input)
   // Results, each contiguous or null: (count, steps, width), (count, steps, symbols), (count,
@@ -68,6 +71,7 @@ struct GreedyCall {
   const Model* model = nullptr;
   int64_t steps = 0;
   int threads = 1;
+  Check check = nullptr;
   int32_t bos = 0, eos = 0;
   bool return_weights = false;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace fused_attn {
@@ -65,7 +66,10 @@ bool Drawer::temper(LogProbs& probs) {
   const int64_t n = probs.size();
   const float most = scores[kernels_.argmax(scores, n)];
   if (std::isinf(most)) return false;
-  const float temperature = float(options_.temperature);
+  // A temperature that float32 rounds to 0 or to infinity would make NaN of the differences.
+  using Limits = std::numeric_limits<float>;
+  const auto temperature =
+      float(std::clamp<double>(options_.temperature, Limits::min(), Limits::max()));
   for (int64_t i = 0; i < n; ++i) probabilities_[i] = (scores[i] - most) / temperature;
   kernels_.softmax(probabilities_.data(), n);
   return true;

@@ -52,7 +52,6 @@ struct AttentionModel {
   const float* combine_bias = nullptr;
 
   int64_t key_width() const { return keys ? keys.outputs : memory_width; }
-  int64_t value_width() const { return values ? values.outputs : memory_width; }
 };
 
 enum class BridgeKind : int32_t { zero = 0, last = 1, mean = 2, dense = 3 };
@@ -87,7 +86,6 @@ struct Model {
   EncoderModel encoder;
 
   int64_t gates() const { return gate_count(cell) * hidden; }
-  int64_t parts() const { return cell == Cell::lstm ? 2 : 1; }  // of a state: h, and c
   int64_t attentional_width() const {
     if (attention.score == ScoreKind::none) return hidden;
     return attention.combine ? attention.combine.outputs : attention.memory_width;
