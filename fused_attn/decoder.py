@@ -71,6 +71,11 @@ class LuongDecoder(nn.Module):
             less exact and several times faster for few rows.
         device, dtype: device and dtype of new parameters.
 
+    Native calls: with float32 parameters on the CPU, `greedy` runs natively if nothing needs a
+    gradient, so call it under ``torch.no_grad()``. `forward` does too if a step depends on the one
+    before (`is_stepwise`) and there are at least S / 4 steps. ``compute`` has an effect on these
+    calls only. Results are float32 whatever it is. See `not_native_reasons`.
+
     Parameters: ``embedding.weight`` (V, input_size); ``recurrent.layers.0.weight_ih`` and so on, as
     in torch's cells; those of the `LuongAttention` under ``attention.``;
     ``output_proj.weight`` (output_proj_dim, H); ``output_layer.weight`` and ``output_layer.bias``.
@@ -222,8 +227,11 @@ class LuongDecoder(nn.Module):
         return_weights: whether to return the alignment weights.
 
         Returns a `GreedyOutput`. Rows that have ended are left out as soon as they are half of the
-        rows. Raises the errors of `forward`, and ValueError if the decoder has no embedding or no
-        output layer, or if these do not have the symbols.
+        rows. If gradients are enabled and a parameter requires one, all steps run in torch, several
+        times slower, and ``log_probs`` has a gradient.
+
+        Raises the errors of `forward`, and ValueError if the decoder has no embedding or no output
+        layer, or if these do not have the symbols.
         """
         limits = greedy.limits_of(self.embedding, self.output_layer, bos, eos, max_length)
         parts.check_memory(memory, self.attention is not None, memory_lengths, self._like())
@@ -241,7 +249,8 @@ class LuongDecoder(nn.Module):
     def not_native_reasons(self) -> list[str]:
         """Return why calls run step by step in torch, in short phrases.
 
-        Empty if calls that need no gradient run natively, all their steps in one call.
+        Empty if calls that need no gradient run natively, all their steps in one call. `forward`
+        also needs steps that depend on one another, at least S / 4 of them.
         """
         if type(self) is not LuongDecoder:
             return [f"the decoder is a {type(self).__name__}"]
@@ -328,7 +337,7 @@ class LuongDecoder(nn.Module):
             parts.rows_of_state(state)
         else:
             state = DecoderState(tuple(like.new_zeros(shape) for _ in range(stack.tensors)))
-        parts.check_state(state, (stack.tensors, *shape), widths)
+        parts.check_state(state, (stack.tensors, *shape), widths, like)
         zeros: dict[str, Any] = {}
         for name, width in widths.items():
             if getattr(state, name) is None:

@@ -113,7 +113,9 @@ def rows_of_state(state: Any) -> int:
         raise TypeError(f"state must be a DecoderState or None, got {type(state).__name__}")
     first = state.hidden[0] if isinstance(state.hidden, tuple) and state.hidden else None
     if not isinstance(first, Tensor) or first.dim() != 3:
-        raise ValueError("state.hidden must be a tuple of tensors (layers, N, hidden)")
+        told: Any = type(state.hidden if first is None else first).__name__
+        told = tuple(first.shape) if isinstance(first, Tensor) else told
+        raise ValueError(f"state.hidden must be a tuple of tensors (layers, N, hidden), got {told}")
     return first.shape[1]
 
 
@@ -141,12 +143,13 @@ def check_inputs(inputs: Any, has_embedding: bool, width: int, like: Tensor) -> 
 
 
 def check_state(
-    state: DecoderState, hidden: tuple[int, int, int, int], widths: dict[str, int]
+    state: DecoderState, hidden: tuple[int, int, int, int], widths: dict[str, int], like: Tensor
 ) -> None:
     """Raise unless a state fits.
 
     ``hidden`` is the number of hidden tensors, and the shape of each. ``widths`` has the last
-    dimension of each other tensor that the decoder uses.
+    dimension of each other tensor that the decoder uses. The hidden tensors must have the dtype of
+    ``like``; the dtype may differ under autocast.
     """
     count, *shape = hidden
     got = state.hidden
@@ -156,6 +159,7 @@ def check_state(
         raise ValueError(f"state.hidden must be a tuple of tensors {names}, got {told}")
     for number, tensor in enumerate(got):
         _check_shape(f"state.hidden[{number}]", tensor, tuple(shape))
+        _check_dtype(f"state.hidden[{number}]", tensor, like)
     if not isinstance(state.position, Tensor) and checks.integer(state.position) is None:
         kind = type(state.position).__name__
         raise TypeError(f"state.position must be an int or an int64 Tensor (), got {kind}")

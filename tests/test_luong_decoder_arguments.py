@@ -161,7 +161,15 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]
     ),
     "state_hidden_type": (
         *({}, {"state": DecoderState(HIDDEN[0])}, ValueError),  # type: ignore[arg-type]
-        "state.hidden must be a tuple of tensors (layers, N, hidden)",
+        "state.hidden must be a tuple of tensors (layers, N, hidden), got Tensor",
+    ),
+    "state_hidden_dims": (
+        *({}, {"state": DecoderState((HIDDEN[0][0], HIDDEN[1][0]))}, ValueError),
+        "state.hidden must be a tuple of tensors (layers, N, hidden), got (3, 6)",
+    ),
+    "state_precision": (
+        *({}, {"state": DecoderState((HIDDEN[0], HIDDEN[1].double()))}, TypeError),
+        "state.hidden[1] must have the dtype of the decoder, float32, got float64",
     ),
     "state_lstm": (
         *({}, {"state": DecoderState(HIDDEN[:1])}, ValueError),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from fused_attn.choices import LAYER_SCORES, LOCALS
 
@@ -246,7 +248,9 @@ class SearchConfig:
     temperature: temperature of the draw; below 1 is sharper.
     top_k, top_p: draw from the k likeliest symbols (0 for all), or from the likeliest whose
         probabilities reach p.
-    seed: seed of the draw; None for a different draw each time.
+    seed: seed of the draw; None for a different draw each time. The native decoder and torch draw
+        different symbols from the same seed. A draw also depends on the position of the source in
+        its batch.
 
     Raises ValueError if a value is not allowed, or if values contradict one another.
     """
@@ -281,12 +285,15 @@ class SearchConfig:
         _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
         for name in ("alpha", "coverage_penalty"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_is_finite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not (_is_finite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
-        if not 0.0 < self.top_p <= 1.0:
+        if not (_is_finite(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        if not isinstance(self.sample, bool):
+            raise ValueError(f"sample must be True or False, got {self.sample!r}")
+        _check_seed(self.seed)
         if self.nbest > self.beam:
             raise ValueError(f"nbest must be at most beam = {self.beam}, got {self.nbest}")
         if self.sample and self.beam > 1:
@@ -302,8 +309,20 @@ class SearchConfig:
         return self.beam if self.nbest == 1 and self.nbest_mass is not None else self.nbest
 
 
-def _check_mass(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+def _is_finite(value: object) -> bool:
+    """Whether this is a finite number. True and False are not numbers here."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _check_seed(value: Any) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and -(2**63) <= value < 2**64):
+        # The seeds that torch.manual_seed takes.
+        raise ValueError(f"seed must be a whole number in -2**63..2**64-1 or None, got {value!r}")
+
+
+def _check_mass(value: Any) -> None:
+    if not (_is_finite(value) and 0.0 < value <= 1.0):
         raise ValueError(f"nbest_mass must be above 0 and at most 1, got {value!r}")
 
 

@@ -265,7 +265,8 @@ def add_machine(options: Options) -> None:
         "backend",
         default="auto",
         metavar="NAME",
-        help="attention backend, see 'fused-attn info' (default: auto)",
+        help="attention backend, see 'fused-attn info'; other than auto and cpu, searches run step "
+        "by step in torch (default: auto)",
     )
 
 
