@@ -62,8 +62,8 @@ void convert(Compute compute, const float* x, int64_t stride, int64_t rows, int6
 }
 
 #ifdef FA_AMX
-// One row is read faster by vectors than by tiles, which give the same integers.
-constexpr int64_t kAmxRows = 2;
+// Fewer rows are multiplied faster by vectors than by tiles, which give the same integers.
+constexpr int64_t kAmxRows = 16;
 #endif
 
 void product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows, const float* start,
