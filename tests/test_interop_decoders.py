@@ -305,6 +305,8 @@ def test_what_is_no_known_decoder() -> None:
         interop.to_luong_decoder(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=f"decoder must be one of {names}, got Linear"):
         interop.initial_state(nn.Linear(2, 2), draw(N, H))
+    with pytest.raises(TypeError, match=r"encoder_final must be a Tensor .*, got NoneType"):
+        interop.initial_state(joeynmt("gru", 1), None)
     other = theirs.rename(nn.Linear(2, 2), "LSTMDecoder")
     with pytest.raises(
         TypeError, match=r"is not the LSTMDecoder of a known toolkit: .*embed_tokens"

@@ -326,7 +326,7 @@ def initial_state(decoder: nn.Module, encoder_final: Any) -> DecoderState:
         fairseq: (h, c), each (layers, N, width).
 
     Gradients flow to ``encoder_final`` and to the bridge of ``decoder``. Raises TypeError if
-    ``decoder`` is none of these.
+    ``decoder`` is not one of these or ``encoder_final`` has no tensors.
     """
     starts: dict[str, Callable[[Any, Any], tuple[Tensor, ...]]] = {
         **{"InputFeedRNNDecoder": _opennmt_start, "StdRNNDecoder": _opennmt_start},
@@ -336,6 +336,11 @@ def initial_state(decoder: nn.Module, encoder_final: Any) -> DecoderState:
     if start is None:
         known = ", ".join(starts)
         raise TypeError(f"decoder must be one of {known}, got {type(decoder).__name__}")
+    tensors = encoder_final if isinstance(encoder_final, (tuple, list)) else (encoder_final,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"encoder_final must be a Tensor or a tuple of Tensors, got {kind}")
     return DecoderState(start(decoder, encoder_final))
 
 

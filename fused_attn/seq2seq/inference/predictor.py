@@ -392,9 +392,11 @@ def load(
             and "cpu" keeps searches in torch.
         device: "cpu", "cuda", "cuda:1" ..., or "auto" for a GPU if there is one.
         compute: type of the products on a CPU, "float32", "bfloat16" or "int8". "auto" takes int8
-            for a model that is stored in it, else float32.
+            for a model that is stored in it (for an ensemble, if all are), else float32. Scores
+            differ a little from type to type; they and the alignments are float32 in each.
 
     Raises `InputError` if a model is missing, damaged or of another format version, if the
-    vocabularies of an ensemble differ, or if the device or the backend is not available.
+    vocabularies of an ensemble differ, if the device or the backend is not available, or if
+    ``compute`` is given and the native decoder cannot be used, as on a GPU.
     """
     return Predictor.load(*models, backend=backend, device=device, compute=compute)
