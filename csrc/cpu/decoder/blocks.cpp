@@ -97,7 +97,7 @@ void begin(Runner& runner, Arena& arena, const SourceRows& sources,
     memory.longest = std::max(memory.longest, length);
   }
   float* rows = arena.take<float>(memory.rows * width);
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; sources.memory && i < count; ++i)  // null without attention
     std::memcpy(rows + memory.first[i] * width, sources.memory + block[i] * sources.longest * width,
                 floats(lengths[i] * width));
   memory.memory = rows;
