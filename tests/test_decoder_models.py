@@ -141,7 +141,7 @@ def test_every_step_agrees_with_float64(name: str, isa: str) -> None:
     eager = errors(torch_results(model, rows), exact)
     found = native_results(model, rows)
     for own, other, scale in zip(errors(found, exact), eager, exact, strict=True):
-        rounding = 8 * torch.finfo(torch.float32).eps * float(scale.abs().max().clamp(min=1.0))
+        rounding = 16 * torch.finfo(torch.float32).eps * float(scale.abs().max().clamp(min=1.0))
         assert own <= 2 * other + rounding
 
 
