@@ -1,7 +1,6 @@
 #include "decoder_checks.h"
 
 #include <chrono>
-#include <cstring>
 #include <string>
 #include <vector>
 

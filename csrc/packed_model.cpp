@@ -4,159 +4,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
+#include <limits>
 
-#include "cpu/decoder/blocks.h"
 #include "cpu/isa.h"
-#include "packed_spec.h"
+#include "packed_arguments.h"
 
 namespace fused_attn {
 namespace {
-
-using Models = std::vector<const PackedModel*>;
-
-std::vector<int64_t> integers(const char* name, const py::handle& object, int64_t& rows,
-                              int64_t& columns) {
-  Argument tensor(name, object.ptr());
-  if (tensor.code() != TypeCode::integer || tensor.bits() != 64)
-    throw py::type_error(std::string(name) + " must be an int64 Tensor");
-  const bool is_matrix = tensor.ndim() == 2;
-  if (!is_matrix && tensor.ndim() != 1)
-    throw py::value_error(std::string(name) + " must have one or two dimensions, got shape " +
-                          tensor.shape());
-  rows = tensor.size(0);
-  columns = is_matrix ? tensor.size(1) : 1;
-  std::vector<int64_t> values(size_t(rows * columns));
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j)
-      values[i * columns + j] = static_cast<const int64_t*>(
-          tensor.data())[i * tensor.stride(0) + (is_matrix ? j * tensor.stride(1) : 0)];
-  return values;
-}
-
-std::vector<int64_t> vector_of(const char* name, const py::handle& object, int64_t size) {
-  int64_t rows = 0, columns = 0;
-  std::vector<int64_t> values = integers(name, object, rows, columns);
-  if (columns != 1 || rows != size)
-    throw py::value_error(std::string(name) + " must have shape (" + std::to_string(size) +
-                          ",), got (" + std::to_string(rows) + ", " + std::to_string(columns) +
-                          ")");
-  return values;
-}
-
-void check_range(const char* name, const std::vector<int64_t>& values, int64_t low, int64_t high) {
-  for (int64_t value : values)
-    if (value < low || value > high)
-      throw py::value_error(std::string(name) + " must lie in " + std::to_string(low) + ".." +
-                            std::to_string(high) + ", got " + std::to_string(value));
-}
-
-// The sources of a call: symbols, or a memory with the states of the decoder.
-struct Sources {
-  SourceRows rows;
-  std::vector<int64_t> ids;
-  std::vector<Argument> tensors;
-};
-
-// source int64 (B, S), lengths int64 (B).
-Sources symbols_of(const Models& models, const py::handle& source, const py::handle& lengths) {
-  Sources sources;
-  int64_t count = 0, longest = 0;
-  sources.ids = integers("source", source, count, longest);
-  sources.rows.lengths = vector_of("source_lengths", lengths, count);
-  check_range("source_lengths", sources.rows.lengths, 1, longest);
-  for (const PackedModel* model : models) {
-    if (!model->model().has_encoder) throw py::value_error("the model has no encoder");
-    const int64_t symbols = model->model().encoder.embedding.symbols;
-    for (int64_t b = 0; b < count; ++b)
-      for (int64_t s = 0; s < sources.rows.lengths[b]; ++s) {
-        const int64_t id = sources.ids[b * longest + s];
-        if (id < 0 || id >= symbols)
-          throw py::value_error("source must lie in 0.." + std::to_string(symbols - 1) + ", got " +
-                                std::to_string(id));
-      }
-    const AttentionModel& attention = model->model().attention;
-    if (attention.score == ScoreKind::location && count &&
-        *std::max_element(sources.rows.lengths.begin(), sources.rows.lengths.end()) >
-            attention.query.outputs)
-      throw py::value_error("source must have at most max_source = " +
-                            std::to_string(attention.query.outputs) + " positions");
-  }
-  sources.rows.count = count;
-  for (int64_t b = 0; b < count; ++b) sources.rows.ids.push_back(sources.ids.data() + b * longest);
-  return sources;
-}
-
-const float* rows_of(Sources& sources, const char* name, const py::handle& tensor, Sizes sizes) {
-  sources.tensors.emplace_back(name, tensor.ptr());
-  Argument& argument = sources.tensors.back();
-  argument.check_dtype(DType::f32).check_shape(sizes).make_contiguous();
-  return static_cast<const float*>(argument.data());
-}
-
-// memory (B, S, E) or None, lengths (B) or None, state (hidden, cell, attentional, coverage), each
-// a tensor or None, and the position.
-Sources memory_of(const PackedModel& packed, const py::handle& memory, const py::handle& lengths,
-                  const py::tuple& state, int64_t count) {
-  const Model& model = packed.model();
-  Sources sources;
-  sources.tensors.reserve(8);
-  sources.rows.count = count;
-  sources.rows.lengths.assign(size_t(count), 0);
-  const bool attends = model.attention.score != ScoreKind::none;
-  int64_t longest = 0;
-  if (attends) {
-    Argument given("memory", memory.ptr());
-    if (given.ndim() != 3) throw py::value_error("memory must have shape (B, S, E)");
-    longest = given.size(1);
-    sources.rows.memory =
-        rows_of(sources, "memory", memory, {count, longest, model.attention.memory_width});
-    sources.rows.longest = longest;
-    sources.rows.lengths.assign(size_t(count), longest);
-    if (!lengths.is_none()) {
-      sources.rows.lengths = vector_of("memory_lengths", lengths, count);
-      check_range("memory_lengths", sources.rows.lengths, 0, longest);
-    }
-    if (model.attention.score == ScoreKind::location && longest > model.attention.query.outputs)
-      throw py::value_error(
-          "memory must have S <= max_source = " + std::to_string(model.attention.query.outputs) +
-          ", got S=" + std::to_string(longest));
-  }
-  const int64_t layers = int64_t(model.layers.size()), hidden = model.hidden;
-  const auto part = [&](size_t index, const char* name, Sizes sizes) -> const float* {
-    const py::object tensor = state[index];
-    return tensor.is_none() ? nullptr : rows_of(sources, name, tensor, sizes);
-  };
-  sources.rows.hidden = part(0, "hidden", {layers, count, hidden});
-  sources.rows.cell = part(1, "cell", {layers, count, hidden});
-  sources.rows.attentional = part(2, "attentional", {count, model.attentional_width()});
-  sources.rows.coverage = part(3, "coverage", {count, longest});
-  sources.rows.position = py::cast<int64_t>(state[4]);
-  return sources;
-}
-
-SearchOptions options_of(const py::dict& given) {
-  SearchOptions options;
-  const auto number = [&](const char* name) { return py::cast<double>(given[name]); };
-  const auto whole = [&](const char* name) { return py::cast<int64_t>(given[name]); };
-  options.most = whole("most");
-  options.nbest_mass = number("nbest_mass");
-  const std::string penalty = py::str(given["length_penalty"]);
-  options.length_penalty = penalty == "gnmt"      ? LengthPenalty::gnmt
-                           : penalty == "average" ? LengthPenalty::average
-                                                  : LengthPenalty::none;
-  options.alpha = number("alpha");
-  options.coverage_penalty = number("coverage_penalty");
-  options.min_length = whole("min_length");
-  options.block_ngrams = whole("block_ngrams");
-  options.sample = py::cast<bool>(given["sample"]);
-  options.temperature = number("temperature");
-  options.top_k = whole("top_k");
-  options.top_p = number("top_p");
-  options.seed = py::cast<uint64_t>(given["seed"]);
-  options.return_weights = py::cast<bool>(given["return_weights"]);
-  return options;
-}
 
 py::object list_of(const std::vector<float>& values) {
   py::list list(values.size());
@@ -198,18 +52,6 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-void check_ensemble(const Models& models) {
-  if (models.empty()) throw py::value_error("models must have one model at least, got none");
-  for (const PackedModel* model : models) {
-    if (!model->model().output || !model->model().embedding.data)
-      throw py::value_error("a search needs a model with an embedding and an output layer");
-    if (model->model().output.outputs != models[0]->model().output.outputs)
-      throw py::value_error("the models must have the same number of target symbols");
-    if (model->model().output.outputs > model->model().embedding.symbols)
-      throw py::value_error("the embedding lacks symbols of the output layer");
-  }
-}
-
 py::list run_search(const Models& models, Sources& sources, const py::object& like,
                     const py::object& limits, const py::object& prefix, int64_t beam,
                     const py::dict& options, int threads) {
@@ -224,15 +66,15 @@ py::list run_search(const Models& models, Sources& sources, const py::object& li
   call.threads = threads;
   call.check = check_signals;
   constexpr int64_t kMostBeams = int64_t(1) << 24;  // sizes of arrays do not overflow then
-  if (beam < 1 || beam > kMostBeams)
-    throw py::value_error("beam must lie in 1.." + std::to_string(kMostBeams) + ", got " +
-                          std::to_string(beam));
+  check_range("beam", {beam}, 1, kMostBeams);
+  check_range("most", {call.options.most}, 1, beam);
   const int64_t count = sources.rows.count, symbols = models[0]->model().output.outputs;
-  call.limits = vector_of("limits", limits, count);
+  call.limits = integer_vector("limits", limits, count);
+  check_range("limits", call.limits, 0, std::numeric_limits<int32_t>::max());
   std::vector<int64_t> prefixes;
   if (!prefix.is_none()) {
     int64_t rows = 0;
-    prefixes = integers("prefix", prefix, rows, call.prefix_length);
+    prefixes = integer_matrix("prefix", prefix, rows, call.prefix_length);
     if (rows != count) throw py::value_error("prefix must have one row for each source");
     check_range("prefix", prefixes, 0, symbols - 1);
     call.prefix = prefixes.data();
@@ -258,9 +100,7 @@ py::tuple encode(const PackedModel& packed, const py::object& source, const py::
   Sources sources = symbols_of({&packed}, source, lengths);
   const Model& model = packed.model();
   const int64_t count = sources.rows.count;
-  const int64_t longest = Argument("source", source.ptr()).size(1);
-  const int64_t width =
-      model.encoder.memory_proj ? model.encoder.memory_proj.outputs : model.encoder.width();
+  const int64_t longest = sources.rows.longest, width = model.encoder.memory_width();
   const Argument like("source", source.ptr());
   const int64_t layers = int64_t(model.layers.size());
   Argument memory = new_floats(like, {count, longest, width});
@@ -276,6 +116,39 @@ py::tuple encode(const PackedModel& packed, const py::object& source, const py::
   return py::make_tuple(memory.release(), hidden.release(), is_lstm ? cell.release() : py::none());
 }
 
+// What run_steps returns: seven tensors, those that there are not to be without an object.
+struct StepResults {
+  Argument tensors[7];
+
+  StepResults(const StepsCall& call, const Argument& like, int64_t count, int64_t longest,
+              bool return_weights) {
+    const Model& model = *call.model;
+    const int64_t layers = int64_t(model.layers.size()), width = model.attentional_width();
+    const auto make = [&](Sizes sizes) { return new_floats(like, sizes); };
+    tensors[0] = make({count, call.steps, width});
+    if (model.output) tensors[1] = make({count, call.steps, model.output.outputs});
+    if (return_weights && model.attention.score != ScoreKind::none)
+      tensors[2] = make({count, call.steps, longest});
+    tensors[3] = make({layers, count, model.hidden});
+    if (model.cell == Cell::lstm) tensors[4] = make({layers, count, model.hidden});
+    if (model.input_feeding) tensors[5] = make({count, width});
+    if (model.attention.coverage) tensors[6] = make({count, longest});
+  }
+
+  void give_to(StepsCall& call) const {
+    float** places[7] = {&call.states, &call.logits,      &call.weights, &call.hidden,
+                         &call.cell,   &call.attentional, &call.coverage};
+    for (int i = 0; i < 7; ++i)
+      if (tensors[i].object()) *places[i] = static_cast<float*>(tensors[i].data());
+  }
+
+  py::tuple release() {
+    py::tuple found(7);
+    for (int i = 0; i < 7; ++i) found[i] = tensors[i].object() ? tensors[i].release() : py::none();
+    return found;
+  }
+};
+
 // Feeds given symbols, int64 (B, T), or embedded ones, float32 (B, T, width). Returns (states
 // (B, T, width), logits (B, T, V) or None, weights (B, T, S) or None, hidden, cell, attentional,
 // coverage).
@@ -287,58 +160,36 @@ py::tuple run_steps(const PackedModel& packed, const py::object& inputs, const p
   const bool embedded = given.ndim() == 3;
   if (given.ndim() != 2 && !embedded)
     throw py::value_error("inputs must have two or three dimensions, got shape " + given.shape());
-  const int64_t count = given.size(0), steps = given.size(1);
+  const int64_t count = given.size(0);
   Sources sources = memory_of(packed, memory, lengths, state, count);
   std::vector<int64_t> symbols;
   StepsCall call;
   call.model = &model;
-  call.steps = steps;
+  call.steps = given.size(1);
   call.threads = threads;
   call.check = check_signals;
   if (embedded) {
     if (!model.layers[0].input) throw py::value_error("inputs must be symbols for this decoder");
     given.check_dtype(DType::f32)
-        .check_shape({count, steps, model.layers[0].input.inputs})
+        .check_shape({count, call.steps, model.layers[0].input.inputs})
         .make_contiguous();
     call.embedded = static_cast<const float*>(given.data());
   } else {
     int64_t rows = 0, columns = 0;
-    symbols = integers("inputs", inputs, rows, columns);
+    symbols = integer_matrix("inputs", inputs, rows, columns);
     if (!model.embedding.data)
       throw py::value_error("inputs must be embedded: the decoder has no embedding");
     check_range("inputs", symbols, 0, model.embedding.symbols - 1);
     call.symbols = symbols.data();
   }
-  const Argument like("inputs", inputs.ptr());
-  const int64_t layers = int64_t(model.layers.size()), width = model.attentional_width();
-  const int64_t longest = sources.rows.longest;
-  const auto make = [&](Sizes sizes) { return new_floats(like, sizes); };
-  Argument results[7];
-  results[0] = make({count, steps, width});
-  if (model.output) results[1] = make({count, steps, model.output.outputs});
-  if (return_weights && model.attention.score != ScoreKind::none)
-    results[2] = make({count, steps, longest});
-  results[3] = make({layers, count, model.hidden});
-  if (model.cell == Cell::lstm) results[4] = make({layers, count, model.hidden});
-  if (model.input_feeding) results[5] = make({count, width});
-  if (model.attention.coverage) results[6] = make({count, longest});
-  float* data[7];
-  for (int i = 0; i < 7; ++i)
-    data[i] = results[i].object() ? static_cast<float*>(results[i].data()) : nullptr;
-  call.states = data[0];
-  call.logits = data[1];
-  call.weights = data[2];
-  call.hidden = data[3];
-  call.cell = data[4];
-  call.attentional = data[5];
-  call.coverage = data[6];
+  StepResults results(call, Argument("inputs", inputs.ptr()), count, sources.rows.longest,
+                      return_weights);
+  results.give_to(call);
   {
     py::gil_scoped_release unlocked;
     run_blocks(call, sources.rows, decoder_kernels());
   }
-  py::tuple found(7);
-  for (int i = 0; i < 7; ++i) found[i] = results[i].object() ? results[i].release() : py::none();
-  return found;
+  return results.release();
 }
 
 // (symbols int64 (B, T), log_probs (B, T), lengths int64 (B), weights (B, T, S) or None) of the
@@ -378,7 +229,10 @@ py::tuple greedy(const PackedModel& packed, const py::object& like, const py::ob
                  int64_t steps, bool return_weights, int threads) {
   const Model& model = packed.model();
   check_ensemble({&packed});
-  const int64_t count = Argument("rows", like.ptr()).size(0);
+  const Argument counted("rows", like.ptr());
+  if (counted.ndim() != 1 || counted.code() != TypeCode::integer || counted.bits() != 64)
+    throw py::type_error("rows must be an int64 Tensor with one dimension");
+  const int64_t count = counted.size(0);
   Sources sources = memory_of(packed, memory, lengths, state, count);
   check_range("bos", {bos}, 0, model.embedding.symbols - 1);
   GreedyCall call;
@@ -400,14 +254,7 @@ py::tuple greedy(const PackedModel& packed, const py::object& like, const py::ob
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  static py::exception<NotNumbers> not_numbers(m, "NotNumbersError", PyExc_ValueError);
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const NotNumbers& problem) {
-      py::set_error(not_numbers, problem.what());
-    }
-  });
+  py::register_exception<NotNumbers>(m, "NotNumbersError", PyExc_ValueError);
   py::class_<PackedModel>(m, "PackedModel", "A model packed for the native decoder; immutable.")
       .def(py::init<const py::dict&>(), py::arg("spec"))
       .def_property_readonly("bytes", &PackedModel::bytes, "Size of the packed parameters.")

@@ -8,25 +8,8 @@ namespace fused_attn {
 namespace {
 
 // With more symbols than this for each element of an embedding the first layer multiplies instead
-// of reading a table: the table would be larger than the matrix that it replaces.
+// of reading a table, which would be more than four times as large as the matrix it replaces.
 constexpr int64_t kTableSymbols = 4;
-
-py::object entry_of(const py::dict& spec, const char* name) {
-  if (!spec.contains(name)) throw py::value_error(std::string("the model lacks ") + name);
-  return spec[name];
-}
-
-template <class T>
-T choice(const py::dict& spec, const char* name, std::initializer_list<const char*> names) {
-  const std::string given = py::str(entry_of(spec, name));
-  int32_t number = 0;
-  std::string known;
-  for (const char* each : names) {
-    if (given == each) return T(number);
-    known += (number++ ? ", " : "") + std::string(each);
-  }
-  throw py::value_error(std::string(name) + " must be one of " + known + ", got '" + given + "'");
-}
 
 const float* data_of(const Argument& tensor) { return static_cast<const float*>(tensor.data()); }
 
@@ -47,7 +30,11 @@ PackedModel::PackedModel(const py::dict& spec) {
   const int64_t fed = model_.input_feeding ? model_.attentional_width() : 0;
   const Argument input = matrix_of(first[0], "layers[0].weight_ih", -1, -1);
   const int64_t width = model_.embedding.data ? model_.embedding.width : input.size(1) - fed;
-  take_layers(layers, model_.embedding, width, model_.hidden, fed, "layers", model_.layers);
+  if (width < 0) throw py::value_error("layers[0].weight_ih has no columns for what is fed");
+  for (size_t i = 0; i < layers.size(); ++i)
+    model_.layers.push_back(layer_of(layers[i], i == 0 ? model_.embedding : Embedding{},
+                                     i == 0 ? width : model_.hidden, i == 0 ? fed : 0,
+                                     model_.hidden, "layers[" + std::to_string(i) + "]"));
   int64_t last = model_.attentional_width();
   if (const py::object proj = entry_of(spec, "output_proj"); !proj.is_none()) {
     const Argument matrix = matrix_of(proj, "output_proj", -1, last);
@@ -95,6 +82,12 @@ const float* PackedModel::vector_of(const py::handle& tensor, const std::string&
   return copy;
 }
 
+const float* PackedModel::needed_vector(const py::dict& spec, const char* name, int64_t size) {
+  const float* vector = vector_of(entry_of(spec, name), name, size);
+  if (!vector) throw py::value_error(std::string(name) + " must not be None");
+  return vector;
+}
+
 PackedMatrix PackedModel::packed(const Argument& matrix, int64_t first, int64_t count) {
   return kept(PackedWeights(model_.compute, data_of(matrix) + first * matrix.stride(1),
                             matrix.size(0), count, matrix.stride(0), matrix.stride(1), &memory_));
@@ -124,16 +117,6 @@ Embedding PackedModel::embedding_of(const py::object& tensor, const std::string&
     for (int64_t j = 0; j < width; ++j)
       copy[i * width + j] = data_of(matrix)[i * matrix.stride(0) + j * matrix.stride(1)];
   return {copy, symbols, width};
-}
-
-void PackedModel::take_layers(const py::list& layers, const Embedding& embedding,
-                              int64_t input_width, int64_t hidden, int64_t fed,
-                              const std::string& prefix, std::vector<RecurrentLayer>& to) {
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const std::string name = prefix + "[" + std::to_string(i) + "]";
-    to.push_back(layer_of(layers[i], i == 0 ? embedding : Embedding{},
-                          i == 0 ? input_width : hidden, i == 0 ? fed : 0, hidden, name));
-  }
 }
 
 // weight_ih, weight_hh, bias_ih, bias_hh as in torch. With few symbols the first layer's product
@@ -185,7 +168,7 @@ void PackedModel::take_attention(const py::dict& spec) {
   if (attention.local == Local::predictive) {
     attention.position = packed(
         matrix_of(entry_of(spec, "position_weight"), "position_weight", hidden, hidden), 0, hidden);
-    attention.position_v = vector_of(entry_of(spec, "position_v"), "position_v", hidden);
+    attention.position_v = needed_vector(spec, "position_v", hidden);
   }
   const py::object combine = entry_of(spec, "combine_weight");
   if (combine.is_none()) return;
@@ -224,7 +207,7 @@ void PackedModel::take_score(const py::dict& spec, const std::string& score) {
     attention.keys = packed(
         matrix_of(entry_of(spec, "memory_weight"), "memory_weight", inside, width), 0, width);
     attention.query_bias = vector_of(entry_of(spec, "query_bias"), "query_bias", inside);
-    attention.v = vector_of(entry_of(spec, "v"), "v", inside);
+    attention.v = needed_vector(spec, "v", inside);
     attention.coverage = vector_of(entry_of(spec, "coverage_weight"), "coverage_weight", inside);
     attention.scale = 1.0f;  // it is in v
   } else if (score == "location") {
@@ -250,6 +233,8 @@ void PackedModel::take_encoder(const py::dict& spec) {
   encoder.hidden = matrix_of(tensors[1], "encoder.layers[0].weight_hh", -1, -1).size(1);
   for (size_t i = 0; i < layers.size(); ++i) {
     const py::list directions = layers[i];
+    if (directions.size() != first.size() || directions.empty() || directions.size() > 2)
+      throw py::value_error("encoder.layers must have one or two directions each, all the same");
     for (size_t d = 0; d < directions.size(); ++d)
       encoder.layers.push_back(
           layer_of(directions[d], i == 0 ? encoder.embedding : Embedding{},
@@ -259,9 +244,28 @@ void PackedModel::take_encoder(const py::dict& spec) {
   if (const py::object proj = entry_of(spec, "memory_proj"); !proj.is_none())
     encoder.memory_proj =
         packed(matrix_of(proj, "memory_proj", -1, encoder.width()), 0, encoder.width());
+  const AttentionModel& attention = model_.attention;
+  if (attention.score != ScoreKind::none && encoder.memory_width() != attention.memory_width)
+    throw py::value_error("the attention takes a memory of width " +
+                          std::to_string(attention.memory_width) + ", the encoder's has " +
+                          std::to_string(encoder.memory_width()));
+  take_bridge(spec);
+}
+
+void PackedModel::take_bridge(const py::dict& spec) {
+  EncoderModel& encoder = model_.encoder;
   encoder.bridge = choice<BridgeKind>(spec, "bridge", {"zero", "last", "mean", "dense"});
+  if (encoder.bridge == BridgeKind::last && encoder.width() != model_.hidden)
+    throw py::value_error("bridge last needs an encoder as wide as the decoder, " +
+                          std::to_string(model_.hidden) + ", got " +
+                          std::to_string(encoder.width()));
+  if (encoder.bridge == BridgeKind::zero || encoder.bridge == BridgeKind::last) return;
   const py::list maps = entry_of(spec, "maps");
-  for (size_t i = 0; i < maps.size() && i < 2; ++i) {
+  const size_t parts = model_.cell == Cell::lstm ? 2 : 1;
+  if (maps.size() != parts)
+    throw py::value_error("bridge.maps must have " + std::to_string(parts) + " maps, got " +
+                          std::to_string(maps.size()));
+  for (size_t i = 0; i < parts; ++i) {
     const py::tuple map = maps[i];
     const std::string name = "bridge.maps[" + std::to_string(i) + "]";
     encoder.maps[i] =

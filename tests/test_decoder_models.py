@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -221,6 +222,7 @@ def test_nothing_is_decoded_for_no_rows() -> None:
         ({"cell": "lstn"}, "cell must be one of lstm, gru, rnn, got 'lstn'"),
         ({"compute": "int4"}, "compute must be one of"),
         ({"layers": []}, "layers must not be empty"),
+        ({"embedding": None, "input_feeding": True}, "layers"),
     ],
 )
 def test_wrong_parameters_are_named(change: dict[str, Any], message: str) -> None:
@@ -229,8 +231,57 @@ def test_wrong_parameters_are_named(change: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "part", "change", "message"),
+    [
+        ("coverage", "attention", {"v": None}, "v must not be None"),
+        ("predictive", "attention", {"position_v": None}, "position_v must not be None"),
+        ("bridge zero", "encoder", {"bridge": "last"}, "bridge last needs an encoder as wide"),
+        ("lstm general", "encoder", {"maps": []}, "bridge.maps must have 2 maps, got 0"),
+        ("lstm general", "encoder", {"bridge": "first"}, "bridge must be one of"),
+        ("lstm none", "encoder", {"layers": [[], []]}, "encoder.layers"),
+        ("predictive dot", "encoder", {"memory_proj": None}, "takes a memory of width 17"),
+    ],
+)
+def test_wrong_parts_are_named(name: str, part: str, change: dict[str, Any], message: str) -> None:
+    spec = spec_of(model_of(CONFIGS[name]), "float32")
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        native.PackedModel({**spec, part: {**spec[part], **change}})
+
+
+SEARCH = {
+    **{"most": 1, "nbest_mass": 0.0, "length_penalty": "none", "alpha": 0.0},
+    **{"coverage_penalty": 0.0, "min_length": 0, "block_ngrams": 0, "sample": False},
+    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "return_weights": False},
+}
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"most": 0}, "most must be at least 1, got 0"),
+        ({"most": 2}, "most must lie in 1..1, got 2"),
+        ({"block_ngrams": -1}, "block_ngrams must be at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": math.nan}, "top_p must be above 0, got nan"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
+        ({"length_penalty": "long"}, "length_penalty must be one of none, average, gnmt"),
+    ],
+)
+def test_wrong_options_are_named(change: dict[str, Any], message: str) -> None:
+    made = native.PackedModel(spec_of(model_of(BASE), "float32"))
+    rows = (torch.tensor([[3, 4]]), torch.tensor([2]), torch.tensor([5]))
+    with pytest.raises(ValueError, match=message):
+        native.search([made], *rows, None, 1, {**SEARCH, **change}, 1)
+    with pytest.raises(ValueError, match="limits must lie in"):
+        native.search([made], *rows[:2], torch.tensor([2**62]), None, 1, SEARCH, 1)
+    with pytest.raises(TypeError, match="got None"):
+        native.search([None], *rows, None, 1, SEARCH, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": torch.tensor([3, 4])}, "source must have 2 dimensions, got shape"),
         ({"source": torch.tensor([[3, SOURCES]])}, f"source must lie in 0..{SOURCES - 1}, got"),
         ({"source": torch.tensor([[3, -1]])}, "source must lie in"),
         ({"lengths": torch.tensor([3])}, "source_lengths must lie in 1..2, got 3"),

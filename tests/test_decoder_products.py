@@ -373,3 +373,25 @@ def test_the_instruction_sets_are_those_of_the_processor() -> None:
     supported = set(native.cpu_isas_supported())
     assert supported <= expected
     assert expected - supported <= {"avx512_amx"}  # the system may refuse its registers
+
+
+@pytest.mark.skipif("avx512_amx" not in ISAS, reason="needs AMX")
+@pytest.mark.parametrize("exponent", [-42, -38, -20, 0])
+def test_few_rows_of_bfloat16_have_the_bits_of_tiles(exponent: int) -> None:
+    """Vectors do what the tiles do: signs of zeros and flushed subnormals included."""
+    _C.set_cpu_isa("avx512_amx")
+    for inputs in (1, 31, 32, 33, 300):
+        generator = torch.Generator().manual_seed(inputs)
+        weights = torch.randn(70, inputs, generator=generator) * 10.0**exponent
+        weights[::2] = -weights[::2].abs()
+        x = torch.randn(40, inputs, generator=generator)
+        x[:, ::3] = 0.0
+        packed = checks.PackedWeights("bfloat16", weights)
+        for start in (None, torch.full((70,), 1e-40)):
+            tiles = torch.empty(40, 70)
+            checks.product(packed, x, start, tiles)
+            for rows in (1, 2):
+                vectors = torch.empty(rows, 70)
+                checks.product(packed, x[5 : 5 + rows], start, vectors)
+                same = vectors.view(torch.int32) == tiles[5 : 5 + rows].view(torch.int32)
+                assert same.all()

@@ -229,10 +229,10 @@ class BeamSearch {
   }
 
   std::vector<std::vector<Found>> run() {
-    std::vector<int32_t> symbols(sentences_.size() * beams_, kBos);
+    std::vector<int32_t> symbols(sentences_.size() * beams_, kBos), open;
     while (!sentences_.empty()) {
       stepper_.step(symbols.data());
-      std::vector<int32_t> open;
+      open.clear();
       for (size_t i = 0; i < sentences_.size(); ++i) {
         sentences_[i].extend(stepper_, probs_, int64_t(i) * beams_, workspace_);
         if (sentences_[i].is_open())
@@ -268,9 +268,7 @@ class BeamSearch {
       const int64_t row = int64_t(i) * beams_;
       sentences_[i].next(row, symbols.data() + row, from_.data() + row);
     }
-    bool moves = false;
-    for (size_t row = 0; row < rows; ++row) moves = moves || from_[row] != int32_t(row);
-    if (moves) stepper_.reorder(from_.data());
+    if (rows) stepper_.reorder(from_.data());
   }
 
   Stepper& stepper_;

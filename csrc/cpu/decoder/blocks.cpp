@@ -59,6 +59,18 @@ std::vector<std::vector<int64_t>> blocks_of(const SourceRows& sources, int64_t b
   return blocks;
 }
 
+// Runs body(block, arena, interruption) for each block, on the threads of a call.
+template <class Body>
+void for_each_block(const SourceRows& sources, int64_t beams, int threads, Check check,
+                    const Body& body) {
+  const auto blocks = blocks_of(sources, beams, threads);
+  Interruption interruption(check);
+  parallel_for(int64_t(blocks.size()), threads, [&](int64_t index) {
+    ThreadArena arena;
+    body(blocks[index], arena.arena(), interruption);
+  });
+}
+
 // Rows of (parts, count, width), or of one part, for the sentences of a block.
 std::vector<const float*> chosen(Arena& arena, const float* from, int64_t parts, int64_t count,
                                  int64_t width, const std::vector<int64_t>& block) {
@@ -189,12 +201,9 @@ class BlockStepper : public Stepper {
 std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const SourceRows& sources,
                                               const DecoderKernels& kernels) {
   std::vector<std::vector<Found>> results(size_t(sources.count));
-  const auto blocks = blocks_of(sources, call.beams, call.threads);
-  Interruption interruption(call.check);
-  parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
-    ThreadArena arena;
-    const std::vector<int64_t>& block = blocks[index];
-    BlockStepper stepper(call, sources, block, kernels, arena.arena(), interruption);
+  const auto decode = [&](const std::vector<int64_t>& block, Arena& arena,
+                          Interruption& interruption) {
+    BlockStepper stepper(call, sources, block, kernels, arena, interruption);
     std::vector<SentenceLimits> limits;
     for (int64_t b : block) {
       SentenceLimits each;
@@ -206,27 +215,23 @@ std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const Sour
     }
     std::vector<std::vector<Found>> found = search(stepper, kernels, call.options, limits);
     for (size_t i = 0; i < block.size(); ++i) results[block[i]] = std::move(found[i]);
-  });
+  };
+  for_each_block(sources, call.beams, call.threads, call.check, decode);
   return results;
 }
 
 void encode_blocks(const Model& model, const SourceRows& sources, int64_t longest, int threads,
                    const DecoderKernels& kernels, float* memory, float* hidden, float* cell) {
-  const auto blocks = blocks_of(sources, 1, threads);
-  const int64_t layers = int64_t(model.layers.size());
-  parallel_for(int64_t(blocks.size()), threads, [&](int64_t index) {
-    ThreadArena arena;
-    const std::vector<int64_t>& block = blocks[index];
+  const int64_t layers = int64_t(model.layers.size()), width = model.encoder.memory_width();
+  const auto encode = [&](const std::vector<int64_t>& block, Arena& arena, Interruption&) {
     std::vector<const int64_t*> ids;
     std::vector<int64_t> lengths;
     for (int64_t b : block) {
       ids.push_back(sources.ids[b]);
       lengths.push_back(sources.lengths[b]);
     }
-    const Encoded encoded = run_encoder(model, kernels, arena.arena(), ids.data(), lengths.data(),
-                                        int64_t(block.size()));
-    const int64_t width =
-        model.encoder.memory_proj ? model.encoder.memory_proj.outputs : model.encoder.width();
+    const Encoded encoded =
+        run_encoder(model, kernels, arena, ids.data(), lengths.data(), int64_t(block.size()));
     const auto copy = [&](const std::vector<const float*>& from, float* to, int64_t layer,
                           size_t i) {
       float* row = to + (layer * sources.count + block[i]) * model.hidden;
@@ -245,7 +250,8 @@ void encode_blocks(const Model& model, const SourceRows& sources, int64_t longes
         if (cell) copy(encoded.cell, cell, layer, i);
       }
     }
-  });
+  };
+  for_each_block(sources, 1, threads, nullptr, encode);
 }
 
 namespace {
@@ -284,10 +290,7 @@ class StepsRun {
       else
         std::memcpy(embedded_ + int64_t(i) * width_, call_.embedded + at * width_, floats(width_));
     }
-    if (call_.symbols)
-      runner_.step(symbols_.data());
-    else
-      runner_.step_embedded(embedded_, width_);
+    runner_.step(call_.symbols ? symbols_.data() : nullptr, embedded_, width_);
   }
 
   void write(int64_t i, int64_t t) {
@@ -337,27 +340,24 @@ class StepsRun {
 }  // namespace
 
 void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels) {
-  const auto blocks = blocks_of(sources, 1, call.threads);
-  Interruption interruption(call.check);
-  parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
-    ThreadArena arena;
-    Runner runner(*call.model, kernels, arena.arena(), 1);
-    begin(runner, arena.arena(), sources, blocks[index]);
-    StepsRun(call, sources, blocks[index], runner, arena.arena(), interruption).run();
-  });
+  const auto run = [&](const std::vector<int64_t>& block, Arena& arena,
+                       Interruption& interruption) {
+    Runner runner(*call.model, kernels, arena, 1);
+    begin(runner, arena, sources, block);
+    StepsRun(call, sources, block, runner, arena, interruption).run();
+  };
+  for_each_block(sources, 1, call.threads, call.check, run);
 }
 
 std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& sources,
                                      const DecoderKernels& kernels) {
   // Grows with the symbols that are found: `steps` may be meant as no limit at all.
   std::vector<GreedyRow> results(size_t(sources.count));
-  const auto blocks = blocks_of(sources, 1, call.threads);
-  Interruption interruption(call.check);
-  parallel_for(int64_t(blocks.size()), call.threads, [&](int64_t index) {
-    ThreadArena arena;
-    Runner runner(*call.model, kernels, arena.arena(), 1);
-    std::vector<int64_t> open = blocks[index];  // the rows that have not ended
-    begin(runner, arena.arena(), sources, open);
+  const auto decode = [&](const std::vector<int64_t>& block, Arena& arena,
+                          Interruption& interruption) {
+    Runner runner(*call.model, kernels, arena, 1);
+    std::vector<int64_t> open = block;  // the rows that have not ended
+    begin(runner, arena, sources, open);
     std::vector<int32_t> symbols(open.size(), call.bos), kept;
     const int64_t size = call.model->output.outputs;
     for (int64_t t = 0; t < call.steps && !open.empty(); ++t) {
@@ -385,7 +385,8 @@ std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& s
       open.resize(kept.size());
       runner.keep(kept.data(), int64_t(kept.size()));
     }
-  });
+  };
+  for_each_block(sources, 1, call.threads, call.check, decode);
   return results;
 }
 

@@ -38,7 +38,6 @@ class EncoderRun {
         kernels_(kernels),
         arena_(arena),
         convert_(model.compute, kernels, arena),
-        step_(model.compute, kernels, arena),
         ids_(ids) {
     memory_.count = count;
     memory_.lengths.assign(lengths, lengths + count);
@@ -159,11 +158,11 @@ class EncoderRun {
   void cell_step(const RecurrentLayer& layer, float* gates, float* state_gates, int64_t n,
                  int64_t hidden, int64_t width, float* h, float* c) {
     if (model_.cell == Cell::gru) {
-      step_.product(layer.state, h, hidden, n, layer.state_bias, 0, state_gates, width);
+      convert_.product(layer.state, h, hidden, n, layer.state_bias, 0, state_gates, width);
       kernels_.gru(gates, state_gates, width, n, hidden, h, hidden);
       return;
     }
-    step_.product(layer.state, h, hidden, n, gates, width, gates, width);
+    convert_.product(layer.state, h, hidden, n, gates, width, gates, width);
     if (c)
       kernels_.lstm(gates, width, n, hidden, c, hidden, h, hidden);
     else
@@ -230,7 +229,7 @@ class EncoderRun {
   const EncoderModel& encoder_;
   const DecoderKernels& kernels_;
   Arena& arena_;
-  Converter convert_, step_;
+  Converter convert_;
   const int64_t* const* ids_;
   BlockMemory memory_;
   std::vector<float*> finals_, cells_;  // of each layer, (count, width)

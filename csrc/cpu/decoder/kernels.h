@@ -86,7 +86,7 @@ struct DecoderKernels {
                      int64_t key_stride, int64_t n, int64_t width, const float* bias, float* scores,
                      int64_t stride);
   // scores[s] = v . tanh(query + keys[s] + coverage[s] direction), for one query; `coverage` (n)
-  // and `direction` (width) may be null. `width` floats of scratch.
+  // and `direction` (width) may be null.
   void (*concat_scores)(const float* query, const float* keys, int64_t key_stride, int64_t n,
                         int64_t width, const float* v, const float* coverage,
                         const float* direction, float* scores);

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -68,6 +67,7 @@ struct EncoderModel {
   const float* map_biases[2] = {nullptr, nullptr};
 
   int64_t width() const { return hidden * directions; }
+  int64_t memory_width() const { return memory_proj ? memory_proj.outputs : width(); }
   int64_t depth() const { return int64_t(layers.size()) / directions; }
 };
 

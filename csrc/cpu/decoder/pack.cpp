@@ -1,7 +1,6 @@
 #include "pack.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>

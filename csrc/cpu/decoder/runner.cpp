@@ -48,9 +48,9 @@ void Runner::allocate() {
   for (float*& c : state_.cell) c = floats(n * hidden);
   outputs_width_ = model_.attentional_width();
   outputs_ = floats(n * outputs_width_);
-  if (model_.input_feeding) {
-    state_.attentional = floats(n * outputs_width_);
-    std::memset(state_.attentional, 0, size_t(n * outputs_width_) * sizeof(float));
+  if (model_.input_feeding) {  // what a step wrote is what the next one is fed
+    state_.attentional = outputs_;
+    std::memset(outputs_, 0, size_t(n * outputs_width_) * sizeof(float));
   }
   if (attention.coverage) {
     state_.coverage = floats(n * memory_.longest);
@@ -107,15 +107,8 @@ void Runner::prepare_memory() {
   key_bias_ = bias;
 }
 
-void Runner::step(const int32_t* symbols) {
-  run_layers(symbols, nullptr, 0);
-  attend();
-  project();
-  ++position_;
-}
-
-void Runner::step_embedded(const float* embedded, int64_t stride) {
-  run_layers(nullptr, embedded, stride);
+void Runner::step(const int32_t* symbols, const float* embedded, int64_t stride) {
+  run_layers(symbols, embedded, stride);
   attend();
   project();
   ++position_;
@@ -133,16 +126,14 @@ void Runner::run_layers(const int32_t* symbols, const float* embedded, int64_t s
   const int64_t n = rows(), hidden = model_.hidden;
   const float* x = embedded;
   int64_t width = model_.embedding.width;
-  if (symbols) {
-    const bool read = !model_.layers[0].table || model_.residual;
-    x = read ? embed(symbols) : nullptr;
-    stride = width;
-  } else {
-    width = model_.layers[0].input.inputs;
-  }
+  if (!symbols) width = model_.layers[0].input.inputs;
   // The input of the first layer ends with what is fed.
   const int64_t own = width, fed = model_.input_feeding ? outputs_width_ : 0;
   const bool residual = model_.residual && own + fed == hidden;
+  if (symbols) {
+    x = residual || !model_.layers[0].table ? embed(symbols) : nullptr;
+    stride = width;
+  }
   for (size_t i = 0; i < model_.layers.size(); ++i) {
     float* h = state_.hidden[i];
     run_layer(model_.layers[i], i == 0 ? symbols : nullptr, x, stride, h,
@@ -162,7 +153,7 @@ void Runner::run_layers(const int32_t* symbols, const float* embedded, int64_t s
     }
     stride = hidden;
   }
-  if (x != layer_) std::memcpy(layer_, x, size_t(n * hidden) * sizeof(float));
+  top_ = x;
 }
 
 void Runner::run_layer(const RecurrentLayer& layer, const int32_t* symbols, const float* x,
@@ -224,9 +215,9 @@ void Runner::find_windows(const ConvertedRows& y) {
   }
 }
 
-// Scores of the rows of a sentence within their windows, to weights_. query: of its first row.
-// own: for the location score, the scores themselves.
-void Runner::score(int64_t sentence, const float* query, const float* own) {
+// Scores of the rows of a sentence within their windows, to weights_. query: of its first row, or
+// for the location score the scores themselves.
+void Runner::score(int64_t sentence, const float* query) {
   const AttentionModel& attention = model_.attention;
   const int64_t first = memory_.first[sentence], row = sentence * beams_;
   const int64_t stride = memory_.longest, width = attention.key_width();
@@ -250,7 +241,7 @@ void Runner::score(int64_t sentence, const float* query, const float* own) {
           attention.coverage ? state_.coverage + (row + beam) * stride + from : nullptr,
           attention.coverage, scores + from);
     } else {
-      const float* given = own + beam * attention.query.outputs + from;
+      const float* given = query + beam * attention.query.outputs + from;
       for (int64_t s = 0; s < count; ++s) scores[from + s] = attention.scale * given[s];
     }
   }
@@ -272,28 +263,27 @@ void Runner::attend() {
   const AttentionModel& attention = model_.attention;
   const int64_t n = rows(), hidden = model_.hidden, width = outputs_width_;
   if (attention.score == ScoreKind::none) {
-    std::memcpy(outputs_, layer_, size_t(n * hidden) * sizeof(float));
+    std::memcpy(outputs_, top_, size_t(n * hidden) * sizeof(float));
   } else {
-    ConvertedRows y{layer_, hidden, nullptr};
+    ConvertedRows y{top_, hidden, nullptr};
     if (attention.query || attention.combine || attention.position)
-      y = convert_rows(kernels_, model_.layers[0].state, layer_, hidden, n, narrow_,
-                       narrow_scales_);
+      y = converted(model_.layers[0].state, top_, hidden, n);  // its matrix is as wide
     find_windows(y);
-    const float* query = layer_;
+    const float* query = top_;
     int64_t query_width = hidden;
     if (attention.query) {
       query_width = attention.query.outputs;
       kernels_.product(attention.query, y, n, attention.query_bias, 0, query_, query_width);
       query = query_;
     } else if (attention.scale != 1.0f) {
-      for (int64_t i = 0; i < n * hidden; ++i) query_[i] = attention.scale * layer_[i];
+      for (int64_t i = 0; i < n * hidden; ++i) query_[i] = attention.scale * top_[i];
       query = query_;
     }
     if (attention.combine)
       kernels_.product(attention.combine, y, n, attention.combine_bias, 0, outputs_, width);
     for (int64_t sentence = 0; sentence < memory_.count; ++sentence) {
       const int64_t row = sentence * beams_;
-      score(sentence, query + row * query_width, query + row * query_width);
+      score(sentence, query + row * query_width);
       for (int64_t beam = 0; beam < beams_; ++beam) normalise(sentence, row + beam);
       kernels_.weighted_sum(weights_ + row * memory_.longest, memory_.longest, beams_,
                             memory_.lengths[sentence], values_ + memory_.first[sentence] * width,
@@ -307,8 +297,6 @@ void Runner::attend() {
         kernels_.add(sum, weights(row), memory_.lengths[row / beams_], sum);
       }
   }
-  if (state_.attentional)
-    std::memcpy(state_.attentional, outputs_, size_t(n * width) * sizeof(float));
 }
 
 void Runner::project() {
@@ -340,20 +328,21 @@ void Runner::reorder(const int32_t* from) {
   bool same = true;
   for (int64_t row = 0; row < n; ++row) same = same && from[row] == row;
   if (same) return;
-  for (float* h : state_.hidden) gather(h, model_.hidden, from, n);
-  for (float* c : state_.cell) gather(c, model_.hidden, from, n);
-  if (state_.attentional) gather(state_.attentional, outputs_width_, from, n);
-  if (state_.coverage) gather(state_.coverage, memory_.longest, from, n);
+  move_rows(from, n);
+}
+
+void Runner::move_rows(const int32_t* from, int64_t count) {
+  for (float* h : state_.hidden) gather(h, model_.hidden, from, count);
+  for (float* c : state_.cell) gather(c, model_.hidden, from, count);
+  if (state_.attentional) gather(state_.attentional, outputs_width_, from, count);
+  if (state_.coverage) gather(state_.coverage, memory_.longest, from, count);
 }
 
 void Runner::keep(const int32_t* sentences, int64_t count) {
   std::vector<int32_t> from(size_t(count * beams_));
   for (int64_t i = 0; i < count * beams_; ++i)
     from[i] = int32_t(sentences[i / beams_] * beams_ + i % beams_);
-  for (float* h : state_.hidden) gather(h, model_.hidden, from.data(), count * beams_);
-  for (float* c : state_.cell) gather(c, model_.hidden, from.data(), count * beams_);
-  if (state_.attentional) gather(state_.attentional, outputs_width_, from.data(), count * beams_);
-  if (state_.coverage) gather(state_.coverage, memory_.longest, from.data(), count * beams_);
+  move_rows(from.data(), count * beams_);
   for (int64_t i = 0; i < count; ++i) {
     memory_.lengths[i] = memory_.lengths[sentences[i]];
     memory_.first[i] = memory_.first[sentences[i]];

@@ -15,7 +15,7 @@ namespace fused_attn {
 struct DecoderRows {
   std::vector<float*> hidden;    // (N, hidden) of each layer
   std::vector<float*> cell;      // the same, of an LSTM
-  float* attentional = nullptr;  // (N, attentional width), of the last step
+  float* attentional = nullptr;  // (N, attentional width), of the last step, with input feeding
   float* coverage = nullptr;     // (N, longest source), with coverage
 };
 
@@ -34,17 +34,17 @@ class Runner {
   // `arena` must not be reset while the runner lives. `beams` rows for each sentence.
   Runner(const Model& model, const DecoderKernels& kernels, Arena& arena, int64_t beams);
 
-  // Reads the sources of `count` sentences, longest first: ids (count, stride). Their final states
-  // become the first of the decoder.
+  // Reads the sources of `count` sentences, longest first: the symbols of each. Their final
+  // states become the first of the decoder.
   void encode(const int64_t* const* ids, const int64_t* lengths, int64_t count);
   // Takes a memory, and states in the order of its sentences: `hidden` and `cell` (layers) of
   // (count, hidden). `cell` is empty unless the cell is an LSTM; empty `hidden` means zeros.
   void begin(const BlockMemory& memory, const std::vector<const float*>& hidden,
              const std::vector<const float*>& cell, int64_t position = 0);
 
-  // Feeds a symbol, or an embedded one (rows, embedding width), to each row.
-  void step(const int32_t* symbols);
-  void step_embedded(const float* embedded, int64_t stride);
+  // Feeds a symbol to each row, or an embedded one, (rows, embedding width; stride), without
+  // symbols.
+  void step(const int32_t* symbols, const float* embedded = nullptr, int64_t stride = 0);
 
   void reorder(const int32_t* from);
   void keep(const int32_t* sentences, int64_t count);
@@ -69,12 +69,13 @@ class Runner {
                  int64_t stride, float* h, float* c);
   const float* embed(const int32_t* symbols);
   void attend();
-  void score(int64_t sentence, const float* query, const float* own);
+  void score(int64_t sentence, const float* query);
   void find_windows(const ConvertedRows& y);
   void normalise(int64_t sentence, int64_t row);
   void project();
   ConvertedRows converted(const PackedMatrix& matrix, const float* x, int64_t stride, int64_t rows);
   void gather(float* x, int64_t width, const int32_t* from, int64_t count);
+  void move_rows(const int32_t* from, int64_t count);
 
   const Model& model_;
   const DecoderKernels& kernels_;
@@ -88,6 +89,7 @@ class Runner {
   const float* values_ = nullptr;    // (memory rows, value width)
   const float* key_bias_ = nullptr;  // (memory rows)
   int64_t outputs_width_ = 0;
+  const float* top_ = nullptr;  // (rows, hidden): the output of the last layer
   // Scratch of a step, for all rows.
   float *gates_ = nullptr, *state_gates_ = nullptr, *embedded_ = nullptr, *layer_ = nullptr;
   float *outputs_ = nullptr, *projected_ = nullptr, *logits_ = nullptr, *weights_ = nullptr;

@@ -37,7 +37,7 @@ struct SentenceLimits {
   int64_t number = 0;               // in the call: for the draws
   int64_t limit = 0;                // at this many symbols a target must end
   const int64_t* prefix = nullptr;  // what the target must begin with, or null
-  int64_t prefix_length = 0;        // symbols of it; a kPad in it ends it
+  int64_t prefix_length = 0;        // symbols of it; a kPad in it leaves that step free
 };
 
 struct Found {

@@ -142,8 +142,8 @@ FA_INLINE void finish_rows(const typename TileSums<Integers>::type* sums, int64_
 
 // Rows of a block by one panel. The processor's own prefetching keeps up with the tiles.
 template <bool Integers>
-FA_INLINE void panel_product(TileRegisters& registers, const Panel& panel, StepRows x, int64_t rows,
-                             int64_t steps, const Result& result) {
+FA_INLINE void amx_panel(TileRegisters& registers, const Panel& panel, StepRows x, int64_t rows,
+                         int64_t steps, const Result& result) {
   alignas(64) typename TileSums<Integers>::type sums[2 * kTileRows * kPanel];
   for (int64_t first = 0; first < rows; first += 2 * kTileRows) {
     const int64_t count = rows - first < 2 * kTileRows ? rows - first : 2 * kTileRows;
@@ -167,7 +167,7 @@ template <bool Integers>
 void amx_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
                  const Result& result) {
   const int64_t row_bytes = matrix.padded_inputs * compute_bytes(matrix.compute);
-  const int64_t steps = row_bytes / kTileBytes, panel_bytes = row_bytes * kPanel;
+  const int64_t steps = row_bytes / kTileBytes;
   const int64_t stride = x.stride * compute_bytes(matrix.compute);
   TileRegisters registers;
   for (int64_t first = 0; first < rows; first += kAmxRowBlock) {
@@ -176,10 +176,10 @@ void amx_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t row
     for (int64_t p = 0; p < matrix.panel_count(); ++p) {
       const int64_t column = p * kPanel;
       const Panel panel{
-          static_cast<const char*>(matrix.panels) + p * panel_bytes,
+          static_cast<const char*>(matrix.panels) + p * panel_bytes(matrix),
           column,
           {offset(matrix.scales, column), offset(matrix.sums, column), offset(x.scales, first)}};
-      panel_product<Integers>(registers, panel, those, count, steps, result.row(first));
+      amx_panel<Integers>(registers, panel, those, count, steps, result.row(first));
     }
   }
 }

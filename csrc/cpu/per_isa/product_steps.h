@@ -57,17 +57,27 @@ struct Scales {
   const float* rows = nullptr;
 };
 
-struct FloatStep {
+// What most steps have.
+struct PlainStep {
+  static constexpr int kRowBytes = 4;
+  static constexpr bool kPrepares = false;
+  static constexpr bool kWhole = false;  // a block has all inputs
+  static constexpr bool kFolds = false;  // `fold` after every kSteps steps, see BFloat16TileStep
+
+  static int64_t steps(const PackedMatrix& matrix) {
+    const int64_t group = compute_group(matrix.compute);
+    return (matrix.inputs + group - 1) / group;
+  }
+};
+
+struct FloatStep : PlainStep {
   typedef Vec<float> Sum;
   typedef Vec<float> Weights;
   typedef Vec<float> Row;
   // In a block; the sums of blocks are added one by one. The weights of a block fit a first-level
   // cache of the processors that have these registers.
-  static constexpr int64_t kSteps =
-      kVectorBytes == 64 ? 256 : 128;  // in a block; the sums of blocks are added one by one
+  static constexpr int64_t kSteps = kVectorBytes == 64 ? 256 : 128;
   static constexpr int kMostRows = 6;
-  static constexpr int kRowBytes = 4;
-  static constexpr bool kPrepares = false;
 
   FA_INLINE_METHOD static Weights weights(const char* p) {
     return load(reinterpret_cast<const float*>(p));
@@ -77,18 +87,23 @@ struct FloatStep {
   }
   FA_INLINE_METHOD static Sum add(Sum sum, Weights w, Row x) { return multiply_add(x, w, sum); }
   FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales&, int, int) { return sum; }
-  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
 };
 
+// The elements of a pair, the low and the high half of each word, widened.
+struct WidePair {
+  Vec<float> first, second;
+};
+FA_INLINE WidePair widened(Ints words) {
+  return {(Vec<float>)((Bits)words << 16), (Vec<float>)((Bits)words & 0xffff0000u)};
+}
+
 #if defined(__AVX512BF16__)
-struct BFloat16Step {
+struct BFloat16Step : PlainStep {
   typedef Vec<float> Sum;
   typedef __m512bh Weights;
   typedef __m512bh Row;
   static constexpr int64_t kSteps = 128;
   static constexpr int kMostRows = 6;
-  static constexpr int kRowBytes = 4;
-  static constexpr bool kPrepares = false;
 
   FA_INLINE_METHOD static Weights weights(const char* p) { return (__m512bh)load_words(p); }
   FA_INLINE_METHOD static Row row(const char* p) { return (__m512bh)splat_word(word_at(p)); }
@@ -96,26 +111,18 @@ struct BFloat16Step {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, x, w);
   }
   FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales&, int, int) { return sum; }
-  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
 };
 #else
-// Both are widened: the elements of a pair are the high and the low half of a word.
-struct BFloat16Step {
+struct BFloat16Step : PlainStep {
   typedef Vec<float> Sum;
-  struct Pair {
-    Vec<float> first, second;
-  };
-  typedef Pair Weights;
-  typedef Pair Row;
+  typedef WidePair Weights;
+  typedef WidePair Row;
   static constexpr int64_t kSteps = 128;
   static constexpr int kMostRows = 4;
   static constexpr int kRowBytes = 8;
   static constexpr bool kPrepares = true;
 
-  FA_INLINE_METHOD static Weights weights(const char* p) {
-    const Bits words = (Bits)load_words(p);
-    return {(Vec<float>)(words << 16), (Vec<float>)(words & 0xffff0000u)};
-  }
+  FA_INLINE_METHOD static Weights weights(const char* p) { return widened(load_words(p)); }
   FA_INLINE_METHOD static Row row(const char* p) {
     const float* pair = reinterpret_cast<const float*>(p);
     return {splat(pair[0]), splat(pair[1])};
@@ -135,6 +142,38 @@ struct BFloat16Step {
 };
 #endif
 
+#if defined(__AMX_BF16__)
+// The arithmetic of AMX on vectors, with the same bits: the first and the second elements of 16
+// pairs are summed apart, their sum is added to the total, and subnormals count as zeros. Few rows
+// are multiplied faster this way, for a tile takes as long for one row as for sixteen.
+struct BFloat16TileStep : PlainStep {
+  struct Sum {
+    Vec<float> first, second, total;
+  };
+  typedef WidePair Weights;
+  typedef WidePair Row;
+  static constexpr int64_t kSteps = 16;
+  static constexpr int kMostRows = 2;
+  static constexpr bool kWhole = true;
+  static constexpr bool kFolds = true;
+
+  // With the padding, for the tiles add its zeros too, which makes 0 of -0.
+  static int64_t steps(const PackedMatrix& matrix) { return matrix.padded_inputs / 2; }
+  FA_INLINE_METHOD static Weights weights(const char* p) { return widened(load_words(p)); }
+  FA_INLINE_METHOD static Row row(const char* p) { return widened(splat_word(word_at(p))); }
+  FA_INLINE_METHOD static Sum add(const Sum& sum, const Weights& w, const Row& x) {
+    return {multiply_add(x.first, w.first, sum.first), multiply_add(x.second, w.second, sum.second),
+            sum.total};
+  }
+  FA_INLINE_METHOD static void fold(Sum& sum) {
+    sum = {Vec<float>{}, Vec<float>{}, sum.total + (sum.first + sum.second)};
+  }
+  FA_INLINE_METHOD static Vec<float> finish(const Sum& sum, const Scales&, int, int) {
+    return sum.total;
+  }
+};
+#endif
+
 // start + float(sum) * (scale of the row * scale of the output), rounded after each operation.
 FA_INLINE Vec<float> scaled(Ints sum, const Scales& scales, int row, int column) {
   const Vec<float> scale = load(scales.outputs + column) * scales.rows[row];
@@ -144,13 +183,13 @@ FA_INLINE Vec<float> scaled(Ints sum, const Scales& scales, int row, int column)
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // The instruction multiplies unsigned by signed bytes: 128 is added to the rows' integers, and 128
 // times the sum of the weights subtracted in the end. Sums may wrap around on the way.
-struct IntegerStep {
+struct IntegerStep : PlainStep {
   typedef Ints Sum;
   typedef Ints Weights;
   typedef Ints Row;
   static constexpr int64_t kSteps = 512;
+  static constexpr bool kWhole = true;
   static constexpr int kMostRows = 6;
-  static constexpr int kRowBytes = 4;
   static constexpr bool kPrepares = true;
 
   FA_INLINE_METHOD static Weights weights(const char* p) { return load_words(p); }
@@ -176,7 +215,7 @@ struct IntegerStep {
 #elif defined(__SSE2__)
 // Two 16-bit words for each step: inputs 0 and 2 of the group, and 1 and 3. A product of pairs is
 // exact: at most 2 * 127 * 127. Rows are padded to whole groups of 16 steps.
-struct IntegerStep {
+struct IntegerStep : PlainStep {
   typedef Ints Sum;
   struct Pair {
     Ints even, odd;
@@ -184,6 +223,7 @@ struct IntegerStep {
   typedef Pair Weights;
   typedef Pair Row;
   static constexpr int64_t kSteps = 512;
+  static constexpr bool kWhole = true;
   static constexpr int kMostRows = 4;
   static constexpr int kRowBytes = 8;
   static constexpr bool kPrepares = true;
@@ -223,14 +263,13 @@ struct IntegerStep {
   }
 };
 #else
-struct IntegerStep {
+struct IntegerStep : PlainStep {
   typedef Ints Sum;
   typedef Ints Weights;
   typedef Ints Row;
   static constexpr int64_t kSteps = 512;
+  static constexpr bool kWhole = true;
   static constexpr int kMostRows = 4;
-  static constexpr int kRowBytes = 4;
-  static constexpr bool kPrepares = false;
 
   FA_INLINE_METHOD static Weights weights(const char* p) { return load_words(p); }
   FA_INLINE_METHOD static Row row(const char* p) { return splat_word(word_at(p)); }
@@ -244,7 +283,6 @@ struct IntegerStep {
   FA_INLINE_METHOD static Vec<float> finish(Sum sum, const Scales& scales, int row, int column) {
     return scaled(sum, scales, row, column);
   }
-  FA_INLINE_METHOD static void prepare(const char*, int64_t, char*) {}
 };
 #endif
 

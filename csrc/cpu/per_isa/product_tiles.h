@@ -13,6 +13,10 @@ namespace {
 constexpr int64_t kStepBytes = kPanel * 4;  // weights of a step
 constexpr int kPanelVectors = int(kStepBytes) / kVectorBytes;
 
+FA_INLINE int64_t panel_bytes(const PackedMatrix& matrix) {
+  return matrix.padded_inputs * kPanel * compute_bytes(matrix.compute);
+}
+
 // The start of a product, and where it goes.
 struct Result {
   const float* start;  // null: zeros
@@ -115,6 +119,24 @@ FA_INLINE const X* offset(const X* p, int64_t n) {
   return p ? p + n : p;
 }
 
+// Subnormals count as zeros from here to `end`, if wanted: for steps with the arithmetic of AMX.
+template <bool Wanted>
+struct FlushIf {};
+#if defined(__AMX_BF16__)
+template <>
+struct FlushIf<true> {
+  unsigned before = _mm_getcsr();
+  FA_INLINE_METHOD FlushIf() { _mm_setcsr(before | 0x8040); }
+  // The sums pass through here, so that no sum is computed after it.
+  template <class Sum, int M, int N>
+  FA_INLINE_METHOD void end(Sum (&sums)[M][N]) const {
+    for (int r = 0; r < M; ++r)
+      for (int n = 0; n < N; ++n) __asm__ volatile("" : "+v"(sums[r][n].total));
+    _mm_setcsr(before);
+  }
+};
+#endif
+
 // M rows by a whole panel: adds `steps` steps to the start.
 template <class Step, int M, int Lines>
 void tile(const Panel& panel, StepRows x, int64_t steps, Ahead ahead, const Result& result) {
@@ -126,6 +148,7 @@ void tile(const Panel& panel, StepRows x, int64_t steps, Ahead ahead, const Resu
     const int64_t column = vector * kLanes<float>;
     if (panel.column + column >= result.columns) break;
     typename Step::Sum sums[M][N] = {};
+    const FlushIf<Step::kFolds> flushing;
     int64_t step = 0;
     do {
       const int64_t count = steps - step < Step::kSteps ? steps - step : Step::kSteps;
@@ -140,7 +163,11 @@ void tile(const Panel& panel, StepRows x, int64_t steps, Ahead ahead, const Resu
       add_steps<Step, M, N, Lines>(weights, rows, count, ahead, sums);
       ahead.from += count * ahead.step;
       step += count;
+      if constexpr (Step::kFolds)
+        for (int r = 0; r < M; ++r)
+          for (int n = 0; n < N; ++n) Step::fold(sums[r][n]);
     } while (step < steps);
+    if constexpr (Step::kFolds) flushing.end(sums);
     ahead.step = 0;  // the other vectors of the panel bring nothing
     const Scales scales{offset(panel.scales.outputs, column), offset(panel.scales.sums, column),
                         panel.scales.rows};
@@ -156,10 +183,10 @@ void tile_of_rows(int64_t rows, const Panel& panel, StepRows x, int64_t steps, A
       return tile<Step, 1, Lines>(panel, x, steps, ahead, result);
     case 2:
       return tile<Step, 2, Lines>(panel, x, steps, ahead, result);
-    case 3:
-      return tile<Step, 3, Lines>(panel, x, steps, ahead, result);
-    case 4:
-      return tile<Step, 4, Lines>(panel, x, steps, ahead, result);
+  }
+  if constexpr (Step::kMostRows >= 4) {
+    if (rows == 3) return tile<Step, 3, Lines>(panel, x, steps, ahead, result);
+    if (rows == 4) return tile<Step, 4, Lines>(panel, x, steps, ahead, result);
   }
   if constexpr (Step::kMostRows == 6) {
     if (rows == 5) return tile<Step, 5, Lines>(panel, x, steps, ahead, result);
@@ -190,52 +217,49 @@ void chunk_product(const Panel& panel, StepRows x, int64_t rows, int64_t steps, 
   }
 }
 
+// A panel by a block of rows. `coming` is the panel that is read after it, or null.
 template <class Step>
-void block_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
-                   const Result& result) {
-  const int64_t group = compute_group(matrix.compute), bytes = compute_bytes(matrix.compute);
-  const int64_t steps = (matrix.inputs + group - 1) / group;
-  const int64_t chunk = matrix.compute == Compute::i8 ? steps : Step::kSteps;
-  const int64_t panels = matrix.panel_count(), panel_bytes = matrix.padded_inputs * kPanel * bytes;
-  const StepRows words{static_cast<const char*>(x.data), x.stride * bytes};
-  for (int64_t p = 0; p < panels; ++p) {
-    const char* weights = static_cast<const char*>(matrix.panels) + p * panel_bytes;
-    const int64_t column = p * kPanel;
-    Result to = result;
-    int64_t first = 0;
-    do {
-      const int64_t count = steps - first < chunk ? steps - first : chunk;
-      const bool last = first + count >= steps;
-      const char* next = !last            ? weights + (first + count) * kStepBytes
-                         : p + 1 < panels ? weights + panel_bytes
-                                          : nullptr;
-      const Panel panel{weights + first * kStepBytes,
-                        column,
-                        {offset(matrix.scales, column), offset(matrix.sums, column), nullptr}};
-      chunk_product<Step>(panel, {words.data + first * 4, words.bytes}, rows, count, next, x.scales,
-                          to);
-      to.start = to.out;
-      to.start_stride = to.stride;
-      first += count;
-    } while (first < steps);
-  }
+void panel_product(const PackedMatrix& matrix, int64_t p, const char* coming, StepRows x,
+                   const float* row_scales, int64_t rows, const Result& result) {
+  const int64_t steps = Step::steps(matrix), column = p * kPanel;
+  const int64_t chunk = Step::kWhole ? steps : Step::kSteps;
+  const char* weights = static_cast<const char*>(matrix.panels) + p * panel_bytes(matrix);
+  Result to = result;
+  int64_t first = 0;
+  do {
+    const int64_t count = steps - first < chunk ? steps - first : chunk;
+    const bool last = first + count >= steps;
+    const char* next = last ? coming : weights + (first + count) * kStepBytes;
+    const Panel panel{weights + first * kStepBytes,
+                      column,
+                      {offset(matrix.scales, column), offset(matrix.sums, column), nullptr}};
+    chunk_product<Step>(panel, {x.data + first * 4, x.bytes}, rows, count, next, row_scales, to);
+    to.start = to.out;
+    to.start_stride = to.stride;
+    first += count;
+  } while (first < steps);
 }
 
 // Rows in blocks: a result with a few hundred rows is read and written for each block of inputs,
-// and the places in the cache for lines at equal distances are few. A block of rows reads the
-// weights once, for which it computes long enough.
+// and the places in the cache for lines at equal distances are few. All blocks use a panel before
+// the next one is read, so the weights come from afar once.
 constexpr int64_t kRowBlock = 48;
 
 template <class Step>
 void tiled_product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
                    const Result& result) {
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, bytes = compute_bytes(matrix.compute);
-  for (int64_t b = 0, first = 0; b < blocks; ++b) {
-    const int64_t end = (b + 1) * rows / blocks;
-    const ConvertedRows those{static_cast<const char*>(x.data) + first * x.stride * bytes, x.stride,
-                              offset(x.scales, first)};
-    block_product<Step>(matrix, those, end - first, result.row(first));
-    first = end;
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, panels = matrix.panel_count();
+  const int64_t row_bytes = x.stride * compute_bytes(matrix.compute);
+  for (int64_t p = 0; p < panels; ++p) {
+    const char* own = static_cast<const char*>(matrix.panels) + p * panel_bytes(matrix);
+    const char* after = p + 1 < panels ? own + panel_bytes(matrix) : nullptr;
+    for (int64_t b = 0, first = 0; b < blocks; ++b) {
+      const int64_t end = (b + 1) * rows / blocks;
+      const StepRows those{static_cast<const char*>(x.data) + first * row_bytes, row_bytes};
+      panel_product<Step>(matrix, p, b + 1 < blocks ? own : after, those, offset(x.scales, first),
+                          end - first, result.row(first));
+      first = end;
+    }
   }
 }
 

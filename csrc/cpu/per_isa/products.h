@@ -31,7 +31,7 @@ FA_INLINE float convert_to_integers(const float* x, int64_t inputs, int64_t padd
   const int32_t bits = largest_bits(x, inputs);
   const float largest = as_float(uint32_t(bits));
   if (bits == 0 || bits >= 0x7f800000) {
-    memset(out, 0, size_t(padded));
+    if (padded) memset(out, 0, size_t(padded));  // out may be null without inputs
     return bits == 0 ? 0.0f : __builtin_nanf("");
   }
   const float before = largest < 0x1p-64f ? 0x1p64f : 1.0f;  // so that the factor is finite
@@ -62,8 +62,8 @@ void convert(Compute compute, const float* x, int64_t stride, int64_t rows, int6
 }
 
 #ifdef FA_AMX
-// Fewer rows are multiplied faster by vectors than by tiles, which give the same integers.
-constexpr int64_t kAmxRows = 16;
+// Fewer rows are multiplied faster by vectors than by tiles, with the same bits.
+constexpr int64_t kIntegerTileRows = 16, kBFloat16TileRows = 3;
 #endif
 
 void product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows, const float* start,
@@ -75,9 +75,10 @@ void product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows, c
       return tiled_product<FloatStep>(matrix, x, rows, result);
 #ifdef FA_AMX
     case Compute::bf16:
+      if (rows < kBFloat16TileRows) return tiled_product<BFloat16TileStep>(matrix, x, rows, result);
       return amx_product<false>(matrix, x, rows, result);
     case Compute::i8:
-      if (rows < kAmxRows) return tiled_product<IntegerStep>(matrix, x, rows, result);
+      if (rows < kIntegerTileRows) return tiled_product<IntegerStep>(matrix, x, rows, result);
       return amx_product<true>(matrix, x, rows, result);
 #else
     case Compute::bf16:
