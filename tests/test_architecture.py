@@ -28,7 +28,7 @@ LAYERS = (
     ("backends.*.*",),
     ("backends.*",),
     ("backends",),
-    ("checks", "ops"),
+    ("checks", "ops", "routes"),
     ("autograd", "export"),
     ("ragged",),
     ("functional", "scores", "layer_options", "layer_parts", "warm_up", "recurrent"),
