@@ -1,4 +1,4 @@
-"""How a call must be made, from what is active in torch: compilers, transforms, modes and traces."""
+"""How a call must be made: it depends on the compilers, transforms, modes and traces of torch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("attention",),
     ("packed",),
     ("decoder_parts", "decoder_spec"),
-    ("greedy", "native_decoder"),
+    ("decoder_steps", "greedy", "native_decoder"),
     ("decoder",),
     ("interop",),
     ("seq2seq",),
