@@ -1,19 +1,20 @@
 """Describe decoders to the native module, which packs their weights and runs them in one call.
 
 A description is a dict of float32 tensors on the CPU, in torch's own layouts, and of options; see
-``PackedModel`` in csrc/packed_spec.cpp. `not_native_reasons` tells what cannot be described.
+``PackedModel`` in csrc/packed_spec.cpp. `module_reasons` and `attention_reasons` tell what cannot
+be described.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fused_attn import backends, modules
 from fused_attn.attention import LuongAttention
-from fused_attn.choices import COMPUTE as COMPUTE
 from fused_attn.layer_parts import AlignmentHistory, NormedLinear, PredictedPosition
 
 _BACKENDS = ("auto", "cpu")
@@ -31,6 +32,15 @@ def native_module() -> Any:
     """Return the native module, None if it is not there."""
     cpu: Any = backends.load("cpu")
     return None if cpu.unavailable_reasons() else cpu.native
+
+
+def reasons_of_now(*asked: str) -> list[str]:
+    """Return why layers with these backends do not run natively now, whatever their parts are."""
+    if torch.is_autocast_enabled("cpu"):
+        return ["autocast is on"]
+    if modules.has_global_hooks():
+        return ["there are global module hooks"]
+    return [reason for backend in asked for reason in backend_reasons(backend)]
 
 
 def backend_reasons(backend: str) -> list[str]:

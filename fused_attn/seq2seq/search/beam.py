@@ -134,16 +134,15 @@ def beam_search(
         finished = (~is_open).nonzero()[:, 0]
         results = _results(alive, ended, finished, lengths, config, return_weights)
         found |= zip(rows[finished].tolist(), results, strict=True)
-        remaining = is_open.nonzero()[:, 0]
-        if not len(remaining):
+        left = is_open.nonzero()[:, 0]
+        if not len(left):
             return [found[row] for row in range(len(source))]
-        rows, is_open = rows[remaining], is_open[remaining]
-        limits, lengths = limits[remaining], lengths[remaining]
-        prefix = None if prefix is None else prefix[remaining]
+        rows, is_open, limits, lengths = rows[left], is_open[left], limits[left], lengths[left]
+        prefix = None if prefix is None else prefix[left]
         row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
-        alive, ended = alive.rows(remaining), ended.rows(remaining)
-        symbols = symbols.view(-1, config.beam)[remaining].flatten()
-        ensemble.keep(remaining)
+        alive, ended = alive.rows(left), ended.rows(left)
+        symbols = symbols.view(-1, config.beam)[left].flatten()
+        ensemble.keep(left)
     raise not_numbers()
 
 
