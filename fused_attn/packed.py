@@ -179,8 +179,8 @@ class Snapshot:
 
     Seen: a parameter or a part that was replaced, a hook that was added, a change of a parameter in
     place, a changed option of an attention layer. After a step of any fused optimizer, all counts
-    as changed. A change through ``parameter.data`` is seen if it changes one of eight elements of
-    a parameter, as new values for all of them do.
+    as changed. A change through ``parameter.data`` is seen if it changes one of the eight elements
+    that are read of each parameter, as new values for all elements do.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -188,7 +188,8 @@ class Snapshot:
         _FUSED_STEPS.start()
         self._fused_steps = _FUSED_STEPS.count
         self._sample = native_module().sample
-        # Read in every search: looking at these takes a twentieth of the time of named_modules.
+        # Read in every search: for the bundled model, looking at these takes a fifth of the time of
+        # `hooks_of` for every part (6 against 34 us, 2026-11-28).
         parts = list(module.modules())
         inside = parts[1:]  # hooks of the module itself run around what it computes
         self._own = [part.__dict__ for part in inside]
