@@ -75,10 +75,8 @@ ASAN_SITE = build/asan/site
 ASAN_PRELOAD = $(foreach lib,asan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
 # Tests that call the native module, except those of peak memory: the sanitizer delays frees.
 ASAN_TESTS = $(wildcard tests/test_backends*.py) tests/test_fuzz.py tests/test_threads.py \
-             tests/test_decoder_kernels.py tests/test_decoder_models.py \
-             tests/test_decoder_products.py tests/test_decoder_search.py \
-             tests/test_native_tensors.py tests/test_ragged_memory.py tests/test_scores.py \
-             tests/test_shapes_of_nothing.py
+             $(wildcard tests/test_decoder_*.py) tests/test_native_tensors.py \
+             tests/test_ragged_memory.py tests/test_scores.py tests/test_shapes_of_nothing.py
 
 # $(call configure,directory,sanitizers,flags)
 configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Debug \

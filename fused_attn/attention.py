@@ -112,7 +112,7 @@ class LuongAttention(nn.Module):
         window = options.check_local(local, window)
         parts = {"weight_norm": weight_norm, "layer_norm": layer_norm, "coverage": coverage}
         conv = options.check_concat_parts(score, parts, conv_channels, conv_width)
-        options.check_normalizer(normalizer)
+        options.check_choice("normalizer", normalizer, composed.NORMALIZERS)
         dropout = checks.probability("dropout", dropout)
         checks.check_backend(backend)
         self.query_dim = query_dim

@@ -1,5 +1,4 @@
-"""The derivatives of the operators: what is saved, which gradients are computed, and when a call is
-composed of ATen operators instead.
+"""The derivatives of the operators: what is saved, and which gradients are computed.
 
 Derivatives are registered with the dispatcher under the operator's name, so that any graph which
 holds the operator can be trained. The inputs, the context and the log-sum-exp are saved for
@@ -20,64 +19,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 from fused_attn import composites, ops
 from fused_attn.backends import cpu
 from fused_attn.checks import check_bounds
 from fused_attn.reference import MaskingFields
+from fused_attn.routes import DIRECT, OPERATOR, is_transformed, route
 
-DIRECT, OPERATOR, COMPOSED = range(3)
 _WITH_LOGSUMEXP, _WITHOUT_LOGSUMEXP = True, False  # return_logsumexp, where it is positional
 
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
-# Whether a torch.func transform (vmap, grad, jvp) is active. torch.compile can trace this call.
-_transformed: Any = torch._C._are_functorch_transforms_active
-_modes: Any = torch._C._len_torch_dispatch_stack  # FakeTensorMode, FlopCounterMode, make_fx
-_function_modes: Any = torch._C._len_torch_function_stack
-_function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
-_trace: Any = torch._C._get_tracing_state  # of torch.jit.trace
-_profiled: Any = torch._C._autograd._profiler_enabled
 # Whether every argument is None or an ordinary tensor, whose pointer a backend can read. Without
 # the native module there is no fast path, and the answer is always no.
 _are_plain: Any = cpu.native.are_plain if cpu.native is not None else lambda *tensors: False
 
 
-def route() -> int:
-    """How a call must be made. Takes 0.4 us.
-
-    ``COMPOSED`` (of ATen operators) under a torch.func transform, in forward-mode AD and in a trace
-    for ONNX or TorchScript. ``OPERATOR`` (through the dispatcher) under a compiler, a dispatch or
-    function mode, or a profiler. Otherwise ``DIRECT``.
-    """
-    if torch.compiler.is_compiling():
-        is_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-        return COMPOSED if is_onnx or _is_transformed() else OPERATOR
-    if _transformed() or forward_ad._current_level >= 0 or _trace() is not None:
-        return COMPOSED
-    return OPERATOR if _modes() or _function_modes() or _profiled() else DIRECT
-
-
-def is_watched() -> bool:
-    """Whether something must see every tensor operation of a call.
-
-    That is a torch.func transform, forward-mode AD, a trace, or a dispatch or function mode except
-    that of `torch.set_default_device`. A profiler need not see them.
-    """
-    if _transformed() or forward_ad._current_level >= 0 or _trace() is not None or _modes():
-        return True
-    modes = _function_mode_stack() if _function_modes() else []
-    return any(type(mode) is not DeviceContext for mode in modes)
-
-
 def _is_batched(grad: Tensor | None) -> bool:
     """Whether grad comes from ``is_grads_batched=True``, which is not a torch.func transform."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def _is_transformed() -> bool:
-    return _transformed() or forward_ad._current_level >= 0
 
 
 class Operator(NamedTuple):
@@ -198,7 +157,7 @@ class _Differentiated(torch.autograd.Function):
         # With create_graph=True the gradients need derivatives, which only the operator has.
         direct = ctx.direct and not torch.is_grad_enabled() and route() == DIRECT
         direct = direct and _are_plain(*grads, *saved)  # a saved-tensor hook may return any tensor
-        if not direct and (_is_transformed() or any(map(_is_batched, grads))):
+        if not direct and (is_transformed() or any(map(_is_batched, grads))):
             found = operator.backward_composed(called)  # the graph was built before the transform
         else:
             found = _run(operator.backward, operator.run_backward, direct, called)
@@ -390,7 +349,7 @@ def _register(operator: Operator) -> None:
         arguments = (*given, *operator.defaults[len(given) :])
         if named:
             arguments = tuple(named.get(n, a) for n, a in zip(names, arguments, strict=True))
-        if _is_transformed():
+        if is_transformed():
             return operator.compose(*arguments)
         if _needs_grad(operator, arguments):
             return _differentiated(operator, direct=False, arguments=arguments)
@@ -401,7 +360,7 @@ def _register(operator: Operator) -> None:
 
     def backward(*given: Any, **named: Any) -> Any:
         tensors = (a for a in (*given, *named.values()) if isinstance(a, Tensor))
-        if _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return operator.backward_composed(given, **named)
         with _below_autograd():
             return operator.backward(*given, **named)

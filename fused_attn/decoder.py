@@ -6,14 +6,13 @@ Luong, Pham & Manning 2015, "Effective Approaches to Attention-based Neural Mach
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from fused_attn import checks, decoder_spec, greedy, modules, native_decoder
+from fused_attn import checks, decoder_spec, decoder_steps, greedy, modules, native_decoder
 from fused_attn import decoder_parts as parts
 from fused_attn import layer_options as options
 from fused_attn.attention import LuongAttention
@@ -107,15 +106,9 @@ class LuongDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if cell not in CELLS:
-            raise ValueError(f"cell must be one of 'lstm', 'gru', 'rnn', got {cell!r}")
-        if backend not in ("auto", "eager"):
-            raise ValueError(f"backend must be one of 'auto', 'eager', got {backend!r}")
-        if compute not in COMPUTE:
-            names = ", ".join(map(repr, COMPUTE))
-            raise ValueError(f"compute must be one of {names}, got {compute!r}")
-        self.backend = backend
-        self.compute = compute
+        options.check_choice("cell", cell, tuple(CELLS))
+        self.backend = options.check_choice("backend", backend, ("auto", "eager"))
+        self.compute = options.check_choice("compute", compute, COMPUTE)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_size = input_size = options.check_size("input_size", input_size)
         self.hidden = hidden = options.check_size("hidden", hidden)
@@ -200,11 +193,8 @@ class LuongDecoder(nn.Module):
             if native is not None and (native.takes_embedded or not inputs.is_floating_point()):
                 return native.forward(inputs, memory, memory_lengths, state, return_weights)
         memory, memory_lengths = self._prepare(memory, memory_lengths, self.is_stepwise)
-        source = _Source(memory, memory_lengths, return_weights)
-        if not self.is_stepwise or steps == 1:
-            attentional, weights, state = self._run(embedded, state, source)
-        else:
-            attentional, weights, state = self._loop(embedded, state, source)
+        source = decoder_steps.Source(memory, memory_lengths, return_weights)
+        attentional, weights, state = decoder_steps.run(self, embedded, state, source)
         return DecoderOutput(attentional, self._logits(attentional), weights), state
 
     def greedy(
@@ -345,72 +335,6 @@ class LuongDecoder(nn.Module):
                 zeros[name] = like.new_zeros((rows, width), dtype=dtype)
         return state._replace(**zeros)
 
-    def _loop(
-        self, embedded: Tensor, state: DecoderState, source: _Source
-    ) -> tuple[Tensor, Tensor | None, DecoderState]:
-        states, alignments = [], []
-        for t in range(embedded.shape[1]):
-            attentional, weights, state = self._run(embedded[:, t : t + 1], state, source)
-            states.append(attentional)
-            if weights is not None:
-                alignments.append(weights)
-        if not states:
-            return self._nothing(embedded, state, source)
-        return torch.cat(states, 1), torch.cat(alignments, 1) if alignments else None, state
-
-    def _nothing(
-        self, embedded: Tensor, state: DecoderState, source: _Source
-    ) -> tuple[Tensor, Tensor | None, DecoderState]:
-        """The results of no steps at all."""
-        rows = embedded.shape[0]
-        weights = None
-        if source.return_weights and self.attention is not None:
-            weights = embedded.new_zeros(rows, 0, source.memory.memory.shape[1])
-        return embedded.new_zeros(rows, 0, self.output_dim), weights, state
-
-    def _run(
-        self, embedded: Tensor, state: DecoderState, source: _Source
-    ) -> tuple[Tensor, Tensor | None, DecoderState]:
-        """Run all steps at once, or a single step if the decoder `is_stepwise`."""
-        if state.attentional is not None:
-            embedded = torch.cat((embedded, state.attentional[:, None]), dim=-1)
-        attentional, hidden = self.recurrent(embedded, state.hidden)
-        weights: Tensor | None = None
-        if self.attention is not None:
-            attentional, weights = self._attend(self.attention, attentional, state, source)
-        if self.training and self.dropout:
-            attentional = dropout(attentional, self.dropout)
-        after = state._replace(hidden=hidden, position=state.position + embedded.shape[1])
-        if self.input_feeding:
-            after = after._replace(attentional=attentional[:, 0])
-        if state.coverage is not None and weights is not None:
-            after = after._replace(coverage=state.coverage + weights[:, 0])
-        if state.previous_weights is not None and weights is not None:
-            after = after._replace(previous_weights=weights[:, 0])
-        return attentional, weights if source.return_weights else None, after
-
-    @staticmethod
-    def _attend(
-        attention: LuongAttention, query: Tensor, state: DecoderState, source: _Source
-    ) -> tuple[Tensor, Tensor | None]:
-        positions: Tensor | None = None
-        if attention.local == "monotonic":
-            positions = torch.arange(query.shape[1], device=query.device) + state.position
-        coverage, last = (
-            None if tensor is None else tensor[:, None]
-            for tensor in (state.coverage, state.previous_weights)
-        )
-        attentional, weights = attention(
-            query,
-            source.memory,
-            source.memory_lengths,
-            positions=positions,
-            coverage=coverage,
-            previous_weights=last,
-            return_weights=source.return_weights or attention.history is not None,
-        )
-        return attentional, weights
-
     def _logits(self, attentional: Tensor) -> Tensor | None:
         if self.output_layer is None:
             return None
@@ -421,12 +345,3 @@ class LuongDecoder(nn.Module):
 
     def extra_repr(self) -> str:
         return "input_feeding=True" if self.input_feeding else ""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What the steps of a call attend to."""
-
-    memory: Any
-    memory_lengths: Tensor | None
-    return_weights: bool

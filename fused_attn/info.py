@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fused_attn import __version__, backends, packed
+from fused_attn.choices import COMPUTE
 from fused_attn.problem import AttentionProblem
 
 ENVIRONMENT = ("FUSED_ATTN_BACKEND", "FUSED_ATTN_CPU_ISA")
@@ -94,7 +95,7 @@ def _native_decoder() -> dict[str, Any]:
         reasons = packed.backend_reasons("auto")
     except ValueError as error:
         reasons = [str(error)]
-    return {"compute": [] if reasons else list(packed.COMPUTE), "reasons": reasons}
+    return {"compute": [] if reasons else list(COMPUTE), "reasons": reasons}
 
 
 def _table(rows: dict[str, str], indent: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks of the options of `LuongAttention` and of their combinations, with error messages."""
+"""Checks of the options of `LuongAttention` and `LuongDecoder`, with error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fused_attn import checks
 from fused_attn.choices import LAYER_SCORES, LOCALS
-from fused_attn.composed import NORMALIZERS
 from fused_attn.prepared import PreparedMemory
 
 
@@ -24,13 +23,17 @@ def check_optional_size(name: str, size: object) -> int | None:
     return None if size is None else check_size(name, size)
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return a value; ValueError if it is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def check_score(
-    score: object, query_dim: int, memory_dim: int, attn_dim: object, bias: bool, max_source: object
+    score: str, query_dim: int, memory_dim: int, attn_dim: object, bias: bool, max_source: object
 ) -> None:
-    if score not in LAYER_SCORES:
-        raise ValueError(
-            f"score must be one of {', '.join(map(repr, LAYER_SCORES))}, got {score!r}"
-        )
+    check_choice("score", score, LAYER_SCORES)
     if score == "dot" and query_dim != memory_dim:
         raise ValueError(
             f"score 'dot' requires query_dim == memory_dim, got {query_dim} and {memory_dim}"
@@ -89,12 +92,6 @@ def check_concat_parts(
     if width is None or width < 1 or width % 2 == 0:
         raise ValueError(f"conv_width must be a positive odd int, got {conv_width!r}")
     return channels, width
-
-
-def check_normalizer(normalizer: object) -> None:
-    if normalizer not in NORMALIZERS:
-        names = ", ".join(map(repr, NORMALIZERS))
-        raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
 
 
 def check_prepared(

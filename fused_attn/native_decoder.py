@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_attn import autograd, decoder_spec, modules, packed
+from fused_attn import decoder_spec, packed, routes
 from fused_attn.checks import check_lengths
 from fused_attn.decoder_parts import DecoderOutput, DecoderState, GreedyOutput
 from fused_attn.prepared import PreparedMemory
@@ -20,13 +20,9 @@ def not_native_reasons(decoder: Any) -> list[str]:
 
 def _reasons_of_now(decoder: Any) -> list[str]:
     """The reasons that do not lie in the modules."""
-    if torch.is_autocast_enabled("cpu"):
-        return ["autocast is on"]
-    if autograd.is_watched():
+    if routes.is_watched():
         return ["tensor operations are transformed, traced or watched"]
-    if modules.has_global_hooks():
-        return ["there are global module hooks"]
-    return packed.backend_reasons(decoder.backend)
+    return packed.reasons_of_now(decoder.backend)
 
 
 def is_left_to_torch(decoder: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_attn import autograd
+from fused_attn.routes import DIRECT, route
 
 NestedTensor: Any
 try:  # this class and the attributes used below are not public; without them memory is padded
@@ -40,7 +41,7 @@ def rows_of(memory: Any, *masks: object) -> Rows | None:
     """
     if not isinstance(memory, NestedTensor) or any(mask is not None for mask in masks):
         return None
-    if autograd.route() != autograd.DIRECT:
+    if route() != DIRECT:
         return None
     if not all(hasattr(memory, part) for part in _PARTS):
         return None

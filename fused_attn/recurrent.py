@@ -28,17 +28,16 @@ def has_bfloat16_lstm() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def weights_of(cell: Any) -> list[Tensor]:
-    """weight_ih and weight_hh of a cell, then bias_ih and bias_hh if it has biases."""
-    weights = [cell.weight_ih, cell.weight_hh]
-    return [*weights, cell.bias_ih, cell.bias_hh] if cell.bias else weights
-
-
-def is_plain(cell: nn.Module) -> bool:
-    """Whether the weights of a cell say all that it computes, so that it need not be called."""
-    if type(cell) not in CELLS.values() or getattr(cell, "nonlinearity", "tanh") != "tanh":
-        return False
-    return not modules.hooks_of(cell) and not nn_module._has_any_global_hook()
+def _readable_weights(cell: Any, kind: type[nn.Module]) -> list[Tensor]:
+    """The weights and biases of a cell that need not be called; [] if it must be called."""
+    if type(cell) is not kind or getattr(cell, "nonlinearity", "tanh") != "tanh":
+        return []
+    if (
+        nn_module._has_any_global_hook()
+    ):  # of a FLOP counter: it counts cells, but not oneDNN's LSTM
+        return []
+    biases = ["bias_ih", "bias_hh"] if cell.bias else []
+    return modules.readable_tensors(cell, kind, ["weight_ih", "weight_hh", *biases])
 
 
 def _in_one_piece(weights: list[Tensor]) -> list[Tensor]:
@@ -114,11 +113,12 @@ class RecurrentStack(nn.Module):
         # A compiler can trace the steps of a cell, but not torch's call for a sequence. On a CPU,
         # that call takes several times as long as the cell for one step of an LSTM: oneDNN first
         # rearranges the weights.
-        if x.shape[1] > 1 and is_plain(cell) and not torch.compiler.is_compiling():
+        is_sequence = x.shape[1] > 1 and not torch.compiler.is_compiling()
+        if is_sequence and (weights := _readable_weights(cell, CELLS[self.cell])):
             if x.is_cpu and torch.is_autocast_enabled("cpu") and not has_bfloat16_lstm():
                 with torch.autocast("cpu", enabled=False):
-                    return self._sequence(cell, x.float(), tuple(t.float() for t in state))
-            return self._sequence(cell, x, state)
+                    return self._sequence(weights, x.float(), tuple(t.float() for t in state))
+            return self._sequence(weights, x, state)
         outputs = []
         for inputs in x.unbind(1):
             after = cell(inputs, state if self.cell == "lstm" else state[0])
@@ -126,9 +126,8 @@ class RecurrentStack(nn.Module):
             outputs.append(state[0])
         return torch.stack(outputs, dim=1), state
 
-    def _sequence(self, cell: Any, x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
+    def _sequence(self, weights: list[Tensor], x: Tensor, state: Hidden) -> tuple[Tensor, Hidden]:
         before = tuple(tensor[None].contiguous() for tensor in state)
-        weights = weights_of(cell)
         if x.is_cuda:
             weights = _in_one_piece(weights)
         has_biases, options = len(weights) == 4, (1, 0.0, self.training, False, True)

@@ -260,35 +260,6 @@ def test_rows_are_chosen_by_their_labels(
     assert "growth" in text and "verdict" not in text and "speedup" not in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rows", "dto"], "no row has 'dto' in its label"),
-        (["--threads", "0"], "argument --threads: invalid"),
-        (["--seconds", "long"], "argument --seconds: invalid"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(
-    bench: SimpleNamespace,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        bench.targets.cpu.command.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_the_backend_it_says_why(
-    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(backends, "unavailable_reasons", lambda name: [f"no {name}"])
-    assert run(bench, tiny_plan(bench)) == 2
-    captured = capsys.readouterr()
-    assert not captured.out and captured.err == "the cpu backend is not usable: no cpu\n"
-
-
 @pytest.mark.threads(1)
 def test_threads_of_the_run_and_of_a_row(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fenced import blank, fenced, untouched
 from torch import Tensor, nn
 
 from fused_attn import backends
@@ -40,26 +41,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def fenced(values: Tensor) -> Tensor:
-    """Return the values as a view of a tensor that is NaN everywhere else."""
-    around = torch.full([size + 5 for size in values.shape], NAN)
-    view = around[tuple(slice(2, 2 + size) for size in values.shape)]
-    return view.copy_(values)
-
-
-def untouched(view: Tensor) -> bool:
-    """Whether the tensor around a view of :func:`fenced` is still NaN."""
-    around = view._base
-    assert around is not None
-    outside = torch.ones_like(around, dtype=torch.bool)
-    outside[tuple(slice(2, 2 + size) for size in view.shape)] = False
-    return bool(around[outside].isnan().all())
-
-
-def blank(*sizes: int) -> Tensor:
-    return fenced(torch.full(sizes, NAN))
 
 
 def agree(got: Tensor, exact: Tensor, eager: Tensor, scale: Tensor | float) -> None:

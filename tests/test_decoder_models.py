@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import packed
+from fused_attn.choices import COMPUTE
 from fused_attn.seq2seq import ModelConfig, Seq2Seq
 from fused_attn.seq2seq.search.packed import spec_of
 from fused_attn.seq2seq.vocabulary import BOS
@@ -169,7 +170,7 @@ def narrowed(weight: Tensor, compute: str) -> Tensor:
     return (weight / scale).round() * scale
 
 
-@pytest.mark.parametrize("compute", packed.COMPUTE)
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize(("isa", "name"), RUNS, indirect=["isa"])
 def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(
     name: str, compute: str, isa: str

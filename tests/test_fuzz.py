@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from targets import TARGETS, Target
 from torch import Tensor
 
-from fused_attn import autograd, functional, testing
+from fused_attn import autograd, functional, ragged, routes, testing
 from fused_attn.prepared import exponentials
 from fused_attn.reference import Masking
 from fused_attn.testing import DTYPES, MASKS, SCORES, Case, Inputs, Tensors
@@ -279,8 +279,9 @@ def test_drawn_calls(score: str, data: st.DataObject) -> None:
     poisoned = spoiled(call, inputs)
     for target in CPU_TARGETS:  # the oracle costs more than the kernels
         testing.check_results(call.run(target, poisoned), oracle, plain, scales)
-    for way in (autograd.OPERATOR, autograd.COMPOSED):
-        with mock.patch.object(autograd, "route", lambda way=way: way):
+    for way in (routes.OPERATOR, routes.COMPOSED):
+        chosen = {"route": lambda way=way: way}
+        with mock.patch.multiple(autograd, **chosen), mock.patch.multiple(ragged, **chosen):
             testing.check_results(call.run(CPU_TARGETS[0], poisoned), oracle, plain, scales)
 
 

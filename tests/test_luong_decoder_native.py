@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_attn import DecoderState, LuongDecoder
+from fused_attn import DecoderState, LuongDecoder, decoder_steps
+from fused_attn.recurrent import RecurrentStack
 
 pytest.importorskip("fused_attn._C")
 
@@ -190,8 +191,8 @@ def test_the_backend_of_the_environment_counts_at_each_call(
     with torch.no_grad():
         decoder(symbols(), draw(N, S, 5))
         monkeypatch.setenv("FUSED_ATTN_BACKEND", "eager")
-        real = decoder._loop
-        decoder.__dict__["_loop"] = lambda *given: counted.append(1) or real(*given)
+        real = decoder_steps.run
+        monkeypatch.setattr(decoder_steps, "run", lambda *given: counted.append(1) or real(*given))
         decoder(symbols(), draw(N, S, 5))
     assert counted == [1] and os.environ["FUSED_ATTN_BACKEND"] == "eager"
 
@@ -209,6 +210,15 @@ def test_what_watches_operations_sees_them() -> None:
         dual = forward_ad.make_dual(memory, torch.ones_like(memory))
         logits = decoder(symbols(), dual)[0].logits
         assert forward_ad.unpack_dual(logits).tangent is not None
+
+
+@torch.no_grad()
+def test_the_products_of_all_steps_at_once_are_counted() -> None:
+    """oneDNN's LSTM runs a sequence in one operator, for which a FLOP counter has no formula."""
+    layers = RecurrentStack("lstm", 16, 16, 1)
+    with FlopCounterMode(display=False) as counter:
+        layers(draw(N, 5, 16), (torch.zeros(1, N, 16), torch.zeros(1, N, 16)))
+    assert counter.get_total_flops() == 2 * N * 5 * (4 * 16) * (16 + 16)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.common.measure import Call
-from benchmarks.targets.decoder.rows import COMPUTES
+from fused_attn.choices import COMPUTE
 
-BYTES = dict(zip(COMPUTES, (4, 2, 1), strict=True))
+BYTES = dict(zip(COMPUTE, (4, 2, 1), strict=True))
 PEAK, READS = "peak", ("sum", "product", "square")
 _FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "int8": {"avx512_vnni", "avx_vnni"}}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COMPUTES = ("float32", "bfloat16", "int8")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 # Names of the sides that a row may have, in the order of the columns.
 OURS, LOOP, COMPILED, ATTN_LSTM, TORCH, G2P = (

@@ -1,4 +1,4 @@
-"""The rival that this project was: steps and search in torch, with eager attention."""
+"""The rival in torch: the same models step by step, with eager attention."""
 
 from __future__ import annotations
 

@@ -298,7 +298,8 @@ class Predictor(SourceReader):
             prefix = None
             if prefixes is not None:
                 prefix, _ = pad([self.target.encode(prefixes[i]) for i in chosen])
-            results = self._search([sources[i].ids for i in chosen], config, prefix, alignments)
+            encoded = [sources[i].ids for i in chosen]
+            results = self._engine.search(encoded, config, prefix, alignments and self._attends)
             for i, hypotheses in zip(chosen, results, strict=True):
                 found[i] = self._prediction(sources[i], hypotheses)
         return [found[i] for i in range(len(sources))]
@@ -314,15 +315,6 @@ class Predictor(SourceReader):
     @property
     def _attends(self) -> bool:
         return any(model.config.score != "none" for model in self.models)
-
-    def _search(
-        self,
-        encoded: Sequence[Sequence[int]],
-        config: SearchConfig,
-        prefix: torch.Tensor | None,
-        alignments: bool,
-    ) -> list[list[Hypothesis]]:
-        return self._engine.search(encoded, config, prefix, alignments and self._attends)
 
     def _prediction(self, source: EncodedSource, hypotheses: Sequence[Hypothesis]) -> Prediction:
         others: tuple[Prediction, ...] = ()

@@ -125,28 +125,24 @@ def beam_search(
         )
         extended, parents = _extend(alive, allowed, weights)
         ended = _take_ended(ended, extended, lengths, config, is_open)
-        alive, slots = _keep_alive(extended, config.beam)
-        offsets = torch.arange(len(rows), device=rows.device)[:, None] * config.beam
-        ensemble.reorder((offsets + parents.gather(1, slots)).flatten())
+        alive, order = _keep_alive(extended, parents, config.beam)
+        ensemble.reorder(order)
         symbols = alive.tokens[:, :, -1].flatten()
         is_open = is_open & _is_open(alive, ended, limits, config)
         if step % look_every or bool(is_open.all()):
             continue
         finished = (~is_open).nonzero()[:, 0]
-        if bool(alive.log_prob[finished].isnan().any()):
-            raise not_numbers()
-        results = _results(ended.rows(finished), lengths[finished], config, return_weights)
+        results = _results(alive, ended, finished, lengths, config, return_weights)
         found |= zip(rows[finished].tolist(), results, strict=True)
-        remaining = is_open.nonzero()[:, 0]
-        if not len(remaining):
+        left = is_open.nonzero()[:, 0]
+        if not len(left):
             return [found[row] for row in range(len(source))]
-        rows, is_open = rows[remaining], is_open[remaining]
-        limits, lengths = limits[remaining], lengths[remaining]
-        prefix = None if prefix is None else prefix[remaining]
+        rows, is_open, limits, lengths = rows[left], is_open[left], limits[left], lengths[left]
+        prefix = None if prefix is None else prefix[left]
         row_limits, row_prefix = _of_rows(limits, prefix, config.beam)
-        alive, ended = alive.rows(remaining), ended.rows(remaining)
-        symbols = symbols.view(-1, config.beam)[remaining].flatten()
-        ensemble.keep(remaining)
+        alive, ended = alive.rows(left), ended.rows(left)
+        symbols = symbols.view(-1, config.beam)[left].flatten()
+        ensemble.keep(left)
     raise not_numbers()
 
 
@@ -216,11 +212,15 @@ def _take_ended(
     return ended.padded().joined(fresh).best(config.beam)
 
 
-def _keep_alive(extended: _Pool, beam: int) -> tuple[_Pool, Tensor]:
-    """The K most probable extensions that do not end, and their slots among the extensions."""
+def _keep_alive(extended: _Pool, parents: Tensor, beam: int) -> tuple[_Pool, Tensor]:
+    """The K most probable extensions that do not end, and the rows that they extend.
+
+    parents: the beam that each extension extends. rows: int64 (B * K,), of the ensemble.
+    """
     score = extended.log_prob.masked_fill(extended.tokens[:, :, -1] == EOS, -torch.inf)
     log_prob, slots = score.topk(beam, dim=1)
-    return extended.alive(slots, log_prob), slots
+    offsets = torch.arange(len(slots), device=slots.device)[:, None] * beam
+    return extended.alive(slots, log_prob), (offsets + parents.gather(1, slots)).flatten()
 
 
 def _is_open(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -> Tensor:
@@ -234,13 +234,20 @@ def _is_open(alive: _Pool, ended: _Pool, limits: Tensor, config: SearchConfig) -
 
 
 def _results(
-    ended: _Pool, lengths: Tensor, config: SearchConfig, return_weights: bool
+    alive: _Pool,
+    ended: _Pool,
+    finished: Tensor,
+    lengths: Tensor,
+    config: SearchConfig,
+    return_weights: bool,
 ) -> list[list[Hypothesis]]:
-    """The best hypotheses of done sentences; lengths: int64 (M,), of their sources."""
-    pool = ended.on_host()
+    """The best hypotheses of the done sentences ``finished``, int64 (M,)."""
+    if bool(alive.log_prob[finished].isnan().any()):
+        raise not_numbers()
+    pool = ended.rows(finished).on_host()
     return [
         _hypotheses(pool, row, length, config, return_weights)
-        for row, length in enumerate(lengths.tolist())
+        for row, length in enumerate(lengths[finished].tolist())
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attn import modules, packed
+from fused_attn import packed
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.model.decoder import Decoder
 from fused_attn.seq2seq.model.encoder import Bridge, Encoder
@@ -29,11 +29,7 @@ def not_native_reasons(models: Sequence[Seq2Seq]) -> list[str]:
 
 def _reasons_of_now(models: Sequence[Seq2Seq]) -> list[str]:
     """The reasons that do not lie in the modules."""
-    if torch.is_autocast_enabled("cpu"):
-        return ["autocast is on"]
-    if modules.has_global_hooks():
-        return ["there are global module hooks"]
-    return [reason for model in models for reason in packed.backend_reasons(model.backend)]
+    return packed.reasons_of_now(*(model.backend for model in models))
 
 
 def _reasons(model: Seq2Seq) -> list[str]:
@@ -49,7 +45,7 @@ def _reasons(model: Seq2Seq) -> list[str]:
 def spec_of(model: Seq2Seq, compute: str) -> dict[str, Any]:
     """Return the description of a model for the native module; see `packed`.
 
-    compute: type of the products, one of `packed.COMPUTE`.
+    compute: type of the products, one of `choices.COMPUTE`.
     """
     config = model.config
     attention = model.decoder.attention
@@ -90,7 +86,7 @@ class PackedModels:
     """Models packed for the native module: an immutable copy of their parameters.
 
     models: one, or an ensemble with the same vocabularies. compute: type of the products, one of
-    `packed.COMPUTE`. Raises ValueError for what `not_native_reasons` names.
+    `choices.COMPUTE`. Raises ValueError for what `not_native_reasons` names.
     """
 
     def __init__(self, models: Sequence[Seq2Seq], compute: str = "float32") -> None:

@@ -122,14 +122,13 @@ def _decode(
         chosen = (tokens[ended], total[ended], gains[ended], lengths[rows[ended]], aligned)
         hypotheses = _hypotheses(*chosen, config, return_weights)
         found |= zip(rows[ended].tolist(), hypotheses, strict=True)
-        remaining = (~done).nonzero()[:, 0]
-        rows, symbols, done = rows[remaining], symbols[remaining], done[remaining]
-        tokens, total, limits = tokens[remaining], total[remaining], limits[remaining]
-        gains = gains[remaining]
-        prefix = None if prefix is None else prefix[remaining]
-        steps = [step[remaining] for step in steps]
-        if len(remaining):
-            ensemble.keep(remaining)
+        left = (~done).nonzero()[:, 0]
+        rows, symbols, done, limits = rows[left], symbols[left], done[left], limits[left]
+        tokens, total, gains = tokens[left], total[left], gains[left]
+        prefix = None if prefix is None else prefix[left]
+        steps = [step[left] for step in steps]
+        if len(left):
+            ensemble.keep(left)
     return [found[row] for row in range(len(source))]
 
 
