@@ -228,13 +228,17 @@ void PackedModel::take_encoder(const py::dict& spec) {
   const py::list layers = entry_of(spec, "layers");
   if (layers.empty()) throw py::value_error("encoder.layers must not be empty");
   const py::list first = layers[0];
+  const auto check_directions = [](bool holds) {
+    if (!holds)
+      throw py::value_error("encoder.layers must have one or two directions each, all the same");
+  };
+  check_directions(first.size() == 1 || first.size() == 2);
   encoder.directions = int64_t(first.size());
   const py::tuple tensors = first[0];
   encoder.hidden = matrix_of(tensors[1], "encoder.layers[0].weight_hh", -1, -1).size(1);
   for (size_t i = 0; i < layers.size(); ++i) {
     const py::list directions = layers[i];
-    if (directions.size() != first.size() || directions.empty() || directions.size() > 2)
-      throw py::value_error("encoder.layers must have one or two directions each, all the same");
+    check_directions(directions.size() == first.size());
     for (size_t d = 0; d < directions.size(); ++d)
       encoder.layers.push_back(
           layer_of(directions[d], i == 0 ? encoder.embedding : Embedding{},

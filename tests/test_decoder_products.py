@@ -362,11 +362,11 @@ def test_the_instruction_sets_are_those_of_the_processor() -> None:
     assert expected - supported <= {"avx512_amx"}  # the system may refuse its registers
 
 
-@pytest.mark.skipif("avx512_amx" not in ISAS, reason="needs AMX")
+@pytest.mark.skipif("avx512_amx" not in native.cpu_isas_supported(), reason="needs AMX")
 @pytest.mark.parametrize("exponent", [-42, -38, -20, 0])
 def test_few_rows_of_bfloat16_have_the_bits_of_tiles(exponent: int) -> None:
     """Vectors do what the tiles do: signs of zeros and flushed subnormals included."""
-    _C.set_cpu_isa("avx512_amx")
+    native.set_cpu_isa("avx512_amx")
     for inputs in (1, 31, 32, 33, 300):
         generator = torch.Generator().manual_seed(inputs)
         weights = torch.randn(70, inputs, generator=generator) * 10.0**exponent
