@@ -250,6 +250,16 @@ def test_what_watches_operations_sees_them() -> None:
 
 
 @torch.no_grad()
+def test_autocast_keeps_calls_in_torch() -> None:
+    decoder, memory = make(), draw(N, S, 5)
+    decoder(symbols(), memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoder.not_native_reasons() == ["autocast is on"]
+        assert decoder(symbols(), memory)[0].logits.dtype == torch.bfloat16
+    check(decoder)
+
+
+@torch.no_grad()
 def test_the_products_of_all_steps_at_once_are_counted() -> None:
     """oneDNN's LSTM runs a sequence in one operator, for which a FLOP counter has no formula."""
     layers = RecurrentStack("lstm", 16, 16, 1)
