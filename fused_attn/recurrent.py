@@ -32,9 +32,8 @@ def _readable_weights(cell: Any, kind: type[nn.Module]) -> list[Tensor]:
     """The weights and biases of a cell that need not be called; [] if it must be called."""
     if type(cell) is not kind or getattr(cell, "nonlinearity", "tanh") != "tanh":
         return []
-    if (
-        nn_module._has_any_global_hook()
-    ):  # of a FLOP counter: it counts cells, but not oneDNN's LSTM
+    # The hooks of a FLOP counter count too: it has no formula for oneDNN's LSTM of a sequence.
+    if nn_module._has_any_global_hook():
         return []
     biases = ["bias_ih", "bias_hh"] if cell.bias else []
     return modules.readable_tensors(cell, kind, ["weight_ih", "weight_hh", *biases])

@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_up_models import PENALTIES, Case, Models, check_against_python, check_equal, native
+from made_up_models import (
+    PENALTIES,
+    Case,
+    Models,
+    check_against_python,
+    check_equal,
+    native,
+    outcome,
+)
 
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.vocabulary import BOS, EOS
@@ -176,6 +184,16 @@ def test_probabilities_that_rank_nothing_are_an_error(options: dict[str, Any], b
     models = Models(**{"seed": 1, "vocabulary": 7, "sources": [3, 2], **options})
     with pytest.raises(native.NotNumbersError):
         Case(models, SearchConfig(beam=beam, max_length=6, min_length=5)).by_native()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nan_beside_finished_hypotheses_is_an_error(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Models(seed, 7, [3, 2, 3, 4], ending=0.5, broken=2, value=math.nan)
+    case = Case(models, SearchConfig(beam=3, max_length=8))
+    assert outcome(case.by_native) == "error"
+    assert outcome(lambda: case.by_python(monkeypatch)) == "error"
 
 
 def test_nothing_to_search() -> None:

@@ -83,6 +83,34 @@ def test_native_calls_are_those_of_torch(case: str) -> None:
     check(decoder, inputs)
 
 
+CONTINUED: dict[str, dict[str, Any]] = {
+    "lstm": {"layers": 2},
+    "gru": {"cell": "gru"},
+    "coverage": {"attention": GENERAL | {"score": "concat", "coverage": True}},
+    "monotonic": {"attention": GENERAL | {"local": "monotonic", "window": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+@torch.no_grad()
+def test_native_calls_continue_from_a_state(case: str) -> None:
+    decoder, memory = make(**CONTINUED[case]), draw(N, S, 5)
+    assert not decoder.not_native_reasons()
+    oracle, stack = in_torch(decoder), decoder.recurrent
+    shape = (len(stack.layers), N, stack.hidden)
+    found = wanted = DecoderState(tuple(draw(*shape, seed=3 + i) for i in range(stack.tensors)))
+    for inputs in symbols().split([3, 2], dim=1):
+        output, found = decoder(inputs, memory, state=found)
+        expected, wanted = oracle(inputs, memory, state=wanted)
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tuple(found), tuple(wanted), rtol=1e-4, atol=1e-5)
+    limits: dict[str, int] = {"bos": 1, "eos": 2, "max_length": 6}
+    results = decoder.greedy(memory, state=found, **limits)
+    torch.testing.assert_close(
+        tuple(results), tuple(oracle.greedy(memory, state=wanted, **limits)), rtol=1e-4, atol=1e-5
+    )
+
+
 def set_in(path: str, value: Any) -> Callable[[LuongDecoder], None]:
     def change(decoder: LuongDecoder) -> None:
         *parts, name = path.split(".")
@@ -100,6 +128,14 @@ def fused_step(decoder: LuongDecoder) -> None:
     optimizer.step()
 
 
+def fused_step_of_few_symbols(decoder: LuongDecoder) -> None:
+    """Changes rows of the embedding in which a `Snapshot` reads no element."""
+    optimizer = torch.optim.Adam([decoder.embedding.weight], lr=0.3, fused=True)
+    inputs = torch.tensor([[2, 4, 7, 9]]).expand(N, 4)
+    decoder(inputs, draw(N, S, 5))[0].logits.square().sum().backward()
+    optimizer.step()
+
+
 def usual_step(decoder: LuongDecoder) -> None:
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.3)
     decoder(symbols(), draw(N, S, 5))[0].logits.square().sum().backward()
@@ -113,6 +149,7 @@ CHANGES: dict[str, Callable[[LuongDecoder], None]] = {
     "residual": set_in("recurrent.residual", True),
     "bias": set_in("output_layer.bias", None),
     "a fused optimizer": fused_step,
+    "a fused optimizer of few symbols": fused_step_of_few_symbols,
     "another optimizer": usual_step,
 }
 
@@ -210,6 +247,16 @@ def test_what_watches_operations_sees_them() -> None:
         dual = forward_ad.make_dual(memory, torch.ones_like(memory))
         logits = decoder(symbols(), dual)[0].logits
         assert forward_ad.unpack_dual(logits).tangent is not None
+
+
+@torch.no_grad()
+def test_autocast_keeps_calls_in_torch() -> None:
+    decoder, memory = make(), draw(N, S, 5)
+    decoder(symbols(), memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoder.not_native_reasons() == ["autocast is on"]
+        assert decoder(symbols(), memory)[0].logits.dtype == torch.bfloat16
+    check(decoder)
 
 
 @torch.no_grad()

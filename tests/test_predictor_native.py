@@ -80,3 +80,13 @@ def test_seeds_are_those_that_torch_takes() -> None:
     predictor = make()
     drawn = [predictor(TEXTS, sample=True, seed=seed) for seed in (-1, -1, 2**63)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_autocast_keeps_searches_in_torch() -> None:
+    predictor = make()
+    predictor(TEXTS)
+    assert predictor.compute == "float32"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert predictor.not_native_reasons() == ["autocast is on"]
+        assert predictor._engine.packed_models() is None
+    check(predictor)
