@@ -66,10 +66,22 @@ py::tuple convert(const std::string& compute, const py::handle& rows) {
       py::bytes(reinterpret_cast<const char*>(made.scales.data()), made.scales.size() * 4));
 }
 
-// out = start + x times the transposed weights, `repeat` times; returns the seconds of one product.
-// Not counted: the conversion of the rows, once.
-double product(const PackedWeights& weights, const py::handle& rows, const py::handle& start,
-               const py::handle& result, int64_t repeat) {
+// The product by the kernel, `repeat` times. Returns the seconds of one.
+double product(const PackedWeights& weights, const py::handle& x, const py::handle& start,
+               const py::handle& out, int64_t repeat) {
+  std::chrono::duration<double> took{};
+  run_product(weights, x, start, out, [&](auto&&... arguments) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < repeat; ++i) decoder_kernels().product(arguments...);
+    took = std::chrono::steady_clock::now() - begin;
+  });
+  return took.count() / double(repeat > 0 ? repeat : 1);
+}
+
+}  // namespace
+
+void run_product(const PackedWeights& weights, const py::handle& rows, const py::handle& start,
+                 const py::handle& result, const Product& product) {
   const PackedMatrix& matrix = weights.matrix();
   Argument x = floats("x", rows, 2), out = floats("out", result, 2);
   x.make_unit_stride().check_shape({x.size(0), matrix.inputs});
@@ -82,24 +94,16 @@ double product(const PackedWeights& weights, const py::handle& rows, const py::h
     from = static_cast<const float*>(before.data());
     from_stride = before.ndim() == 2 ? before.stride(0) : 0;
   }
-
-  const DecoderKernels& kernels = decoder_kernels();
   ConvertedRows converted{x.data(), x.stride(0), nullptr};
   std::vector<Converted> kept;
   if (matrix.compute != Compute::f32) {
-    kept.emplace_back(kernels, matrix.compute, x);
+    kept.emplace_back(decoder_kernels(), matrix.compute, x);
     converted = {kept[0].data.data(), kept[0].padded, kept[0].scales.data()};
   }
   const py::gil_scoped_release release;
-  const auto begin = std::chrono::steady_clock::now();
-  for (int64_t i = 0; i < repeat; ++i)
-    kernels.product(matrix, converted, x.size(0), from, from_stride,
-                    static_cast<float*>(out.data()), out.stride(0));
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-  return took.count() / double(repeat > 0 ? repeat : 1);
+  product(matrix, converted, x.size(0), from, from_stride, static_cast<float*>(out.data()),
+          out.stride(0));
 }
-
-}  // namespace
 
 void add_decoder_checks(py::module_& m) {
   py::module_ checks = m.def_submodule("decoder_checks", "Kernels of the native decoder, alone.");
@@ -113,6 +117,7 @@ void add_decoder_checks(py::module_& m) {
              "Writes start + x times the transposed weights to `out`, all float32; `start` is a\n"
              "matrix, which may be `out`, a vector or None. Returns the seconds of one product.");
   add_decoder_cell_checks(checks);
+  add_decoder_team_checks(checks);
 }
 
 }  // namespace fused_attn

@@ -11,9 +11,9 @@
 #include "cpu/isa.h"
 #include "cuda_build.h"
 #include "decoder_checks.h"
+#include "fingerprint.h"
 #include "packed_model.h"
 #include "plain.h"
-#include "sample.h"
 #include "search_checks.h"
 
 using namespace fused_attn;
@@ -153,7 +153,8 @@ PYBIND11_MODULE(_C, m) {
         "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
-  m.def("sample", &sample, py::arg("tensors"), "A hash of a few elements of each tensor.");
+  m.def("fingerprint", &fingerprint, py::arg("parameters"),
+        "A hash of the tensors in dicts and of a few elements of each.");
   bind_decoder(m);
   add_decoder_checks(m);
   bind_search_checks(m);

@@ -16,6 +16,7 @@ const float* data_of(const Argument& tensor) { return static_cast<const float*>(
 }  // namespace
 
 PackedModel::PackedModel(const py::dict& spec) {
+  model_.owner = memory_;
   model_.compute = choice<Compute>(spec, "compute", {"float32", "bfloat16", "int8"});
   model_.cell = choice<Cell>(spec, "cell", {"lstm", "gru", "rnn"});
   model_.residual = py::bool_(entry_of(spec, "residual"));
@@ -51,9 +52,9 @@ PackedModel::PackedModel(const py::dict& spec) {
 }
 
 float* PackedModel::own(int64_t count) {
-  vectors_.emplace_back(new float[size_t(std::max<int64_t>(count, 1))]);
+  memory_->vectors.emplace_back(new float[size_t(std::max<int64_t>(count, 1))]);
   bytes_ += count * int64_t(sizeof(float));
-  return vectors_.back().get();
+  return memory_->vectors.back().get();
 }
 
 Argument PackedModel::matrix_of(const py::handle& tensor, const std::string& name, int64_t rows,
@@ -90,7 +91,8 @@ const float* PackedModel::needed_vector(const py::dict& spec, const char* name, 
 
 PackedMatrix PackedModel::packed(const Argument& matrix, int64_t first, int64_t count) {
   return kept(PackedWeights(model_.compute, data_of(matrix) + first * matrix.stride(1),
-                            matrix.size(0), count, matrix.stride(0), matrix.stride(1), &memory_));
+                            matrix.size(0), count, matrix.stride(0), matrix.stride(1),
+                            &memory_->matrices));
 }
 
 PackedMatrix PackedModel::packed_transpose(const Argument& matrix, float factor) {
@@ -100,11 +102,13 @@ PackedMatrix PackedModel::packed_transpose(const Argument& matrix, float factor)
     for (int64_t j = 0; j < columns; ++j)
       scaled[i * columns + j] =
           factor * data_of(matrix)[j * matrix.stride(0) + i * matrix.stride(1)];
-  return kept(PackedWeights(model_.compute, scaled.data(), rows, columns, columns, 1, &memory_));
+  return kept(
+      PackedWeights(model_.compute, scaled.data(), rows, columns, columns, 1, &memory_->matrices));
 }
 
 PackedMatrix PackedModel::kept(const PackedWeights& weights) {
   bytes_ += weights.panel_bytes();
+  model_.largest_bytes = std::max(model_.largest_bytes, weights.panel_bytes());
   return weights.matrix();
 }
 

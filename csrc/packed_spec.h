@@ -64,9 +64,14 @@ class PackedModel {
   PackedMatrix kept(const PackedWeights& weights);
   float* own(int64_t count);
 
+  // What model_ points to; it owns this too.
+  struct Memory {
+    WeightMemory matrices;
+    std::vector<std::unique_ptr<float[]>> vectors;
+  };
+
+  std::shared_ptr<Memory> memory_ = std::make_shared<Memory>();
   Model model_;
-  WeightMemory memory_;  // of the matrices that model_ points to
-  std::vector<std::unique_ptr<float[]>> vectors_;
   std::deque<std::string> names_;  // those that an Argument points to
   int64_t bytes_ = 0;
 };

@@ -26,6 +26,8 @@ extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads,
   for (std::thread& other : others) other.join();
 }
 
+int check_teams();  // team_test.cpp
+
 namespace {
 
 using namespace fused_attn;
@@ -190,5 +192,5 @@ int main() {
       }
     std::printf("%s: %zu calls\n", isa.c_str(), all.size());
   }
-  return failures ? 1 : 0;
+  return failures + check_teams() ? 1 : 0;
 }

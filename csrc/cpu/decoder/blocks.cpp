@@ -3,73 +3,15 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <numeric>
 
-#include "../parallel.h"
 #include "encoder.h"
-#include "interruption.h"
 #include "runner.h"
+#include "schedule.h"
 
 namespace fused_attn {
 namespace {
 
-// Rows of a block: enough that reading the weights costs less than multiplying with them.
-constexpr int64_t kBlockRows = 128;
-
 size_t floats(int64_t count) { return size_t(count) * sizeof(float); }
-
-// The arena of this thread, reset when a task ends. A task within another, which a signal handler
-// may run, has an arena of its own.
-class ThreadArena {
- public:
-  ThreadArena() : is_inner_(kept().is_used) { kept().is_used = true; }
-  ~ThreadArena() {
-    if (is_inner_) return;
-    kept().arena.reset();
-    kept().is_used = false;
-  }
-  Arena& arena() { return is_inner_ ? own_ : kept().arena; }
-
- private:
-  struct Kept {
-    Arena arena;
-    bool is_used = false;
-  };
-  static Kept& kept() {
-    thread_local Kept of_thread;
-    return of_thread;
-  }
-
-  const bool is_inner_;
-  Arena own_;
-};
-
-// Sentences by length, longest first, cut into blocks: at least one for each thread.
-std::vector<std::vector<int64_t>> blocks_of(const SourceRows& sources, int64_t beams, int threads) {
-  std::vector<int64_t> order(size_t(sources.count));
-  std::iota(order.begin(), order.end(), int64_t(0));
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return sources.lengths[a] > sources.lengths[b]; });
-  const int64_t shared = (sources.count + threads - 1) / std::max(threads, 1);
-  const int64_t size = std::max<int64_t>(1, std::min(shared, kBlockRows / beams));
-  std::vector<std::vector<int64_t>> blocks;
-  for (int64_t first = 0; first < sources.count; first += size)
-    blocks.emplace_back(order.begin() + first,
-                        order.begin() + std::min(first + size, sources.count));
-  return blocks;
-}
-
-// Runs body(block, arena, interruption) for each block, on the threads of a call.
-template <class Body>
-void for_each_block(const SourceRows& sources, int64_t beams, int threads, Check check,
-                    const Body& body) {
-  const auto blocks = blocks_of(sources, beams, threads);
-  Interruption interruption(check);
-  parallel_for(int64_t(blocks.size()), threads, [&](int64_t index) {
-    ThreadArena arena;
-    body(blocks[index], arena.arena(), interruption);
-  });
-}
 
 // Rows of (parts, count, width), or of one part, for the sentences of a block.
 std::vector<const float*> chosen(Arena& arena, const float* from, int64_t parts, int64_t count,
@@ -133,17 +75,18 @@ void begin(Runner& runner, Arena& arena, const SourceRows& sources,
 class BlockStepper : public Stepper {
  public:
   BlockStepper(const SearchCall& call, const SourceRows& sources, const std::vector<int64_t>& block,
-               const DecoderKernels& kernels, Arena& arena, Interruption& interruption)
-      : kernels_(kernels), interruption_(interruption) {
+               const DecoderKernels& kernels, Worker& worker)
+      : kernels_(kernels), interruption_(worker.interruption) {
     for (const Model* model : call.models) {
-      runners_.push_back(std::make_unique<Runner>(*model, kernels, arena, call.beams));
-      begin(*runners_.back(), arena, sources, block);
+      runners_.push_back(
+          std::make_unique<Runner>(*model, kernels, worker.arena, worker.team, call.beams));
+      begin(*runners_.back(), worker.arena, sources, block);
       if (model->attention.score != ScoreKind::none) attending_.push_back(runners_.back().get());
     }
     const bool wanted = call.options.return_weights || call.options.coverage_penalty > 0;
     has_weights_ = wanted && !attending_.empty();
     longest_ = runners_[0]->memory().longest;
-    if (has_weights_ && attending_.size() > 1) mean_ = arena.take<float>(rows() * longest_);
+    if (has_weights_ && attending_.size() > 1) mean_ = worker.arena.take<float>(rows() * longest_);
   }
 
   int64_t sentences() const override { return runners_[0]->sentences(); }
@@ -201,9 +144,8 @@ class BlockStepper : public Stepper {
 std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const SourceRows& sources,
                                               const DecoderKernels& kernels) {
   std::vector<std::vector<Found>> results(size_t(sources.count));
-  const auto decode = [&](const std::vector<int64_t>& block, Arena& arena,
-                          Interruption& interruption) {
-    BlockStepper stepper(call, sources, block, kernels, arena, interruption);
+  const auto decode = [&](const std::vector<int64_t>& block, Worker& worker) {
+    BlockStepper stepper(call, sources, block, kernels, worker);
     std::vector<SentenceLimits> limits;
     for (int64_t b : block) {
       SentenceLimits each;
@@ -216,22 +158,23 @@ std::vector<std::vector<Found>> search_blocks(const SearchCall& call, const Sour
     std::vector<std::vector<Found>> found = search(stepper, kernels, call.options, limits);
     for (size_t i = 0; i < block.size(); ++i) results[block[i]] = std::move(found[i]);
   };
-  for_each_block(sources, call.beams, call.threads, call.check, decode);
+  for_each_block({call.models, call.beams, call.threads, call.check}, sources.lengths, kernels,
+                 decode);
   return results;
 }
 
 void encode_blocks(const Model& model, const SourceRows& sources, int64_t longest, int threads,
                    const DecoderKernels& kernels, float* memory, float* hidden, float* cell) {
   const int64_t layers = int64_t(model.layers.size()), width = model.encoder.memory_width();
-  const auto encode = [&](const std::vector<int64_t>& block, Arena& arena, Interruption&) {
+  const auto encode = [&](const std::vector<int64_t>& block, Worker& worker) {
     std::vector<const int64_t*> ids;
     std::vector<int64_t> lengths;
     for (int64_t b : block) {
       ids.push_back(sources.ids[b]);
       lengths.push_back(sources.lengths[b]);
     }
-    const Encoded encoded =
-        run_encoder(model, kernels, arena, ids.data(), lengths.data(), int64_t(block.size()));
+    const Encoded encoded = run_encoder(model, kernels, worker.arena, worker.team, ids.data(),
+                                        lengths.data(), int64_t(block.size()));
     const auto copy = [&](const std::vector<const float*>& from, float* to, int64_t layer,
                           size_t i) {
       float* row = to + (layer * sources.count + block[i]) * model.hidden;
@@ -251,7 +194,7 @@ void encode_blocks(const Model& model, const SourceRows& sources, int64_t longes
       }
     }
   };
-  for_each_block(sources, 1, threads, nullptr, encode);
+  for_each_block({{&model}, 1, threads, nullptr}, sources.lengths, kernels, encode);
 }
 
 namespace {
@@ -260,16 +203,16 @@ namespace {
 class StepsRun {
  public:
   StepsRun(const StepsCall& call, const SourceRows& sources, const std::vector<int64_t>& block,
-           Runner& runner, Arena& arena, Interruption& interruption)
+           Runner& runner, Worker& worker)
       : call_(call),
         sources_(sources),
         block_(block),
         runner_(runner),
-        interruption_(interruption),
+        interruption_(worker.interruption),
         model_(*call.model) {
     symbols_.resize(block.size());
     if (call.embedded) width_ = model_.layers[0].input.inputs;
-    embedded_ = arena.take<float>(int64_t(block.size()) * width_);
+    embedded_ = worker.arena.take<float>(int64_t(block.size()) * width_);
   }
 
   void run() {
@@ -340,28 +283,26 @@ class StepsRun {
 }  // namespace
 
 void run_blocks(const StepsCall& call, const SourceRows& sources, const DecoderKernels& kernels) {
-  const auto run = [&](const std::vector<int64_t>& block, Arena& arena,
-                       Interruption& interruption) {
-    Runner runner(*call.model, kernels, arena, 1);
-    begin(runner, arena, sources, block);
-    StepsRun(call, sources, block, runner, arena, interruption).run();
+  const auto run = [&](const std::vector<int64_t>& block, Worker& worker) {
+    Runner runner(*call.model, kernels, worker.arena, worker.team, 1);
+    begin(runner, worker.arena, sources, block);
+    StepsRun(call, sources, block, runner, worker).run();
   };
-  for_each_block(sources, 1, call.threads, call.check, run);
+  for_each_block({{call.model}, 1, call.threads, call.check}, sources.lengths, kernels, run);
 }
 
 std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& sources,
                                      const DecoderKernels& kernels) {
   // Grows with the symbols that are found: `steps` may be meant as no limit at all.
   std::vector<GreedyRow> results(size_t(sources.count));
-  const auto decode = [&](const std::vector<int64_t>& block, Arena& arena,
-                          Interruption& interruption) {
-    Runner runner(*call.model, kernels, arena, 1);
+  const auto decode = [&](const std::vector<int64_t>& block, Worker& worker) {
+    Runner runner(*call.model, kernels, worker.arena, worker.team, 1);
     std::vector<int64_t> open = block;  // the rows that have not ended
-    begin(runner, arena, sources, open);
+    begin(runner, worker.arena, sources, open);
     std::vector<int32_t> symbols(open.size(), call.bos), kept;
     const int64_t size = call.model->output.outputs;
     for (int64_t t = 0; t < call.steps && !open.empty(); ++t) {
-      interruption.poll();
+      worker.interruption.poll();
       runner.step(symbols.data());
       kept.clear();
       for (size_t i = 0; i < open.size(); ++i) {
@@ -386,7 +327,7 @@ std::vector<GreedyRow> greedy_blocks(const GreedyCall& call, const SourceRows& s
       runner.keep(kept.data(), int64_t(kept.size()));
     }
   };
-  for_each_block(sources, 1, call.threads, call.check, decode);
+  for_each_block({{call.model}, 1, call.threads, call.check}, sources.lengths, kernels, decode);
   return results;
 }
 

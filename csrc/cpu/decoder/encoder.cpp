@@ -18,8 +18,8 @@ void Converter::product(const PackedMatrix& matrix, const float* x, int64_t stri
     const int64_t count = std::min(kRows, rows - row);
     const ConvertedRows part =
         convert_rows(kernels_, matrix, x + row * stride, stride, count, data_, scales_);
-    kernels_.product(matrix, part, count, start ? start + row * start_stride : nullptr,
-                     start_stride, out + row * out_stride, out_stride);
+    team_.product(matrix, part, count, start ? start + row * start_stride : nullptr, start_stride,
+                  out + row * out_stride, out_stride);
   }
 }
 
@@ -31,13 +31,13 @@ constexpr int64_t kChunkRows = 256;  // rows of gates that are computed at once
 // are not over are the first ones.
 class EncoderRun {
  public:
-  EncoderRun(const Model& model, const DecoderKernels& kernels, Arena& arena,
+  EncoderRun(const Model& model, const DecoderKernels& kernels, Arena& arena, Team& team,
              const int64_t* const* ids, const int64_t* lengths, int64_t count)
       : model_(model),
         encoder_(model.encoder),
         kernels_(kernels),
         arena_(arena),
-        convert_(model.compute, kernels, arena),
+        convert_(model.compute, kernels, arena, team),
         ids_(ids) {
     memory_.count = count;
     memory_.lengths.assign(lengths, lengths + count);
@@ -238,9 +238,9 @@ class EncoderRun {
 
 }  // namespace
 
-Encoded run_encoder(const Model& model, const DecoderKernels& kernels, Arena& arena,
+Encoded run_encoder(const Model& model, const DecoderKernels& kernels, Arena& arena, Team& team,
                     const int64_t* const* ids, const int64_t* lengths, int64_t count) {
-  return EncoderRun(model, kernels, arena, ids, lengths, count).run();
+  return EncoderRun(model, kernels, arena, team, ids, lengths, count).run();
 }
 
 }  // namespace fused_attn

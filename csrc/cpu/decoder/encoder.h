@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "model.h"
 #include "runner.h"
+#include "team.h"
 
 namespace fused_attn {
 
@@ -23,8 +24,8 @@ inline ConvertedRows convert_rows(const DecoderKernels& kernels, const PackedMat
 // Products of any number of rows, a few hundred at a time, so that the converted rows stay small.
 class Converter {
  public:
-  Converter(Compute compute, const DecoderKernels& kernels, Arena& arena)
-      : kernels_(kernels), arena_(arena), compute_(compute) {}
+  Converter(Compute compute, const DecoderKernels& kernels, Arena& arena, Team& team)
+      : kernels_(kernels), arena_(arena), team_(team), compute_(compute) {}
 
   void product(const PackedMatrix& matrix, const float* x, int64_t stride, int64_t rows,
                const float* start, int64_t start_stride, float* out, int64_t out_stride);
@@ -35,6 +36,7 @@ class Converter {
 
   const DecoderKernels& kernels_;
   Arena& arena_;
+  Team& team_;
   Compute compute_;
   void* data_ = nullptr;
   float* scales_ = nullptr;
@@ -47,7 +49,7 @@ struct Encoded {
 };
 
 // Runs the encoder and the bridge. Sentences must be given longest first.
-Encoded run_encoder(const Model& model, const DecoderKernels& kernels, Arena& arena,
+Encoded run_encoder(const Model& model, const DecoderKernels& kernels, Arena& arena, Team& team,
                     const int64_t* const* ids, const int64_t* lengths, int64_t count);
 
 }  // namespace fused_attn

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -84,6 +85,8 @@ struct Model {
   const float* output_bias = nullptr;
   bool has_encoder = false;
   EncoderModel encoder;
+  int64_t largest_bytes = 0;          // of a matrix
+  std::shared_ptr<const void> owner;  // of all that the model points to
 
   int64_t gates() const { return gate_count(cell) * hidden; }
   int64_t attentional_width() const {

@@ -8,11 +8,12 @@
 
 namespace fused_attn {
 
-Runner::Runner(const Model& model, const DecoderKernels& kernels, Arena& arena, int64_t beams)
-    : model_(model), kernels_(kernels), arena_(arena), beams_(beams) {}
+Runner::Runner(const Model& model, const DecoderKernels& kernels, Arena& arena, Team& team,
+               int64_t beams)
+    : model_(model), kernels_(kernels), arena_(arena), team_(team), beams_(beams) {}
 
 void Runner::encode(const int64_t* const* ids, const int64_t* lengths, int64_t count) {
-  Encoded encoded = run_encoder(model_, kernels_, arena_, ids, lengths, count);
+  Encoded encoded = run_encoder(model_, kernels_, arena_, team_, ids, lengths, count);
   begin(encoded.memory, encoded.hidden, encoded.cell);
 }
 
@@ -91,7 +92,7 @@ ConvertedRows Runner::converted(const PackedMatrix& matrix, const float* x, int6
 void Runner::prepare_memory() {
   const AttentionModel& attention = model_.attention;
   if (attention.score == ScoreKind::none) return;
-  Converter convert(model_.compute, kernels_, arena_);
+  Converter convert(model_.compute, kernels_, arena_, team_);
   const int64_t width = attention.memory_width, count = memory_.rows;
   const auto product = [&](const PackedMatrix& matrix) {
     float* out = arena_.take<float>(count * matrix.outputs);
@@ -164,20 +165,20 @@ void Runner::run_layer(const RecurrentLayer& layer, const int32_t* symbols, cons
       std::memcpy(gates_ + row * gates, layer.table + symbols[row] * gates,
                   size_t(gates) * sizeof(float));
   } else {
-    kernels_.product(layer.input, converted(layer.input, x, stride, n), n, layer.bias, 0, gates_,
-                     gates);
+    team_.product(layer.input, converted(layer.input, x, stride, n), n, layer.bias, 0, gates_,
+                  gates);
   }
   if (layer.feed) {
-    kernels_.product(layer.feed, converted(layer.feed, state_.attentional, outputs_width_, n), n,
-                     gates_, gates, gates_, gates);
+    team_.product(layer.feed, converted(layer.feed, state_.attentional, outputs_width_, n), n,
+                  gates_, gates, gates_, gates);
   }
   const ConvertedRows before = converted(layer.state, h, hidden, n);
   if (model_.cell == Cell::gru) {
-    kernels_.product(layer.state, before, n, layer.state_bias, 0, state_gates_, gates);
+    team_.product(layer.state, before, n, layer.state_bias, 0, state_gates_, gates);
     kernels_.gru(gates_, state_gates_, gates, n, hidden, h, hidden);
     return;
   }
-  kernels_.product(layer.state, before, n, gates_, gates, gates_, gates);
+  team_.product(layer.state, before, n, gates_, gates, gates_, gates);
   if (model_.cell == Cell::lstm) {
     kernels_.lstm(gates_, gates, n, hidden, c, hidden, h, hidden);
   } else {
@@ -190,7 +191,7 @@ void Runner::find_windows(const ConvertedRows& y) {
   const AttentionModel& attention = model_.attention;
   const int64_t n = rows(), hidden = model_.hidden;
   if (attention.local == Local::predictive) {
-    kernels_.product(attention.position, y, n, nullptr, 0, place_, hidden);
+    team_.product(attention.position, y, n, nullptr, 0, place_, hidden);
     kernels_.tanh(place_, n * hidden, place_);
   }
   for (int64_t row = 0; row < n; ++row) {
@@ -273,14 +274,14 @@ void Runner::attend() {
     int64_t query_width = hidden;
     if (attention.query) {
       query_width = attention.query.outputs;
-      kernels_.product(attention.query, y, n, attention.query_bias, 0, query_, query_width);
+      team_.product(attention.query, y, n, attention.query_bias, 0, query_, query_width);
       query = query_;
     } else if (attention.scale != 1.0f) {
       for (int64_t i = 0; i < n * hidden; ++i) query_[i] = attention.scale * top_[i];
       query = query_;
     }
     if (attention.combine)
-      kernels_.product(attention.combine, y, n, attention.combine_bias, 0, outputs_, width);
+      team_.product(attention.combine, y, n, attention.combine_bias, 0, outputs_, width);
     for (int64_t sentence = 0; sentence < memory_.count; ++sentence) {
       const int64_t row = sentence * beams_;
       score(sentence, query + row * query_width);
@@ -306,13 +307,13 @@ void Runner::project() {
   int64_t width = outputs_width_;
   if (model_.output_proj) {
     const PackedMatrix& matrix = model_.output_proj;
-    kernels_.product(matrix, converted(matrix, x, width, n), n, nullptr, 0, projected_,
-                     matrix.outputs);
+    team_.product(matrix, converted(matrix, x, width, n), n, nullptr, 0, projected_,
+                  matrix.outputs);
     x = projected_;
     width = matrix.outputs;
   }
-  kernels_.product(model_.output, converted(model_.output, x, width, n), n, model_.output_bias, 0,
-                   logits_, model_.output.outputs);
+  team_.product(model_.output, converted(model_.output, x, width, n), n, model_.output_bias, 0,
+                logits_, model_.output.outputs);
 }
 
 // x[i] = x[from[i]] for `count` rows, where rows may repeat.

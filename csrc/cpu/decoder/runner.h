@@ -1,5 +1,5 @@
 // A model on a block of sentences: encodes them, or takes their memory, and runs the decoder step
-// by step. One thread; blocks are independent of one another.
+// by step. Blocks are independent of one another.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include "buffers.h"
 #include "kernels.h"
 #include "model.h"
+#include "team.h"
 
 namespace fused_attn {
 
@@ -32,7 +33,8 @@ struct BlockMemory {
 class Runner {
  public:
   // `arena` must not be reset while the runner lives. `beams` rows for each sentence.
-  Runner(const Model& model, const DecoderKernels& kernels, Arena& arena, int64_t beams);
+  Runner(const Model& model, const DecoderKernels& kernels, Arena& arena, Team& team,
+         int64_t beams);
 
   // Reads the sources of `count` sentences, longest first: the symbols of each. Their final
   // states become the first of the decoder.
@@ -80,6 +82,7 @@ class Runner {
   const Model& model_;
   const DecoderKernels& kernels_;
   Arena& arena_;
+  Team& team_;
   int64_t beams_;
   BlockMemory memory_;
   DecoderRows state_;

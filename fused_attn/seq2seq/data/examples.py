@@ -129,12 +129,15 @@ def _alignment(links: Tensor, counts: Tensor, shape: tuple[int, int, int]) -> Te
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return ``sequences`` padded at the end, int64 (N, longest), and their lengths, int64 (N,)."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padded = torch.full((len(sequences), int(lengths.max()) if len(sequences) else 0), PAD)
-    inside = torch.arange(padded.shape[1]) < lengths[:, None]
-    numbers = [number for sequence in sequences for number in sequence]
-    padded[inside] = torch.tensor(numbers, dtype=torch.int64)
-    return padded, lengths
+    lengths = [len(sequence) for sequence in sequences]
+    longest = max(lengths, default=0)
+    # Filled up as lists: for a word this takes a third of the time of filling up a tensor.
+    numbers: list[int] = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        numbers += sequence
+        numbers += [PAD] * (longest - length)
+    padded = torch.tensor(numbers, dtype=torch.int64).view(len(lengths), longest)
+    return padded, torch.tensor(lengths, dtype=torch.int64)
 
 
 def epoch_batches(examples: Examples, config: TrainingConfig, epoch: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ Also the search options that callers give by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from fused_attn.seq2seq.search.packed import PackedModels, not_native_reasons
 from fused_attn.seq2seq.search.search import search
 
 COMPUTE = ("auto", *choices.COMPUTE)
-_DEFAULTS = asdict(SearchConfig())
+_GREEDY = SearchConfig()
+_DEFAULTS = asdict(_GREEDY)
 
 
 class Engine:
@@ -107,10 +108,13 @@ def search_config(options: Mapping[str, Any]) -> SearchConfig:
     Raises TypeError for an unknown name, ValueError for a value, `InputError` for an option that
     has no effect.
     """
-    names = [field.name for field in fields(SearchConfig)]
+    if not options:
+        return _GREEDY
     for name in options:
-        if name not in names:
-            raise TypeError(f"unknown search option {name!r}, expected one of {', '.join(names)}")
+        if name not in _DEFAULTS:
+            raise TypeError(
+                f"unknown search option {name!r}, expected one of {', '.join(_DEFAULTS)}"
+            )
     config = SearchConfig(**options)
     # A `Prediction` shows its score and its alternatives.
     shown = {"shows_scores": True, "returns_several": True, "own_beam": False}

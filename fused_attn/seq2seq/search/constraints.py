@@ -32,12 +32,18 @@ class LengthBound:
         For a source of n symbols that is ratio * n + 10, but at least 2 n + 10, and if more than
         that, at most longest + 10.
         """
-        usual = 2 * lengths + _MARGIN
-        by_ratio = (self.ratio * lengths).ceil().long() + _MARGIN
-        return torch.minimum(by_ratio, usual.clamp(min=self.longest + _MARGIN)).maximum(usual)
+        return torch.tensor([_limit(self, length) for length in lengths.tolist()], dtype=torch.int64)
 
 
 _MARGIN = 10
+
+
+# Sources have few lengths. For a word, seven small tensors took 2 % of a prediction.
+@lru_cache(maxsize=4096)
+def _limit(bound: LengthBound, length: int) -> int:
+    usual = 2 * length + _MARGIN
+    by_ratio = int((bound.ratio * torch.tensor(length)).ceil()) + _MARGIN  # in float32
+    return max(usual, min(by_ratio, max(usual, bound.longest + _MARGIN)))
 
 
 def limits_of(lengths: Tensor, config: SearchConfig, bound: LengthBound) -> Tensor:
