@@ -102,6 +102,12 @@ def test_every_row_is_measured(
     (word,) = (row for label, row in rows.items() if label[0] == "a word, greedy")
     assert set(word["seconds"]) == {"ours", "torch path", "g2p_en's model"}
     assert word["targets"][0]["measured"] == word["seconds"]["ours"]
+    both = [label for (label, _), row in rows.items() if "two threads" in row["beside"]]
+    if bench.measure.machine.cores() > 1:
+        assert both == ["a word, greedy", "general, B=2, threads"]
+        assert text[text.index("With two threads") :].count(", with one ") == 2
+    else:
+        assert both == []
 
 
 @pytest.mark.parametrize("score", ["general", "concat"])
@@ -319,6 +325,6 @@ def test_rows_are_chosen_by_their_labels(bench: SimpleNamespace) -> None:
     assert [row.label for row in chosen.searches] == ["beam 5, B=1", "beam 5, B=32"]
     assert [row.label for row in chosen.words] == ["words in batches, beam 5"]
     assert not (chosen.steps or chosen.threads or chosen.busy)
-    assert plan.only("busy").busy == [1, 32] and plan.only("threads").threads == [2, 32]
+    assert plan.only("busy").busy == [1, 32] and plan.only("threads").threads == [1, 2, 8, 32]
     labels = [row.label for row in (*plan.steps, *plan.searches, *plan.words)]
     assert len(set(labels)) == len(labels)

@@ -92,6 +92,29 @@ def test_every_side_that_can_is_right_and_has_a_time(bench: SimpleNamespace) -> 
                 assert record.unable and not record.errors
 
 
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_native_decoding_is_a_side_that_is_judged(
+    small: SimpleNamespace, is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = small.suite.models
+    if is_wrong:
+        right = models.PackedModels.search
+
+        def wrong(*arguments: Any, **options: Any) -> Any:
+            first, *rest = right(*arguments, **options)
+            return [[replace(best, tokens=[best.tokens[0] + 1]) for best in first], *rest]
+
+        monkeypatch.setattr(models.PackedModels, "search", wrong)
+    for case in models.MODELS:
+        if case.work == "training":
+            continue
+        found = {record.side: record for record in models.measure_model(case, "cpu", "cpu", 0.01)}
+        assert set(found) == {"fused", "eager", "native"}
+        assert found["fused"].seconds and found["eager"].seconds
+        assert found["native"].ours and found["native"].withheld == is_wrong
+        assert (found["native"].seconds is None) == is_wrong
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_a_wrong_kernel_has_no_speed(
     bench: SimpleNamespace, wrong: str, monkeypatch: pytest.MonkeyPatch

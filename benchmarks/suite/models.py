@@ -3,7 +3,9 @@
 Both sides have the same parameters. A layer is `LuongAttention` against the formulas of the paper
 in tensor operations. A model is `Seq2Seq` with our backend against itself with the eager one. Both
 are judged first: a layer by its output and gradients, a training step by its loss and gradients
-against a model in float64, decoding by whether both sides find the same symbols.
+against a model in float64, decoding by whether our sides find the symbols of the eager one. Where
+models can be decoded natively, that is a side too: "fused" is then the same kernels of the
+attention, step by step in torch.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from benchmarks.suite.measure import ROUNDS, Record, Timing
 from fused_attn import LuongAttention, testing
 from fused_attn.seq2seq.config import ModelConfig, SearchConfig
 from fused_attn.seq2seq.model.seq2seq import Seq2Seq
+from fused_attn.seq2seq.search.hypothesis import Hypothesis
+from fused_attn.seq2seq.search.packed import PackedModels, not_native_reasons
 from fused_attn.seq2seq.search.search import search
 
-OURS = "fused"
-# The targets of both backends agree for nearly all sources. They may differ where two symbols are
+OURS, NATIVE = "fused", "native"
+# The targets of two sides agree for nearly all sources. They may differ where two symbols are
 # equally likely up to rounding.
 AGREEING = 0.95
 
@@ -75,6 +79,11 @@ MODELS = tuple(
               quick=work == "training" and score == "concat", **options)
     for score in ("general", "concat")
     for work, options in (("training", {}), ("greedy", {}), ("beam 5", _BEAM))
+) + tuple(
+    ModelCase(f"translator, {work}", "the same model, a sentence", work,
+              ModelConfig(score="general", **_TRANSLATOR), 1, 40, 40,
+              quick=work == "greedy", **options)
+    for work, options in (("greedy", {}), ("beam 5", _BEAM))
 )  # fmt: skip
 
 
@@ -183,29 +192,27 @@ def _decoding(
     device: str,
     budget_s: float,
 ) -> list[Record]:
-    """The records of both sides. All targets have the same length, hence as many steps."""
+    """The records of all sides. All targets have the same length, hence as many steps."""
     length = case.target
     config = replace(case.search, min_length=length, max_length=length)
-    calls: dict[str, Call] = {
+    calls: dict[str, Callable[[], list[list[Hypothesis]]]] = {
         name: partial(search, model.eval(), *sources, config) for name, model in models.items()
     }
-    found = {
-        name: [best[0].tokens for best in search(model, *sources, config)]
-        for name, model in models.items()
-    }
-    same = sum(a == b for a, b in zip(found[OURS], found[EAGER], strict=True)) / case.batch
-    wrong = () if same >= AGREEING else ("targets",)
-    records = []
-    seconds = {} if wrong else samples(_on(calls, device), budget_s, ROUNDS)
-    for name in calls:
-        timing = Timing.of(seconds[name]) if name in seconds else None
-        mine = wrong if name == OURS else ()
-        errors = {"targets that differ": 1 - same} if name == OURS else {}
-        ours = name == OURS
-        records.append(
-            replace(record, side=name, ours=ours, seconds=timing, errors=errors, wrong=mine)
-        )
-    return records
+    if not not_native_reasons([models[OURS]]):
+        packed = PackedModels([models[OURS]])
+        calls[NATIVE] = partial(search, models[OURS], *sources, config, packed=packed)
+    found = {name: [best[0].tokens for best in call()] for name, call in calls.items()}
+    records = {}
+    for name, targets in found.items():
+        differ = sum(a != b for a, b in zip(targets, found[EAGER], strict=True)) / case.batch
+        ours = name != EAGER
+        errors = {"targets that differ": differ} if ours else {}
+        wrong = ("targets",) if differ > 1 - AGREEING else ()
+        records[name] = replace(record, side=name, ours=ours, errors=errors, wrong=wrong)
+    right = {name: call for name, call in calls.items() if not records[name].wrong}
+    for name, seconds in samples(_on(right, device), budget_s, ROUNDS).items():
+        records[name] = replace(records[name], seconds=Timing.of(seconds))
+    return list(records.values())
 
 
 def _on(calls: Mapping[str, Call], device: str) -> dict[str, Call]:

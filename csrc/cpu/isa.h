@@ -10,7 +10,8 @@
 
 namespace fused_attn {
 
-// Instruction sets that this build contains and this processor can run, best first.
+// Instruction sets that this build contains and this processor can run, best first. Asks Linux for
+// the tiles of AMX, for the whole process.
 std::vector<std::string> cpu_isas_supported();
 
 // Those of them that have attention kernels of their own; the others differ in the decoder only.

@@ -37,6 +37,7 @@ from benchmarks.targets.decoder.rows import (
     STEP_ROWS,
     THREAD_BATCHES,
     TORCH,
+    TWO_THREADS,
     WORD_ROWS,
     SearchRow,
     Sizes,
@@ -143,7 +144,14 @@ def endings(found: Sequence[Result]) -> list[str]:
         for result in found
         for side, reason in result.missing.items()
     ]
+    two = [
+        f"  {result.label}, {SHORT[result.compute]}: {duration(result.beside[TWO_THREADS])}, "
+        f"with one {duration(result.beside['one thread'])}"
+        for result in found
+        if TWO_THREADS in result.beside
+    ]
     parts = {
+        "With two threads": two,
         "Targets": targets,
         "WITHHELD, because results were wrong": wrong,
         "Not measured here": missing,

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.table import WITHHELD
 from benchmarks.targets.decoder.floors import Floor
-from benchmarks.targets.decoder.rows import OURS, Target
+from benchmarks.targets.decoder.rows import OURS, TWO_THREADS, Target
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Result:
         """The figure that a target limits; None if it was not measured."""
         beside = self.beside
         if target.kind == "threads":
-            pair = beside.get("one thread"), beside.get("two threads")
+            pair = beside.get("one thread"), beside.get(TWO_THREADS)
             return pair[0] / pair[1] if pair[0] and pair[1] else None
         if target.kind == "busy":
             pair = beside.get("busy"), beside.get("quiet")

@@ -32,6 +32,7 @@ from benchmarks.targets.decoder.rows import (
     OURS,
     THREADS_TARGET,
     TORCH,
+    TWO_THREADS,
     SearchRow,
     Sizes,
     StepRow,
@@ -136,7 +137,7 @@ def _ours(sizes: Sizes, batch: int) -> tuple[Call, Errors]:
 def measure_threads(batch: int, sizes: Sizes, budget_s: float) -> Result:
     """Steps with one thread and with two, in turns."""
     label = f"general, B={batch}, threads"
-    counts = {"one thread": 1, "two threads": 2}
+    counts = {"one thread": 1, TWO_THREADS: 2}
     if machine.cores() < 2:
         return Result(
             label, "float32", {}, (THREADS_TARGET,), missing={OURS: "there is one core only"}

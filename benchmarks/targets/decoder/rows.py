@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+TWO_THREADS = "two threads"  # our side, beside its one thread
 # Names of the sides that a row may have, in the order of the columns.
 OURS, LOOP, COMPILED, ATTN_LSTM, TORCH, G2P = (
     "ours",
@@ -143,7 +144,7 @@ WORD_ROWS = (
     WordRow(True, 1, (Target("rate", 2500),)),
     WordRow(True, 5, (Target("rate", 700),)),
 )
-THREAD_BATCHES = (2, 32)  # of the general rows, in float32
+THREAD_BATCHES = (1, 2, 8, 32)  # of the general rows, in float32
 THREADS_TARGET = Target("threads", 1.8)
 BUSY_BATCHES = (1, 32)
 BUSY_TARGET = Target("busy", 2.5)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.common import machine
 from benchmarks.common.measure import medians
 from benchmarks.targets.decoder.figures import Result
 from benchmarks.targets.decoder.floors import (
@@ -21,7 +22,7 @@ from benchmarks.targets.decoder.floors import (
     one_after_another,
 )
 from benchmarks.targets.decoder.numpy_words import words_call
-from benchmarks.targets.decoder.rows import G2P, OURS, TORCH, WordRow
+from benchmarks.targets.decoder.rows import G2P, OURS, TORCH, TWO_THREADS, WordRow
 from fused_attn import seq2seq
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.inference.predictor import Predictor
@@ -144,17 +145,26 @@ def _single(
     if judged.wrong:
         return judged
     numpy_call = words_call(lengths)
-    seconds: dict[str, list[float]] = {OURS: [], TORCH: [], G2P: []}
+    counts = {OURS: 1, TWO_THREADS: 2} if machine.cores() > 1 else {OURS: 1}
+    seconds: dict[str, list[float]] = {side: [] for side in (*counts, TORCH, G2P)}
     end = time.perf_counter() + budget_s
     while not seconds[OURS] or time.perf_counter() < end:
         for start in range(0, len(words), CHUNK):
             chunk = words[start : start + CHUNK]
-            seconds[OURS] += [_time(lambda w=w: models.native.predict(w, config)) for w in chunk]
+            for side, threads in counts.items():
+                with machine.using_threads(threads):
+                    seconds[side] += [
+                        _time(lambda w=w: models.native.predict(w, config)) for w in chunk
+                    ]
             seconds[TORCH] += [
                 _time(lambda w=w: models.torch.predict(w, config)) for w in chunk[:SLOW]
             ]
         seconds[G2P] += [_time(numpy_call) / len(words) for _ in range(3)]
-    return replace(judged, seconds={k: statistics.median(v) for k, v in seconds.items()})
+    found = {side: statistics.median(times) for side, times in seconds.items()}
+    beside = {"one thread": found[OURS]}
+    if TWO_THREADS in found:
+        beside[TWO_THREADS] = found.pop(TWO_THREADS)
+    return replace(judged, seconds=found, beside=beside)
 
 
 def _batched(

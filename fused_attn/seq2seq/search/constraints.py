@@ -32,7 +32,9 @@ class LengthBound:
         For a source of n symbols that is ratio * n + 10, but at least 2 n + 10, and if more than
         that, at most longest + 10.
         """
-        return torch.tensor([_limit(self, length) for length in lengths.tolist()], dtype=torch.int64)
+        return torch.tensor(
+            [_limit(self, length) for length in lengths.tolist()], dtype=torch.int64
+        )
 
 
 _MARGIN = 10
