@@ -29,8 +29,10 @@ DecoderKernels kernels_with_pauses() {
 // A team whose leader is the calling thread.
 class TeamOfTest {
  public:
-  TeamOfTest(int helpers, int present)
-      : kernels_(kernels_with_pauses()), team_(std::make_unique<Team>(kernels_, helpers)) {
+  TeamOfTest(int helpers, int present, int patience_ms)
+      : kernels_(kernels_with_pauses()),
+        team_(std::make_unique<Team>(kernels_, helpers, Team::Owners{},
+                                     std::chrono::milliseconds(patience_ms))) {
     for (int number = 0; number < present; ++number)
       threads_.emplace_back([this, number] {
         is_helper = true;
@@ -68,7 +70,8 @@ class TeamOfTest {
 
 void add_decoder_team_checks(py::module_& checks) {
   py::class_<TeamOfTest>(checks, "Team")
-      .def(py::init<int, int>(), py::arg("helpers"), py::arg("present"))
+      .def(py::init<int, int, int>(), py::arg("helpers"), py::arg("present"),
+           py::arg("patience_ms"))
       .def("product", &TeamOfTest::product, py::arg("weights"), py::arg("x"), py::arg("start"),
            py::arg("out"), "As the function `product`, by the team.")
       .def("close", &TeamOfTest::close)

@@ -153,8 +153,11 @@ PYBIND11_MODULE(_C, m) {
         "floating-point operations.");
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
-  m.def("fingerprint", &fingerprint, py::arg("parameters"),
-        "A hash of the tensors in dicts and of a few elements of each.");
+  m.def("identity", &identity, py::arg("parameters"),
+        "A hash of which tensors are in dicts, where and in which version; None if one is not "
+        "plain.");
+  m.def("sample", &sample, py::arg("parameters"),
+        "A hash of a few elements of each tensor in dicts; None for another object.");
   bind_decoder(m);
   add_decoder_checks(m);
   bind_search_checks(m);

@@ -65,7 +65,7 @@ def module_reasons(module: nn.Module, known: tuple[type[nn.Module], ...] = ()) -
         if path and (reason := _objection(part, (*_PLAIN, *known))):
             reasons.append(f"{path} {reason}")
         for parameter in part._parameters.values():
-            if parameter is not None:
+            if isinstance(parameter, Tensor):
                 kinds.add((parameter.device.type, str(parameter.dtype).removeprefix("torch.")))
     if kinds - {("cpu", "float32")}:
         told = ", ".join(f"{dtype} on {device}" for device, dtype in sorted(kinds))
@@ -85,9 +85,14 @@ def _objection(part: nn.Module, known: tuple[type[nn.Module], ...]) -> str | Non
         return f"has nonlinearity={part.nonlinearity!r}"
     if getattr(part, "max_norm", None) is not None:
         return "has max_norm, which changes its weight at each call"
+    native = native_module()
     for name, parameter in part._parameters.items():
-        if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
+        if parameter is None:
+            continue
+        if type(parameter) not in (Tensor, nn.Parameter):
             return f"has a {type(parameter).__name__} as its {name}"
+        if native is not None and parameter.is_cpu and not native.are_plain(parameter):
+            return f"has a {name} that is not dense, or is a lazy negation"
     return None
 
 
@@ -179,15 +184,16 @@ class Snapshot:
 
     Seen: a parameter or a part that was replaced, a hook that was added, a change of a parameter in
     place, a changed option of an attention layer. After a step of any fused optimizer, all counts
-    as changed. A change through ``parameter.data`` is seen if it changes one of the eight elements
-    that are read of each parameter, as new values for all elements do.
+    as changed. A change through ``parameter.data``, or of a parameter that was made in inference
+    mode, has no version. It is seen if it changes one of the eight elements that are read of each
+    parameter, as new values for all elements do.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         _FUSED_STEPS.start()
         self._fused_steps = _FUSED_STEPS.count
-        self._native_fingerprint = native_module().fingerprint
+        self._native = native_module()
         # Read in every search: for the bundled model, looking at these takes a fifth of the time of
         # `hooks_of` for every part (6 against 34 us, 2026-11-28).
         parts = list(module.modules())
@@ -198,7 +204,10 @@ class Snapshot:
         self._places = [part._parameters for part in parts]
         # Kept alive, or a new parameter could have the identity and the memory of an old one.
         self._parameters = [dict(place) for place in self._places]
-        self._before = self._fingerprint()
+        self._storages = [parameter.untyped_storage() for parameter in module.parameters()]
+        self._bytes = self._held_bytes()
+        self._identity = self._native.identity(self._places)
+        self._sample = self._native.sample(self._places)
         self._attentions = [part for part in parts if isinstance(part, LuongAttention)]
         self._options = list(map(attention_options, self._attentions))
 
@@ -212,14 +221,15 @@ class Snapshot:
             return False
         if self._options != list(map(attention_options, self._attentions)):
             return False
-        return self._before is not None and self._before == self._fingerprint()
+        if self._identity is None or self._native.identity(self._places) != self._identity:
+            return False
+        # Someone may have taken the memory away from under the parameters: no element is read then.
+        return (
+            self._held_bytes() == self._bytes and self._native.sample(self._places) == self._sample
+        )
 
-    def _fingerprint(self) -> int | None:
-        """A number for the parameters, None if one has no memory on the CPU."""
-        try:
-            return int(self._native_fingerprint(self._places))
-        except (TypeError, RuntimeError, BufferError):
-            return None
+    def _held_bytes(self) -> list[int]:
+        return [storage.nbytes() for storage in self._storages]
 
 
 def weight_of(part: nn.Module | None) -> Tensor | None:

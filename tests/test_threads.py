@@ -137,6 +137,22 @@ def test_calls_at_once_give_the_bits_of_calls_alone(target: Target, threads: int
             assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_threads_compute_in_the_float_mode_of_their_caller() -> None:
+    """Threads that were there before the mode was set, which changes the result."""
+    flushed, same = run_alone("""
+        from fused_attn import functional
+        query, memory = torch.randn(4, 24, 64), torch.randn(4, 200, 64) * 1e-38
+        def attended(threads):
+            torch.set_num_threads(threads)
+            return functional.dot_attention(query, memory, backend="cpu")[0].view(torch.int32)
+        plain = attended(2)
+        assert torch.set_flush_denormal(True)
+        two, one = attended(2), attended(1)
+        print(int(not torch.equal(plain, one)), int(torch.equal(one, two)))
+    """)
+    assert (flushed, same) == (1, 1)
+
+
 FORK = """
 torch.set_num_threads(2)
 use_torchs_pool()

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "float_mode.h"
 #include "guard.h"
 #include "isa.h"
 #include "parallel.h"
@@ -166,8 +167,10 @@ void for_each(int64_t n, int threads, int64_t scratch_bytes, Body body) {
     });
   } else {
     std::atomic<int64_t> next{0};
+    const FloatMode mode = FloatMode::of_thread();
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, n)))
     work([&](void* scratch) {
+      const WithFloatMode same(mode);
       for (int64_t i = next++; i < n && !failed; i = next++) body(i, scratch);
     });
   }

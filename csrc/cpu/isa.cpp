@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
@@ -125,9 +126,10 @@ const Isa& find(const std::string& name, const char* source) {
 }
 
 std::mutex choice_mutex;
-const Isa* choice = nullptr;
+std::atomic<const Isa*> choice{nullptr};
 
 const Isa& chosen() {
+  if (const Isa* known = choice) return *known;  // a fork may have copied a locked mutex
   std::lock_guard<std::mutex> lock(choice_mutex);
   if (!choice) {
     const char* forced = std::getenv("FUSED_ATTN_CPU_ISA");
@@ -135,7 +137,7 @@ const Isa& chosen() {
     for (const Isa& isa : all())
       if (!choice && isa.supported) choice = &isa;
   }
-  return *choice;
+  return *choice.load();
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <exception>
 #include <mutex>
 
+#include "float_mode.h"
+
 namespace fused_attn {
 namespace {
 
@@ -25,8 +27,10 @@ void parallel_for(int64_t n, int threads, const std::function<void(int64_t)>& bo
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex mutex;
+  const FloatMode mode = FloatMode::of_thread();
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, n)))
   {
+    const WithFloatMode same(mode);
     for (int64_t i = next++; i < n; i = next++) {
       try {  // nothing may leave a parallel region
         body(i);

@@ -2,13 +2,34 @@
 
 #include <signal.h>
 
+#include <algorithm>
 #include <chrono>
-#include <system_error>
 #include <thread>
 
-#include "../parallel.h"
-
 namespace fused_attn {
+
+#if defined(__linux__)
+Cores Cores::of_thread() {
+  Cores cores;
+  CPU_ZERO(&cores.set_);
+  cores.is_known_ = sched_getaffinity(0, sizeof cores.set_, &cores.set_) == 0;
+  return cores;
+}
+int Cores::count() const {
+  return is_known_ ? CPU_COUNT(&set_) : std::max(1, int(std::thread::hardware_concurrency()));
+}
+void Cores::take() const {
+  if (is_known_) sched_setaffinity(0, sizeof set_, &set_);
+}
+bool Cores::operator==(const Cores& other) const {
+  return is_known_ == other.is_known_ && (!is_known_ || CPU_EQUAL(&set_, &other.set_));
+}
+#else
+Cores Cores::of_thread() { return {}; }
+int Cores::count() const { return std::max(1, int(std::thread::hardware_concurrency())); }
+void Cores::take() const {}
+bool Cores::operator==(const Cores&) const { return true; }
+#endif
 
 Helpers& Helpers::of_process() {
   static Helpers* const helpers = new Helpers;  // never destroyed: its threads never end
@@ -16,7 +37,7 @@ Helpers& Helpers::of_process() {
 }
 
 void Helpers::send(int count, const std::shared_ptr<Team>& team) {
-  if (is_forked()) return;  // the threads, and perhaps a locked mutex, are those of the parent
+  const Cores cores = Cores::of_thread();
   const std::lock_guard<std::mutex> lock(mutex_);
   while (int(threads_.size()) < count && int(free_.size()) < count)
     if (!add_thread()) break;
@@ -27,23 +48,27 @@ void Helpers::send(int count, const std::shared_ptr<Team>& team) {
       const std::lock_guard<std::mutex> own(thread.mutex);
       thread.team = team;
       thread.number = number;
+      thread.cores = cores;
       thread.has_team.store(true, std::memory_order_release);
     }
     thread.wake.notify_one();
   }
 }
 
-// Signals are left to the threads of the program. False if there can be no more threads.
+// Signals are left to the threads of the program, but for those of a thread's own faults. False if
+// there can be no more threads.
 bool Helpers::add_thread() {
   threads_.push_back(std::make_unique<Thread>());
+  free_.reserve(threads_.size());  // nothing after it allocates
   Thread* const thread = threads_.back().get();
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  sigset_t others, before;
+  sigfillset(&others);
+  for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&others, own);
+  pthread_sigmask(SIG_SETMASK, &others, &before);
   bool is_made = true;
   try {
     std::thread([this, thread] { work(*thread); }).detach();
-  } catch (const std::system_error&) {
+  } catch (...) {
     is_made = false;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -55,6 +80,7 @@ bool Helpers::add_thread() {
 }
 
 void Helpers::work(Thread& self) {
+  Cores cores = Cores::of_thread();
   using Clock = std::chrono::steady_clock;
   constexpr std::chrono::milliseconds kAwake{1};  // from one word to the next; waking takes 0.05 ms
   for (;;) {
@@ -71,6 +97,7 @@ void Helpers::work(Thread& self) {
       self.has_team.store(false, std::memory_order_relaxed);
       team = std::move(self.team);
       number = self.number;
+      if (!(cores == self.cores)) (cores = self.cores).take();
     }
     team->help(number);
     team.reset();

@@ -2,6 +2,10 @@
 // last thread has arrived, however late that is, and gives each calling thread a pool of its own.
 #pragma once
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -11,14 +15,29 @@
 
 namespace fused_attn {
 
+// The cores that a thread may run on.
+class Cores {
+ public:
+  static Cores of_thread();
+  int count() const;  // at least 1
+  void take() const;  // the calling thread moves to them
+  bool operator==(const Cores& other) const;
+
+ private:
+#if defined(__linux__)
+  cpu_set_t set_;
+  bool is_known_ = false;  // false with more cores than the set has places
+#endif
+};
+
 class Helpers {
  public:
   // Those of this process. They live until it ends.
   static Helpers& of_process();
 
   // Sends up to `count` free threads to a team, where they help until it dismisses them. There are
-  // as many threads as the largest count so far, so leaders at the same time share them. A fork has
-  // none.
+  // as many threads as the largest count so far, so leaders at the same time share them. They run
+  // on the cores of the calling thread.
   void send(int count, const std::shared_ptr<Team>& team);
 
  private:
@@ -28,6 +47,7 @@ class Helpers {
     std::atomic<bool> has_team{false};
     std::shared_ptr<Team> team;
     int number = 0;
+    Cores cores;
   };
 
   bool add_thread();

@@ -67,11 +67,14 @@ std::vector<std::vector<int64_t>> blocks_of(const std::vector<int64_t>& order, i
 
 // Threads that share a block of these rows; 1 if they are better apart.
 int team_of(const Schedule& schedule, int64_t rows) {
+  // A fork has no helpers: their threads, and perhaps a locked mutex, are those of its parent.
+  if (schedule.threads <= 1 || is_forked()) return 1;
   if (rows > std::min(kSharedRows * schedule.threads, kMostSharedRows)) return 1;
   int64_t shares = 1;
   for (const Model* model : schedule.models)
     shares = std::max(shares, model->largest_bytes / Team::kShareBytes);
-  return int(std::min<int64_t>(schedule.threads, shares));
+  if (shares == 1) return 1;
+  return int(std::min<int64_t>({schedule.threads, shares, Cores::of_thread().count()}));
 }
 
 }  // namespace

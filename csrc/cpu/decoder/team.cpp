@@ -10,9 +10,6 @@
 namespace fused_attn {
 namespace {
 
-// How much longer than the leader's own share a helper may take before it is left behind.
-constexpr std::chrono::microseconds kPatience{100};
-
 // The panels [first, end) of a matrix.
 PackedMatrix part_of(const PackedMatrix& matrix, int64_t first, int64_t end) {
   const int64_t column = first * kPanel;
@@ -40,9 +37,10 @@ char* Team::Buffer::reserve(int64_t bytes) {
   return data_.get();
 }
 
-Team::Team(const DecoderKernels& kernels, int helpers, Owners owners)
+Team::Team(const DecoderKernels& kernels, int helpers, Owners owners, Duration patience)
     : kernels_(kernels),
       owners_(std::move(owners)),
+      patience_(patience),
       helpers_(size_t(helpers)),
       inputs_(size_t(helpers) + 1) {
   free_.reserve(helpers_.size());
@@ -97,18 +95,29 @@ void Team::post(Helper& helper, Share share, size_t input) {
 
 // Takes the results of a helper, or computes them if it is not done by the deadline.
 void Team::collect(Helper& helper, const Share& share, Clock::time_point deadline) {
+  constexpr int64_t kMostLeftOut = 1024;
   for (int turn = 1; !helper.is_free(); ++turn) {
-    wait_a_turn(turn);
+    spin_pause();  // never yields: the core may come back after the deadline
     if (turn % 32 == 0 && Clock::now() > deadline) {
       ++redone_;
+      helper.left_out = std::clamp<int64_t>(2 * helper.left_out, 4, kMostLeftOut);
+      helper.leave_out = helper.left_out;
       return run(share);
     }
   }
   ++taken_;
+  helper.left_out /= 2;
   const int64_t columns = share.matrix.outputs;
   for (int64_t row = 0; row < share.rows; ++row)
     std::memcpy(share.out + row * share.stride, helper.share.out + row * columns,
                 size_t(columns) * sizeof(float));
+}
+
+bool Team::takes_part(Helper& helper) const {
+  if (!helper.is_free()) return false;
+  if (helper.leave_out == 0) return true;
+  --helper.leave_out;
+  return false;
 }
 
 void Team::product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
@@ -117,7 +126,7 @@ void Team::product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t r
   const int64_t most = std::min(panels, bytes_of(matrix) / kShareBytes);
   free_.clear();
   for (Helper& helper : helpers_)
-    if (int64_t(free_.size()) + 1 < most && helper.is_free()) free_.push_back(&helper);
+    if (int64_t(free_.size()) + 1 < most && takes_part(helper)) free_.push_back(&helper);
   if (free_.empty() || rows <= 0)
     return kernels_.product(matrix, x, rows, start, start_stride, out, stride);
 
@@ -141,10 +150,11 @@ void Team::product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t r
   run(shares_[0]);
   const auto end = Clock::now();
   for (size_t i = 0; i < free_.size(); ++i)
-    collect(*free_[i], shares_[i + 1], end + (end - begin) + kPatience);
+    collect(*free_[i], shares_[i + 1], end + (end - begin) + patience_);
 }
 
 void Team::help(int number) {
+  const WithFloatMode as_the_leader(mode_);
   Helper& helper = helpers_[size_t(number)];
   uint64_t last = 0;
   helper.done.store(last, std::memory_order_release);

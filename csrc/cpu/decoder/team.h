@@ -16,14 +16,12 @@
 #include <thread>
 #include <vector>
 
+#include "../float_mode.h"
 #include "kernels.h"
 
 namespace fused_attn {
 
-// The `turn`-th turn of waiting for another thread: short at first, then other threads may run.
-inline void wait_a_turn(int64_t turn) {
-  constexpr int kSpins = 2000;  // about 0.1 ms
-  if (turn > kSpins) return std::this_thread::yield();
+inline void spin_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -31,13 +29,24 @@ inline void wait_a_turn(int64_t turn) {
 #endif
 }
 
+// The `turn`-th turn of a helper that waits: it spins at first, then lets other threads run.
+inline void wait_a_turn(int64_t turn) {
+  constexpr int kSpins = 2000;  // about 0.1 ms
+  turn < kSpins ? spin_pause() : std::this_thread::yield();
+}
+
 class Team {
  public:
   using Owners = std::vector<std::shared_ptr<const void>>;
+  using Duration = std::chrono::steady_clock::duration;
+
+  // How much longer than the leader's own share a helper may take before it is left behind.
+  static constexpr Duration kPatience = std::chrono::microseconds(100);
 
   // Up to `helpers` threads will call `help`. `owners` keep the matrices, for a helper that is
   // still at work when the leader has gone.
-  explicit Team(const DecoderKernels& kernels, int helpers = 0, Owners owners = {});
+  explicit Team(const DecoderKernels& kernels, int helpers = 0, Owners owners = {},
+                Duration patience = kPatience);
 
   // DecoderKernels::product, for the leader. `start` is at `out`, or belongs to an owner.
   void product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows, const float* start,
@@ -88,6 +97,8 @@ class Team {
     Share share;
     Buffer results;
     size_t input = 0;  // the place in inputs_ of the rows that it reads
+    // A helper that was late is left out of more and more products: it may have no core.
+    int64_t left_out = 0, leave_out = 0;
     bool is_free() const {
       return done.load(std::memory_order_acquire) == posted.load(std::memory_order_relaxed);
     }
@@ -100,8 +111,12 @@ class Team {
   void post(Helper& helper, Share share, size_t input);
   void collect(Helper& helper, const Share& share, Clock::time_point deadline);
 
+  bool takes_part(Helper& helper) const;
+
   const DecoderKernels& kernels_;
+  const FloatMode mode_ = FloatMode::of_thread();  // of the leader
   const Owners owners_;
+  const Duration patience_;
   std::vector<Helper> helpers_;
   std::vector<Buffer> inputs_;  // one more than helpers, so that one is free
   std::vector<Helper*> free_;   // helpers of the present product
