@@ -38,7 +38,7 @@ py::tuple contents(const PackedWeights& weights) {
     return py::bytes(static_cast<const char*>(data), size_t(count));
   };
   const int64_t rows = matrix.scales ? matrix.panel_count() * kPanel : 0;
-  return py::make_tuple(bytes(matrix.panels, weights.panel_bytes()), bytes(matrix.scales, rows * 4),
+  return py::make_tuple(bytes(matrix.panels, matrix.bytes()), bytes(matrix.scales, rows * 4),
                         bytes(matrix.sums, rows * 4));
 }
 

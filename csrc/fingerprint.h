@@ -1,4 +1,4 @@
-// Looks at the parameters of modules, to see whether someone changed them.
+// Hashes of the parameters of modules, which show whether they changed.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ bool for_each_parameter(const py::list& dicts, See see) {
       if (tensor == Py_None) continue;
       TensorView view;
       if (!is_exact_tensor(tensor) || !look_at(tensor, view)) return false;
-      if (view.device_type != kCpu) return false;
+      if (view.device_type != kCpu || !view.data) return false;
       see(name, tensor, view);
     }
   }
@@ -58,7 +58,7 @@ inline py::object identity(const py::list& dicts) {
       for_each_parameter(dicts, [&](PyObject* name, PyObject* tensor, const TensorView& view) {
         hash.add(name);
         hash.add(tensor);
-        hash.add(view.data);
+        hash.add(view.start());
         hash.add(version_of(tensor));
       });
   return complete ? py::object(py::int_(hash.value())) : py::none();
@@ -80,7 +80,7 @@ inline py::object sample(const py::list& dicts) {
           for (int dim = view.ndim; dim-- > 0; rest /= view.shape[dim])
             at += rest % view.shape[dim] * view.strides[dim];
           uint64_t element = 0;
-          std::memcpy(&element, static_cast<const char*>(view.data) + at * bytes,
+          std::memcpy(&element, static_cast<const char*>(view.start()) + at * bytes,
                       size_t(bytes < 8 ? bytes : 8));
           hash.add(element);
         }

@@ -154,10 +154,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_build", &cuda_build,
         "The CUDA toolkit and architectures this was compiled with, or what was missing.");
   m.def("identity", &identity, py::arg("parameters"),
-        "A hash of which tensors are in dicts, where and in which version; None if one is not "
-        "plain.");
+        "A hash of the identities, addresses and versions of the tensors in dicts; None unless all "
+        "are\n"
+        "dense tensors on the CPU.");
   m.def("sample", &sample, py::arg("parameters"),
-        "A hash of a few elements of each tensor in dicts; None for another object.");
+        "A hash of a few elements of each tensor in dicts; None as for `identity`.");
   bind_decoder(m);
   add_decoder_checks(m);
   bind_search_checks(m);

@@ -107,8 +107,8 @@ PackedMatrix PackedModel::packed_transpose(const Argument& matrix, float factor)
 }
 
 PackedMatrix PackedModel::kept(const PackedWeights& weights) {
-  bytes_ += weights.panel_bytes();
-  model_.largest_bytes = std::max(model_.largest_bytes, weights.panel_bytes());
+  bytes_ += weights.matrix().bytes();
+  model_.largest_bytes = std::max(model_.largest_bytes, weights.matrix().bytes());
   return weights.matrix();
 }
 

@@ -30,6 +30,7 @@ struct TensorView {
   const int64_t* shape;
   const int64_t* strides;  // in elements
   uint64_t byte_offset;
+  void* start() const { return static_cast<char*>(data) + byte_offset; }
 };
 static_assert(sizeof(TensorView) == 48, "the layout is DLPack's");
 
@@ -82,7 +83,7 @@ class Argument {
   int64_t stride(int dim) const { return view_.strides[dim]; }
   TypeCode code() const { return TypeCode(view_.code); }
   int bits() const { return view_.bits; }
-  void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
+  void* data() const { return view_.start(); }
   Rows rows() const {  // of a (B, rows, width) tensor, or a (rows, width) one
     return {data(), ndim() == 3 ? stride(0) : 0, stride(ndim() - 2), nullptr};
   }

@@ -223,7 +223,7 @@ class Snapshot:
             return False
         if self._identity is None or self._native.identity(self._places) != self._identity:
             return False
-        # Someone may have taken the memory away from under the parameters: no element is read then.
+        # The storage of a parameter may have been freed; its elements must not be read then.
         return (
             self._held_bytes() == self._bytes and self._native.sample(self._places) == self._sample
         )

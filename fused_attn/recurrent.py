@@ -32,7 +32,7 @@ def _readable_weights(cell: Any, kind: type[nn.Module]) -> list[Tensor]:
     """The weights and biases of a cell that need not be called; [] if it must be called."""
     if type(cell) is not kind or getattr(cell, "nonlinearity", "tanh") != "tanh":
         return []
-    # The hooks of a FLOP counter count too: it has no formula for oneDNN's LSTM of a sequence.
+    # A FLOP counter sets such a hook; it has no formula for oneDNN's LSTM of a sequence.
     if nn_module._has_any_global_hook():
         return []
     biases = ["bias_ih", "bias_hh"] if cell.bias else []

@@ -90,11 +90,12 @@ def wait_for(team: Any, helpers: int) -> None:
     """Until all helpers are there: each takes a share of a product."""
     weights, x, start = operands("float32", 1)
     end = time.monotonic() + LIMIT_S
-    taken = -1
-    while team.taken - taken < helpers and time.monotonic() < end:
-        taken = team.taken
+    found = 0
+    while found < helpers and time.monotonic() < end:
+        before = team.taken
         product(team, weights, x, None, start.shape[1] - 5)
-    assert team.taken - taken == helpers, "not all helpers take part"
+        found = team.taken - before
+    assert found == helpers, "not all helpers take part"
 
 
 def compare(team: Any, weights: Any, x: Tensor, start: Tensor) -> None:

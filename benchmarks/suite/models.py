@@ -1,11 +1,11 @@
 """The other levels of the suite: the layer with its projections, and whole models.
 
-Both sides have the same parameters. A layer is `LuongAttention` against the formulas of the paper
-in tensor operations. A model is `Seq2Seq` with our backend against itself with the eager one. Both
-are judged first: a layer by its output and gradients, a training step by its loss and gradients
-against a model in float64, decoding by whether our sides find the symbols of the eager one. Where
-models can be decoded natively, that is a side too: "fused" is then the same kernels of the
-attention, step by step in torch.
+All sides have the same parameters. A layer is `LuongAttention` against the formulas of the paper
+in tensor operations. A model is `Seq2Seq` with our backend ("fused") against itself with the eager
+one; both run step by step in torch. A model that can be decoded natively has a third side,
+"native". Every side of ours is judged first: a layer by its output and gradients, a training step
+by its loss and gradients against a model in float64, decoding by whether it finds the symbols of
+the eager side.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ MODELS = tuple(
     for score in ("general", "concat")
     for work, options in (("training", {}), ("greedy", {}), ("beam 5", _BEAM))
 ) + tuple(
-    ModelCase(f"translator, {work}", "the same model, a sentence", work,
+    ModelCase(f"translator, {work}", "bi-LSTM of width 512, 4,000 symbols; one sentence", work,
               ModelConfig(score="general", **_TRANSLATOR), 1, 40, 40,
               quick=work == "greedy", **options)
     for work, options in (("greedy", {}), ("beam 5", _BEAM))

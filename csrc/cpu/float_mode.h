@@ -13,7 +13,7 @@ namespace fused_attn {
 class FloatMode {
  public:
   static FloatMode of_thread() { return FloatMode(read()); }
-  void take() const { write(bits_); }
+  void apply() const { write(bits_); }
   bool operator==(const FloatMode& other) const { return bits_ == other.bits_; }
 
  private:
@@ -38,14 +38,14 @@ class FloatMode {
   uint64_t bits_;
 };
 
-// Computes in a mode until the end of a block.
+// Sets the mode of this thread until the end of a block.
 class WithFloatMode {
  public:
   explicit WithFloatMode(FloatMode mode) : before_(FloatMode::of_thread()), mode_(mode) {
-    if (!(before_ == mode_)) mode_.take();
+    if (!(before_ == mode_)) mode_.apply();
   }
   ~WithFloatMode() {
-    if (!(before_ == mode_)) before_.take();
+    if (!(before_ == mode_)) before_.apply();
   }
   WithFloatMode(const WithFloatMode&) = delete;
   WithFloatMode& operator=(const WithFloatMode&) = delete;

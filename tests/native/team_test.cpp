@@ -71,7 +71,7 @@ Counts lead(int steps, int helpers, unsigned seed) {
 // Two leaders at the same time, then one more: they share the helpers. Returns failures.
 int check_teams() {
   int failures = 0;
-  for (const char* isa : {"generic", "avx2"}) {
+  for (const std::string& isa : attention_isas_supported()) {
     set_cpu_isa(isa);
     plain = &decoder_kernels();
     std::vector<Counts> found(3);
@@ -85,12 +85,12 @@ int check_teams() {
       sum.redone += counts.redone;
       sum.wrong += counts.wrong;
     }
-    std::printf("%s: teams: %d shares taken, %d done again\n", isa, int(sum.taken),
+    std::printf("%s: teams: %d shares taken, %d done again\n", isa.c_str(), int(sum.taken),
                 int(sum.redone));
-    if (sum.wrong || !sum.taken || !sum.redone) {
-      ++failures;
-      std::printf("%s: %d products of a team are wrong\n", isa, int(sum.wrong));
-    }
+    failures += sum.wrong || !sum.taken || !sum.redone;
+    if (sum.wrong) std::printf("%d products of a team are wrong\n", int(sum.wrong));
+    if (!sum.taken) std::printf("no share of a helper was used\n");
+    if (!sum.redone) std::printf("no helper was late\n");
   }
   return failures;
 }

@@ -31,6 +31,7 @@ from benchmarks.targets.decoder.rows import (
     COMPILED,
     G2P,
     LOOP,
+    ONE_THREAD,
     OURS,
     SEARCH_ROWS,
     SHORT,
@@ -82,7 +83,7 @@ class Plan:
 
 
 def results(plan: Plan, budget_s: float, path: Path | None) -> Iterator[Result]:
-    """Measure everything in the plan, with one thread, and show on a terminal what is measured."""
+    """Measure the plan, with one thread unless a row says otherwise, and show what is measured."""
     with machine.using_threads(1):
         for row in plan.steps:
             progress(row.label)
@@ -146,7 +147,7 @@ def endings(found: Sequence[Result]) -> list[str]:
     ]
     two = [
         f"  {result.label}, {SHORT[result.compute]}: {duration(result.beside[TWO_THREADS])}, "
-        f"with one {duration(result.beside['one thread'])}"
+        f"with one {duration(result.beside[ONE_THREAD])}"
         for result in found
         if TWO_THREADS in result.beside
     ]

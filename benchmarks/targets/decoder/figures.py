@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.table import WITHHELD
 from benchmarks.targets.decoder.floors import Floor
-from benchmarks.targets.decoder.rows import OURS, TWO_THREADS, Target
+from benchmarks.targets.decoder.rows import ONE_THREAD, OURS, TWO_THREADS, Target
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Result:
         """The figure that a target limits; None if it was not measured."""
         beside = self.beside
         if target.kind == "threads":
-            pair = beside.get("one thread"), beside.get(TWO_THREADS)
+            pair = beside.get(ONE_THREAD), beside.get(TWO_THREADS)
             return pair[0] / pair[1] if pair[0] and pair[1] else None
         if target.kind == "busy":
             pair = beside.get("busy"), beside.get("quiet")
@@ -94,7 +94,7 @@ def text_of(target: Target, value: float | None = None) -> str:
         return f"{sign}{shown:.3g} floors"
     if target.kind == "busy":
         return f"{sign}{shown:.3g}x quiet"
-    against = target.rival if target.kind == "speedup" else "one thread"
+    against = target.rival if target.kind == "speedup" else ONE_THREAD
     return f"{sign}{shown:.3g}x {against}"
 
 

@@ -29,6 +29,7 @@ from benchmarks.targets.decoder.rows import (
     BUSY_TARGET,
     COMPILED,
     LOOP,
+    ONE_THREAD,
     OURS,
     THREADS_TARGET,
     TORCH,
@@ -137,7 +138,7 @@ def _ours(sizes: Sizes, batch: int) -> tuple[Call, Errors]:
 def measure_threads(batch: int, sizes: Sizes, budget_s: float) -> Result:
     """Steps with one thread and with two, in turns."""
     label = f"general, B={batch}, threads"
-    counts = {"one thread": 1, TWO_THREADS: 2}
+    counts = {ONE_THREAD: 1, TWO_THREADS: 2}
     if machine.cores() < 2:
         return Result(
             label, "float32", {}, (THREADS_TARGET,), missing={OURS: "there is one core only"}
@@ -152,7 +153,7 @@ def measure_threads(batch: int, sizes: Sizes, budget_s: float) -> Result:
             before=lambda name: torch.set_num_threads(counts[name]),
         )  # fmt: skip
     beside = {name: value / sizes.steps for name, value in seconds.items()}
-    return replace(judged, seconds={OURS: beside["one thread"]}, beside=beside)
+    return replace(judged, seconds={OURS: beside[ONE_THREAD]}, beside=beside)
 
 
 def measure_busy(batch: int, sizes: Sizes, budget_s: float) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
-TWO_THREADS = "two threads"  # our side, beside its one thread
+ONE_THREAD, TWO_THREADS = "one thread", "two threads"  # our side, in `Result.beside`
 # Names of the sides that a row may have, in the order of the columns.
 OURS, LOOP, COMPILED, ATTN_LSTM, TORCH, G2P = (
     "ours",

@@ -22,7 +22,7 @@ from benchmarks.targets.decoder.floors import (
     one_after_another,
 )
 from benchmarks.targets.decoder.numpy_words import words_call
-from benchmarks.targets.decoder.rows import G2P, OURS, TORCH, TWO_THREADS, WordRow
+from benchmarks.targets.decoder.rows import G2P, ONE_THREAD, OURS, TORCH, TWO_THREADS, WordRow
 from fused_attn import seq2seq
 from fused_attn.seq2seq.config import SearchConfig
 from fused_attn.seq2seq.inference.predictor import Predictor
@@ -161,7 +161,7 @@ def _single(
             ]
         seconds[G2P] += [_time(numpy_call) / len(words) for _ in range(3)]
     found = {side: statistics.median(times) for side, times in seconds.items()}
-    beside = {"one thread": found[OURS]}
+    beside = {ONE_THREAD: found[OURS]}
     if TWO_THREADS in found:
         beside[TWO_THREADS] = found.pop(TWO_THREADS)
     return replace(judged, seconds=found, beside=beside)

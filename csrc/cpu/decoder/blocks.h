@@ -1,4 +1,5 @@
-// A call of the native decoder: its sentences, cut into blocks that threads work on independently.
+// The calls of the native decoder. schedule.h cuts their sentences into blocks, which threads work
+// on independently or share.
 #pragma once
 
 #include <cstdint>

@@ -18,7 +18,7 @@ Cores Cores::of_thread() {
 int Cores::count() const {
   return is_known_ ? CPU_COUNT(&set_) : std::max(1, int(std::thread::hardware_concurrency()));
 }
-void Cores::take() const {
+void Cores::apply() const {
   if (is_known_) sched_setaffinity(0, sizeof set_, &set_);
 }
 bool Cores::operator==(const Cores& other) const {
@@ -27,7 +27,7 @@ bool Cores::operator==(const Cores& other) const {
 #else
 Cores Cores::of_thread() { return {}; }
 int Cores::count() const { return std::max(1, int(std::thread::hardware_concurrency())); }
-void Cores::take() const {}
+void Cores::apply() const {}
 bool Cores::operator==(const Cores&) const { return true; }
 #endif
 
@@ -55,8 +55,8 @@ void Helpers::send(int count, const std::shared_ptr<Team>& team) {
   }
 }
 
-// Signals are left to the threads of the program, but for those of a thread's own faults. False if
-// there can be no more threads.
+// Helpers block all signals except those of their own faults; the threads of the program handle the
+// others. False if no more threads can be made.
 bool Helpers::add_thread() {
   threads_.push_back(std::make_unique<Thread>());
   free_.reserve(threads_.size());  // nothing after it allocates
@@ -86,7 +86,7 @@ void Helpers::work(Thread& self) {
   for (;;) {
     const auto end = Clock::now() + kAwake;
     for (int64_t turn = 0; !self.has_team.load(std::memory_order_acquire); ++turn) {
-      wait_a_turn(turn);
+      spin_or_yield(turn);
       if (turn % 32 == 0 && Clock::now() > end) break;
     }
     std::shared_ptr<Team> team;
@@ -97,7 +97,7 @@ void Helpers::work(Thread& self) {
       self.has_team.store(false, std::memory_order_relaxed);
       team = std::move(self.team);
       number = self.number;
-      if (!(cores == self.cores)) (cores = self.cores).take();
+      if (!(cores == self.cores)) (cores = self.cores).apply();
     }
     team->help(number);
     team.reset();

@@ -19,8 +19,8 @@ namespace fused_attn {
 class Cores {
  public:
   static Cores of_thread();
-  int count() const;  // at least 1
-  void take() const;  // the calling thread moves to them
+  int count() const;   // at least 1
+  void apply() const;  // moves the calling thread to them
   bool operator==(const Cores& other) const;
 
  private:

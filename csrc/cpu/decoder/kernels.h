@@ -14,6 +14,17 @@ namespace fused_attn {
 enum class Compute : int32_t { f32 = 0, bf16 = 1, i8 = 2 };
 enum class Cell : int32_t { lstm = 0, gru = 1, rnn = 2 };
 
+inline int64_t compute_group(Compute c) {
+  return c == Compute::f32 ? 1 : c == Compute::bf16 ? 2 : 4;
+}
+inline int64_t compute_bytes(Compute c) {
+  return c == Compute::f32 ? 4 : c == Compute::bf16 ? 2 : 1;
+}
+inline int64_t padded_inputs(Compute c, int64_t inputs) {
+  const int64_t step = 64 / compute_bytes(c);
+  return (inputs + step - 1) / step * step;
+}
+
 // A matrix (outputs, inputs) packed for products: panels of 64 outputs, each with the inputs one
 // after the other, in groups that one instruction multiplies: 1 float, 2 bfloat16 or 4 int8.
 //
@@ -33,18 +44,10 @@ struct PackedMatrix {
   const int32_t* sums = nullptr;  // i8: (outputs padded to 64): the sum of a row's integers
   explicit operator bool() const { return panels != nullptr; }
   int64_t panel_count() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t bytes() const {  // of all panels
+    return panel_count() * kPanel * padded_inputs * compute_bytes(compute);
+  }
 };
-
-inline int64_t compute_group(Compute c) {
-  return c == Compute::f32 ? 1 : c == Compute::bf16 ? 2 : 4;
-}
-inline int64_t compute_bytes(Compute c) {
-  return c == Compute::f32 ? 4 : c == Compute::bf16 ? 2 : 1;
-}
-inline int64_t padded_inputs(Compute c, int64_t inputs) {
-  const int64_t step = 64 / compute_bytes(c);
-  return (inputs + step - 1) / step * step;
-}
 
 // Rows as the products with a kind of matrix read them: float (any stride), or (rows, padded)
 // bfloat16 or int8, padded with zeros. int8: x = scale times integer, integers in -127..127, with

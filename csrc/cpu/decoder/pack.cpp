@@ -152,10 +152,6 @@ char* WeightMemory::take(int64_t bytes) {
   return piece;
 }
 
-int64_t PackedWeights::panel_bytes() const {
-  return matrix_.panel_count() * matrix_.padded_inputs * kPanel * compute_bytes(matrix_.compute);
-}
-
 PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outputs, int64_t inputs,
                              int64_t output_stride, int64_t input_stride, WeightMemory* memory) {
   if (compute == Compute::i8 && inputs > kMostInputs) {
@@ -166,7 +162,7 @@ PackedWeights::PackedWeights(Compute compute, const float* weights, int64_t outp
   matrix_.outputs = outputs;
   matrix_.inputs = inputs;
   matrix_.padded_inputs = padded_inputs(compute, inputs);
-  const int64_t panels = matrix_.panel_count(), bytes = panel_bytes();
+  const int64_t panels = matrix_.panel_count(), bytes = matrix_.bytes();
   const int64_t padded = compute == Compute::i8 ? panels * kPanel : 0;
   if (!memory) memory = (own_ = std::make_unique<WeightMemory>()).get();
   char* data = memory->take(bytes + padded * 8);

@@ -40,7 +40,6 @@ class PackedWeights {
   static constexpr int64_t kMostInputs = ((int64_t(1) << 31) - 1) / (127 * 127);
 
   const PackedMatrix& matrix() const { return matrix_; }
-  int64_t panel_bytes() const;
 
  private:
   PackedMatrix matrix_;

@@ -13,9 +13,9 @@ namespace {
 
 // Rows of a block: enough that reading the weights costs less than multiplying with them.
 constexpr int64_t kBlockRows = 128;
-// Threads share a block if it has at most so many rows for each of them, and in all. With more,
-// multiplying takes longer than reading, and blocks side by side are faster: what is not a product
-// is done side by side too.
+// Threads share a block if it has at most this many rows for each of them, and in all. With more
+// rows, multiplying takes longer than reading, and separate blocks are faster: they also run in
+// parallel what is not a product.
 constexpr int64_t kSharedRows = 8, kMostSharedRows = 32;
 
 // The arena of this thread, reset when a task ends. A task within another, which a signal handler
@@ -53,7 +53,7 @@ std::vector<int64_t> longest_first(const std::vector<int64_t>& lengths) {
   return order;
 }
 
-// Cut into blocks: at least one for each thread.
+// The sentences cut into blocks, at least one for each thread if there are enough.
 std::vector<std::vector<int64_t>> blocks_of(const std::vector<int64_t>& order, int64_t beams,
                                             int threads) {
   const int64_t count = int64_t(order.size());
@@ -65,16 +65,16 @@ std::vector<std::vector<int64_t>> blocks_of(const std::vector<int64_t>& order, i
   return blocks;
 }
 
-// Threads that share a block of these rows; 1 if they are better apart.
+// Threads that share a block of these rows; 1 if they are better apart. A fork has no helpers:
+// their threads, and perhaps a locked mutex, are those of its parent.
 int team_of(const Schedule& schedule, int64_t rows) {
-  // A fork has no helpers: their threads, and perhaps a locked mutex, are those of its parent.
-  if (schedule.threads <= 1 || is_forked()) return 1;
-  if (rows > std::min(kSharedRows * schedule.threads, kMostSharedRows)) return 1;
+  if (schedule.threads <= 1 || rows > kMostSharedRows || is_forked()) return 1;
   int64_t shares = 1;
   for (const Model* model : schedule.models)
     shares = std::max(shares, model->largest_bytes / Team::kShareBytes);
   if (shares == 1) return 1;
-  return int(std::min<int64_t>({schedule.threads, shares, Cores::of_thread().count()}));
+  const int64_t size = std::min<int64_t>({schedule.threads, shares, Cores::of_thread().count()});
+  return rows <= kSharedRows * size ? int(size) : 1;
 }
 
 }  // namespace

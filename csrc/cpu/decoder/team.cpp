@@ -22,10 +22,6 @@ PackedMatrix part_of(const PackedMatrix& matrix, int64_t first, int64_t end) {
   return part;
 }
 
-int64_t bytes_of(const PackedMatrix& matrix) {
-  return matrix.panel_count() * kPanel * matrix.padded_inputs * compute_bytes(matrix.compute);
-}
-
 }  // namespace
 
 char* Team::Buffer::reserve(int64_t bytes) {
@@ -52,12 +48,16 @@ void Team::run(const Share& share) const {
                    share.stride);
 }
 
-// Rows that no helper reads any more; there is always one such place.
+// A place for rows that no helper reads any more; there is always one.
 size_t Team::free_input() const {
-  std::vector<bool> used(inputs_.size());
-  for (const Helper& helper : helpers_)
-    if (helper.done != Helper::kAbsent && !helper.is_free()) used[helper.input] = true;
-  return size_t(std::find(used.begin(), used.end(), false) - used.begin());
+  const auto is_read = [&](size_t input) {
+    return std::any_of(helpers_.begin(), helpers_.end(), [&](const Helper& helper) {
+      return helper.input == input && helper.is_at_work();
+    });
+  };
+  size_t input = 0;
+  while (is_read(input)) ++input;
+  return input;
 }
 
 ConvertedRows Team::copy_rows(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
@@ -95,35 +95,35 @@ void Team::post(Helper& helper, Share share, size_t input) {
 
 // Takes the results of a helper, or computes them if it is not done by the deadline.
 void Team::collect(Helper& helper, const Share& share, Clock::time_point deadline) {
-  constexpr int64_t kMostLeftOut = 1024;
+  constexpr int64_t kLeast = 4, kMost = 1024;  // products that a late helper skips
   for (int turn = 1; !helper.is_free(); ++turn) {
     spin_pause();  // never yields: the core may come back after the deadline
     if (turn % 32 == 0 && Clock::now() > deadline) {
       ++redone_;
-      helper.left_out = std::clamp<int64_t>(2 * helper.left_out, 4, kMostLeftOut);
-      helper.leave_out = helper.left_out;
+      helper.backoff = std::clamp(2 * helper.backoff, kLeast, kMost);
+      helper.skips = helper.backoff;
       return run(share);
     }
   }
   ++taken_;
-  helper.left_out /= 2;
+  helper.backoff /= 2;
   const int64_t columns = share.matrix.outputs;
   for (int64_t row = 0; row < share.rows; ++row)
     std::memcpy(share.out + row * share.stride, helper.share.out + row * columns,
                 size_t(columns) * sizeof(float));
 }
 
-bool Team::takes_part(Helper& helper) const {
+bool Team::takes_part(Helper& helper) {
   if (!helper.is_free()) return false;
-  if (helper.leave_out == 0) return true;
-  --helper.leave_out;
+  if (helper.skips == 0) return true;
+  --helper.skips;
   return false;
 }
 
 void Team::product(const PackedMatrix& matrix, const ConvertedRows& x, int64_t rows,
                    const float* start, int64_t start_stride, float* out, int64_t stride) {
   const int64_t panels = matrix.panel_count();
-  const int64_t most = std::min(panels, bytes_of(matrix) / kShareBytes);
+  const int64_t most = std::min(panels, matrix.bytes() / kShareBytes);
   free_.clear();
   for (Helper& helper : helpers_)
     if (int64_t(free_.size()) + 1 < most && takes_part(helper)) free_.push_back(&helper);
@@ -161,7 +161,7 @@ void Team::help(int number) {
   for (int64_t idle = 0; !is_dismissed_.load(std::memory_order_acquire); ++idle) {
     const uint64_t posted = helper.posted.load(std::memory_order_acquire);
     if (posted == last) {
-      wait_a_turn(idle);
+      spin_or_yield(idle);
       continue;
     }
     run(helper.share);

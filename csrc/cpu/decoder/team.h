@@ -29,10 +29,10 @@ inline void spin_pause() {
 #endif
 }
 
-// The `turn`-th turn of a helper that waits: it spins at first, then lets other threads run.
-inline void wait_a_turn(int64_t turn) {
-  constexpr int kSpins = 2000;  // about 0.1 ms
-  turn < kSpins ? spin_pause() : std::this_thread::yield();
+// Waits for a moment: spins at first, later lets other threads run. For helpers.
+inline void spin_or_yield(int64_t spins) {
+  constexpr int kSpins = 2000;  // 0.1 ms on Intel since Skylake, less elsewhere
+  spins < kSpins ? spin_pause() : std::this_thread::yield();
 }
 
 class Team {
@@ -40,11 +40,12 @@ class Team {
   using Owners = std::vector<std::shared_ptr<const void>>;
   using Duration = std::chrono::steady_clock::duration;
 
-  // How much longer than the leader's own share a helper may take before it is left behind.
+  // A helper is left behind when it has taken twice as long as the leader's own share, and this
+  // much longer.
   static constexpr Duration kPatience = std::chrono::microseconds(100);
 
-  // Up to `helpers` threads will call `help`. `owners` keep the matrices, for a helper that is
-  // still at work when the leader has gone.
+  // Up to `helpers` threads will call `help`. `owners` keep the matrices alive, for a helper
+  // that is still at work when the leader has gone.
   explicit Team(const DecoderKernels& kernels, int helpers = 0, Owners owners = {},
                 Duration patience = kPatience);
 
@@ -97,10 +98,14 @@ class Team {
     Share share;
     Buffer results;
     size_t input = 0;  // the place in inputs_ of the rows that it reads
-    // A helper that was late is left out of more and more products: it may have no core.
-    int64_t left_out = 0, leave_out = 0;
+    // Exponential backoff: a late helper may have no core.
+    int64_t backoff = 0;  // products to skip after it was late
+    int64_t skips = 0;    // of them, those still to come
     bool is_free() const {
       return done.load(std::memory_order_acquire) == posted.load(std::memory_order_relaxed);
+    }
+    bool is_at_work() const {
+      return done.load(std::memory_order_acquire) != kAbsent && !is_free();
     }
   };
 
@@ -111,7 +116,7 @@ class Team {
   void post(Helper& helper, Share share, size_t input);
   void collect(Helper& helper, const Share& share, Clock::time_point deadline);
 
-  bool takes_part(Helper& helper) const;
+  static bool takes_part(Helper& helper);
 
   const DecoderKernels& kernels_;
   const FloatMode mode_ = FloatMode::of_thread();  // of the leader

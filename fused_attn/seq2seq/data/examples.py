@@ -131,7 +131,7 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return ``sequences`` padded at the end, int64 (N, longest), and their lengths, int64 (N,)."""
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths, default=0)
-    # Filled up as lists: for a word this takes a third of the time of filling up a tensor.
+    # Padding lists takes a third of the time of padding a tensor, for one word.
     numbers: list[int] = []
     for sequence, length in zip(sequences, lengths, strict=True):
         numbers += sequence
