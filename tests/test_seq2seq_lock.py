@@ -48,7 +48,7 @@ def test_a_second_process_is_told_who_owns_the_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    process = started(run, "--epochs", "100000")
+    process = started(run, "--epochs", "100000", wait_for="epochs.csv")
     try:
         for options in ([], ["--resume"], ["--resume", "--on-disk"]):
             before = sorted(path for path in run.iterdir() if path.name != "checkpoints")
