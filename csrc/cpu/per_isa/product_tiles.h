@@ -240,9 +240,9 @@ void panel_product(const PackedMatrix& matrix, int64_t p, const char* coming, St
   } while (first < steps);
 }
 
-// Rows in blocks: a result with a few hundred rows is read and written for each block of inputs,
-// and the places in the cache for lines at equal distances are few. All blocks use a panel before
-// the next one is read, so the weights come from afar once.
+// Rows of a block. A result with a few hundred rows is read and written for each block of inputs,
+// and rows of results a fixed stride apart map to the same few cache sets. All blocks use a panel
+// before the next one is read, so the weights are read from memory once.
 constexpr int64_t kRowBlock = 48;
 
 template <class Step>
